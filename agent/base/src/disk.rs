@@ -1,0 +1,403 @@
+//! Disks: what is protected, and what a replica is folded onto.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::fcntl::FallocateFlags;
+use nix::unistd::Whence;
+
+use crate::{Extent, SECTOR_BYTES};
+
+/// What is known of a range without reading it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Allocation {
+    Data,
+    /// Reads as zeroes and occupies nothing.
+    Hole,
+}
+
+/// Whether a write must be on stable storage when it returns.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Durability {
+    Cached,
+    /// Forced unit access.
+    Durable,
+}
+
+pub trait Disk: Send + Sync {
+    fn bytes(&self) -> u64;
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+    fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> io::Result<()>;
+    /// Makes a range read as zeroes; gives its room back where `discard` allows it and the disk can.
+    fn zero(&self, extent: Extent, discard: bool, durability: Durability) -> io::Result<()>;
+    /// Everything written before is on stable storage when this returns. Once it failed it fails for ever: the page
+    /// cache forgets what it could not write.
+    fn flush(&self) -> io::Result<()>;
+    /// The run of one kind that begins at `offset` (which lies on the disk): its length and what it is.
+    fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)>;
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    #[error("disk {path} does not exist")]
+    Absent { path: PathBuf },
+    #[error("disk {path} is in use by another program")]
+    InUse { path: PathBuf },
+    #[error("disk {path} is read-only")]
+    ReadOnly { path: PathBuf },
+    #[error("disk {path} has {bytes} bytes, which is not a positive multiple of {SECTOR_BYTES}")]
+    OddSize { path: PathBuf, bytes: u64 },
+    #[error("{path} is neither a file nor a block device")]
+    Kind { path: PathBuf },
+    #[error("cannot open disk {path}")]
+    Open { path: PathBuf, source: io::Error },
+}
+
+impl DiskError {
+    /// What to do about it.
+    pub fn help(&self) -> &'static str {
+        match self {
+            DiskError::Absent { .. } => "check the path; a disk image must exist before it is protected",
+            DiskError::InUse { .. } => {
+                "stop the program that has it open, or point that program at the address that Tidemark serves"
+            }
+            DiskError::ReadOnly { .. } => {
+                "give the agent write access to it: a protected disk is written through the agent"
+            }
+            DiskError::OddSize { .. } => "grow it to a multiple of 512 bytes, for example with `truncate -s %512 FILE`",
+            DiskError::Kind { .. } => "name a raw disk image or a block device",
+            DiskError::Open { .. } => "see the system's message",
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    Read,
+    /// Read and write, with a lock that keeps other programs out.
+    Exclusive,
+}
+
+/// Which file or device it is, to tell whether anyone wrote while nobody watched.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+pub struct DiskIdentity {
+    pub device: u64,
+    pub inode: u64,
+    pub bytes: u64,
+    pub changed_ns: i128,
+    pub modified_ns: i128,
+    pub is_block_device: bool,
+}
+
+/// A raw disk image or a block device of this machine.
+pub struct FileDisk {
+    file: File,
+    path: PathBuf,
+    bytes: u64,
+    is_block_device: bool,
+    flush_failed: AtomicBool,
+}
+
+impl FileDisk {
+    pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
+        let named = || path.to_owned();
+        let is_block_device = match std::fs::metadata(path) {
+            Ok(metadata) if metadata.file_type().is_block_device() => true,
+            Ok(metadata) if metadata.is_file() => false,
+            Ok(_) => return Err(DiskError::Kind { path: named() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(DiskError::Absent { path: named() }),
+            Err(source) => return Err(DiskError::Open { path: named(), source }),
+        };
+        let mut options = OpenOptions::new();
+        options.read(true).write(access == Access::Exclusive);
+        if is_block_device && access == Access::Exclusive {
+            options.custom_flags(libc::O_EXCL);
+        }
+        let file = options.open(path).map_err(|source| match source.raw_os_error() {
+            Some(libc::EBUSY) => DiskError::InUse { path: named() },
+            Some(libc::EROFS | libc::EACCES | libc::EPERM) if access == Access::Exclusive => {
+                DiskError::ReadOnly { path: named() }
+            }
+            _ => DiskError::Open { path: named(), source },
+        })?;
+        if access == Access::Exclusive && !is_block_device {
+            lock_image(&file).map_err(|source| match source.raw_os_error() {
+                Some(libc::EAGAIN | libc::EACCES) => DiskError::InUse { path: named() },
+                _ => DiskError::Open { path: named(), source },
+            })?;
+        }
+        let bytes = size_of(&file, is_block_device).map_err(|source| DiskError::Open { path: named(), source })?;
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(DiskError::OddSize { path: named(), bytes });
+        }
+        Ok(Self { file, path: named(), bytes, is_block_device, flush_failed: AtomicBool::new(false) })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The size as the system says it now; differs from [`Disk::bytes`] once someone resized the disk.
+    pub fn current_bytes(&self) -> io::Result<u64> {
+        size_of(&self.file, self.is_block_device)
+    }
+
+    pub fn identity(&self) -> io::Result<DiskIdentity> {
+        let metadata = self.file.metadata()?;
+        let ns = |seconds: i64, nanoseconds: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
+        Ok(DiskIdentity {
+            device: if self.is_block_device { metadata.rdev() } else { metadata.dev() },
+            inode: metadata.ino(),
+            bytes: self.current_bytes()?,
+            changed_ns: ns(metadata.ctime(), metadata.ctime_nsec()),
+            modified_ns: ns(metadata.mtime(), metadata.mtime_nsec()),
+            is_block_device: self.is_block_device,
+        })
+    }
+
+    pub fn is_block_device(&self) -> bool {
+        self.is_block_device
+    }
+
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn make_durable(&self, durability: Durability) -> io::Result<()> {
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Durable => self.flush(),
+        }
+    }
+}
+
+fn size_of(file: &File, is_block_device: bool) -> io::Result<u64> {
+    if !is_block_device {
+        return Ok(file.metadata()?.len());
+    }
+    nix::ioctl_read!(block_device_bytes, 0x12, 114, u64);
+    let mut bytes = 0;
+    // SAFETY: BLKGETSIZE64 writes one u64 to the address that it is given.
+    unsafe { block_device_bytes(file.as_raw_fd(), &raw mut bytes) }?;
+    Ok(bytes)
+}
+
+/// Byte numbers that QEMU locks in an image, so that it and we keep each other out: (block/file-posix.c, public
+/// since QEMU 2.10) bytes 100… say which permissions are in use, bytes 200… which are not shared.
+mod qemu_locks {
+    pub const PERMISSION_BASE: i64 = 100;
+    pub const UNSHARED_BASE: i64 = 200;
+    pub const CONSISTENT_READ: i64 = 0;
+    pub const WRITE: i64 = 1;
+    pub const WRITE_UNCHANGED: i64 = 2;
+    pub const RESIZE: i64 = 3;
+}
+
+/// Open-file-description locks: taken as QEMU takes them, plus one exclusive lock of our own kind on byte 0… of the
+/// range that QEMU leaves free (300), because shared locks alone would let two of us in.
+fn lock_image(file: &File) -> io::Result<()> {
+    use qemu_locks::*;
+    let lock = |kind: i32, start: i64, command: fn(&libc::flock) -> nix::fcntl::FcntlArg<'_>| -> io::Result<()> {
+        let lock =
+            libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: start, l_len: 1, l_pid: 0 };
+        nix::fcntl::fcntl(file, command(&lock)).map(drop).map_err(io::Error::from)
+    };
+    lock(libc::F_WRLCK, 300, |lock| nix::fcntl::FcntlArg::F_OFD_SETLK(lock))?;
+    for permission in [CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE] {
+        lock(libc::F_RDLCK, PERMISSION_BASE + permission, |lock| nix::fcntl::FcntlArg::F_OFD_SETLK(lock))?;
+    }
+    for unshared in [WRITE, WRITE_UNCHANGED, RESIZE] {
+        lock(libc::F_RDLCK, UNSHARED_BASE + unshared, |lock| nix::fcntl::FcntlArg::F_OFD_SETLK(lock))?;
+    }
+    // Whoever already uses a permission that we do not share, or does not share one that we use, holds a read lock on its byte.
+    let conflicts = [WRITE, WRITE_UNCHANGED, RESIZE].map(|unshared| PERMISSION_BASE + unshared);
+    let refused = [CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE].map(|permission| UNSHARED_BASE + permission);
+    for byte in conflicts.into_iter().chain(refused) {
+        let mut probe = libc::flock {
+            l_type: libc::F_WRLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: byte,
+            l_len: 1,
+            l_pid: 0,
+        };
+        nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_OFD_GETLK(&mut probe))?;
+        if probe.l_type != libc::F_UNLCK as i16 {
+            return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+        }
+    }
+    Ok(())
+}
+
+impl Disk for FileDisk {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> io::Result<()> {
+        if durability == Durability::Cached {
+            return self.file.write_all_at(data, offset);
+        }
+        let mut written = 0;
+        while written < data.len() {
+            let rest = libc::iovec { iov_base: data[written..].as_ptr() as *mut _, iov_len: data.len() - written };
+            // SAFETY: `rest` points into `data`, which outlives the call; the kernel only reads it.
+            let count = unsafe {
+                libc::pwritev2(self.file.as_raw_fd(), &rest, 1, (offset + written as u64) as i64, libc::RWF_DSYNC)
+            };
+            match count {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                count if count > 0 => written += count as usize,
+                _ => {
+                    let error = io::Error::last_os_error();
+                    match error.raw_os_error() {
+                        Some(libc::EINTR) => {}
+                        // File systems without RWF_DSYNC: the same by two calls.
+                        Some(libc::EOPNOTSUPP) => {
+                            self.file.write_all_at(&data[written..], offset + written as u64)?;
+                            return self.flush();
+                        }
+                        _ => return Err(error),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn zero(&self, extent: Extent, discard: bool, durability: Durability) -> io::Result<()> {
+        let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let flags = if discard {
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE | keep
+        } else {
+            FallocateFlags::FALLOC_FL_ZERO_RANGE | keep
+        };
+        match nix::fcntl::fallocate(&self.file, flags, extent.offset as i64, extent.length as i64) {
+            Ok(()) => {}
+            // Where the file system or device cannot do that, zeroes are written.
+            Err(nix::Error::EOPNOTSUPP | nix::Error::ENOSYS | nix::Error::EINVAL) => write_zeroes(&self.file, extent)?,
+            Err(error) => return Err(error.into()),
+        }
+        self.make_durable(durability)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.flush_failed.load(Ordering::Acquire) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        let result = self.file.sync_data();
+        if result.is_err() {
+            self.flush_failed.store(true, Ordering::Release);
+        }
+        result
+    }
+
+    fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)> {
+        if self.is_block_device {
+            return Ok((self.bytes - offset, Allocation::Data));
+        }
+        let seek = |whence| match nix::unistd::lseek(&self.file, offset as i64, whence) {
+            Ok(place) => Ok(place as u64),
+            Err(nix::Error::ENXIO) => Ok(self.bytes),
+            Err(error) => Err(io::Error::from(error)),
+        };
+        let data = seek(Whence::SeekData)?.min(self.bytes);
+        if data > offset {
+            return Ok((data - offset, Allocation::Hole));
+        }
+        let hole = seek(Whence::SeekHole)?.clamp(offset + 1, self.bytes);
+        Ok((hole - offset, Allocation::Data))
+    }
+}
+
+fn write_zeroes(file: &File, extent: Extent) -> io::Result<()> {
+    let zeroes = vec![0; 1 << 20];
+    let mut at = extent.offset;
+    while at < extent.end() {
+        let length = (extent.end() - at).min(zeroes.len() as u64);
+        file.write_all_at(&zeroes[..length as usize], at)?;
+        at += length;
+    }
+    Ok(())
+}
+
+/// Whether every byte is zero. Eight bytes at a time, from both ends first: most data differs from zero early.
+pub fn is_zero(data: &[u8]) -> bool {
+    let (head, words, tail) = unsafe { data.align_to::<u64>() };
+    // SAFETY above: any eight bytes are a valid u64.
+    head.iter().chain(tail).all(|&byte| byte == 0)
+        && words.chunks(64).all(|block| block.iter().fold(0, |all, word| all | word) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(bytes: u64) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        File::create(&path).unwrap().set_len(bytes).unwrap();
+        (folder, path)
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_used_says_why() {
+        let (_folder, path) = image(1000);
+        assert!(matches!(FileDisk::open(&path, Access::Read), Err(DiskError::OddSize { bytes: 1000, .. })));
+        assert!(matches!(FileDisk::open(Path::new("/nonexistent/disk"), Access::Read), Err(DiskError::Absent { .. })));
+        assert!(matches!(FileDisk::open(Path::new("/dev/null"), Access::Read), Err(DiskError::Kind { .. })));
+    }
+
+    #[test]
+    fn a_second_writer_is_kept_out() {
+        let (_folder, path) = image(4096);
+        let first = FileDisk::open(&path, Access::Exclusive).unwrap();
+        assert!(matches!(FileDisk::open(&path, Access::Exclusive), Err(DiskError::InUse { .. })));
+        drop(first);
+        FileDisk::open(&path, Access::Exclusive).unwrap();
+    }
+
+    #[test]
+    fn qemu_is_kept_out_and_keeps_us_out() {
+        let (_folder, path) = image(1 << 20);
+        let Ok(version) = std::process::Command::new("qemu-io").arg("--version").output() else { return };
+        assert!(version.status.success());
+        let disk = FileDisk::open(&path, Access::Exclusive).unwrap();
+        let write = || {
+            std::process::Command::new("qemu-io").args(["-f", "raw", "-c", "write 0 4k"]).arg(&path).output().unwrap()
+        };
+        assert!(!write().status.success());
+        drop(disk);
+        assert!(write().status.success());
+    }
+
+    #[test]
+    fn holes_are_seen_without_reading() {
+        let (_folder, path) = image(4 << 20);
+        let disk = FileDisk::open(&path, Access::Exclusive).unwrap();
+        disk.write_at(1 << 20, &[7; 65536], Durability::Durable).unwrap();
+        assert_eq!(disk.allocation(0).unwrap(), (1 << 20, Allocation::Hole));
+        assert_eq!(disk.allocation(1 << 20).unwrap(), (65536, Allocation::Data));
+        assert_eq!(disk.allocation((1 << 20) + 65536).unwrap(), ((3 << 20) - 65536, Allocation::Hole));
+        disk.zero(Extent::new(1 << 20, 65536), true, Durability::Cached).unwrap();
+        assert_eq!(disk.allocation(0).unwrap(), (4 << 20, Allocation::Hole));
+    }
+
+    #[test]
+    fn zeroes_are_told_from_data() {
+        let mut data = vec![0; 70_001];
+        assert!(is_zero(&data) && is_zero(&[]));
+        for place in [0, 1, 7, 8, 35_000, 69_999, 70_000] {
+            data[place] = 1;
+            assert!(!is_zero(&data) && !is_zero(&data[place..]), "{place}");
+            data[place] = 0;
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! What every stage of Tidemark stands on: names, positions, time, extents, disks, durable files, chunks, stopping.
+//!
+//! No tokio and no network here: everything blocks, on a thread of its caller. The traits [`disk::Disk`],
+//! [`storage::Storage`] and [`time::Clock`] are the seam through which the same code runs on a real machine and under
+//! a seed.
+
+pub mod chunk;
+pub mod disk;
+pub mod extent;
+pub mod ids;
+pub mod position;
+pub mod stop;
+pub mod storage;
+pub mod time;
+
+pub use extent::{Extent, ExtentMap, ExtentSet};
+pub use ids::{DiskId, Generation, HostId, MachineId, MarkId, ServerId};
+pub use position::{Epoch, HistoryHash, Position, Sequence};
+pub use time::{Clock, SystemClock, Timestamp};
+
+/// The smallest unit of a disk: offsets and lengths of records, chunks and disks are multiples of it.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// The most payload that one chunk carries.
+pub const CHUNK_BYTES_MAX: usize = 64 << 10;
+
+/// The most encoded chunks that one frame on the wire carries.
+pub const FRAME_BYTES_MAX: usize = 1 << 20;

@@ -1,0 +1,421 @@
+//! Our own files: logs, companions, bitmaps, journals, manifests.
+//!
+//! Every open, rename, create and sync of a file that must survive a crash goes through here, so that the order of
+//! durable steps can be read in one place, replaced by a simulated one, and frozen at its n-th sync by a test.
+//!
+//! *Crash.* A new file is durable when its content was synced *and* its folder was ([`Storage::sync_folder`]). A rename
+//! is durable when its folder was synced. [`replace_file`] does all of it.
+//!
+//! *Failed syncs latch.* The page cache is marked clean after a failed sync, so a second one would succeed over lost
+//! data. A file whose sync failed refuses every later write and sync until it is opened again.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::fcntl::FallocateFlags;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OpenMode {
+    Read,
+    /// The file must exist.
+    ReadWrite,
+    /// The file must not exist.
+    Create,
+    /// Made when it is missing.
+    OpenOrCreate,
+}
+
+/// One folder of ours and everything beneath it. Names are relative to it and never leave it.
+pub trait Storage: Send + Sync {
+    fn open(&self, name: &str, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>>;
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    fn remove(&self, name: &str) -> io::Result<()>;
+    fn create_folder(&self, name: &str) -> io::Result<()>;
+    /// Removes a folder with everything in it.
+    fn remove_folder(&self, name: &str) -> io::Result<()>;
+    /// The names in a folder (`""` is the root), sorted.
+    fn list(&self, folder: &str) -> io::Result<Vec<String>>;
+    fn exists(&self, name: &str) -> io::Result<bool>;
+    /// Makes creations, renames and removals in a folder durable.
+    fn sync_folder(&self, folder: &str) -> io::Result<()>;
+    /// Bytes that can still be written here.
+    fn available_bytes(&self) -> io::Result<u64>;
+    /// Where a name is, for messages and for programs that need a path.
+    fn path(&self, name: &str) -> PathBuf;
+    /// A storage rooted at a folder of this one.
+    fn folder(&self, name: &str) -> Arc<dyn Storage>;
+}
+
+pub trait StorageFile: Send + Sync {
+    /// Reads exactly `buffer.len()` bytes; an end of file before that is `UnexpectedEof`.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// Writes the buffers one after another from `offset`. The slices are not kept.
+    fn write_vectored_at(&self, offset: u64, data: &[IoSlice<'_>]) -> io::Result<()>;
+    /// Makes all data written so far, and the length, durable.
+    fn sync(&self) -> io::Result<()>;
+    fn set_bytes(&self, bytes: u64) -> io::Result<()>;
+    fn bytes(&self) -> io::Result<u64>;
+    /// What the file occupies on the media: holes count nothing.
+    fn allocated_bytes(&self) -> io::Result<u64>;
+    /// Makes a range read as zeroes and gives its room back.
+    fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()>;
+    /// Reserves room, so that later writes to the range cannot fail for want of it. The range reads as it did.
+    fn reserve(&self, offset: u64, length: u64) -> io::Result<()>;
+    /// The file itself, for `mmap`, locks and `SEEK_DATA`; `None` in a simulation.
+    fn as_file(&self) -> Option<&File>;
+}
+
+/// Replaces the content of a small file so that a crash leaves the old or the new one, never a mix.
+///
+/// 1. write `name.new`, 2. sync it, 3. rename it over `name`, 4. sync the folder.
+///
+/// Crash before 3: the old content, and a `name.new` that the next call overwrites. Between 3 and 4: either. After 4: the new.
+pub fn replace_file(storage: &dyn Storage, name: &str, content: &[u8]) -> io::Result<()> {
+    let new = format!("{name}.new");
+    let file = storage.open(&new, OpenMode::OpenOrCreate)?;
+    file.set_bytes(0)?;
+    file.write_at(0, content)?;
+    file.sync()?;
+    drop(file);
+    storage.rename(&new, name)?;
+    storage.sync_folder(name.rsplit_once('/').map_or("", |(folder, _)| folder))
+}
+
+/// The whole of a file that is at most `bytes_max` long.
+pub fn read_file(storage: &dyn Storage, name: &str, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let file = storage.open(name, OpenMode::Read)?;
+    let bytes = file.bytes()?;
+    if bytes > bytes_max {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{} has {bytes} bytes, at most {bytes_max} are expected", storage.path(name).display()),
+        ));
+    }
+    let mut content = vec![0; bytes as usize];
+    file.read_at(0, &mut content)?;
+    Ok(content)
+}
+
+/// A folder of this machine.
+pub struct RealStorage {
+    root: PathBuf,
+}
+
+impl RealStorage {
+    /// The folder must exist.
+    pub fn open_folder(root: impl Into<PathBuf>) -> Arc<dyn Storage> {
+        Arc::new(Self { root: root.into() })
+    }
+
+    /// Makes the folder, readable to its owner alone, when it is missing.
+    pub fn create(root: impl Into<PathBuf>) -> io::Result<Arc<dyn Storage>> {
+        let root = root.into();
+        create_private_folder(&root)?;
+        Ok(Self::open_folder(root))
+    }
+
+    fn resolve(&self, name: &str) -> io::Result<PathBuf> {
+        let relative = Path::new(name);
+        if relative.components().all(|part| matches!(part, Component::Normal(_))) {
+            Ok(self.root.join(relative))
+        } else {
+            Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{name:?} is not a name inside {}", self.root.display()),
+            ))
+        }
+    }
+}
+
+/// Makes a folder, and those above it, with mode 0700.
+pub fn create_private_folder(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Adds the path to an error, which the system leaves out.
+fn with_path<T>(result: io::Result<T>, path: &Path) -> io::Result<T> {
+    result.map_err(|error| io::Error::new(error.kind(), PathError { path: path.to_owned(), error }))
+}
+
+/// An I/O error that names the file. Its [`raw_os_error`](io::Error::raw_os_error) is kept within.
+#[derive(Debug)]
+pub struct PathError {
+    pub path: PathBuf,
+    pub error: io::Error,
+}
+
+impl std::fmt::Display for PathError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.path.display(), self.error)
+    }
+}
+
+impl std::error::Error for PathError {}
+
+/// The system's error number, looked for inside errors that carry a path.
+pub fn os_error(error: &io::Error) -> Option<i32> {
+    error.raw_os_error().or_else(|| error.get_ref()?.downcast_ref::<PathError>()?.error.raw_os_error())
+}
+
+impl Storage for RealStorage {
+    fn open(&self, name: &str, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
+        let path = self.resolve(name)?;
+        let mut options = OpenOptions::new();
+        options.read(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        match mode {
+            OpenMode::Read => {}
+            OpenMode::ReadWrite => {
+                options.write(true);
+            }
+            OpenMode::Create => {
+                options.write(true).create_new(true);
+            }
+            OpenMode::OpenOrCreate => {
+                options.write(true).create(true);
+            }
+        }
+        let file = with_path(options.open(&path), &path)?;
+        Ok(Arc::new(RealFile { file, path, sync_failed: AtomicBool::new(false) }))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let (from, to) = (self.resolve(from)?, self.resolve(to)?);
+        #[expect(clippy::disallowed_methods, reason = "this is the module that the ban points to")]
+        with_path(std::fs::rename(&from, to), &from)
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        let path = self.resolve(name)?;
+        with_path(std::fs::remove_file(&path), &path)
+    }
+
+    fn create_folder(&self, name: &str) -> io::Result<()> {
+        let path = self.resolve(name)?;
+        with_path(create_private_folder(&path), &path)
+    }
+
+    fn remove_folder(&self, name: &str) -> io::Result<()> {
+        let path = self.resolve(name)?;
+        with_path(std::fs::remove_dir_all(&path), &path)
+    }
+
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        let path = self.resolve(folder)?;
+        let mut names = Vec::new();
+        for entry in with_path(std::fs::read_dir(&path), &path)? {
+            if let Ok(name) = entry?.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn exists(&self, name: &str) -> io::Result<bool> {
+        let path = self.resolve(name)?;
+        with_path(path.try_exists(), &path)
+    }
+
+    fn sync_folder(&self, folder: &str) -> io::Result<()> {
+        let path = self.resolve(folder)?;
+        with_path(File::open(&path).and_then(|file| file.sync_all()), &path)
+    }
+
+    fn available_bytes(&self) -> io::Result<u64> {
+        let stat = nix::sys::statvfs::statvfs(&self.root)?;
+        Ok(stat.blocks_available() as u64 * stat.fragment_size() as u64)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    fn folder(&self, name: &str) -> Arc<dyn Storage> {
+        Arc::new(Self { root: self.root.join(name) })
+    }
+}
+
+struct RealFile {
+    file: File,
+    path: PathBuf,
+    sync_failed: AtomicBool,
+}
+
+impl RealFile {
+    fn check_latch(&self) -> io::Result<()> {
+        if self.sync_failed.load(Ordering::Acquire) {
+            return Err(io::Error::other(format!("{}: an earlier sync failed; reopen the file", self.path.display())));
+        }
+        Ok(())
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
+        with_path(
+            nix::fcntl::fallocate(&self.file, flags, offset as i64, length as i64).map_err(io::Error::from),
+            &self.path,
+        )
+    }
+}
+
+impl StorageFile for RealFile {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        with_path(self.file.read_exact_at(buffer, offset), &self.path)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.check_latch()?;
+        with_path(self.file.write_all_at(data, offset), &self.path)
+    }
+
+    fn write_vectored_at(&self, offset: u64, data: &[IoSlice<'_>]) -> io::Result<()> {
+        self.check_latch()?;
+        with_path(write_all_vectored_at(&self.file, offset, data), &self.path)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.check_latch()?;
+        let result = self.file.sync_data();
+        if result.is_err() {
+            self.sync_failed.store(true, Ordering::Release);
+        }
+        with_path(result, &self.path)
+    }
+
+    fn set_bytes(&self, bytes: u64) -> io::Result<()> {
+        self.check_latch()?;
+        with_path(self.file.set_len(bytes), &self.path)
+    }
+
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.check_latch()?;
+        self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, length)
+    }
+
+    fn reserve(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.check_latch()?;
+        self.fallocate(FallocateFlags::empty(), offset, length)
+    }
+
+    fn as_file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+}
+
+/// `pwritev` until everything is written. At most [`VECTORS_MAX`] slices go into one call.
+pub fn write_all_vectored_at(file: &File, mut offset: u64, slices: &[IoSlice<'_>]) -> io::Result<()> {
+    for group in slices.chunks(VECTORS_MAX) {
+        let total: usize = group.iter().map(|slice| slice.len()).sum();
+        let mut written = 0;
+        while written < total {
+            // SAFETY: `IoSlice` has the layout of `iovec`; the slices outlive the call, which only reads them.
+            let result = if written == 0 {
+                unsafe { libc::pwritev(file.as_raw_fd(), group.as_ptr().cast(), group.len() as i32, offset as i64) }
+            } else {
+                let (index, skip) = find(group, written);
+                let rest = &group[index][skip..];
+                unsafe {
+                    libc::pwrite(file.as_raw_fd(), rest.as_ptr().cast(), rest.len(), (offset + written as u64) as i64)
+                }
+            };
+            match result {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                count if count > 0 => written += count as usize,
+                _ => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        offset += total as u64;
+    }
+    Ok(())
+}
+
+/// Linux takes at most this many buffers in one call (`IOV_MAX`).
+const VECTORS_MAX: usize = 1024;
+
+/// The slice that holds byte `at` of the group, and where in it.
+fn find(group: &[IoSlice<'_>], mut at: usize) -> (usize, usize) {
+    for (index, slice) in group.iter().enumerate() {
+        if at < slice.len() {
+            return (index, at);
+        }
+        at -= slice.len();
+    }
+    unreachable!("a place past the end of the group")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_never_leave_the_root() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        for name in ["../x", "/etc/passwd", "a/../../x", "./x"] {
+            assert_eq!(
+                storage.open(name, OpenMode::OpenOrCreate).err().map(|error| error.kind()),
+                Some(io::ErrorKind::InvalidInput),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", folder.path().join("link")).unwrap();
+        assert!(RealStorage::open_folder(folder.path()).open("link", OpenMode::Read).is_err());
+    }
+
+    #[test]
+    fn a_replaced_file_has_the_new_content() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        replace_file(&*storage, "state", b"a long first content").unwrap();
+        replace_file(&*storage, "state", b"second").unwrap();
+        assert_eq!(read_file(&*storage, "state", 100).unwrap(), b"second");
+        assert_eq!(storage.list("").unwrap(), ["state"]);
+        assert!(read_file(&*storage, "state", 5).is_err());
+    }
+
+    #[test]
+    fn many_slices_are_written_in_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        let file = storage.open("file", OpenMode::Create).unwrap();
+        let parts: Vec<Vec<u8>> =
+            (0..3000u32).map(|number| number.to_le_bytes().repeat(1 + number as usize % 5)).collect();
+        let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+        file.write_vectored_at(7, &slices).unwrap();
+        let mut read = vec![0; parts.concat().len()];
+        file.read_at(7, &mut read).unwrap();
+        assert_eq!(read, parts.concat());
+    }
+
+    #[test]
+    fn errors_name_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = RealStorage::open_folder(folder.path()).open("absent", OpenMode::Read).err().unwrap();
+        assert!(error.to_string().contains("absent"), "{error}");
+        assert_eq!(os_error(&error), Some(libc::ENOENT));
+    }
+}

@@ -1,0 +1,11 @@
+//! Compiles the `.proto` files with protox, a compiler written in Rust, so that no `protoc` is needed to build.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=tidemark");
+    let files = protox::compile(["tidemark/replication.proto", "tidemark/control.proto"], ["."])?;
+    tonic_prost_build::configure()
+        // Payloads are slices of the message that carried them, never copies.
+        .bytes(".tidemark.replication.v1.Data.chunks")
+        .compile_fds(files)?;
+    Ok(())
+}

@@ -1,0 +1,8 @@
+//! What crosses between the roles.
+
+pub mod replication {
+    tonic::include_proto!("tidemark.replication.v1");
+}
+pub mod control {
+    tonic::include_proto!("tidemark.control.v1");
+}
