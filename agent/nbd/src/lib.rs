@@ -1,1 +1,9 @@
+//! The NBD protocol, for both ends of Tidemark: the front end of protected disks and the serving of recovery points.
 
+pub mod disk;
+pub mod export;
+pub mod limits;
+
+pub use disk::{CachedReader, DiskExport};
+pub use export::{Export, ExportProvider, Exports, OpenError, Peer, WriteRequest};
+pub use limits::Limits;

@@ -1,0 +1,120 @@
+//! Any [`Disk`] as an [`Export`]: plain serving, and the reference that other exports are measured against.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tidemark_base::Extent;
+use tidemark_base::disk::{Allocation, Disk, Durability, FileDisk};
+
+use crate::export::{Export, WriteRequest};
+
+/// Reads of a file that never wait for its device.
+pub struct CachedReader {
+    file: OwnedFd,
+    in_memory: bool,
+    /// The file system does not know RWF_NOWAIT, or has no page cache for this file.
+    refused: AtomicBool,
+}
+
+impl CachedReader {
+    pub fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
+        let in_memory = nix::sys::statfs::fstatfs(file)?.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC;
+        Ok(Self { file: file.try_clone_to_owned()?, in_memory, refused: AtomicBool::new(false) })
+    }
+
+    /// Fills `buffer` if all of it is in memory; see [`Export::try_read`].
+    pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Option<io::Result<()>> {
+        if self.refused.load(Ordering::Relaxed) {
+            return None;
+        }
+        // tmpfs does not know RWF_NOWAIT, and does not need it.
+        let flags = if self.in_memory { 0 } else { libc::RWF_NOWAIT };
+        let range = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        // SAFETY: `range` is exactly `buffer`, which is borrowed mutably for the call.
+        let count = unsafe { libc::preadv2(self.file.as_raw_fd(), &raw const range, 1, offset as i64, flags) };
+        if count == buffer.len() as isize {
+            return Some(Ok(()));
+        }
+        if count < 0 && matches!(io::Error::last_os_error().raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL)) {
+            self.refused.store(true, Ordering::Relaxed);
+        }
+        // Partly cached, interrupted, or an error: the blocking read finds out which.
+        None
+    }
+}
+
+/// Serves a [`Disk`].
+pub struct DiskExport {
+    disk: Arc<dyn Disk>,
+    reader: Option<CachedReader>,
+    read_only: bool,
+    writes_inline: bool,
+    zeroes_fast: bool,
+}
+
+impl DiskExport {
+    /// Every operation on worker threads: right for disks that may wait for something.
+    pub fn new(disk: Arc<dyn Disk>) -> Self {
+        Self { disk, reader: None, read_only: false, writes_inline: false, zeroes_fast: false }
+    }
+
+    /// A file or device: cached reads and all writes without a change of thread.
+    pub fn of_file(disk: Arc<FileDisk>) -> io::Result<Self> {
+        use std::os::fd::AsFd;
+        let reader = CachedReader::new(disk.file().as_fd())?;
+        let zeroes_fast = !disk.is_block_device();
+        Ok(Self { disk, reader: Some(reader), read_only: false, writes_inline: true, zeroes_fast })
+    }
+
+    pub fn read_only(mut self) -> Self {
+        self.read_only = true;
+        self
+    }
+}
+
+impl Export for DiskExport {
+    fn bytes(&self) -> u64 {
+        self.disk.bytes()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn zeroes_fast(&self) -> bool {
+        self.zeroes_fast
+    }
+
+    fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Option<io::Result<()>> {
+        self.reader.as_ref()?.try_read(offset, buffer)
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.disk.read_at(offset, buffer)
+    }
+
+    fn writes_inline(&self) -> bool {
+        self.writes_inline
+    }
+
+    fn write_batch(&self, writes: &[WriteRequest<'_>], results: &mut [io::Result<()>]) {
+        for (write, result) in writes.iter().zip(results) {
+            let durability = if write.fua { Durability::Durable } else { Durability::Cached };
+            *result = self.disk.write_at(write.offset, write.data, durability);
+        }
+    }
+
+    fn zero(&self, extent: Extent, discard: bool, durability: Durability) -> io::Result<()> {
+        self.disk.zero(extent, discard, durability)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.disk.flush()
+    }
+
+    fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)> {
+        self.disk.allocation(offset)
+    }
+}
