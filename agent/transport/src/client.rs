@@ -1,0 +1,149 @@
+//! Dialling another role.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::identity::{Identity, PeerIdentity, Role};
+use crate::{CONNECTION_WINDOW_BYTES, HTTP2_FRAME_BYTES_MAX, STREAM_WINDOW_BYTES, tls};
+
+/// How long dialling and the handshake may take together.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection that says nothing for so long is asked whether it lives, and given up when it does not answer.
+pub(crate) const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
+pub(crate) const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Who must answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Expected {
+    /// Any server of this role that our authority vouches for.
+    Role(Role),
+    /// This one: what agents pin.
+    Peer(PeerIdentity),
+}
+
+impl Expected {
+    pub fn matches(&self, peer: &PeerIdentity) -> bool {
+        match self {
+            Expected::Role(role) => peer.role() == *role,
+            Expected::Peer(expected) => peer == expected,
+        }
+    }
+}
+
+impl fmt::Display for Expected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Expected::Role(role) => write!(f, "a {role}"),
+            Expected::Peer(peer) => peer.fmt(f),
+        }
+    }
+}
+
+impl From<PeerIdentity> for Expected {
+    fn from(peer: PeerIdentity) -> Self {
+        Expected::Peer(peer)
+    }
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error("{address:?} is no address of the form HOST:PORT")]
+    Address { address: String },
+    #[error("cannot reach {address}: {reason}")]
+    Unreachable { address: String, reason: String },
+    #[error("no secure connection with {address}: {reason}")]
+    Refused { address: String, reason: String },
+    #[error("the identity {identity} cannot be used: {reason}")]
+    Identity { identity: PeerIdentity, reason: String },
+}
+
+impl ConnectError {
+    /// What to do about it.
+    pub fn help(&self) -> &'static str {
+        match self {
+            ConnectError::Address { .. } => "give an address such as backup.example.org:7443 or [2001:db8::1]:7443",
+            ConnectError::Unreachable { .. } => {
+                "check that the server runs, that the address is right, and that no firewall is between"
+            }
+            ConnectError::Refused { .. } => {
+                "check that both ends were registered with the same configuration server and that their clocks agree"
+            }
+            ConnectError::Identity { .. } => "register this role again to get a new certificate",
+        }
+    }
+}
+
+/// A channel to `address` (`HOST:PORT`), on which only `expected` is talked to. The first connection is made before
+/// this returns; later ones are made by the channel itself when they are needed.
+pub async fn connect(
+    address: &str,
+    expected: impl Into<Expected>,
+    identity: &Identity,
+) -> Result<Channel, ConnectError> {
+    let config = tls::mutual_client(identity, expected.into())
+        .map_err(|error| ConnectError::Identity { identity: identity.peer(), reason: error.to_string() })?;
+    connect_with(address, config).await
+}
+
+/// As [`connect`], with a configuration of the caller's.
+pub async fn connect_with(address: &str, config: Arc<ClientConfig>) -> Result<Channel, ConnectError> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .map_err(|_| ConnectError::Address { address: address.to_owned() })?
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(HTTP2_FRAME_BYTES_MAX)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
+    let dialled = address.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let (address, config) = (dialled.clone(), config.clone());
+        async move { dial(&address, config).await.map(TokioIo::new) }
+    });
+    endpoint.connect_with_connector(connector).await.map_err(|error| {
+        find(&error)
+            .unwrap_or_else(|| ConnectError::Unreachable { address: address.to_owned(), reason: reasons(&error) })
+    })
+}
+
+/// One connection, proven on both ends.
+pub async fn dial(address: &str, config: Arc<ClientConfig>) -> Result<TlsStream<TcpStream>, ConnectError> {
+    let unreachable =
+        |error: io::Error| ConnectError::Unreachable { address: address.to_owned(), reason: error.to_string() };
+    let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()));
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host).trim_matches(['[', ']']);
+    let name =
+        ServerName::try_from(host.to_owned()).map_err(|_| ConnectError::Address { address: address.to_owned() })?;
+    let dialling = async {
+        let stream = TcpStream::connect(address).await.map_err(unreachable)?;
+        stream.set_nodelay(true).map_err(unreachable)?;
+        TlsConnector::from(config)
+            .connect(name, stream)
+            .await
+            .map_err(|error| ConnectError::Refused { address: address.to_owned(), reason: error.to_string() })
+    };
+    tokio::time::timeout(CONNECT_TIMEOUT, dialling).await.unwrap_or_else(|_| Err(unreachable(late())))
+}
+
+/// Our own error within those that the channel wrapped around it.
+fn find(error: &(dyn std::error::Error + 'static)) -> Option<ConnectError> {
+    std::iter::successors(Some(error), |error| error.source())
+        .find_map(|error| error.downcast_ref::<ConnectError>())
+        .cloned()
+}
+
+fn reasons(error: &(dyn std::error::Error + 'static)) -> String {
+    let all: Vec<String> =
+        std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect();
+    all.join(": ")
+}

@@ -1,0 +1,422 @@
+//! Who is who: certificates that name a role and an id, and the authority that issues them.
+//!
+//! A certificate carries one URI `tidemark://<role>/<id>` as subject alternative name; that, not a host name, is what
+//! the other end checks. Names and addresses are added for programs that connect with ordinary HTTPS clients.
+
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
+use std::str::FromStr;
+use std::time::Duration;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_base::{HostId, ServerId, Timestamp};
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+/// How long an issued certificate holds. It is renewed when a third is left, which bridges an authority that is away
+/// for a month.
+pub const LEAF_LIFETIME: Duration = Duration::from_secs(90 * 86_400);
+const AUTHORITY_LIFETIME: Duration = Duration::from_secs(20 * 365 * 86_400);
+/// Certificates begin this much before they are issued, for peers whose clock is behind.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(3_600);
+const PEM_BYTES_MAX: u64 = 64 << 10;
+const AUTHORITY_FILE: &str = "authority.pem";
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Role {
+    Agent,
+    ProcessServer,
+    ConfigServer,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Role::Agent => "agent",
+            Role::ProcessServer => "process-server",
+            Role::ConfigServer => "config-server",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Who a certificate speaks for. Prints as the URI in the certificate.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum PeerIdentity {
+    Agent(HostId),
+    ProcessServer(ServerId),
+    ConfigServer(ServerId),
+}
+
+impl PeerIdentity {
+    pub fn role(&self) -> Role {
+        match self {
+            PeerIdentity::Agent(_) => Role::Agent,
+            PeerIdentity::ProcessServer(_) => Role::ProcessServer,
+            PeerIdentity::ConfigServer(_) => Role::ConfigServer,
+        }
+    }
+
+    /// The one identity that a certificate names.
+    pub fn of_certificate(certificate: &CertificateDer<'_>) -> Result<Self, IdentityError> {
+        let unnamed = |reason: &str| IdentityError::Unnamed { reason: reason.to_owned() };
+        let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| unnamed("it cannot be parsed"))?;
+        let names = parsed.subject_alternative_name().map_err(|_| unnamed("its names cannot be parsed"))?;
+        let mut uris = names.iter().flat_map(|names| &names.value.general_names).filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        });
+        let uri = uris.next().ok_or_else(|| unnamed("it has no URI"))?;
+        if uris.next().is_some() {
+            return Err(unnamed("it has more than one URI"));
+        }
+        uri.parse()
+    }
+}
+
+impl fmt::Display for PeerIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PeerIdentity::Agent(id) => write!(f, "tidemark://agent/{id}"),
+            PeerIdentity::ProcessServer(id) => write!(f, "tidemark://process-server/{id}"),
+            PeerIdentity::ConfigServer(id) => write!(f, "tidemark://config-server/{id}"),
+        }
+    }
+}
+
+impl FromStr for PeerIdentity {
+    type Err = IdentityError;
+
+    fn from_str(uri: &str) -> Result<Self, IdentityError> {
+        let unnamed = || IdentityError::Unnamed { reason: format!("its URI {uri:?} is none of ours") };
+        let (role, id) = uri.strip_prefix("tidemark://").and_then(|rest| rest.split_once('/')).ok_or_else(unnamed)?;
+        match role {
+            "agent" => id.parse().map(PeerIdentity::Agent),
+            "process-server" => id.parse().map(PeerIdentity::ProcessServer),
+            "config-server" => id.parse().map(PeerIdentity::ConfigServer),
+            _ => return Err(unnamed()),
+        }
+        .map_err(|_| unnamed())
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    #[error("cannot read or write the identity in {path}")]
+    Storage { path: String, source: io::Error },
+    #[error("{path} holds no identity: {reason}")]
+    Damaged { path: String, reason: String },
+    #[error("a certificate names no role and id: {reason}")]
+    Unnamed { reason: String },
+    #[error("{name:?} can be no name in a certificate")]
+    Name { name: String },
+    #[error("a certificate could not be made: {0}")]
+    Issue(#[from] rcgen::Error),
+}
+
+impl IdentityError {
+    /// What to do about it.
+    pub fn help(&self) -> &'static str {
+        match self {
+            IdentityError::Storage { .. } => "check that the folder exists and belongs to this user",
+            IdentityError::Damaged { .. } => "restore the file from a backup, or register this role again",
+            IdentityError::Unnamed { .. } => "use a certificate that Tidemark's configuration server issued",
+            IdentityError::Name { .. } => "give a DNS name or an IP address",
+            IdentityError::Issue(_) => "check the system's clock and source of randomness",
+        }
+    }
+}
+
+/// A certificate with its key, and the authority that both ends trust.
+pub struct Identity {
+    pub chain: Vec<CertificateDer<'static>>,
+    pub key: PrivateKeyDer<'static>,
+    pub authority: CertificateDer<'static>,
+    peer: PeerIdentity,
+    expires: Timestamp,
+    /// Key, chain and authority, in this order.
+    pem: String,
+}
+
+impl Identity {
+    /// Who this is.
+    pub fn peer(&self) -> PeerIdentity {
+        self.peer
+    }
+
+    pub fn expires(&self) -> Timestamp {
+        self.expires
+    }
+
+    /// Whether only a third of its lifetime is left.
+    pub fn renewal_due(&self, now: Timestamp) -> bool {
+        self.expires.saturating_since(now) < LEAF_LIFETIME / 3
+    }
+
+    /// Reads what [`Identity::save`] wrote.
+    pub fn load(storage: &dyn Storage, name: &str) -> Result<Self, IdentityError> {
+        let path = || storage.path(name).display().to_string();
+        let pem = read_file(storage, name, PEM_BYTES_MAX)
+            .map_err(|source| IdentityError::Storage { path: path(), source })?;
+        Self::from_pem(&pem).map_err(|error| match error {
+            IdentityError::Damaged { reason, .. } => IdentityError::Damaged { path: path(), reason },
+            other => other,
+        })
+    }
+
+    /// Writes key, chain and authority, in this order, as PEM into one file of mode 0600, atomically: a key never meets
+    /// the certificate of another.
+    pub fn save(&self, storage: &dyn Storage, name: &str) -> Result<(), IdentityError> {
+        replace_file(storage, name, self.pem.as_bytes())
+            .map_err(|source| IdentityError::Storage { path: storage.path(name).display().to_string(), source })
+    }
+
+    /// For sending an identity to who will own it; holds the secret key.
+    pub fn to_pem(&self) -> &str {
+        &self.pem
+    }
+
+    pub fn from_pem(pem: &[u8]) -> Result<Self, IdentityError> {
+        let damaged = |reason: String| IdentityError::Damaged { path: "the PEM text".to_owned(), reason };
+        let key = PrivateKeyDer::from_pem_slice(pem).map_err(|error| damaged(format!("its key: {error}")))?;
+        let mut chain = CertificateDer::pem_slice_iter(pem)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| damaged(format!("its certificates: {error}")))?;
+        let authority = chain.pop().ok_or_else(|| damaged("no certificate".to_owned()))?;
+        let leaf = chain.first().ok_or_else(|| damaged("one certificate, two are needed".to_owned()))?;
+        let (peer, expires) = (PeerIdentity::of_certificate(leaf)?, expiry(leaf)?);
+        let pem = String::from_utf8_lossy(pem).into_owned();
+        Ok(Self { chain, key, authority, peer, expires, pem })
+    }
+
+    /// The authority's certificate, for HTTPS clients.
+    pub fn authority_pem(&self) -> &str {
+        last_certificate(&self.pem)
+    }
+}
+
+impl Clone for Identity {
+    fn clone(&self) -> Self {
+        Self {
+            chain: self.chain.clone(),
+            key: self.key.clone_key(),
+            authority: self.authority.clone(),
+            peer: self.peer,
+            expires: self.expires,
+            pem: self.pem.clone(),
+        }
+    }
+}
+
+impl fmt::Debug for Identity {
+    /// Leaves the key out.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Identity({}, until {})", self.peer, self.expires)
+    }
+}
+
+/// The certificate authority of one installation.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    certificate: CertificateDer<'static>,
+    certificate_pem: String,
+}
+
+impl Authority {
+    /// Loads the authority in this folder, or makes it.
+    pub fn open_or_create(storage: &dyn Storage) -> Result<Self, IdentityError> {
+        let failed =
+            |source| IdentityError::Storage { path: storage.path(AUTHORITY_FILE).display().to_string(), source };
+        if storage.exists(AUTHORITY_FILE).map_err(failed)? {
+            return Self::load(storage);
+        }
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut params = authority_params();
+        set_validity(&mut params, now(), AUTHORITY_LIFETIME);
+        let certificate = params.self_signed(&key)?;
+        let pem = key.serialize_pem() + &certificate.pem();
+        replace_file(storage, AUTHORITY_FILE, pem.as_bytes()).map_err(failed)?;
+        Ok(Self {
+            issuer: Issuer::new(authority_params(), key),
+            certificate: certificate.der().clone(),
+            certificate_pem: certificate.pem(),
+        })
+    }
+
+    fn load(storage: &dyn Storage) -> Result<Self, IdentityError> {
+        let path = || storage.path(AUTHORITY_FILE).display().to_string();
+        let damaged = |reason: String| IdentityError::Damaged { path: path(), reason };
+        let pem = read_file(storage, AUTHORITY_FILE, PEM_BYTES_MAX)
+            .map_err(|source| IdentityError::Storage { path: path(), source })?;
+        let key = PrivatePkcs8KeyDer::from_pem_slice(&pem).map_err(|error| damaged(format!("its key: {error}")))?;
+        let key = KeyPair::from_pkcs8_der_and_sign_algo(&key, &PKCS_ECDSA_P256_SHA256)
+            .map_err(|error| damaged(format!("its key: {error}")))?;
+        let certificate =
+            CertificateDer::from_pem_slice(&pem).map_err(|error| damaged(format!("its certificate: {error}")))?;
+        let certificate_pem = last_certificate(&String::from_utf8_lossy(&pem)).to_owned();
+        Ok(Self { issuer: Issuer::new(authority_params(), key), certificate, certificate_pem })
+    }
+
+    /// A new key and a certificate for it. `hosts` are the DNS names and IP addresses under which a server is reached.
+    pub fn issue(&self, peer: PeerIdentity, hosts: &[String]) -> Result<Identity, IdentityError> {
+        self.issue_for(peer, hosts, now(), LEAF_LIFETIME)
+    }
+
+    fn issue_for(
+        &self,
+        peer: PeerIdentity,
+        hosts: &[String],
+        begins: Duration,
+        lifetime: Duration,
+    ) -> Result<Identity, IdentityError> {
+        let named = |name: &str| IdentityError::Name { name: name.to_owned() };
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, format!("Tidemark {}", peer.role()));
+        let uri = peer.to_string();
+        params.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().map_err(|_| named(&uri))?)];
+        for host in hosts {
+            params.subject_alt_names.push(match host.parse::<IpAddr>() {
+                Ok(address) => SanType::IpAddress(address),
+                Err(_) => SanType::DnsName(host.as_str().try_into().map_err(|_| named(host))?),
+            });
+        }
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        // An agent dials and never answers, so its certificate cannot be used to pose as a server.
+        params.extended_key_usages = match peer.role() {
+            Role::Agent => vec![ExtendedKeyUsagePurpose::ClientAuth],
+            Role::ProcessServer | Role::ConfigServer => {
+                vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth]
+            }
+        };
+        params.use_authority_key_identifier_extension = true;
+        set_validity(&mut params, begins, lifetime);
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let leaf = params.signed_by(&key, &self.issuer)?;
+        Ok(Identity {
+            expires: expiry(leaf.der())?,
+            chain: vec![leaf.der().clone()],
+            pem: key.serialize_pem() + &leaf.pem() + &self.certificate_pem,
+            key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
+            authority: self.certificate.clone(),
+            peer,
+        })
+    }
+
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
+    /// BLAKE3 of the authority's certificate, for people to compare.
+    pub fn fingerprint(&self) -> String {
+        blake3::hash(&self.certificate).to_hex().to_string()
+    }
+}
+
+/// The same at every start, so that the issuer's name in new certificates is the one in the authority's own.
+fn authority_params() -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, "Tidemark certificate authority");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params
+}
+
+fn now() -> Duration {
+    Duration::from_nanos(Timestamp::from_system(std::time::SystemTime::now()).0)
+}
+
+fn set_validity(params: &mut CertificateParams, begins: Duration, lifetime: Duration) {
+    let moment = |since_1970: Duration| rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(since_1970.as_secs());
+    params.not_before = moment(begins.saturating_sub(CLOCK_TOLERANCE));
+    params.not_after = moment(begins + lifetime);
+}
+
+/// The last certificate of a PEM text: the authority's.
+fn last_certificate(pem: &str) -> &str {
+    pem.rfind("-----BEGIN CERTIFICATE-----").map_or("", |at| &pem[at..])
+}
+
+fn expiry(certificate: &CertificateDer<'_>) -> Result<Timestamp, IdentityError> {
+    let (_, parsed) = X509Certificate::from_der(certificate)
+        .map_err(|_| IdentityError::Unnamed { reason: "it cannot be parsed".to_owned() })?;
+    let seconds = parsed.validity().not_after.timestamp().max(0) as u64;
+    Ok(Timestamp(seconds.saturating_mul(1_000_000_000)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use tidemark_base::storage::RealStorage;
+
+    #[test]
+    fn an_authority_and_an_identity_survive_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        let first = Authority::open_or_create(&*storage).unwrap();
+        let again = Authority::open_or_create(&*storage).unwrap();
+        assert_eq!(first.fingerprint(), again.fingerprint());
+        let peer = PeerIdentity::Agent(HostId::random());
+        let identity = again.issue(peer, &[]).unwrap();
+        identity.save(&*storage, "agent.pem").unwrap();
+        let loaded = Identity::load(&*storage, "agent.pem").unwrap();
+        assert_eq!((loaded.peer(), &loaded.chain, &loaded.authority), (peer, &identity.chain, &identity.authority));
+        assert_eq!(loaded.key.secret_der(), identity.key.secret_der());
+        for name in ["authority.pem", "agent.pem"] {
+            let mode = std::fs::metadata(folder.path().join(name)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{name}");
+        }
+    }
+
+    #[test]
+    fn certificates_hold_for_at_least_thirty_days_and_are_renewed_at_a_third() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = Authority::open_or_create(&*RealStorage::open_folder(folder.path())).unwrap();
+        let identity = authority.issue(PeerIdentity::Agent(HostId::random()), &[]).unwrap();
+        let day = 86_400 * 1_000_000_000;
+        let now = Timestamp(now().as_nanos() as u64);
+        assert!(identity.expires().saturating_since(now) > Duration::from_secs(30 * 86_400));
+        assert!(!identity.renewal_due(now));
+        assert!(identity.renewal_due(Timestamp(now.0 + 61 * day)));
+    }
+
+    #[test]
+    fn identities_print_as_the_uri_that_is_read_back() {
+        for peer in [
+            PeerIdentity::Agent(HostId::random()),
+            PeerIdentity::ProcessServer(ServerId::random()),
+            PeerIdentity::ConfigServer(ServerId::random()),
+        ] {
+            assert_eq!(peer.to_string().parse::<PeerIdentity>().unwrap(), peer);
+        }
+        for alien in ["", "https://agent/x", "tidemark://agent", "tidemark://agent/x", "tidemark://root/4c9c6f9a"] {
+            assert!(alien.parse::<PeerIdentity>().is_err(), "{alien}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_identity_names_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        replace_file(&*storage, "agent.pem", b"nothing").unwrap();
+        let error = Identity::load(&*storage, "agent.pem").unwrap_err();
+        assert!(error.to_string().contains("agent.pem"), "{error}");
+    }
+}
