@@ -3,6 +3,4 @@
 pub mod replication {
     tonic::include_proto!("tidemark.replication.v1");
 }
-pub mod control {
-    tonic::include_proto!("tidemark.control.v1");
-}
+pub mod control;

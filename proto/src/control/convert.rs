@@ -1,0 +1,983 @@
+//! Between the wire and the model. Receiving checks: ids are ids, texts and lists are bounded, enums are known.
+
+use std::time::Duration;
+
+use tidemark_base::{DiskId, Generation, HostId, MachineId, MarkId, SECTOR_BYTES, ServerId, Timestamp};
+use uuid::Uuid;
+
+use super::model::*;
+use super::{DISKS_MAX, TEXT_BYTES_MAX, VERSION, wire};
+
+/// Why a message cannot be used.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum WireError {
+    #[error("{0} is missing or not valid")]
+    Invalid(&'static str),
+    #[error("{field} has {have} bytes or entries, at most {most} are allowed")]
+    TooLong { field: &'static str, have: usize, most: usize },
+    #[error("the other side speaks version {0} of the control stream, this one version {VERSION}")]
+    Version(u32),
+}
+
+/// The most entries of a list that grows with the machine's history.
+const LIST_MAX: usize = 1 << 20;
+
+type Checked<T> = Result<T, WireError>;
+
+fn text(value: String, field: &'static str) -> Checked<String> {
+    if value.len() > TEXT_BYTES_MAX {
+        return Err(WireError::TooLong { field, have: value.len(), most: TEXT_BYTES_MAX });
+    }
+    Ok(value)
+}
+
+fn named(value: String, field: &'static str) -> Checked<String> {
+    if value.is_empty() { Err(WireError::Invalid(field)) } else { text(value, field) }
+}
+
+fn list<T, U>(values: Vec<T>, field: &'static str, most: usize, convert: impl Fn(T) -> Checked<U>) -> Checked<Vec<U>> {
+    if values.len() > most {
+        return Err(WireError::TooLong { field, have: values.len(), most });
+    }
+    values.into_iter().map(convert).collect()
+}
+
+fn need<T>(value: Option<T>, field: &'static str) -> Checked<T> {
+    value.ok_or(WireError::Invalid(field))
+}
+
+fn machine(bytes: &[u8]) -> Checked<MachineId> {
+    need(MachineId::from_slice(bytes), "machine")
+}
+
+fn disk(bytes: &[u8]) -> Checked<DiskId> {
+    need(DiskId::from_slice(bytes), "disk")
+}
+
+fn mark(bytes: &[u8]) -> Checked<MarkId> {
+    need(MarkId::from_slice(bytes), "mark")
+}
+
+fn serve_id(bytes: &[u8]) -> Checked<ServeId> {
+    Uuid::from_slice(bytes).ok().filter(|id| !id.is_nil()).map(ServeId).ok_or(WireError::Invalid("serve"))
+}
+
+fn optional<T: PartialEq + Default>(value: T) -> Option<T> {
+    (value != T::default()).then_some(value)
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn empty() -> wire::Empty {
+    wire::Empty {}
+}
+
+fn machine_ref(id: &MachineId) -> wire::MachineRef {
+    wire::MachineRef { machine: id.to_vec() }
+}
+
+// ---- register
+
+impl From<&Register> for wire::Register {
+    fn from(from: &Register) -> Self {
+        let (role, id, address, server_name) = match &from.peer {
+            Peer::Agent { id } => (wire::Role::Agent, id.to_vec(), String::new(), String::new()),
+            Peer::ProcessServer { id, endpoint, server_name } => {
+                (wire::Role::ProcessServer, id.to_vec(), endpoint.clone(), server_name.clone())
+            }
+        };
+        wire::Register {
+            version: VERSION,
+            role: role.into(),
+            id,
+            name: from.name.clone(),
+            address,
+            server_name,
+            software: from.software.clone(),
+            boot: from.boot.clone(),
+        }
+    }
+}
+
+impl TryFrom<wire::Register> for Register {
+    type Error = WireError;
+
+    fn try_from(from: wire::Register) -> Checked<Self> {
+        if from.version != VERSION {
+            return Err(WireError::Version(from.version));
+        }
+        let peer = match from.role() {
+            wire::Role::Agent => Peer::Agent { id: need(HostId::from_slice(&from.id), "id")? },
+            wire::Role::ProcessServer => Peer::ProcessServer {
+                id: need(ServerId::from_slice(&from.id), "id")?,
+                endpoint: named(from.address, "address")?,
+                server_name: named(from.server_name, "server_name")?,
+            },
+            wire::Role::Invalid => return Err(WireError::Invalid("role")),
+        };
+        Ok(Register {
+            peer,
+            name: named(from.name, "name")?,
+            software: text(from.software, "software")?,
+            boot: text(from.boot, "boot")?,
+        })
+    }
+}
+
+// ---- commands
+
+impl From<&AgentCommand> for wire::AgentCommand {
+    fn from(from: &AgentCommand) -> Self {
+        use wire::agent_command::Body;
+        let body = match from {
+            AgentCommand::Probe { paths } => Body::Probe(wire::Probe { paths: paths.clone() }),
+            AgentCommand::Protect(spec) => Body::Protect(spec.into()),
+            AgentCommand::Unprotect(id) => Body::Unprotect(machine_ref(id)),
+            AgentCommand::Pause(id) => Body::Pause(machine_ref(id)),
+            AgentCommand::Resume(id) => Body::Resume(machine_ref(id)),
+            AgentCommand::Resync(id) => Body::Resync(machine_ref(id)),
+            AgentCommand::Mark(request) => Body::Mark(wire::MakeMark {
+                machine: request.machine.to_vec(),
+                consistency: wire::PointConsistency::from(request.consistency).into(),
+                label: request.label.clone(),
+                keep: request.keep,
+            }),
+            AgentCommand::Status => Body::Status(empty()),
+        };
+        wire::AgentCommand { body: Some(body) }
+    }
+}
+
+impl TryFrom<wire::AgentCommand> for AgentCommand {
+    type Error = WireError;
+
+    fn try_from(from: wire::AgentCommand) -> Checked<Self> {
+        use wire::agent_command::Body;
+        Ok(match need(from.body, "command")? {
+            Body::Probe(probe) => {
+                AgentCommand::Probe { paths: list(probe.paths, "paths", DISKS_MAX, |path| named(path, "path"))? }
+            }
+            Body::Protect(spec) => AgentCommand::Protect(spec.try_into()?),
+            Body::Unprotect(of) => AgentCommand::Unprotect(machine(&of.machine)?),
+            Body::Pause(of) => AgentCommand::Pause(machine(&of.machine)?),
+            Body::Resume(of) => AgentCommand::Resume(machine(&of.machine)?),
+            Body::Resync(of) => AgentCommand::Resync(machine(&of.machine)?),
+            Body::Mark(make) => AgentCommand::Mark(MarkRequest {
+                machine: machine(&make.machine)?,
+                consistency: make.consistency().try_into()?,
+                label: text(make.label, "label")?,
+                keep: make.keep,
+            }),
+            Body::Status(_) => AgentCommand::Status,
+        })
+    }
+}
+
+impl From<Consistency> for wire::PointConsistency {
+    fn from(from: Consistency) -> Self {
+        match from {
+            Consistency::Crash => wire::PointConsistency::Crash,
+            Consistency::App => wire::PointConsistency::App,
+        }
+    }
+}
+
+impl TryFrom<wire::PointConsistency> for Consistency {
+    type Error = WireError;
+
+    fn try_from(from: wire::PointConsistency) -> Checked<Self> {
+        match from {
+            wire::PointConsistency::Crash => Ok(Consistency::Crash),
+            wire::PointConsistency::App => Ok(Consistency::App),
+            wire::PointConsistency::Invalid => Err(WireError::Invalid("consistency")),
+        }
+    }
+}
+
+impl From<&MachineSpec> for wire::MachineSpec {
+    fn from(from: &MachineSpec) -> Self {
+        wire::MachineSpec {
+            machine: from.machine.to_vec(),
+            name: from.name.clone(),
+            disks: from.disks.iter().map(Into::into).collect(),
+            policy: Some(from.policy.into()),
+            server: Some(wire::Endpoint {
+                server: from.server.server.to_vec(),
+                address: from.server.address.clone(),
+                server_name: from.server.server_name.clone(),
+            }),
+            paused: from.paused,
+        }
+    }
+}
+
+impl TryFrom<wire::MachineSpec> for MachineSpec {
+    type Error = WireError;
+
+    fn try_from(from: wire::MachineSpec) -> Checked<Self> {
+        let server = need(from.server, "server")?;
+        Ok(MachineSpec {
+            machine: machine(&from.machine)?,
+            name: named(from.name, "name")?,
+            disks: disks(from.disks)?,
+            policy: need(from.policy, "policy")?.into(),
+            server: Endpoint {
+                server: need(ServerId::from_slice(&server.server), "server")?,
+                address: named(server.address, "address")?,
+                server_name: named(server.server_name, "server_name")?,
+            },
+            paused: from.paused,
+        })
+    }
+}
+
+fn disks(from: Vec<wire::DiskSpec>) -> Checked<Vec<DiskSpec>> {
+    if from.is_empty() {
+        return Err(WireError::Invalid("disks"));
+    }
+    list(from, "disks", DISKS_MAX, DiskSpec::try_from)
+}
+
+impl From<&DiskSpec> for wire::DiskSpec {
+    fn from(from: &DiskSpec) -> Self {
+        wire::DiskSpec {
+            disk: from.disk.to_vec(),
+            path: from.path.clone(),
+            export: from.export.clone(),
+            generation: from.generation.0,
+            bytes: from.bytes,
+        }
+    }
+}
+
+impl TryFrom<wire::DiskSpec> for DiskSpec {
+    type Error = WireError;
+
+    fn try_from(from: wire::DiskSpec) -> Checked<Self> {
+        if from.bytes == 0 || !from.bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(WireError::Invalid("bytes"));
+        }
+        Ok(DiskSpec {
+            disk: disk(&from.disk)?,
+            path: named(from.path, "path")?,
+            export: named(from.export, "export")?,
+            generation: Generation(need(optional(from.generation), "generation")?),
+            bytes: from.bytes,
+        })
+    }
+}
+
+impl From<ReplicationPolicy> for wire::ReplicationPolicy {
+    fn from(from: ReplicationPolicy) -> Self {
+        wire::ReplicationPolicy {
+            cycle_ms: from.cycle.map_or(0, milliseconds),
+            point_interval_ms: from.point_interval.map_or(0, milliseconds),
+            compression: from.compression.unwrap_or(0),
+            log_limit_bytes: from.log_limit_bytes.unwrap_or(0),
+            throttle_bytes_per_second: from.throttle_bytes_per_second.unwrap_or(0),
+        }
+    }
+}
+
+impl From<wire::ReplicationPolicy> for ReplicationPolicy {
+    fn from(from: wire::ReplicationPolicy) -> Self {
+        ReplicationPolicy {
+            cycle: optional(from.cycle_ms).map(Duration::from_millis),
+            point_interval: optional(from.point_interval_ms).map(Duration::from_millis),
+            compression: optional(from.compression),
+            log_limit_bytes: optional(from.log_limit_bytes),
+            throttle_bytes_per_second: optional(from.throttle_bytes_per_second),
+        }
+    }
+}
+
+impl From<&ServerCommand> for wire::ServerCommand {
+    fn from(from: &ServerCommand) -> Self {
+        use wire::server_command::Body;
+        let point_ref = |machine: &MachineId, point: &Selector| wire::PointRef {
+            machine: machine.to_vec(),
+            selector: Some((*point).into()),
+        };
+        let body = match from {
+            ServerCommand::Authorise(grant) => Body::Authorise(grant.into()),
+            ServerCommand::Deauthorise { machine, delete_replica } => {
+                Body::Deauthorise(wire::Deauthorise { machine: machine.to_vec(), delete_replica: *delete_replica })
+            }
+            ServerCommand::Retention { machine, retention } => {
+                Body::Retention(wire::SetRetention { machine: machine.to_vec(), retention: Some((*retention).into()) })
+            }
+            ServerCommand::Points(machine) => Body::Points(machine_ref(machine)),
+            ServerCommand::Resolve { machine, point } => Body::Resolve(point_ref(machine, point)),
+            ServerCommand::Lock { machine, point, locked } => Body::Lock(wire::LockPoint {
+                machine: machine.to_vec(),
+                selector: Some((*point).into()),
+                locked: *locked,
+            }),
+            ServerCommand::Verify { machine, point } => Body::Verify(point_ref(machine, point)),
+            ServerCommand::WaitPoint { machine, mark, limit } => Body::WaitPoint(wire::WaitPoint {
+                machine: machine.to_vec(),
+                mark: mark.to_vec(),
+                limit_ms: milliseconds(*limit),
+            }),
+            ServerCommand::Serve { machine, point, writable } => Body::Serve(wire::Serve {
+                machine: machine.to_vec(),
+                selector: Some((*point).into()),
+                writable: *writable,
+            }),
+            ServerCommand::StopServe(id) => Body::StopServe(wire::ServeRef { serve: id.0.as_bytes().to_vec() }),
+            ServerCommand::Export { machine, point, to, format } => Body::Export(wire::Export {
+                machine: machine.to_vec(),
+                selector: Some((*point).into()),
+                to: to.clone(),
+                format: format.name().to_owned(),
+            }),
+            ServerCommand::Status => Body::Status(empty()),
+        };
+        wire::ServerCommand { body: Some(body) }
+    }
+}
+
+impl TryFrom<wire::ServerCommand> for ServerCommand {
+    type Error = WireError;
+
+    fn try_from(from: wire::ServerCommand) -> Checked<Self> {
+        use wire::server_command::Body;
+        Ok(match need(from.body, "command")? {
+            Body::Authorise(grant) => ServerCommand::Authorise(grant.try_into()?),
+            Body::Deauthorise(of) => {
+                ServerCommand::Deauthorise { machine: machine(&of.machine)?, delete_replica: of.delete_replica }
+            }
+            Body::Retention(of) => ServerCommand::Retention {
+                machine: machine(&of.machine)?,
+                retention: need(of.retention, "retention")?.into(),
+            },
+            Body::Points(of) => ServerCommand::Points(machine(&of.machine)?),
+            Body::Resolve(of) => {
+                ServerCommand::Resolve { machine: machine(&of.machine)?, point: selector(of.selector)? }
+            }
+            Body::Lock(of) => {
+                ServerCommand::Lock { machine: machine(&of.machine)?, point: selector(of.selector)?, locked: of.locked }
+            }
+            Body::Verify(of) => ServerCommand::Verify { machine: machine(&of.machine)?, point: selector(of.selector)? },
+            Body::WaitPoint(of) => ServerCommand::WaitPoint {
+                machine: machine(&of.machine)?,
+                mark: mark(&of.mark)?,
+                limit: Duration::from_millis(need(optional(of.limit_ms), "limit")?),
+            },
+            Body::Serve(of) => ServerCommand::Serve {
+                machine: machine(&of.machine)?,
+                point: selector(of.selector)?,
+                writable: of.writable,
+            },
+            Body::StopServe(of) => ServerCommand::StopServe(serve_id(&of.serve)?),
+            Body::Export(of) => ServerCommand::Export {
+                machine: machine(&of.machine)?,
+                point: selector(of.selector)?,
+                to: named(of.to, "to")?,
+                format: of.format.parse().map_err(|_| WireError::Invalid("format"))?,
+            },
+            Body::Status(_) => ServerCommand::Status,
+        })
+    }
+}
+
+impl From<Selector> for wire::Selector {
+    fn from(from: Selector) -> Self {
+        use wire::selector::Body;
+        let body = match from {
+            Selector::Latest => Body::Latest(empty()),
+            Selector::LatestApp => Body::LatestApp(empty()),
+            Selector::Point(id) => Body::Point(id.to_vec()),
+            Selector::Time(time) => Body::TimeNs(time.0),
+        };
+        wire::Selector { body: Some(body) }
+    }
+}
+
+fn selector(from: Option<wire::Selector>) -> Checked<Selector> {
+    use wire::selector::Body;
+    Ok(match need(from.and_then(|selector| selector.body), "selector")? {
+        Body::Latest(_) => Selector::Latest,
+        Body::LatestApp(_) => Selector::LatestApp,
+        Body::Point(id) => Selector::Point(mark(&id)?),
+        Body::TimeNs(time) => Selector::Time(Timestamp(time)),
+    })
+}
+
+impl From<&MachineGrant> for wire::MachineGrant {
+    fn from(from: &MachineGrant) -> Self {
+        wire::MachineGrant {
+            machine: from.machine.to_vec(),
+            name: from.name.clone(),
+            host: from.host.to_vec(),
+            host_name: from.host_name.clone(),
+            disks: from.disks.iter().map(Into::into).collect(),
+            retention: Some(from.retention.into()),
+        }
+    }
+}
+
+impl TryFrom<wire::MachineGrant> for MachineGrant {
+    type Error = WireError;
+
+    fn try_from(from: wire::MachineGrant) -> Checked<Self> {
+        Ok(MachineGrant {
+            machine: machine(&from.machine)?,
+            name: named(from.name, "name")?,
+            host: need(HostId::from_slice(&from.host), "host")?,
+            host_name: named(from.host_name, "host_name")?,
+            disks: disks(from.disks)?,
+            retention: need(from.retention, "retention")?.into(),
+        })
+    }
+}
+
+impl From<Retention> for wire::Retention {
+    fn from(from: Retention) -> Self {
+        wire::Retention {
+            any_time_ms: milliseconds(from.any_time),
+            age_ms: from.age.map_or(0, milliseconds),
+            count: from.count.unwrap_or(0),
+        }
+    }
+}
+
+impl From<wire::Retention> for Retention {
+    fn from(from: wire::Retention) -> Self {
+        Retention {
+            any_time: Duration::from_millis(from.any_time_ms),
+            age: optional(from.age_ms).map(Duration::from_millis),
+            count: optional(from.count),
+        }
+    }
+}
+
+// ---- replies
+
+impl From<&Failure> for wire::Failure {
+    fn from(from: &Failure) -> Self {
+        let kind = match from.kind {
+            FailureKind::BadRequest => wire::FailureKind::BadRequest,
+            FailureKind::NotFound => wire::FailureKind::NotFound,
+            FailureKind::Conflict => wire::FailureKind::Conflict,
+            FailureKind::Unavailable => wire::FailureKind::Unavailable,
+            FailureKind::TimedOut => wire::FailureKind::TimedOut,
+            FailureKind::Damaged => wire::FailureKind::Damaged,
+            FailureKind::Failed => wire::FailureKind::Failed,
+        };
+        let bounded = |text: &str| text.chars().take(TEXT_BYTES_MAX / 4).collect();
+        wire::Failure { kind: kind.into(), message: bounded(&from.message), help: bounded(&from.help) }
+    }
+}
+
+impl TryFrom<wire::Failure> for Failure {
+    type Error = WireError;
+
+    fn try_from(from: wire::Failure) -> Checked<Self> {
+        let kind = match from.kind() {
+            wire::FailureKind::BadRequest => FailureKind::BadRequest,
+            wire::FailureKind::NotFound => FailureKind::NotFound,
+            wire::FailureKind::Conflict => FailureKind::Conflict,
+            wire::FailureKind::Unavailable => FailureKind::Unavailable,
+            wire::FailureKind::TimedOut => FailureKind::TimedOut,
+            wire::FailureKind::Damaged => FailureKind::Damaged,
+            // A kind of a newer build is still a failure.
+            wire::FailureKind::Failed | wire::FailureKind::Invalid => FailureKind::Failed,
+        };
+        Ok(Failure { kind, message: named(from.message, "message")?, help: text(from.help, "help")? })
+    }
+}
+
+/// The answer to request `request`.
+pub fn reply_to(request: u64, outcome: &Result<Reply, Failure>) -> wire::Reply {
+    use wire::reply::Body;
+    let body = match outcome {
+        Err(failure) => Body::Failure(failure.into()),
+        Ok(Reply::Done) => Body::Done(empty()),
+        Ok(Reply::Probed(disks)) => Body::Probed(wire::Probed {
+            disks: disks.iter().map(|disk| wire::ProbedDisk { path: disk.path.clone(), bytes: disk.bytes }).collect(),
+        }),
+        Ok(Reply::Attached(disks)) => Body::Attached(wire::Attached { disks: disks.iter().map(Into::into).collect() }),
+        Ok(Reply::Marked { mark, time }) => Body::Marked(wire::Marked { mark: mark.to_vec(), time_ns: time.0 }),
+        Ok(Reply::Point(point)) => Body::Point(point.into()),
+        Ok(Reply::Points(points)) => Body::Points(wire::Points { points: points.iter().map(Into::into).collect() }),
+        Ok(Reply::Verified(verified)) => Body::Verified(wire::Verified {
+            point: verified.point.to_vec(),
+            time_ns: verified.time.0,
+            bytes: verified.bytes,
+            defects: verified.defects.clone(),
+        }),
+        Ok(Reply::Serving(serving)) => Body::Serving(serving.into()),
+        Ok(Reply::Exported(exported)) => Body::Exported(wire::Exported {
+            point: exported.point.to_vec(),
+            time_ns: exported.time.0,
+            files: exported
+                .files
+                .iter()
+                .map(|file| wire::ExportedFile { disk: file.id.to_vec(), path: file.path.clone(), bytes: file.bytes })
+                .collect(),
+        }),
+        Ok(Reply::Agent(report)) => Body::AgentReport(report.into()),
+        Ok(Reply::Server(report)) => Body::ServerReport(report.into()),
+    };
+    wire::Reply { request, body: Some(body) }
+}
+
+impl TryFrom<wire::Reply> for (u64, Result<Reply, Failure>) {
+    type Error = WireError;
+
+    fn try_from(from: wire::Reply) -> Checked<Self> {
+        use wire::reply::Body;
+        let reply = match need(from.body, "reply")? {
+            Body::Failure(failure) => return Ok((from.request, Err(failure.try_into()?))),
+            Body::Done(_) => Reply::Done,
+            Body::Probed(probed) => Reply::Probed(list(probed.disks, "disks", DISKS_MAX, |disk| {
+                Ok(ProbedDisk { path: named(disk.path, "path")?, bytes: need(optional(disk.bytes), "bytes")? })
+            })?),
+            Body::Attached(attached) => {
+                Reply::Attached(list(attached.disks, "disks", DISKS_MAX, AttachedDisk::try_from)?)
+            }
+            Body::Marked(marked) => Reply::Marked { mark: mark(&marked.mark)?, time: Timestamp(marked.time_ns) },
+            Body::Point(point) => Reply::Point(point.try_into()?),
+            Body::Points(points) => Reply::Points(list(points.points, "points", LIST_MAX, PointInfo::try_from)?),
+            Body::Verified(verified) => Reply::Verified(Verified {
+                point: mark(&verified.point)?,
+                time: Timestamp(verified.time_ns),
+                bytes: verified.bytes,
+                defects: list(verified.defects, "defects", LIST_MAX, |defect| text(defect, "defect"))?,
+            }),
+            Body::Serving(serving) => Reply::Serving(serving.try_into()?),
+            Body::Exported(exported) => Reply::Exported(Exported {
+                point: mark(&exported.point)?,
+                time: Timestamp(exported.time_ns),
+                files: list(exported.files, "files", DISKS_MAX, |file| {
+                    Ok(ExportedFile { id: disk(&file.disk)?, path: named(file.path, "path")?, bytes: file.bytes })
+                })?,
+            }),
+            Body::AgentReport(report) => Reply::Agent(report.try_into()?),
+            Body::ServerReport(report) => Reply::Server(report.try_into()?),
+        };
+        Ok((from.request, Ok(reply)))
+    }
+}
+
+impl From<&AttachedDisk> for wire::AttachedDisk {
+    fn from(from: &AttachedDisk) -> Self {
+        wire::AttachedDisk {
+            disk: from.id.to_vec(),
+            nbd: from.nbd.clone().unwrap_or_default(),
+            file: from.file.clone().unwrap_or_default(),
+            bytes: from.bytes,
+        }
+    }
+}
+
+impl TryFrom<wire::AttachedDisk> for AttachedDisk {
+    type Error = WireError;
+
+    fn try_from(from: wire::AttachedDisk) -> Checked<Self> {
+        Ok(AttachedDisk {
+            id: disk(&from.disk)?,
+            nbd: optional(text(from.nbd, "nbd")?),
+            file: optional(text(from.file, "file")?),
+            bytes: from.bytes,
+        })
+    }
+}
+
+impl From<&PointInfo> for wire::Point {
+    fn from(from: &PointInfo) -> Self {
+        wire::Point {
+            id: from.id.to_vec(),
+            time_ns: from.time.0,
+            consistency: wire::PointConsistency::from(from.consistency).into(),
+            label: from.label.clone(),
+            locked: from.locked,
+            change_bytes: from.change_bytes,
+            flags: from.flags.clone(),
+        }
+    }
+}
+
+impl TryFrom<wire::Point> for PointInfo {
+    type Error = WireError;
+
+    fn try_from(from: wire::Point) -> Checked<Self> {
+        Ok(PointInfo {
+            id: mark(&from.id)?,
+            time: Timestamp(from.time_ns),
+            consistency: from.consistency().try_into()?,
+            label: text(from.label, "label")?,
+            locked: from.locked,
+            change_bytes: from.change_bytes,
+            flags: list(from.flags, "flags", 16, |flag| text(flag, "flag"))?,
+        })
+    }
+}
+
+impl From<&Serving> for wire::Serving {
+    fn from(from: &Serving) -> Self {
+        wire::Serving {
+            serve: from.serve.0.as_bytes().to_vec(),
+            machine: from.machine.to_vec(),
+            point: from.point.to_vec(),
+            time_ns: from.time.0,
+            writable: from.writable,
+            disks: from.disks.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl TryFrom<wire::Serving> for Serving {
+    type Error = WireError;
+
+    fn try_from(from: wire::Serving) -> Checked<Self> {
+        Ok(Serving {
+            serve: serve_id(&from.serve)?,
+            machine: machine(&from.machine)?,
+            point: mark(&from.point)?,
+            time: Timestamp(from.time_ns),
+            writable: from.writable,
+            disks: list(from.disks, "disks", DISKS_MAX, AttachedDisk::try_from)?,
+        })
+    }
+}
+
+// ---- reports
+
+fn problems(from: Vec<wire::Problem>) -> Checked<Vec<Problem>> {
+    list(from, "problems", 64, |problem| {
+        Ok(Problem {
+            critical: problem.critical,
+            message: named(problem.message, "problem")?,
+            help: text(problem.help, "help")?,
+        })
+    })
+}
+
+fn wire_problems(from: &[Problem]) -> Vec<wire::Problem> {
+    from.iter()
+        .map(|problem| wire::Problem {
+            critical: problem.critical,
+            message: problem.message.clone(),
+            help: problem.help.clone(),
+        })
+        .collect()
+}
+
+impl From<&AgentReport> for wire::AgentReport {
+    fn from(from: &AgentReport) -> Self {
+        wire::AgentReport { time_ns: from.time.0, disks: from.disks.iter().map(Into::into).collect() }
+    }
+}
+
+impl TryFrom<wire::AgentReport> for AgentReport {
+    type Error = WireError;
+
+    fn try_from(from: wire::AgentReport) -> Checked<Self> {
+        Ok(AgentReport {
+            time: Timestamp(from.time_ns),
+            disks: list(from.disks, "disks", LIST_MAX, SourceDisk::try_from)?,
+        })
+    }
+}
+
+impl From<&SourceDisk> for wire::SourceDisk {
+    fn from(from: &SourceDisk) -> Self {
+        let state = match from.state {
+            SourceState::Connecting => wire::SourceState::Connecting,
+            SourceState::InitialReplication => wire::SourceState::Initial,
+            SourceState::Resynchronising => wire::SourceState::Resynchronising,
+            SourceState::Replicating => wire::SourceState::Replicating,
+            SourceState::Paused => wire::SourceState::Paused,
+            SourceState::Failed => wire::SourceState::Failed,
+        };
+        let mode = match from.mode {
+            SourceMode::Data => wire::SourceMode::Data,
+            SourceMode::Bitmap => wire::SourceMode::Bitmap,
+            SourceMode::Compare => wire::SourceMode::Compare,
+        };
+        let (scan_done_bytes, scan_total_bytes) = from.scan.unwrap_or_default();
+        wire::SourceDisk {
+            disk: from.disk.to_vec(),
+            state: state.into(),
+            mode: mode.into(),
+            logged: from.logged.clone(),
+            sent: from.sent.clone(),
+            durable: from.durable.clone(),
+            pending_bytes: from.pending_bytes,
+            written_bytes: from.written_bytes,
+            sent_bytes: from.sent_bytes,
+            log_bytes: from.log_bytes,
+            rpo_ns: u64::try_from(from.rpo.as_nanos()).unwrap_or(u64::MAX),
+            scan_done_bytes,
+            scan_total_bytes,
+            problems: wire_problems(&from.problems),
+        }
+    }
+}
+
+impl TryFrom<wire::SourceDisk> for SourceDisk {
+    type Error = WireError;
+
+    fn try_from(from: wire::SourceDisk) -> Checked<Self> {
+        let state = match from.state() {
+            wire::SourceState::Invalid => return Err(WireError::Invalid("state")),
+            wire::SourceState::Connecting => SourceState::Connecting,
+            wire::SourceState::Initial => SourceState::InitialReplication,
+            wire::SourceState::Resynchronising => SourceState::Resynchronising,
+            wire::SourceState::Replicating => SourceState::Replicating,
+            wire::SourceState::Paused => SourceState::Paused,
+            wire::SourceState::Failed => SourceState::Failed,
+        };
+        let mode = match from.mode() {
+            wire::SourceMode::Invalid => return Err(WireError::Invalid("mode")),
+            wire::SourceMode::Data => SourceMode::Data,
+            wire::SourceMode::Bitmap => SourceMode::Bitmap,
+            wire::SourceMode::Compare => SourceMode::Compare,
+        };
+        Ok(SourceDisk {
+            disk: disk(&from.disk)?,
+            state,
+            mode,
+            logged: text(from.logged, "logged")?,
+            sent: text(from.sent, "sent")?,
+            durable: text(from.durable, "durable")?,
+            pending_bytes: from.pending_bytes,
+            written_bytes: from.written_bytes,
+            sent_bytes: from.sent_bytes,
+            log_bytes: from.log_bytes,
+            rpo: Duration::from_nanos(from.rpo_ns),
+            scan: (from.scan_total_bytes > 0).then_some((from.scan_done_bytes, from.scan_total_bytes)),
+            problems: problems(from.problems)?,
+        })
+    }
+}
+
+impl From<&ServerReport> for wire::ServerReport {
+    fn from(from: &ServerReport) -> Self {
+        wire::ServerReport {
+            time_ns: from.time.0,
+            disks: from
+                .disks
+                .iter()
+                .map(|disk| wire::ReplicaDisk {
+                    disk: disk.disk.to_vec(),
+                    consistent: disk.consistent,
+                    durable: disk.durable.clone(),
+                    folded: disk.folded.clone(),
+                    durable_time_ns: disk.durable_time.map_or(0, |time| time.0),
+                    stored_bytes: disk.stored_bytes,
+                    problems: wire_problems(&disk.problems),
+                })
+                .collect(),
+            serves: from.serves.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl TryFrom<wire::ServerReport> for ServerReport {
+    type Error = WireError;
+
+    fn try_from(from: wire::ServerReport) -> Checked<Self> {
+        Ok(ServerReport {
+            time: Timestamp(from.time_ns),
+            disks: list(from.disks, "disks", LIST_MAX, |of| {
+                Ok(ReplicaDisk {
+                    disk: disk(&of.disk)?,
+                    consistent: of.consistent,
+                    durable: text(of.durable, "durable")?,
+                    folded: text(of.folded, "folded")?,
+                    durable_time: optional(of.durable_time_ns).map(Timestamp),
+                    stored_bytes: of.stored_bytes,
+                    problems: problems(of.problems)?,
+                })
+            })?,
+            serves: list(from.serves, "serves", 4096, Serving::try_from)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> MachineSpec {
+        MachineSpec {
+            machine: MachineId::random(),
+            name: "web".into(),
+            disks: vec![DiskSpec {
+                disk: DiskId::random(),
+                path: "/d".into(),
+                export: "web-0".into(),
+                generation: Generation::FIRST,
+                bytes: 4096,
+            }],
+            policy: ReplicationPolicy {
+                cycle: Some(Duration::from_secs(30)),
+                point_interval: None,
+                compression: Some(1),
+                log_limit_bytes: None,
+                throttle_bytes_per_second: None,
+            },
+            server: Endpoint {
+                server: ServerId::random(),
+                address: "127.0.0.1:1".into(),
+                server_name: "process-server".into(),
+            },
+            paused: true,
+        }
+    }
+
+    #[test]
+    fn agent_commands_survive_the_wire() {
+        let machine = MachineId::random();
+        for command in [
+            AgentCommand::Probe { paths: vec!["/a".into(), "/b".into()] },
+            AgentCommand::Protect(spec()),
+            AgentCommand::Unprotect(machine),
+            AgentCommand::Pause(machine),
+            AgentCommand::Resume(machine),
+            AgentCommand::Resync(machine),
+            AgentCommand::Mark(MarkRequest { machine, consistency: Consistency::App, label: "x".into(), keep: true }),
+            AgentCommand::Status,
+        ] {
+            assert_eq!(AgentCommand::try_from(wire::AgentCommand::from(&command)), Ok(command));
+        }
+    }
+
+    #[test]
+    fn server_commands_survive_the_wire() {
+        let machine = MachineId::random();
+        let retention =
+            Retention { any_time: Duration::from_secs(7200), age: Some(Duration::from_secs(86400)), count: Some(7) };
+        let point = Selector::Time(Timestamp(42));
+        for command in [
+            ServerCommand::Authorise(MachineGrant {
+                machine,
+                name: "web".into(),
+                host: HostId::random(),
+                host_name: "h".into(),
+                disks: spec().disks,
+                retention,
+            }),
+            ServerCommand::Deauthorise { machine, delete_replica: true },
+            ServerCommand::Retention { machine, retention },
+            ServerCommand::Points(machine),
+            ServerCommand::Resolve { machine, point },
+            ServerCommand::Lock { machine, point: Selector::Point(MarkId::random()), locked: true },
+            ServerCommand::Verify { machine, point: Selector::Latest },
+            ServerCommand::WaitPoint { machine, mark: MarkId::random(), limit: Duration::from_secs(3) },
+            ServerCommand::Serve { machine, point: Selector::LatestApp, writable: true },
+            ServerCommand::StopServe(ServeId::random()),
+            ServerCommand::Export { machine, point, to: "/x".into(), format: ImageFormat::Vhdx },
+            ServerCommand::Status,
+        ] {
+            assert_eq!(ServerCommand::try_from(wire::ServerCommand::from(&command)), Ok(command));
+        }
+    }
+
+    #[test]
+    fn replies_and_failures_survive_the_wire() {
+        let point = PointInfo {
+            id: MarkId::random(),
+            time: Timestamp(7),
+            consistency: Consistency::Crash,
+            label: String::new(),
+            locked: true,
+            change_bytes: 9,
+            flags: vec!["clock_stepped".into()],
+        };
+        let attached = AttachedDisk { id: DiskId::random(), nbd: Some("nbd+unix:///a".into()), file: None, bytes: 512 };
+        let serving = Serving {
+            serve: ServeId::random(),
+            machine: MachineId::random(),
+            point: point.id,
+            time: Timestamp(8),
+            writable: false,
+            disks: vec![attached.clone()],
+        };
+        let problem = Problem { critical: true, message: "m".into(), help: "h".into() };
+        for outcome in [
+            Ok(Reply::Done),
+            Ok(Reply::Attached(vec![attached])),
+            Ok(Reply::Marked { mark: point.id, time: Timestamp(1) }),
+            Ok(Reply::Points(vec![point.clone()])),
+            Ok(Reply::Verified(Verified { point: point.id, time: Timestamp(1), bytes: 3, defects: vec!["d".into()] })),
+            Ok(Reply::Serving(serving.clone())),
+            Ok(Reply::Agent(AgentReport {
+                time: Timestamp(5),
+                disks: vec![SourceDisk {
+                    disk: DiskId::random(),
+                    state: SourceState::InitialReplication,
+                    mode: SourceMode::Data,
+                    logged: "a:1".into(),
+                    sent: String::new(),
+                    durable: String::new(),
+                    pending_bytes: 1,
+                    written_bytes: 2,
+                    sent_bytes: 3,
+                    log_bytes: 4,
+                    rpo: Duration::from_millis(5),
+                    scan: Some((1, 2)),
+                    problems: vec![problem.clone()],
+                }],
+            })),
+            Ok(Reply::Server(ServerReport {
+                time: Timestamp(5),
+                disks: vec![ReplicaDisk {
+                    disk: DiskId::random(),
+                    consistent: true,
+                    durable: "a:1".into(),
+                    folded: String::new(),
+                    durable_time: None,
+                    stored_bytes: 1,
+                    problems: vec![problem],
+                }],
+                serves: vec![serving],
+            })),
+            Err(Failure::new(FailureKind::Conflict, "in use", "stop it")),
+        ] {
+            let expected = (3, outcome.clone());
+            assert_eq!(<(u64, Result<Reply, Failure>)>::try_from(reply_to(3, &outcome)), Ok(expected));
+        }
+    }
+
+    #[test]
+    fn what_is_not_valid_is_refused_by_name() {
+        let mut bad = wire::MachineSpec::from(&spec());
+        bad.disks[0].disk = vec![0; 16];
+        assert_eq!(MachineSpec::try_from(bad), Err(WireError::Invalid("disk")));
+        let mut bad = wire::MachineSpec::from(&spec());
+        bad.disks[0].bytes = 1000;
+        assert_eq!(MachineSpec::try_from(bad), Err(WireError::Invalid("bytes")));
+        let mut bad = wire::MachineSpec::from(&spec());
+        bad.name = "x".repeat(TEXT_BYTES_MAX + 1);
+        assert!(matches!(MachineSpec::try_from(bad), Err(WireError::TooLong { field: "name", .. })));
+        let mut bad = wire::MachineSpec::from(&spec());
+        bad.disks = vec![bad.disks[0].clone(); DISKS_MAX + 1];
+        assert!(matches!(MachineSpec::try_from(bad), Err(WireError::TooLong { field: "disks", .. })));
+        assert_eq!(Register::try_from(wire::Register { version: 9, ..Default::default() }), Err(WireError::Version(9)));
+        assert_eq!(AgentCommand::try_from(wire::AgentCommand { body: None }), Err(WireError::Invalid("command")));
+    }
+
+    #[test]
+    fn points_are_named_as_people_name_them() {
+        let id = MarkId::random();
+        for (name, selector) in [
+            ("latest".to_owned(), Selector::Latest),
+            ("latest-app".to_owned(), Selector::LatestApp),
+            (id.to_string(), Selector::Point(id)),
+        ] {
+            assert_eq!(name.parse(), Ok(selector));
+            assert_eq!(selector.to_string(), name);
+        }
+        assert_eq!(
+            "2026-11-21T10:04:05.250Z".parse(),
+            Ok(Selector::Time(Timestamp::parse("2026-11-21T10:04:05.25Z").unwrap()))
+        );
+        assert!("yesterday".parse::<Selector>().is_err());
+    }
+}

@@ -1,0 +1,21 @@
+//! The control stream: what agents and process servers are told, and what they say.
+//!
+//! [`wire`] is generated; everything that is received becomes a type of [`model`] by `TryFrom` before anyone acts on it.
+
+mod convert;
+mod model;
+
+pub mod wire {
+    tonic::include_proto!("tidemark.control.v1");
+}
+
+pub use convert::{WireError, reply_to};
+pub use model::*;
+
+/// The version of the stream that this build speaks.
+pub const VERSION: u32 = 1;
+
+/// The longest text that a message may carry: a path, a label, a reason.
+pub const TEXT_BYTES_MAX: usize = 8192;
+/// The most disks of one machine.
+pub const DISKS_MAX: usize = 256;

@@ -1,0 +1,446 @@
+//! What the control stream says, checked. These types are also the JSON of the REST API: snake case, sizes in bytes,
+//! times as RFC 3339, durations in seconds.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tidemark_base::{DiskId, Generation, HostId, MachineId, MarkId, ServerId, Timestamp};
+use uuid::Uuid;
+
+/// Who is at the other end of a control stream.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Peer {
+    Agent { id: HostId },
+    ProcessServer { id: ServerId, endpoint: String, server_name: String },
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Register {
+    pub peer: Peer,
+    /// As people know it: the host's name.
+    pub name: String,
+    pub software: String,
+    pub boot: String,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub enum AgentCommand {
+    /// Whether these disks could be protected, without touching them.
+    Probe {
+        paths: Vec<String>,
+    },
+    Protect(MachineSpec),
+    Unprotect(MachineId),
+    Pause(MachineId),
+    Resume(MachineId),
+    Resync(MachineId),
+    Mark(MarkRequest),
+    Status,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct MachineSpec {
+    pub machine: MachineId,
+    pub name: String,
+    pub disks: Vec<DiskSpec>,
+    pub policy: ReplicationPolicy,
+    pub server: Endpoint,
+    pub paused: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskSpec {
+    pub disk: DiskId,
+    pub path: String,
+    /// The name of its NBD export.
+    pub export: String,
+    pub generation: Generation,
+    pub bytes: u64,
+}
+
+/// Where a process server takes replication streams.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Endpoint {
+    pub server: ServerId,
+    /// host:port
+    pub address: String,
+    /// The name in its certificate.
+    pub server_name: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ReplicationPolicy {
+    /// `None`: continuous.
+    pub cycle: Option<Duration>,
+    /// A kept crash-consistent point that often.
+    pub point_interval: Option<Duration>,
+    /// zstd level; `None`: off.
+    pub compression: Option<i32>,
+    /// `None`: the agent's own default.
+    pub log_limit_bytes: Option<u64>,
+    pub throttle_bytes_per_second: Option<u64>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MarkRequest {
+    pub machine: MachineId,
+    pub consistency: Consistency,
+    pub label: String,
+    pub keep: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Consistency {
+    Crash,
+    App,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub enum ServerCommand {
+    Authorise(MachineGrant),
+    Deauthorise { machine: MachineId, delete_replica: bool },
+    Retention { machine: MachineId, retention: Retention },
+    Points(MachineId),
+    Resolve { machine: MachineId, point: Selector },
+    Lock { machine: MachineId, point: Selector, locked: bool },
+    Verify { machine: MachineId, point: Selector },
+    WaitPoint { machine: MachineId, mark: MarkId, limit: Duration },
+    Serve { machine: MachineId, point: Selector, writable: bool },
+    StopServe(ServeId),
+    Export { machine: MachineId, point: Selector, to: String, format: ImageFormat },
+    Status,
+}
+
+/// Which host may write which disks of a machine, and how long their history is kept.
+#[derive(Clone, PartialEq, Debug)]
+pub struct MachineGrant {
+    pub machine: MachineId,
+    pub name: String,
+    pub host: HostId,
+    /// The name in the host's certificate.
+    pub host_name: String,
+    pub disks: Vec<DiskSpec>,
+    pub retention: Retention,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Retention {
+    /// Any position of the last so long can be recovered.
+    pub any_time: Duration,
+    pub age: Option<Duration>,
+    pub count: Option<u64>,
+}
+
+/// Which point is meant: `latest`, `latest-app`, an id, or a time (the last position before it).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Selector {
+    Latest,
+    LatestApp,
+    Point(MarkId),
+    Time(Timestamp),
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{0:?} names no recovery point: it is no point's id, no time, and neither `latest` nor `latest-app`")]
+pub struct SelectorError(pub String);
+
+impl FromStr for Selector {
+    type Err = SelectorError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "latest" => Ok(Selector::Latest),
+            "latest-app" => Ok(Selector::LatestApp),
+            _ => text
+                .parse()
+                .map(Selector::Point)
+                .or_else(|_| Timestamp::parse(text).map(Selector::Time))
+                .map_err(|_| SelectorError(text.chars().take(80).collect())),
+        }
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Selector::Latest => f.write_str("latest"),
+            Selector::LatestApp => f.write_str("latest-app"),
+            Selector::Point(id) => id.fmt(f),
+            Selector::Time(time) => time.fmt(f),
+        }
+    }
+}
+
+/// One serve of a point.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ServeId(pub Uuid);
+
+impl ServeId {
+    pub fn random() -> Self {
+        Self(Uuid::new_v4())
+    }
+}
+
+impl fmt::Display for ServeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for ServeId {
+    type Err = uuid::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse().map(Self)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    Raw,
+    Qcow2,
+    Vhdx,
+    Vmdk,
+}
+
+impl ImageFormat {
+    pub fn name(self) -> &'static str {
+        match self {
+            ImageFormat::Raw => "raw",
+            ImageFormat::Qcow2 => "qcow2",
+            ImageFormat::Vhdx => "vhdx",
+            ImageFormat::Vmdk => "vmdk",
+        }
+    }
+}
+
+impl FromStr for ImageFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        [ImageFormat::Raw, ImageFormat::Qcow2, ImageFormat::Vhdx, ImageFormat::Vmdk]
+            .into_iter()
+            .find(|format| format.name() == text)
+            .ok_or_else(|| format!("{text:?} is no image format: raw, qcow2, vhdx or vmdk"))
+    }
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub enum Reply {
+    Done,
+    Probed(Vec<ProbedDisk>),
+    Attached(Vec<AttachedDisk>),
+    Marked { mark: MarkId, time: Timestamp },
+    Point(PointInfo),
+    Points(Vec<PointInfo>),
+    Verified(Verified),
+    Serving(Serving),
+    Exported(Exported),
+    Agent(AgentReport),
+    Server(ServerReport),
+}
+
+impl Reply {
+    /// Its name, for the message that it was not the one expected.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Reply::Done => "done",
+            Reply::Probed(_) => "probed",
+            Reply::Attached(_) => "attached",
+            Reply::Marked { .. } => "marked",
+            Reply::Point(_) => "point",
+            Reply::Points(_) => "points",
+            Reply::Verified(_) => "verified",
+            Reply::Serving(_) => "serving",
+            Reply::Exported(_) => "exported",
+            Reply::Agent(_) => "agent report",
+            Reply::Server(_) => "server report",
+        }
+    }
+}
+
+/// What a caller can do differently about it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    BadRequest,
+    NotFound,
+    /// In use, or in a state that does not allow it.
+    Conflict,
+    /// Not now; try again.
+    Unavailable,
+    TimedOut,
+    /// Stored bytes do not verify.
+    Damaged,
+    Failed,
+}
+
+/// Why something was not done, for the operator who asked for it.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error, Serialize, Deserialize)]
+#[error("{message}")]
+pub struct Failure {
+    pub kind: FailureKind,
+    #[serde(rename = "error")]
+    pub message: String,
+    /// What to do; may be empty.
+    pub help: String,
+}
+
+impl Failure {
+    pub fn new(kind: FailureKind, message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), help: help.into() }
+    }
+
+    /// An error with its causes, one after another.
+    pub fn from_error(kind: FailureKind, error: &dyn std::error::Error, help: impl Into<String>) -> Self {
+        let mut message = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            message = format!("{message}: {error}");
+            cause = error.source();
+        }
+        Self::new(kind, message, help)
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ProbedDisk {
+    pub path: String,
+    pub bytes: u64,
+}
+
+/// Where a disk, or a served point of it, can be opened.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AttachedDisk {
+    pub id: DiskId,
+    pub nbd: Option<String>,
+    pub file: Option<String>,
+    pub bytes: u64,
+}
+
+/// A recovery point as it is listed.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PointInfo {
+    pub id: MarkId,
+    pub time: Timestamp,
+    pub consistency: Consistency,
+    pub label: String,
+    pub locked: bool,
+    /// Stored bytes since the point before it.
+    pub change_bytes: u64,
+    pub flags: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Verified {
+    pub point: MarkId,
+    pub time: Timestamp,
+    /// Checked bytes.
+    pub bytes: u64,
+    /// Empty: sound.
+    pub defects: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Serving {
+    pub serve: ServeId,
+    pub machine: MachineId,
+    pub point: MarkId,
+    pub time: Timestamp,
+    pub writable: bool,
+    pub disks: Vec<AttachedDisk>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Exported {
+    pub point: MarkId,
+    pub time: Timestamp,
+    pub files: Vec<ExportedFile>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ExportedFile {
+    pub id: DiskId,
+    pub path: String,
+    pub bytes: u64,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Problem {
+    pub critical: bool,
+    #[serde(rename = "problem")]
+    pub message: String,
+    pub help: String,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct AgentReport {
+    pub time: Timestamp,
+    pub disks: Vec<SourceDisk>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceState {
+    /// No stream to the process server.
+    Connecting,
+    InitialReplication,
+    Resynchronising,
+    Replicating,
+    Paused,
+    Failed,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceMode {
+    Data,
+    Bitmap,
+    Compare,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct SourceDisk {
+    pub disk: DiskId,
+    pub state: SourceState,
+    pub mode: SourceMode,
+    /// Positions as people read them; empty where there is none.
+    pub logged: String,
+    pub sent: String,
+    pub durable: String,
+    /// Written and not yet durable at the process server.
+    pub pending_bytes: u64,
+    pub written_bytes: u64,
+    pub sent_bytes: u64,
+    pub log_bytes: u64,
+    /// Age of the oldest write that is not durable there.
+    pub rpo: Duration,
+    /// Done and total bytes of the scan that runs.
+    pub scan: Option<(u64, u64)>,
+    pub problems: Vec<Problem>,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct ServerReport {
+    pub time: Timestamp,
+    pub disks: Vec<ReplicaDisk>,
+    pub serves: Vec<Serving>,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct ReplicaDisk {
+    pub disk: DiskId,
+    /// False while a scan is open.
+    pub consistent: bool,
+    pub durable: String,
+    pub folded: String,
+    pub durable_time: Option<Timestamp>,
+    /// Journal and base, as allocated.
+    pub stored_bytes: u64,
+    pub problems: Vec<Problem>,
+}
