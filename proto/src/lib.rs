@@ -1,6 +1,4 @@
-//! What crosses between the roles.
+//! What crosses between the roles: generated wire types, and the validated types that each receiver makes of them.
 
-pub mod replication {
-    tonic::include_proto!("tidemark.replication.v1");
-}
 pub mod control;
+pub mod replication;
