@@ -82,11 +82,9 @@ fn machine_ref(id: &MachineId) -> wire::MachineRef {
 
 impl From<&Register> for wire::Register {
     fn from(from: &Register) -> Self {
-        let (role, id, address, server_name) = match &from.peer {
-            Peer::Agent { id } => (wire::Role::Agent, id.to_vec(), String::new(), String::new()),
-            Peer::ProcessServer { id, endpoint, server_name } => {
-                (wire::Role::ProcessServer, id.to_vec(), endpoint.clone(), server_name.clone())
-            }
+        let (role, id, address) = match &from.peer {
+            Peer::Agent { id } => (wire::Role::Agent, id.to_vec(), String::new()),
+            Peer::ProcessServer { id, address } => (wire::Role::ProcessServer, id.to_vec(), address.clone()),
         };
         wire::Register {
             version: VERSION,
@@ -94,7 +92,6 @@ impl From<&Register> for wire::Register {
             id,
             name: from.name.clone(),
             address,
-            server_name,
             software: from.software.clone(),
             boot: from.boot.clone(),
         }
@@ -112,8 +109,7 @@ impl TryFrom<wire::Register> for Register {
             wire::Role::Agent => Peer::Agent { id: need(HostId::from_slice(&from.id), "id")? },
             wire::Role::ProcessServer => Peer::ProcessServer {
                 id: need(ServerId::from_slice(&from.id), "id")?,
-                endpoint: named(from.address, "address")?,
-                server_name: named(from.server_name, "server_name")?,
+                address: named(from.address, "address")?,
             },
             wire::Role::Invalid => return Err(WireError::Invalid("role")),
         };
@@ -203,11 +199,7 @@ impl From<&MachineSpec> for wire::MachineSpec {
             name: from.name.clone(),
             disks: from.disks.iter().map(Into::into).collect(),
             policy: Some(from.policy.into()),
-            server: Some(wire::Endpoint {
-                server: from.server.server.to_vec(),
-                address: from.server.address.clone(),
-                server_name: from.server.server_name.clone(),
-            }),
+            server: Some(wire::Endpoint { server: from.server.server.to_vec(), address: from.server.address.clone() }),
             paused: from.paused,
         }
     }
@@ -226,7 +218,6 @@ impl TryFrom<wire::MachineSpec> for MachineSpec {
             server: Endpoint {
                 server: need(ServerId::from_slice(&server.server), "server")?,
                 address: named(server.address, "address")?,
-                server_name: named(server.server_name, "server_name")?,
             },
             paused: from.paused,
         })
@@ -412,7 +403,6 @@ impl From<&MachineGrant> for wire::MachineGrant {
             machine: from.machine.to_vec(),
             name: from.name.clone(),
             host: from.host.to_vec(),
-            host_name: from.host_name.clone(),
             disks: from.disks.iter().map(Into::into).collect(),
             retention: Some(from.retention.into()),
         }
@@ -427,7 +417,6 @@ impl TryFrom<wire::MachineGrant> for MachineGrant {
             machine: machine(&from.machine)?,
             name: named(from.name, "name")?,
             host: need(HostId::from_slice(&from.host), "host")?,
-            host_name: named(from.host_name, "host_name")?,
             disks: disks(from.disks)?,
             retention: need(from.retention, "retention")?.into(),
         })
@@ -774,6 +763,15 @@ impl From<&ServerReport> for wire::ServerReport {
                 })
                 .collect(),
             serves: from.serves.iter().map(Into::into).collect(),
+            machines: from
+                .machines
+                .iter()
+                .map(|of| wire::ReplicaMachine {
+                    machine: of.machine.to_vec(),
+                    points: of.points,
+                    latest: of.latest.as_ref().map(Into::into),
+                })
+                .collect(),
         }
     }
 }
@@ -796,6 +794,13 @@ impl TryFrom<wire::ServerReport> for ServerReport {
                 })
             })?,
             serves: list(from.serves, "serves", 4096, Serving::try_from)?,
+            machines: list(from.machines, "machines", LIST_MAX, |of| {
+                Ok(ReplicaMachine {
+                    machine: machine(&of.machine)?,
+                    points: of.points,
+                    latest: of.latest.map(PointInfo::try_from).transpose()?,
+                })
+            })?,
         })
     }
 }
@@ -822,11 +827,7 @@ mod tests {
                 log_limit_bytes: None,
                 throttle_bytes_per_second: None,
             },
-            server: Endpoint {
-                server: ServerId::random(),
-                address: "127.0.0.1:1".into(),
-                server_name: "process-server".into(),
-            },
+            server: Endpoint { server: ServerId::random(), address: "127.0.0.1:1".into() },
             paused: true,
         }
     }
@@ -859,7 +860,6 @@ mod tests {
                 machine,
                 name: "web".into(),
                 host: HostId::random(),
-                host_name: "h".into(),
                 disks: spec().disks,
                 retention,
             }),
@@ -937,6 +937,7 @@ mod tests {
                     problems: vec![problem],
                 }],
                 serves: vec![serving],
+                machines: vec![ReplicaMachine { machine: MachineId::random(), points: 2, latest: Some(point) }],
             })),
             Err(Failure::new(FailureKind::Conflict, "in use", "stop it")),
         ] {

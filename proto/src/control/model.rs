@@ -12,8 +12,14 @@ use uuid::Uuid;
 /// Who is at the other end of a control stream.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Peer {
-    Agent { id: HostId },
-    ProcessServer { id: ServerId, endpoint: String, server_name: String },
+    Agent {
+        id: HostId,
+    },
+    /// `address` is where agents reach it, host:port.
+    ProcessServer {
+        id: ServerId,
+        address: String,
+    },
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -63,11 +69,10 @@ pub struct DiskSpec {
 /// Where a process server takes replication streams.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Endpoint {
+    /// What the agent pins: its certificate names this id.
     pub server: ServerId,
     /// host:port
     pub address: String,
-    /// The name in its certificate.
-    pub server_name: String,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -119,9 +124,8 @@ pub enum ServerCommand {
 pub struct MachineGrant {
     pub machine: MachineId,
     pub name: String,
+    /// The id in its certificate.
     pub host: HostId,
-    /// The name in the host's certificate.
-    pub host_name: String,
     pub disks: Vec<DiskSpec>,
     pub retention: Retention,
 }
@@ -430,6 +434,15 @@ pub struct ServerReport {
     pub time: Timestamp,
     pub disks: Vec<ReplicaDisk>,
     pub serves: Vec<Serving>,
+    pub machines: Vec<ReplicaMachine>,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct ReplicaMachine {
+    pub machine: MachineId,
+    /// Listed points.
+    pub points: u64,
+    pub latest: Option<PointInfo>,
 }
 
 #[derive(Clone, PartialEq, Debug)]
