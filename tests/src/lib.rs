@@ -1,1 +1,20 @@
+//! Whole-system tests: a real `tidemark` on temporary folders, driven through its command line as a user drives it,
+//! and other people's tools (qemu-io, nbdcopy, fio) as the workload.
+//!
+//! * [`site`]: a running `tidemark up` (or three separate roles), its verbs, its end.
+//! * [`binary`], [`process`]: where the command is, and children that never outlive their test.
+//! * [`nbd`]: a client of our own, because only a client that notes when each write was sent and acknowledged can say
+//!   what a mark must hold. It shares no code with the product.
+//! * [`image`]: disks with content, and the comparison of two of them.
+//! * [`tools`]: programs that a test needs; a test without them says `SKIPPED` and why.
+//! * [`wait`]: waiting for a condition with a limit.
 
+pub mod binary;
+pub mod image;
+pub mod nbd;
+pub mod process;
+pub mod site;
+pub mod tools;
+pub mod wait;
+
+pub use site::{Machine, Site};

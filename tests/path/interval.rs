@@ -1,0 +1,46 @@
+//! Interval mode: a log a cycle, in which later writes replace earlier ones.
+
+use tidemark_tests::Site;
+use tidemark_tests::image::{self, MIB};
+use tidemark_tests::nbd::Client;
+use tidemark_tests::site::number;
+
+#[test]
+fn a_cycle_sends_the_last_version_of_a_block_alone() {
+    let site = Site::start();
+    let disk = site.path("disk.img");
+    image::make_mixed(&disk, 32 * MIB, 1);
+    site.json(&["policy", "create", "cycles", "--frequency", "30s"]);
+    let machine = site.protect("web", &[&disk], &["--policy", "cycles"]);
+    site.wait_protected("web");
+    site.point("web");
+    let before = number(&site.status("web")["sent_bytes"]);
+    let mut client = Client::connect(machine.nbd()).unwrap();
+    let mut seeded = image::Seeded(2);
+    let mut data = vec![0; 64 << 10];
+    // 1 MiB of incompressible data, sixteen times over the same blocks.
+    for _ in 0..16 {
+        for block in 0..16 {
+            seeded.fill(&mut data);
+            client.write(block * data.len() as u64, &data).unwrap();
+        }
+    }
+    // A point ends the cycle: no need to wait for it.
+    site.point("web");
+    let sent = number(&site.status("web")["sent_bytes"]) - before;
+    assert!((1 << 20..4 << 20).contains(&sent), "1 MiB written sixteen times over cost {sent} bytes");
+    image::assert_same(&disk, &site.export("web", "latest", "recovered.raw", "raw"));
+}
+
+#[test]
+fn policies_are_checked() {
+    let site = Site::start();
+    site.run(&["policy", "create", "p", "--frequency", "7 parsecs"]).assert_usage_or_refused();
+    site.json(&["policy", "create", "p", "--frequency", "5m"]);
+    let list = site.json(&["policy", "list"]);
+    assert!(list.as_array().unwrap().iter().any(|policy| policy["name"] == "p"), "{list}");
+    let disk = site.path("disk.img");
+    image::make_mixed(&disk, MIB, 1);
+    let refused = site.run(&["protect", "web", "--disk", disk.to_str().unwrap(), "--policy", "nonesuch"]);
+    refused.assert_refused(&["nonesuch"]);
+}

@@ -1,0 +1,8 @@
+//! The path of a write, from the guest's hand to a recovered disk.
+
+mod interval;
+mod logs;
+mod marks;
+mod points;
+mod refusals;
+mod replicate;

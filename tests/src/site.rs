@@ -1,0 +1,320 @@
+//! A running Tidemark on a temporary folder, and its verbs.
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::process::Owned;
+use crate::{binary, wait};
+
+/// How long a start may take: a loaded machine builds other tests meanwhile.
+const READY_LIMIT: Duration = Duration::from_secs(60);
+/// How long anything else may take. A test that needs longer is too large for this suite.
+pub const LIMIT: Duration = Duration::from_secs(90);
+
+/// `tidemark up` on a folder of its own. Everything ends with it.
+pub struct Site {
+    folder: TempDir,
+    up: Option<Owned>,
+    pub ready: Value,
+}
+
+/// A protected machine: its disks, and where its workload opens them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Machine {
+    pub name: String,
+    pub disks: Vec<AttachedDisk>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AttachedDisk {
+    pub id: String,
+    pub path: PathBuf,
+    pub nbd: String,
+}
+
+/// How a verb ended.
+pub struct Outcome {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+    command: String,
+}
+
+impl Site {
+    /// A new site in the system's temporary folder.
+    pub fn start() -> Self {
+        Self::start_in(&std::env::temp_dir())
+    }
+
+    /// A new site in a new folder of `parent`.
+    pub fn start_in(parent: &Path) -> Self {
+        let folder = tempfile::Builder::new().prefix("tidemark-").tempdir_in(parent).expect("a folder can be made");
+        let mut site = Self { folder, up: None, ready: Value::Null };
+        site.up();
+        site
+    }
+
+    /// Where the site and its disks are.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A path in the site's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The folder that `up` keeps its state in.
+    pub fn state(&self) -> PathBuf {
+        self.path("site")
+    }
+
+    /// Starts `tidemark up` and waits for its ready line.
+    #[track_caller]
+    pub fn up(&mut self) {
+        assert!(self.up.is_none(), "the site is up");
+        let mut command = Command::new(binary::tidemark());
+        command
+            .args(["up", "--listen", "127.0.0.1:0", "--dir"])
+            .arg(self.state())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        let mut up = Owned::start("tidemark up", command, Some(&self.path("up.log")));
+        let (sender, receiver) = mpsc::channel();
+        let stdout = up.child().stdout.take().expect("stdout is piped");
+        // Reads on after the ready line, so that the pipe never fills.
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if let Some(ready) = line.strip_prefix("ready ") {
+                    let _ = sender.send(ready.to_owned());
+                }
+            }
+        });
+        let Ok(ready) = receiver.recv_timeout(READY_LIMIT) else {
+            panic!("tidemark up says nothing; its log ends with\n{}", up.log_tail());
+        };
+        self.ready = serde_json::from_str(&ready).unwrap_or_else(|error| panic!("ready line {ready:?}: {error}"));
+        self.up = Some(up);
+    }
+
+    /// SIGTERM; the site must end cleanly.
+    #[track_caller]
+    pub fn down(&mut self) {
+        let mut up = self.up.take().expect("the site is up");
+        let status = up.stop(Duration::from_secs(30));
+        assert!(status.success(), "tidemark up ended with {status}; its log ends with\n{}", up.log_tail());
+    }
+
+    /// `kill -9` of everything.
+    pub fn kill_9(&mut self) {
+        self.up.take().expect("the site is up").kill_9();
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.up.as_ref().expect("the site is up").pid()
+    }
+
+    /// Runs a verb to its end.
+    pub fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Outcome {
+        let mut command = self.command();
+        command.args(arguments);
+        let text = format!("{command:?}");
+        let output = command.stdin(Stdio::null()).output().expect("the command runs");
+        Outcome {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            command: text,
+        }
+    }
+
+    /// The command with this site's address, for arguments of the caller's own.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(binary::tidemark());
+        command.env("TIDEMARK_DIR", self.state());
+        command
+    }
+
+    /// Runs a verb with `--json`; its one document.
+    #[track_caller]
+    pub fn json<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Value {
+        let mut all: Vec<&OsStr> = arguments.iter().map(AsRef::as_ref).collect();
+        all.push(OsStr::new("--json"));
+        let outcome = self.run(&all);
+        if outcome.code != 0 {
+            panic!("{}\n--- log of the site\n{}", outcome.describe(), self.log_tail());
+        }
+        outcome.json()
+    }
+
+    /// The end of what the site wrote to stderr.
+    pub fn log_tail(&self) -> String {
+        self.up.as_ref().map(Owned::log_tail).unwrap_or_default()
+    }
+
+    /// Protects disks as one machine. `extra` are further arguments.
+    #[track_caller]
+    pub fn protect(&self, name: &str, disks: &[&Path], extra: &[&str]) -> Machine {
+        let mut arguments: Vec<&OsStr> = vec![OsStr::new("protect"), OsStr::new(name)];
+        for disk in disks {
+            arguments.extend([OsStr::new("--disk"), disk.as_os_str()]);
+        }
+        arguments.extend(extra.iter().map(OsStr::new));
+        Machine::from_json(&self.json(&arguments))
+    }
+
+    #[track_caller]
+    pub fn status(&self, name: &str) -> Value {
+        self.json(&["status", name])
+    }
+
+    /// Waits until the initial replication (or a resync) is over.
+    #[track_caller]
+    pub fn wait_protected(&self, name: &str) -> Value {
+        wait::until(&format!("{name} is protected"), LIMIT, || {
+            let status = self.status(name);
+            (status["state"] == "protected").then_some(status)
+        })
+    }
+
+    /// Waits until nothing waits to be sent.
+    #[track_caller]
+    pub fn wait_sent(&self, name: &str) -> Value {
+        wait::until(&format!("everything of {name} was sent"), LIMIT, || {
+            let status = self.status(name);
+            (status["pending_bytes"] == 0).then_some(status)
+        })
+    }
+
+    /// Makes a point now; returns its JSON.
+    #[track_caller]
+    pub fn point(&self, name: &str) -> Value {
+        self.json(&["point", "create", name])
+    }
+
+    /// Exports a point to a new file; returns the file.
+    #[track_caller]
+    pub fn export(&self, name: &str, point: &str, file: &str, format: &str) -> PathBuf {
+        let to = self.path(file);
+        let text = to.to_str().expect("paths of tests are text").to_owned();
+        self.json(&["point", "export", name, point, "--to", &text, "--format", format]);
+        to
+    }
+
+    /// Serves a point until the returned value is dropped.
+    #[track_caller]
+    pub fn serve(&self, name: &str, point: &str, extra: &[&str]) -> Served {
+        let mut command = self.command();
+        command.args(["point", "serve", name, point, "--json"]).args(extra).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut process = Owned::start("point serve", command, Some(&self.path("serve.log")));
+        let stdout = process.child().stdout.take().expect("stdout is piped");
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        let Ok(line) = receiver.recv_timeout(READY_LIMIT) else {
+            panic!("point serve says nothing; its log ends with\n{}", process.log_tail());
+        };
+        let served: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("serve line {line:?}: {error}"));
+        let nbd = served["disks"].as_array().expect("disks is a list").iter().map(|disk| text(&disk["nbd"])).collect();
+        Served { nbd, process }
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            if let Ok(log) = std::fs::read_to_string(self.path("up.log")) {
+                let lines: Vec<&str> = log.lines().collect();
+                eprintln!("--- log of the site (end)\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+            }
+        }
+    }
+}
+
+/// A point being served.
+pub struct Served {
+    /// One address per disk.
+    pub nbd: Vec<String>,
+    pub process: Owned,
+}
+
+impl Machine {
+    pub fn from_json(json: &Value) -> Self {
+        let disks = json["disks"].as_array().unwrap_or_else(|| panic!("no disks in {json}"));
+        let attached = disks.iter().map(|disk| AttachedDisk {
+            id: text(&disk["id"]),
+            path: PathBuf::from(text(&disk["path"])),
+            nbd: text(&disk["attach"]["nbd"]),
+        });
+        Self { name: text(&json["machine"]), disks: attached.collect() }
+    }
+
+    pub fn nbd(&self) -> &str {
+        &self.disks[0].nbd
+    }
+}
+
+impl Outcome {
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("no JSON ({error}): {}", self.describe()))
+    }
+
+    pub fn describe(&self) -> String {
+        format!("{} ended with {}\n--- stdout\n{}\n--- stderr\n{}", self.command, self.code, self.stdout, self.stderr)
+    }
+
+    /// An input that the command line or the server refuses, with an error and no success.
+    #[track_caller]
+    pub fn assert_usage_or_refused(&self) {
+        assert!(matches!(self.code, 1 | 2), "{}", self.describe());
+        assert!(self.stderr.contains("error: "), "no error line: {}", self.describe());
+    }
+
+    /// An error as the contract has it: exit 1, `error:` that names every one of `words`, and a `help:` line.
+    #[track_caller]
+    pub fn assert_refused(&self, words: &[&str]) {
+        assert_eq!(self.code, 1, "{}", self.describe());
+        let error = self.stderr.lines().find(|line| line.starts_with("error: "));
+        let error = error.unwrap_or_else(|| panic!("no error line: {}", self.describe()));
+        for word in words {
+            assert!(error.contains(word), "the error does not name {word:?}: {}", self.describe());
+        }
+        assert!(self.stderr.lines().any(|line| line.starts_with("help: ")), "no help line: {}", self.describe());
+    }
+}
+
+/// A JSON string that must be there.
+#[track_caller]
+pub fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("{value} is no text")).to_owned()
+}
+
+/// A JSON number that must be there.
+#[track_caller]
+pub fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or_else(|| panic!("{value} is no whole number"))
+}
+
+/// Runs an offline verb, which needs no site.
+pub fn offline(arguments: &[&str]) -> Outcome {
+    let mut command = Command::new(binary::tidemark());
+    command.args(arguments).env_remove("TIDEMARK_DIR").stdin(Stdio::null());
+    let output = command.output().expect("the command runs");
+    Outcome {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        command: format!("tidemark {}", arguments.join(" ")),
+    }
+}
