@@ -3,7 +3,11 @@
 pub mod disk;
 pub mod export;
 pub mod limits;
+pub mod server;
+mod stream;
+mod wire;
 
 pub use disk::{CachedReader, DiskExport};
 pub use export::{Export, ExportProvider, Exports, OpenError, Peer, WriteRequest};
 pub use limits::Limits;
+pub use server::{ListenError, Server, StillBusy};
