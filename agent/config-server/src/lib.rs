@@ -1,1 +1,27 @@
+//! The configuration server: who is there, what is wanted, and what is happening.
+//!
+//! It knows every host, process server, machine, disk and policy; tells agents and process servers what is wanted over
+//! the streams that they keep ([`hub`]); and answers operators over REST ([`api`]). It never sees disk data, and losing
+//! it stops no replication.
+//!
+//! *Consistency.* One file, [`store`], holds what is wanted; it is durable before anyone is told. *Retries.* What is
+//! wanted is told again whenever an agent or a process server connects, until it was done ([`reconcile`]). *Cancellation.*
+//! A job that was interrupted leaves what is wanted; reconciling finishes it. *Crash.* The state is replaced as a whole.
 
+pub mod api;
+mod console;
+mod core;
+pub mod hub;
+pub mod jobs;
+mod machines;
+pub mod model;
+mod names;
+mod points;
+mod policies;
+mod reconcile;
+mod server;
+mod serves;
+mod status;
+pub mod store;
+
+pub use server::{ConfigServer, Options, StartError};

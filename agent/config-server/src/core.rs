@@ -1,0 +1,114 @@
+//! What every operation stands on: the state, the streams, the jobs, and one lock a machine.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tidemark_base::{HostId, MachineId, ServerId, SystemClock};
+use tidemark_proto::control::{AgentCommand, Failure, FailureKind, Reply, ServerCommand};
+use tokio_util::sync::CancellationToken;
+
+use crate::hub::{Hub, PeerId, unexpected};
+use crate::jobs::Jobs;
+use crate::model::Machine;
+use crate::serves::Serves;
+use crate::store::Store;
+
+/// What an agent or a process server answers from memory.
+pub const QUICK: Duration = Duration::from_secs(15);
+/// What takes opening files and talking to a neighbour.
+pub const SETTLE: Duration = Duration::from_secs(60);
+/// What reads a whole disk.
+pub const WHOLE_DISK: Duration = Duration::from_secs(7 * 86_400);
+
+pub struct Core {
+    pub store: Store,
+    pub hub: Arc<Hub>,
+    pub jobs: Arc<Jobs>,
+    pub serves: Serves,
+    pub stop: CancellationToken,
+    pub clock: SystemClock,
+    locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Why what is wanted of a machine could not be done, as of the last try.
+    unsettled: Mutex<HashMap<(MachineId, Side), Failure>>,
+}
+
+/// The two sides that must agree to what is wanted of a machine.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Side {
+    Agent,
+    Server,
+}
+
+impl Core {
+    pub fn new(store: Store, hub: Arc<Hub>, jobs: Arc<Jobs>) -> Arc<Self> {
+        Arc::new(Self {
+            store,
+            hub,
+            jobs,
+            serves: Serves::default(),
+            stop: CancellationToken::new(),
+            clock: SystemClock::new(),
+            locks: Mutex::default(),
+            unsettled: Mutex::default(),
+        })
+    }
+
+    /// Operations that change what is wanted of a machine, one after another.
+    pub async fn lock(&self, name: &str) -> tokio::sync::OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.locks.lock().expect("no panic while held");
+            // Names that nobody waits for are not kept.
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            locks.entry(name.to_owned()).or_default().clone()
+        };
+        lock.lock_owned().await
+    }
+
+    pub fn machine(&self, name: &str) -> Result<Machine, Failure> {
+        self.store.state().machines.get(name).cloned().ok_or_else(|| {
+            let shown: String = name.chars().take(80).collect();
+            Failure::new(
+                FailureKind::NotFound,
+                format!("there is no machine {shown:?}"),
+                "see `tidemark status` for those that are protected, or protect it with `tidemark protect`",
+            )
+        })
+    }
+
+    pub async fn agent(&self, id: HostId, command: &AgentCommand, limit: Duration) -> Result<Reply, Failure> {
+        self.hub.agent(id, command, limit).await
+    }
+
+    pub async fn server(&self, id: ServerId, command: &ServerCommand, limit: Duration) -> Result<Reply, Failure> {
+        self.hub.server(id, command, limit).await
+    }
+
+    /// For commands that answer `Done`.
+    pub async fn agent_does(&self, id: HostId, command: &AgentCommand, limit: Duration) -> Result<(), Failure> {
+        match self.agent(id, command, limit).await? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(PeerId::Agent(id), &other)),
+        }
+    }
+
+    pub async fn server_does(&self, id: ServerId, command: &ServerCommand, limit: Duration) -> Result<(), Failure> {
+        match self.server(id, command, limit).await? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(PeerId::ProcessServer(id), &other)),
+        }
+    }
+
+    pub fn settled(&self, machine: MachineId, side: Side, outcome: Result<(), &Failure>) {
+        let mut unsettled = self.unsettled.lock().expect("no panic while held");
+        match outcome {
+            Ok(()) => unsettled.remove(&(machine, side)),
+            Err(failure) => unsettled.insert((machine, side), failure.clone()),
+        };
+    }
+
+    pub fn unsettled(&self, machine: MachineId) -> Vec<Failure> {
+        let unsettled = self.unsettled.lock().expect("no panic while held");
+        [Side::Agent, Side::Server].iter().filter_map(|side| unsettled.get(&(machine, *side)).cloned()).collect()
+    }
+}

@@ -1,0 +1,281 @@
+//! The streams of agents and process servers, and calls over them.
+//!
+//! *Consistency.* One stream an identity: a newer one takes the older one's place, whose calls fail. *Retries.* None here:
+//! a call fails when its stream ends, and [`crate::reconcile`] says again what is wanted. *Cancellation.* Dropping a call
+//! forgets its answer; the other side may still do it. *Crash.* Nothing here is durable.
+
+mod service;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tidemark_base::{Clock, HostId, ServerId, SystemClock, Timestamp};
+use tidemark_proto::control::{
+    AgentCommand, AgentReport, Failure, FailureKind, Peer, Register, Reply, ServerCommand, ServerReport, wire,
+};
+use tokio::sync::{mpsc, oneshot};
+
+pub use service::{ControlService, control_server};
+
+/// Commands that wait for one stream; more are refused.
+const COMMANDS_MAX: usize = 256;
+/// Events that wait for the reconciler; reports never wait, only connects do.
+const EVENTS_MAX: usize = 1024;
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum PeerId {
+    Agent(HostId),
+    ProcessServer(ServerId),
+}
+
+impl fmt::Display for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PeerId::Agent(id) => write!(f, "agent {id}"),
+            PeerId::ProcessServer(id) => write!(f, "process server {id}"),
+        }
+    }
+}
+
+impl From<&Peer> for PeerId {
+    fn from(peer: &Peer) -> Self {
+        match peer {
+            Peer::Agent { id } => PeerId::Agent(*id),
+            Peer::ProcessServer { id, .. } => PeerId::ProcessServer(*id),
+        }
+    }
+}
+
+/// What the hub tells the reconciler.
+#[derive(Debug)]
+pub enum Event {
+    Connected(Register),
+    Disconnected(PeerId),
+}
+
+pub struct Hub {
+    inner: Mutex<Inner>,
+    events: mpsc::Sender<Event>,
+    clock: SystemClock,
+}
+
+#[derive(Default)]
+struct Inner {
+    sessions: HashMap<PeerId, Session>,
+    /// Name and time of those that went.
+    gone: HashMap<PeerId, (String, Timestamp)>,
+    last_session: u64,
+}
+
+struct Session {
+    number: u64,
+    name: String,
+    since: Timestamp,
+    commands: mpsc::Sender<wire::Down>,
+    waiting: HashMap<u64, oneshot::Sender<Result<Reply, Failure>>>,
+    last_request: u64,
+    report: Option<Report>,
+}
+
+#[derive(Clone, Debug)]
+pub enum Report {
+    Agent(AgentReport),
+    Server(ServerReport),
+}
+
+/// What is known of a peer's connection.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Presence {
+    Connected { name: String, since: Timestamp },
+    Gone { name: String, since: Timestamp },
+    NeverSeen,
+}
+
+impl Hub {
+    pub fn new() -> (Arc<Self>, mpsc::Receiver<Event>) {
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        (Arc::new(Self { inner: Mutex::default(), events, clock: SystemClock::new() }), receiver)
+    }
+
+    /// Asks an agent; waits at most `limit` for the answer.
+    pub async fn agent(&self, id: HostId, command: &AgentCommand, limit: Duration) -> Result<Reply, Failure> {
+        self.call(PeerId::Agent(id), wire::down::Body::Agent(command.into()), limit).await
+    }
+
+    /// Asks a process server; waits at most `limit` for the answer.
+    pub async fn server(&self, id: ServerId, command: &ServerCommand, limit: Duration) -> Result<Reply, Failure> {
+        self.call(PeerId::ProcessServer(id), wire::down::Body::Server(command.into()), limit).await
+    }
+
+    async fn call(&self, peer: PeerId, body: wire::down::Body, limit: Duration) -> Result<Reply, Failure> {
+        let (request, number, answer) = {
+            let mut inner = self.inner.lock().expect("no panic while held");
+            let Some(session) = inner.sessions.get_mut(&peer) else {
+                return Err(not_connected(peer, &inner.gone));
+            };
+            session.last_request += 1;
+            let request = session.last_request;
+            let down = wire::Down { request, body: Some(body) };
+            session.commands.try_send(down).map_err(|_| {
+                Failure::new(
+                    FailureKind::Unavailable,
+                    format!("{} {} does not take commands", kind(peer), session.name),
+                    "it is overloaded or about to disconnect; try again",
+                )
+            })?;
+            let (sender, answer) = oneshot::channel();
+            session.waiting.insert(request, sender);
+            (request, session.number, answer)
+        };
+        let _forget = Forget { hub: self, peer, number, request };
+        match tokio::time::timeout(limit, answer).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => {
+                let inner = self.inner.lock().expect("no panic while held");
+                Err(Failure::new(
+                    FailureKind::Unavailable,
+                    format!("{} {} disconnected before it answered", kind(peer), inner.name(peer)),
+                    "it may still have done it; look at `tidemark status`, and repeat the command when it is back",
+                ))
+            }
+            Err(_) => {
+                let inner = self.inner.lock().expect("no panic while held");
+                Err(Failure::new(
+                    FailureKind::TimedOut,
+                    format!("{} {} did not answer within {} s", kind(peer), inner.name(peer), limit.as_secs_f32()),
+                    "it may still do it; look at `tidemark status` before you repeat the command",
+                ))
+            }
+        }
+    }
+
+    pub fn presence(&self, peer: PeerId) -> Presence {
+        let inner = self.inner.lock().expect("no panic while held");
+        match (inner.sessions.get(&peer), inner.gone.get(&peer)) {
+            (Some(session), _) => Presence::Connected { name: session.name.clone(), since: session.since },
+            (None, Some((name, since))) => Presence::Gone { name: name.clone(), since: *since },
+            (None, None) => Presence::NeverSeen,
+        }
+    }
+
+    /// Who is connected now, with their names, sorted.
+    pub fn connected(&self) -> Vec<(PeerId, String)> {
+        let inner = self.inner.lock().expect("no panic while held");
+        let mut peers: Vec<_> = inner.sessions.iter().map(|(peer, session)| (*peer, session.name.clone())).collect();
+        peers.sort();
+        peers
+    }
+
+    /// The last report of a peer that is connected.
+    pub fn report(&self, peer: PeerId) -> Option<Report> {
+        self.inner.lock().expect("no panic while held").sessions.get(&peer)?.report.clone()
+    }
+
+    /// A new stream: its number, and the commands that go down it.
+    fn open(&self, register: &Register) -> (u64, mpsc::Receiver<wire::Down>) {
+        let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+        let peer = PeerId::from(&register.peer);
+        let mut inner = self.inner.lock().expect("no panic while held");
+        inner.last_session += 1;
+        let number = inner.last_session;
+        let session = Session {
+            number,
+            name: register.name.clone(),
+            since: self.clock.wall_now(),
+            commands,
+            waiting: HashMap::new(),
+            last_request: 0,
+            report: None,
+        };
+        // The older stream's commands end with its session, and so does the stream.
+        if inner.sessions.insert(peer, session).is_some() {
+            tracing::warn!(%peer, "a newer stream takes the place of an older one of the same identity");
+        }
+        (number, receiver)
+    }
+
+    fn close(&self, peer: PeerId, number: u64) -> bool {
+        let mut inner = self.inner.lock().expect("no panic while held");
+        if inner.sessions.get(&peer).is_none_or(|session| session.number != number) {
+            return false;
+        }
+        if let Some(session) = inner.sessions.remove(&peer) {
+            inner.gone.insert(peer, (session.name, self.clock.wall_now()));
+        }
+        true
+    }
+
+    fn answer(&self, peer: PeerId, number: u64, request: u64, outcome: Result<Reply, Failure>) {
+        let mut inner = self.inner.lock().expect("no panic while held");
+        if let Some(session) = inner.sessions.get_mut(&peer).filter(|session| session.number == number)
+            && let Some(waiting) = session.waiting.remove(&request)
+        {
+            // Whoever asked may have gone.
+            let _ = waiting.send(outcome);
+        }
+    }
+
+    fn keep_report(&self, peer: PeerId, number: u64, report: Report) {
+        let mut inner = self.inner.lock().expect("no panic while held");
+        if let Some(session) = inner.sessions.get_mut(&peer).filter(|session| session.number == number) {
+            session.report = Some(report);
+        }
+    }
+}
+
+impl Inner {
+    fn name(&self, peer: PeerId) -> String {
+        self.sessions
+            .get(&peer)
+            .map(|session| session.name.clone())
+            .or_else(|| self.gone.get(&peer).map(|(name, _)| name.clone()))
+            .unwrap_or_default()
+    }
+}
+
+/// Takes a request out of its session's table when its caller is done with it, however that came.
+struct Forget<'a> {
+    hub: &'a Hub,
+    peer: PeerId,
+    number: u64,
+    request: u64,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        let mut inner = self.hub.inner.lock().expect("no panic while held");
+        if let Some(session) = inner.sessions.get_mut(&self.peer).filter(|session| session.number == self.number) {
+            session.waiting.remove(&self.request);
+        }
+    }
+}
+
+pub fn kind(peer: PeerId) -> &'static str {
+    match peer {
+        PeerId::Agent(_) => "agent",
+        PeerId::ProcessServer(_) => "process server",
+    }
+}
+
+fn not_connected(peer: PeerId, gone: &HashMap<PeerId, (String, Timestamp)>) -> Failure {
+    let message = match gone.get(&peer) {
+        Some((name, since)) => format!("{} {name} is not connected since {since}", kind(peer)),
+        None => format!("{peer} has not connected since the configuration server started"),
+    };
+    Failure::new(
+        FailureKind::Unavailable,
+        message,
+        "check that it runs and reaches the configuration server; replication goes on without this connection",
+    )
+}
+
+/// The answer was of another kind than asked for: the other side is of another version.
+pub fn unexpected(peer: PeerId, reply: &Reply) -> Failure {
+    Failure::new(
+        FailureKind::Failed,
+        format!("{peer} answered with {}, which was not asked for", reply.kind()),
+        "run the same version of Tidemark everywhere",
+    )
+}

@@ -1,0 +1,448 @@
+//! Protecting machines, and letting go of them.
+//!
+//! What is wanted is durable first; then each side is told. A side that cannot be reached is told when it comes back.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tidemark_base::{Clock, DiskId, Generation, HostId, MachineId, ServerId};
+use tidemark_proto::control::{
+    AgentCommand, AttachedDisk, DISKS_MAX, Endpoint, Failure, FailureKind, MachineGrant, MachineSpec, Reply,
+    ServerCommand,
+};
+
+use crate::core::{Core, QUICK, SETTLE, Side};
+use crate::hub::{PeerId, unexpected};
+use crate::jobs::{Job, Progress};
+use crate::model::{DEFAULT_POLICY, Machine, MachineDisk, State, Wanted};
+use crate::names::{bad_request, check_name, check_path};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProtectRequest {
+    pub name: String,
+    /// Full paths on the host.
+    pub disks: Vec<String>,
+    #[serde(default)]
+    pub host: Option<String>,
+    #[serde(default)]
+    pub process_server: Option<String>,
+    #[serde(default)]
+    pub policy: Option<String>,
+}
+
+/// Starts the job that protects a machine. Protecting the same again is no change, and answers with the same addresses.
+pub fn protect(core: &Arc<Core>, request: ProtectRequest) -> Result<Job, Failure> {
+    check_name("machine", &request.name)?;
+    if request.disks.is_empty() {
+        return Err(bad_request(format!("machine {:?} has no disks", request.name), "name at least one disk"));
+    }
+    if request.disks.len() > DISKS_MAX {
+        return Err(bad_request(
+            format!("{} disks are too many for one machine", request.disks.len()),
+            format!("name at most {DISKS_MAX}"),
+        ));
+    }
+    request.disks.iter().try_for_each(|path| check_path(path))?;
+    let mut seen = BTreeSet::new();
+    if let Some(twice) = request.disks.iter().find(|path| !seen.insert(path.as_str())) {
+        return Err(bad_request(format!("disk {twice} is named twice"), "name each disk once"));
+    }
+    let state = core.store.state();
+    let policy = request.policy.as_deref().unwrap_or(DEFAULT_POLICY);
+    find_policy(&state, policy)?;
+    let (host, server) = match state.machines.get(&request.name) {
+        // Its places are known, also while they are not connected.
+        Some(machine) if request.host.is_none() && request.process_server.is_none() => (machine.host, machine.server),
+        _ => (pick_host(core, request.host.as_deref())?, pick_server(core, request.process_server.as_deref())?),
+    };
+    let (core, name) = (core.clone(), request.name.clone());
+    core.jobs.clone().start("protect", Some(&name), |progress| async move {
+        let _lock = core.lock(&request.name).await;
+        run_protect(&core, &progress, request, host, server).await
+    })
+}
+
+async fn run_protect(
+    core: &Core,
+    progress: &Progress,
+    request: ProtectRequest,
+    host: HostId,
+    server: ServerId,
+) -> Result<Value, Failure> {
+    progress.step("check the disks");
+    // An already attached disk is exclusively open at its agent, which answers for it as well.
+    let probe = AgentCommand::Probe { paths: request.disks.clone() };
+    let probed = match core.agent(host, &probe, SETTLE).await? {
+        Reply::Probed(disks) if disks.len() == request.disks.len() => disks,
+        other => return Err(unexpected(PeerId::Agent(host), &other)),
+    };
+    let paths: Vec<&str> = probed.iter().map(|disk| disk.path.as_str()).collect();
+
+    let existing = core.store.state().machines.get(&request.name).cloned();
+    if let Some(machine) = existing {
+        return protect_again(core, progress, &request, &paths, machine, host).await;
+    }
+    let machine = Machine {
+        id: MachineId::random(),
+        name: request.name.clone(),
+        host,
+        server,
+        policy: request.policy.clone().unwrap_or_else(|| DEFAULT_POLICY.to_owned()),
+        disks: probed
+            .iter()
+            .enumerate()
+            .map(|(index, disk)| MachineDisk {
+                id: DiskId::random(),
+                path: disk.path.clone(),
+                export: format!("{}-{index}", request.name),
+                bytes: disk.bytes,
+                generation: Generation::FIRST,
+            })
+            .collect(),
+        wanted: Wanted::Protected,
+        created: core.clock.wall_now(),
+    };
+    core.store.change(|state| {
+        find_policy(state, &machine.policy)?;
+        disks_are_free(state, host, &paths)?;
+        state.machines.insert(machine.name.clone(), machine.clone());
+        Ok(())
+    })?;
+    match settle_protected(core, Some(progress), &machine).await {
+        Ok(attached) => Ok(protected(&machine, &attached)),
+        Err(failure) => {
+            progress.step("undo");
+            // What cannot be undone now is undone when the side that is away comes back.
+            if let Err(left) = unprotect_and_settle(core, None, &machine.name, true).await {
+                tracing::warn!(machine = machine.name, error = %left, "undoing a failed protect is not complete yet");
+            }
+            Err(failure)
+        }
+    }
+}
+
+async fn protect_again(
+    core: &Core,
+    progress: &Progress,
+    request: &ProtectRequest,
+    paths: &[&str],
+    mut machine: Machine,
+    host: HostId,
+) -> Result<Value, Failure> {
+    let conflict = |what: String, help: &str| Err(Failure::new(FailureKind::Conflict, what, help));
+    if matches!(machine.wanted, Wanted::Unprotected { .. }) {
+        return conflict(
+            format!("machine {:?} is just being unprotected", machine.name),
+            "wait until it is gone from `tidemark status`, or choose another name",
+        );
+    }
+    let same_disks =
+        machine.host == host && machine.disks.iter().map(|disk| disk.path.as_str()).eq(paths.iter().copied());
+    if !same_disks {
+        return conflict(
+            format!("machine {:?} is protected already, with other disks", machine.name),
+            "choose another name, or unprotect it first: `tidemark unprotect NAME`",
+        );
+    }
+    if let Some(policy) = &request.policy
+        && *policy != machine.policy
+    {
+        machine = core.store.change(|state| {
+            find_policy(state, policy)?;
+            let machine = state.machines.get_mut(&machine.name).ok_or_else(vanished)?;
+            machine.policy = policy.clone();
+            Ok(machine.clone())
+        })?;
+    }
+    let attached = settle_protected(core, Some(progress), &machine).await?;
+    Ok(protected(&machine, &attached))
+}
+
+/// Makes both sides do what is wanted of a protected or paused machine. May be repeated.
+pub async fn settle_protected(
+    core: &Core,
+    progress: Option<&Progress>,
+    machine: &Machine,
+) -> Result<Vec<AttachedDisk>, Failure> {
+    if let Some(progress) = progress {
+        progress.step("authorise its host at the process server");
+    }
+    settle_server(core, machine).await?;
+    if let Some(progress) = progress {
+        progress.step("attach the disks at the agent");
+    }
+    settle_agent(core, machine).await
+}
+
+pub async fn settle_server(core: &Core, machine: &Machine) -> Result<(), Failure> {
+    let outcome = async {
+        let state = core.store.state();
+        let grant = MachineGrant {
+            machine: machine.id,
+            name: machine.name.clone(),
+            host: machine.host,
+            disks: machine.disks.iter().map(MachineDisk::spec).collect(),
+            retention: find_policy(&state, &machine.policy)?.retention(),
+        };
+        core.server_does(machine.server, &ServerCommand::Authorise(grant), SETTLE).await
+    }
+    .await;
+    core.settled(machine.id, Side::Server, outcome.as_ref().map(|()| ()));
+    outcome
+}
+
+pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<AttachedDisk>, Failure> {
+    let outcome = async {
+        let state = core.store.state();
+        let server = state.servers.get(&machine.server).ok_or_else(|| {
+            Failure::new(
+                FailureKind::Unavailable,
+                format!("process server {} has never connected", machine.server),
+                "start it; the machine is attached as soon as it connects",
+            )
+        })?;
+        let spec = MachineSpec {
+            machine: machine.id,
+            name: machine.name.clone(),
+            disks: machine.disks.iter().map(MachineDisk::spec).collect(),
+            policy: find_policy(&state, &machine.policy)?.replication(),
+            server: Endpoint { server: machine.server, address: server.address.clone() },
+            paused: machine.wanted == Wanted::Paused,
+        };
+        match core.agent(machine.host, &AgentCommand::Protect(spec), SETTLE).await? {
+            Reply::Attached(disks) => Ok(disks),
+            other => Err(unexpected(PeerId::Agent(machine.host), &other)),
+        }
+    }
+    .await;
+    core.settled(machine.id, Side::Agent, outcome.as_ref().map(|_| ()));
+    outcome
+}
+
+/// What `protect` answers.
+fn protected(machine: &Machine, attached: &[AttachedDisk]) -> Value {
+    let disks: Vec<Value> = machine
+        .disks
+        .iter()
+        .map(|disk| {
+            let attach = attached.iter().find(|attached| attached.id == disk.id);
+            json!({
+                "id": disk.id,
+                "path": disk.path,
+                "bytes": disk.bytes,
+                "attach": {
+                    "nbd": attach.and_then(|attach| attach.nbd.as_deref()),
+                    "file": attach.and_then(|attach| attach.file.as_deref()),
+                },
+            })
+        })
+        .collect();
+    json!({ "machine": machine.name, "id": machine.id, "disks": disks })
+}
+
+pub fn unprotect(core: &Arc<Core>, name: &str, delete_replica: bool) -> Result<Job, Failure> {
+    core.machine(name)?;
+    let (core, name) = (core.clone(), name.to_owned());
+    core.jobs.clone().start("unprotect", Some(&name.clone()), |progress| async move {
+        let _lock = core.lock(&name).await;
+        unprotect_and_settle(&core, Some(&progress), &name, delete_replica).await?;
+        Ok(json!({ "machine": name }))
+    })
+}
+
+async fn unprotect_and_settle(
+    core: &Core,
+    progress: Option<&Progress>,
+    name: &str,
+    delete_replica: bool,
+) -> Result<(), Failure> {
+    core.store.change(|state| {
+        let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
+        if !matches!(machine.wanted, Wanted::Unprotected { .. }) {
+            machine.wanted = Wanted::Unprotected { delete_replica, agent_done: false, server_done: false };
+        }
+        Ok(())
+    })?;
+    settle_unprotected(core, progress, name).await
+}
+
+/// Tells the sides that have not let go yet; the machine is gone once both have.
+pub async fn settle_unprotected(core: &Core, progress: Option<&Progress>, name: &str) -> Result<(), Failure> {
+    let machine = core.machine(name)?;
+    let Wanted::Unprotected { delete_replica, agent_done, server_done } = machine.wanted else {
+        return Ok(());
+    };
+    let mut failed = None;
+    if !agent_done {
+        if let Some(progress) = progress {
+            progress.step("detach the disks at the agent");
+        }
+        let told = core.agent_does(machine.host, &AgentCommand::Unprotect(machine.id), SETTLE).await;
+        note_let_go(core, &machine, Side::Agent, told, &mut failed)?;
+    }
+    if !server_done {
+        if let Some(progress) = progress {
+            progress.step("close the replica at the process server");
+        }
+        let command = ServerCommand::Deauthorise { machine: machine.id, delete_replica };
+        let told = core.server_does(machine.server, &command, SETTLE).await;
+        note_let_go(core, &machine, Side::Server, told, &mut failed)?;
+    }
+    if let Some(failure) = failed {
+        return Err(failure);
+    }
+    core.settled(machine.id, Side::Agent, Ok(()));
+    core.settled(machine.id, Side::Server, Ok(()));
+    core.store.change(|state| Ok(drop(state.machines.remove(name))))
+}
+
+fn note_let_go(
+    core: &Core,
+    machine: &Machine,
+    side: Side,
+    told: Result<(), Failure>,
+    failed: &mut Option<Failure>,
+) -> Result<(), Failure> {
+    match told {
+        // A side that does not know the machine has let go of it.
+        Err(failure) if failure.kind != FailureKind::NotFound => {
+            core.settled(machine.id, side, Err(&failure));
+            failed.get_or_insert(Failure {
+                help: format!("{}; it is done as soon as that is possible", failure.help),
+                ..failure
+            });
+            Ok(())
+        }
+        _ => core.store.change(|state| {
+            let machine = state.machines.get_mut(&machine.name).ok_or_else(vanished)?;
+            if let Wanted::Unprotected { agent_done, server_done, .. } = &mut machine.wanted {
+                match side {
+                    Side::Agent => *agent_done = true,
+                    Side::Server => *server_done = true,
+                }
+            }
+            Ok(())
+        }),
+    }
+}
+
+pub fn pause_or_resume(core: &Arc<Core>, name: &str, pause: bool) -> Result<Job, Failure> {
+    core.machine(name)?;
+    let (core, name) = (core.clone(), name.to_owned());
+    let kind = if pause { "pause" } else { "resume" };
+    core.jobs.clone().start(kind, Some(&name.clone()), |progress| async move {
+        let _lock = core.lock(&name).await;
+        let machine = core.store.change(|state| {
+            let machine = state.machines.get_mut(&name).ok_or_else(vanished)?;
+            refuse_unprotected(machine)?;
+            machine.wanted = if pause { Wanted::Paused } else { Wanted::Protected };
+            Ok(machine.clone())
+        })?;
+        progress.step("tell the agent");
+        let command = if pause { AgentCommand::Pause(machine.id) } else { AgentCommand::Resume(machine.id) };
+        core.agent_does(machine.host, &command, QUICK).await?;
+        Ok(json!({ "machine": name }))
+    })
+}
+
+pub fn resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
+    refuse_unprotected(&core.machine(name)?)?;
+    let (core, name) = (core.clone(), name.to_owned());
+    core.jobs.clone().start("resync", Some(&name.clone()), |progress| async move {
+        let _lock = core.lock(&name).await;
+        let machine = core.machine(&name)?;
+        progress.step("tell the agent");
+        core.agent_does(machine.host, &AgentCommand::Resync(machine.id), QUICK).await?;
+        Ok(json!({ "machine": name }))
+    })
+}
+
+pub fn refuse_unprotected(machine: &Machine) -> Result<(), Failure> {
+    match machine.wanted {
+        Wanted::Unprotected { .. } => Err(Failure::new(
+            FailureKind::Conflict,
+            format!("machine {:?} is just being unprotected", machine.name),
+            "protect it again when it is gone from `tidemark status`",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn vanished() -> Failure {
+    Failure::new(FailureKind::NotFound, "the machine was unprotected meanwhile", "see `tidemark status`")
+}
+
+pub fn find_policy<'a>(state: &'a State, name: &str) -> Result<&'a crate::model::Policy, Failure> {
+    state.policies.get(name).ok_or_else(|| {
+        let shown: String = name.chars().take(80).collect();
+        Failure::new(
+            FailureKind::NotFound,
+            format!("there is no policy {shown:?}"),
+            "see `tidemark policy list`, or create it with `tidemark policy create`",
+        )
+    })
+}
+
+fn disks_are_free(state: &State, host: HostId, paths: &[&str]) -> Result<(), Failure> {
+    for machine in state.machines.values().filter(|machine| machine.host == host) {
+        if let Some(disk) = machine.disks.iter().find(|disk| paths.contains(&disk.path.as_str())) {
+            return Err(Failure::new(
+                FailureKind::Conflict,
+                format!("disk {} is protected already, as part of machine {:?}", disk.path, machine.name),
+                "a disk belongs to one machine: unprotect that one first, or leave the disk out",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn pick_host(core: &Core, wanted: Option<&str>) -> Result<HostId, Failure> {
+    let hosts = core.store.state().hosts.iter().map(|(id, host)| (*id, host.name.clone())).collect();
+    pick("host", "--host", hosts, wanted, |id: &HostId| id.to_string())
+}
+
+fn pick_server(core: &Core, wanted: Option<&str>) -> Result<ServerId, Failure> {
+    let servers = core.store.state().servers.iter().map(|(id, server)| (*id, server.name.clone())).collect();
+    pick("process server", "--process-server", servers, wanted, |id: &ServerId| id.to_string())
+}
+
+/// The one that is named, or the only one.
+fn pick<I: Copy>(
+    what: &str,
+    flag: &str,
+    known: Vec<(I, String)>,
+    wanted: Option<&str>,
+    id_text: impl Fn(&I) -> String,
+) -> Result<I, Failure> {
+    let names = known.iter().map(|(_, name)| name.as_str()).collect::<Vec<_>>().join(", ");
+    let matching: Vec<_> = match wanted {
+        None => known.iter().collect(),
+        Some(wanted) => known.iter().filter(|(id, name)| name == wanted || id_text(id) == wanted).collect(),
+    };
+    match (matching.as_slice(), wanted) {
+        ([(id, _)], _) => Ok(*id),
+        ([], None) => Err(Failure::new(
+            FailureKind::Unavailable,
+            format!("no {what} has connected yet"),
+            format!(
+                "start one, for example with `tidemark {} run`",
+                if what == "host" { "agent" } else { "process-server" }
+            ),
+        )),
+        ([], Some(wanted)) => Err(Failure::new(
+            FailureKind::NotFound,
+            format!("there is no {what} {:?}", wanted.chars().take(80).collect::<String>()),
+            format!("known: {names}"),
+        )),
+        (_, None) => {
+            Err(bad_request(format!("there is more than one {what}"), format!("choose one with {flag}: {names}")))
+        }
+        (_, Some(wanted)) => Err(bad_request(
+            format!("more than one {what} is called {wanted:?}"),
+            format!("choose it by its id with {flag}"),
+        )),
+    }
+}

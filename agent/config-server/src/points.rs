@@ -1,0 +1,154 @@
+//! Recovery points: made at an instant of the host, kept at the process server.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tidemark_proto::control::{
+    AgentCommand, Consistency, Failure, ImageFormat, MarkRequest, PointInfo, Reply, Selector, ServerCommand,
+};
+
+use crate::core::{Core, QUICK, SETTLE, WHOLE_DISK};
+use crate::hub::{PeerId, unexpected};
+use crate::jobs::Job;
+use crate::machines::refuse_unprotected;
+use crate::model::Machine;
+use crate::names::{bad_request, check_label, check_path};
+
+/// How long a mark may take to become durable at the process server on every disk. Long: a slow link may have much to
+/// send before it.
+const POINT_LIMIT: Duration = Duration::from_secs(3600);
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CreateRequest {
+    pub app_consistent: bool,
+    pub label: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportRequest {
+    /// Full path on the process server: a file, or a folder for machines of more than one disk.
+    pub to: String,
+    #[serde(default = "raw")]
+    pub format: ImageFormat,
+}
+
+fn raw() -> ImageFormat {
+    ImageFormat::Raw
+}
+
+/// Makes a point now; the job ends when it is durable.
+pub fn create(core: &Arc<Core>, name: &str, request: CreateRequest) -> Result<Job, Failure> {
+    check_label(&request.label)?;
+    refuse_unprotected(&core.machine(name)?)?;
+    let (core, name) = (core.clone(), name.to_owned());
+    core.jobs.clone().start("point_create", Some(&name.clone()), |progress| async move {
+        let machine = core.machine(&name)?;
+        progress.step("mark the disks at the host");
+        let consistency = if request.app_consistent { Consistency::App } else { Consistency::Crash };
+        let mark = MarkRequest { machine: machine.id, consistency, label: request.label, keep: true };
+        let mark = match core.agent(machine.host, &AgentCommand::Mark(mark), SETTLE).await? {
+            Reply::Marked { mark, .. } => mark,
+            other => return Err(unexpected(PeerId::Agent(machine.host), &other)),
+        };
+        progress.step("wait until it is durable at the process server");
+        let command = ServerCommand::WaitPoint { machine: machine.id, mark, limit: POINT_LIMIT };
+        let point = point_of(&core, &machine, &command, POINT_LIMIT + QUICK).await?;
+        Ok(serde_json::to_value(point).expect("a point is plain data"))
+    })
+}
+
+pub async fn list(core: &Core, name: &str) -> Result<Vec<PointInfo>, Failure> {
+    let machine = core.machine(name)?;
+    match core.server(machine.server, &ServerCommand::Points(machine.id), QUICK).await? {
+        Reply::Points(points) => Ok(points),
+        other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
+    }
+}
+
+/// The point or position that `point` names.
+pub async fn resolve(core: &Core, name: &str, point: &str) -> Result<PointInfo, Failure> {
+    let machine = core.machine(name)?;
+    let command = ServerCommand::Resolve { machine: machine.id, point: selector(point)? };
+    point_of(core, &machine, &command, QUICK).await
+}
+
+pub async fn lock(core: &Core, name: &str, point: &str, locked: bool) -> Result<PointInfo, Failure> {
+    let machine = core.machine(name)?;
+    let command = ServerCommand::Lock { machine: machine.id, point: selector(point)?, locked };
+    point_of(core, &machine, &command, QUICK).await
+}
+
+pub fn verify(core: &Arc<Core>, name: &str, point: &str) -> Result<Job, Failure> {
+    let machine = core.machine(name)?;
+    let command = ServerCommand::Verify { machine: machine.id, point: selector(point)? };
+    let core = core.clone();
+    core.jobs.clone().start("point_verify", Some(name), |progress| async move {
+        progress.step("check every byte that the point needs");
+        match core.server(machine.server, &command, WHOLE_DISK).await? {
+            Reply::Verified(verified) => Ok(serde_json::to_value(verified).expect("plain data")),
+            other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
+        }
+    })
+}
+
+pub fn export(core: &Arc<Core>, name: &str, point: &str, request: ExportRequest) -> Result<Job, Failure> {
+    check_path(&request.to)?;
+    let machine = core.machine(name)?;
+    let command =
+        ServerCommand::Export { machine: machine.id, point: selector(point)?, to: request.to, format: request.format };
+    let core = core.clone();
+    core.jobs.clone().start("point_export", Some(name), |progress| async move {
+        progress.step("write the images");
+        match core.server(machine.server, &command, WHOLE_DISK).await? {
+            Reply::Exported(exported) => Ok(serde_json::to_value(exported).expect("plain data")),
+            other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
+        }
+    })
+}
+
+/// Serves a point until it is stopped, or nobody renews it.
+pub async fn serve(core: &Core, name: &str, point: &str, writable: bool) -> Result<Value, Failure> {
+    let machine = core.machine(name)?;
+    let command = ServerCommand::Serve { machine: machine.id, point: selector(point)?, writable };
+    match core.server(machine.server, &command, SETTLE).await? {
+        Reply::Serving(serving) => {
+            core.serves.add(serving.serve, machine.server, &core.clock);
+            let lease = crate::serves::LEASE.as_secs();
+            Ok(json!({
+                "serve": serving.serve,
+                "machine": machine.name,
+                "point": serving.point,
+                "time": serving.time,
+                "writable": serving.writable,
+                "lease_seconds": lease,
+                "disks": serving.disks,
+            }))
+        }
+        other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
+    }
+}
+
+fn selector(point: &str) -> Result<Selector, Failure> {
+    point.parse().map_err(|error: tidemark_proto::control::SelectorError| {
+        bad_request(
+            error.to_string(),
+            "name an id of `tidemark point list`, `latest`, `latest-app`, or a time such as 2026-11-21T10:04:05.250Z",
+        )
+    })
+}
+
+async fn point_of(
+    core: &Core,
+    machine: &Machine,
+    command: &ServerCommand,
+    limit: Duration,
+) -> Result<PointInfo, Failure> {
+    match core.server(machine.server, command, limit).await? {
+        Reply::Point(point) => Ok(point),
+        other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
+    }
+}
