@@ -1,0 +1,1 @@
+//! Tools for `.hrl` files of anyone.
