@@ -1,1 +1,3 @@
+//! The process server role, in the order of the path.
 
+pub mod accept;
