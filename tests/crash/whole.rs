@@ -39,7 +39,7 @@ impl Load {
             let mut written = Written::default();
             loop {
                 let offset = start + seeded.below(bytes / BLOCK) * BLOCK;
-                let stamp = seeded.next();
+                let stamp = seeded.number();
                 written.in_flight = Some((offset, stamp));
                 if client.write(offset, &content(stamp)).is_err() {
                     return written;

@@ -14,7 +14,7 @@ pub const MIB: u64 = 1 << 20;
 pub struct Seeded(pub u64);
 
 impl Seeded {
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -24,12 +24,12 @@ impl Seeded {
 
     /// Less than `end`.
     pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
+        self.number() % end
     }
 
     pub fn fill(&mut self, buffer: &mut [u8]) {
         for part in buffer.chunks_mut(8) {
-            let word = self.next().to_le_bytes();
+            let word = self.number().to_le_bytes();
             part.copy_from_slice(&word[..part.len()]);
         }
     }
@@ -47,7 +47,7 @@ pub fn make_mixed(path: &Path, bytes: u64, seed: u64) {
             0 => continue,
             1 => seeded.fill(&mut buffer),
             _ => {
-                let (word, length) = (seeded.next().to_le_bytes(), buffer.len());
+                let (word, length) = (seeded.number().to_le_bytes(), buffer.len());
                 for (index, byte) in buffer.iter_mut().enumerate() {
                     *byte = word[index % 7] ^ (index / 512 * length) as u8;
                 }

@@ -2,6 +2,7 @@
 //! and other people's tools (qemu-io, nbdcopy, fio) as the workload.
 //!
 //! * [`site`]: a running `tidemark up` (or three separate roles), its verbs, its end.
+//! * [`api`]: its REST API, for what is asked more often than a command can be started.
 //! * [`binary`], [`process`]: where the command is, and children that never outlive their test.
 //! * [`nbd`]: a client of our own, because only a client that notes when each write was sent and acknowledged can say
 //!   what a mark must hold. It shares no code with the product.
@@ -9,6 +10,7 @@
 //! * [`tools`]: programs that a test needs; a test without them says `SKIPPED` and why.
 //! * [`wait`]: waiting for a condition with a limit.
 
+pub mod api;
 pub mod binary;
 pub mod image;
 pub mod nbd;

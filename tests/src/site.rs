@@ -232,11 +232,11 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            if let Ok(log) = std::fs::read_to_string(self.path("up.log")) {
-                let lines: Vec<&str> = log.lines().collect();
-                eprintln!("--- log of the site (end)\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
-            }
+        if std::thread::panicking()
+            && let Ok(log) = std::fs::read_to_string(self.path("up.log"))
+        {
+            let lines: Vec<&str> = log.lines().collect();
+            eprintln!("--- log of the site (end)\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
         }
     }
 }

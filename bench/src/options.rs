@@ -1,0 +1,86 @@
+//! The command line of the bench.
+
+use std::path::PathBuf;
+
+pub const USAGE: &str = "\
+usage: tidemark-bench WHAT… [--size 4G] [--rounds 3] [--seconds 3] [--dir /dev/shm] [--json FILE] [--only TOOL,TOOL…]
+
+WHAT: all, initial, delta, append, frontend, rpo, serve
+--size     of the disk that is replicated
+--rounds   how often each is measured; tools alternate within a round, and medians are compared
+--seconds  of each load at the front end; the RPO is measured for ten times as long
+--dir      where the disks lie: a tmpfs, so that the media is not the limit
+--only     tools to measure, by the beginnings of their names; goals that need others are not judged";
+
+/// What can be measured, in the order it is.
+const KINDS: [&str; 6] = ["initial", "delta", "append", "frontend", "rpo", "serve"];
+
+pub struct Options {
+    pub what: Vec<String>,
+    pub bytes: u64,
+    pub rounds: usize,
+    pub seconds: u64,
+    pub dir: PathBuf,
+    pub json: Option<PathBuf>,
+    pub only: Vec<String>,
+    /// As it was typed, for the report.
+    pub command: String,
+}
+
+impl Options {
+    pub fn parse(arguments: &[String]) -> Result<Self, String> {
+        let mut options = Self {
+            what: Vec::new(),
+            bytes: 4 << 30,
+            rounds: 3,
+            seconds: 3,
+            dir: "/dev/shm".into(),
+            json: None,
+            only: Vec::new(),
+            command: arguments.join(" "),
+        };
+        let mut rest = arguments.iter();
+        while let Some(word) = rest.next() {
+            let mut value = || rest.next().ok_or_else(|| format!("{word} needs a value"));
+            match word.as_str() {
+                "--size" => options.bytes = size(value()?)?,
+                "--rounds" => options.rounds = number(value()?)?.max(1) as usize,
+                "--seconds" => options.seconds = number(value()?)?.max(1),
+                "--dir" => options.dir = value()?.into(),
+                "--json" => options.json = Some(value()?.into()),
+                "--only" => options.only = value()?.split(',').map(str::to_owned).collect(),
+                "all" => options.what = KINDS.map(str::to_owned).to_vec(),
+                kind if KINDS.contains(&kind) => options.what.push(kind.to_owned()),
+                other => return Err(format!("{other} is nothing to measure and no option")),
+            }
+        }
+        if options.what.is_empty() {
+            return Err("what is to be measured?".to_owned());
+        }
+        Ok(options)
+    }
+
+    pub fn wants(&self, kind: &str) -> bool {
+        self.what.iter().any(|what| what == kind)
+    }
+
+    /// Whether a tool is to be measured.
+    pub fn takes(&self, tool: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|start| tool.starts_with(start.as_str()))
+    }
+}
+
+fn number(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("{text} is no number"))
+}
+
+/// Whole MiB, so that blocks and areas divide it.
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'G') => (&text[..text.len() - 1], 30),
+        Some(b'M') => (&text[..text.len() - 1], 20),
+        _ => return Err(format!("{text}: a size is a number with M or G")),
+    };
+    let bytes = number(digits)? << shift;
+    if bytes < 64 << 20 { Err(format!("{text} is too small: from 64M on")) } else { Ok(bytes) }
+}
