@@ -1,0 +1,330 @@
+//! Sealed segments: writing the index, and reading through it.
+
+use std::io;
+use std::sync::Arc;
+
+use tidemark_base::chunk::ChunkKey;
+use tidemark_base::extent::Sliced;
+use tidemark_base::storage::{OpenMode, Storage};
+use tidemark_base::{Extent, Position, Timestamp};
+
+use super::error::ReadError;
+use super::index::{
+    COMMIT_ENTRY_BYTES, CommitEntry, ENTRY_BYTES, Entry, PAGE_BYTES, Place, SegmentFile, Table, flatten, page_hash,
+};
+use super::segment::{
+    COMMIT_BYTES_MAX, Commit, FRAME_HEADER_BYTES, Fields, FrameKey, FrameKind, HEADER_BYTES, Header, POSITION_BYTES,
+    SegmentName, decode_commit, put_position,
+};
+use crate::view::cache::{BlockCache, FileNumber};
+
+pub const FOOTER_BYTES: usize = 512;
+const FOOTER_MAGIC: [u8; 8] = *b"TDMKEND1";
+/// A directory longer than this is not ours: (entries of the largest cut) / (entries a page) × (hash + fence), doubled.
+const DIRECTORY_BYTES_MAX: u64 = 64 << 20;
+
+/// A cut at which consistency changes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Boundary {
+    pub cut: u64,
+    pub what: BoundaryKind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BoundaryKind {
+    ScanStart = 3,
+    ScanEnd = 4,
+    Damaged = 9,
+}
+
+/// What an active segment knows when it is sealed.
+pub struct Contents<'a> {
+    pub entries: &'a [Entry],
+    pub commits: &'a [CommitEntry],
+    pub boundaries: &'a [Boundary],
+    pub data_end: u64,
+    pub last_position: Option<Position>,
+    pub last_time: Timestamp,
+    pub last_commit: [u8; 32],
+}
+
+/// An immutable segment, opened: the directory is in memory (24 bytes for 408 extents), everything else on disk.
+pub struct Sealed {
+    pub segment: Arc<SegmentFile>,
+    pub header: Header,
+    pub frame_key: FrameKey,
+    pub last_cut: u64,
+    pub last_position: Option<Position>,
+    pub last_time: Timestamp,
+    pub last_commit: [u8; 32],
+    pub data_end: u64,
+    pub file_bytes: u64,
+    pub boundaries: Vec<Boundary>,
+    log: Table,
+    commits: Table,
+    flat: Table,
+    fences: Vec<u64>,
+}
+
+/// The index and footer of a segment, to be written at `contents.data_end`.
+pub fn encode_index(header: &[u8; HEADER_BYTES], contents: &Contents<'_>) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut directory = Vec::new();
+    let mut places = Vec::new();
+    let mut table = |bytes: Vec<u8>, entries: usize, out: &mut Vec<u8>| {
+        let at = contents.data_end + out.len() as u64;
+        for (number, page) in bytes.chunks(PAGE_BYTES).enumerate() {
+            directory.extend_from_slice(&page_hash(page, at + (number * PAGE_BYTES) as u64));
+        }
+        out.extend_from_slice(&bytes);
+        places.extend([at, entries as u64]);
+    };
+    let mut bytes = Vec::with_capacity(contents.entries.len() * ENTRY_BYTES);
+    contents.entries.iter().for_each(|entry| entry.encode(&mut bytes));
+    table(bytes, contents.entries.len(), &mut out);
+
+    let mut bytes = Vec::with_capacity(contents.commits.len() * COMMIT_ENTRY_BYTES);
+    contents.commits.iter().for_each(|commit| commit.encode(&mut bytes));
+    table(bytes, contents.commits.len(), &mut out);
+
+    let flat = flatten(contents.entries);
+    let mut fences = Vec::new();
+    let mut bytes = Vec::with_capacity(flat.len() * ENTRY_BYTES);
+    for (number, (extent, place)) in flat.iter().enumerate() {
+        if number.is_multiple_of(PAGE_BYTES / ENTRY_BYTES) {
+            fences.extend_from_slice(&extent.offset.to_le_bytes());
+        }
+        Entry { extent, place: *place }.encode(&mut bytes);
+    }
+    table(bytes, flat.len(), &mut out);
+    directory.extend_from_slice(&fences);
+    for boundary in contents.boundaries {
+        directory.extend_from_slice(&boundary.cut.to_le_bytes());
+        directory.extend_from_slice(&(boundary.what as u64).to_le_bytes());
+    }
+    let directory_at = contents.data_end + out.len() as u64;
+    out.extend_from_slice(&directory);
+
+    let mut footer = Vec::with_capacity(FOOTER_BYTES);
+    footer.extend_from_slice(&FOOTER_MAGIC);
+    places.iter().for_each(|number| footer.extend_from_slice(&number.to_le_bytes()));
+    for number in [
+        directory_at,
+        directory.len() as u64,
+        contents.boundaries.len() as u64,
+        contents.data_end,
+        contents.last_time.0,
+        u64::from(contents.last_position.is_some()),
+    ] {
+        footer.extend_from_slice(&number.to_le_bytes());
+    }
+    match &contents.last_position {
+        Some(position) => put_position(&mut footer, position),
+        None => footer.resize(footer.len() + POSITION_BYTES, 0),
+    }
+    footer.extend_from_slice(&contents.last_commit);
+    footer.extend_from_slice(blake3::hash(&directory).as_bytes());
+    footer.resize(FOOTER_BYTES - 32, 0);
+    let hash = footer_hash(header, &footer);
+    footer.extend_from_slice(&hash);
+    out.extend_from_slice(&footer);
+    out
+}
+
+fn footer_hash(header: &[u8; HEADER_BYTES], footer: &[u8]) -> [u8; 32] {
+    let key: [u8; 32] = header[HEADER_BYTES - 32..].try_into().expect("32 bytes");
+    *blake3::keyed_hash(&key, footer).as_bytes()
+}
+
+impl Sealed {
+    /// Reads header, footer and directory, and proves them.
+    pub fn open(storage: &dyn Storage, first: u64, last: u64) -> Result<Self, ReadError> {
+        let path = SegmentName::Sealed { first, last }.path();
+        let name = storage.path(&path).display().to_string();
+        let io = |source: io::Error| ReadError::Io { file: name.clone(), source };
+        let damaged = |what: &str| ReadError::damaged(&name, what);
+        let file = storage.open(&path, OpenMode::Read).map_err(io)?;
+        let file_bytes = file.bytes().map_err(io)?;
+        if file_bytes < (HEADER_BYTES + FOOTER_BYTES) as u64 {
+            return Err(damaged("too short to be a sealed segment"));
+        }
+        let mut head = [0; HEADER_BYTES];
+        file.read_at(0, &mut head).map_err(io)?;
+        let header = Header::decode(&head).map_err(damaged)?;
+        let mut foot = [0; FOOTER_BYTES];
+        file.read_at(file_bytes - FOOTER_BYTES as u64, &mut foot).map_err(io)?;
+        let (content, hash) = foot.split_at(FOOTER_BYTES - 32);
+        if content[..8] != FOOTER_MAGIC || footer_hash(&head, content) != hash {
+            return Err(damaged("the footer's hash does not hold"));
+        }
+        let mut fields = Fields(&content[8..]);
+        let mut number = || fields.u64().expect("the footer is 512 bytes");
+        let mut table = |width: usize| {
+            let (at, entries) = (number(), number());
+            Table { at, entries, width, page_hashes: Vec::new() }
+        };
+        let (mut log, mut commits, mut flat) = (table(ENTRY_BYTES), table(COMMIT_ENTRY_BYTES), table(ENTRY_BYTES));
+        let (directory_at, directory_bytes, boundary_count) = (number(), number(), number());
+        let (data_end, last_time, has_position) = (number(), Timestamp(number()), number() != 0);
+        let last_position = fields.position().filter(|_| has_position);
+        let last_commit = fields.array().expect("the footer is 512 bytes");
+        let directory_hash: [u8; 32] = fields.array().expect("the footer is 512 bytes");
+        if header.first_cut != first || first + commits.entries != last + 1 || directory_bytes > DIRECTORY_BYTES_MAX {
+            return Err(damaged("its name and its footer differ"));
+        }
+        let mut directory = vec![0; directory_bytes as usize];
+        file.read_at(directory_at, &mut directory).map_err(io)?;
+        if *blake3::hash(&directory).as_bytes() != directory_hash {
+            return Err(damaged("the directory's hash does not hold"));
+        }
+        let mut fields = Fields(&directory);
+        let short = || damaged("the directory is too short");
+        for table in [&mut log, &mut commits, &mut flat] {
+            for _ in 0..Table::pages(table.entries, table.width) {
+                table.page_hashes.push(fields.array().ok_or_else(short)?);
+            }
+        }
+        let fences = (0..flat.page_hashes.len()).map(|_| fields.u64()).collect::<Option<Vec<_>>>().ok_or_else(short)?;
+        let mut boundaries = Vec::new();
+        for _ in 0..boundary_count {
+            let cut = fields.u64().ok_or_else(short)?;
+            let what = match fields.u64().ok_or_else(short)? {
+                3 => BoundaryKind::ScanStart,
+                4 => BoundaryKind::ScanEnd,
+                9 => BoundaryKind::Damaged,
+                _ => return Err(damaged("a boundary of an unknown kind")),
+            };
+            boundaries.push(Boundary { cut, what });
+        }
+        let segment = SegmentFile {
+            file,
+            number: FileNumber::next(),
+            name,
+            key: ChunkKey::new(header.disk, header.generation),
+            disk_bytes: header.disk_bytes,
+        };
+        Ok(Self {
+            segment: Arc::new(segment),
+            frame_key: FrameKey::new(&head),
+            header,
+            last_cut: last,
+            last_position,
+            last_time,
+            last_commit,
+            data_end,
+            file_bytes,
+            boundaries,
+            log,
+            commits,
+            flat,
+            fences,
+        })
+    }
+
+    pub fn first_cut(&self) -> u64 {
+        self.header.first_cut
+    }
+
+    pub fn extents(&self) -> u64 {
+        self.log.entries
+    }
+
+    pub fn commit_entry(&self, cut: u64, cache: &BlockCache) -> Result<CommitEntry, ReadError> {
+        self.commits.with_entry(cut - self.first_cut(), &self.segment, cache, CommitEntry::decode)
+    }
+
+    /// The commit record of a cut; `None` when it was lost.
+    pub fn commit(&self, cut: u64, cache: &BlockCache) -> Result<Option<Commit>, ReadError> {
+        let entry = self.commit_entry(cut, cache)?;
+        if entry.commit_at == 0 {
+            return Ok(None);
+        }
+        read_commit(&self.segment, &self.frame_key, entry.commit_at, cut).map(Some)
+    }
+
+    /// What the segment held after `cut`: entries in order, later ones replace earlier ones. Bounded by the segment.
+    pub fn entries_up_to(&self, cut: u64, cache: &BlockCache) -> Result<Vec<Entry>, ReadError> {
+        let end = self.commit_entry(cut, cache)?.log_end;
+        let mut entries = Vec::with_capacity(end as usize);
+        for page in 0..Table::pages(end, ENTRY_BYTES) {
+            let bytes = self.log.page(page, &self.segment, cache)?;
+            let left = (end - page * self.log.per_page()) as usize;
+            entries.extend(bytes.chunks_exact(ENTRY_BYTES).take(left).map(Entry::decode));
+        }
+        Ok(entries)
+    }
+
+    fn flat_entry(&self, index: u64, cache: &BlockCache) -> Result<Entry, ReadError> {
+        self.flat.with_entry(index, &self.segment, cache, Entry::decode)
+    }
+
+    /// The number of the first flat entry that ends after `offset`.
+    fn flat_after(&self, offset: u64, cache: &BlockCache) -> Result<u64, ReadError> {
+        // The entry that holds `offset` is on the last page whose fence is not after it, or the next page begins with what follows.
+        let page = self.fences.partition_point(|&fence| fence <= offset).saturating_sub(1) as u64;
+        let (mut low, mut high) =
+            (page * self.flat.per_page(), ((page + 1) * self.flat.per_page()).min(self.flat.entries));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.flat_entry(middle, cache)?.extent.end() <= offset {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        Ok(low)
+    }
+
+    /// The first part at or after `offset` that the segment covers.
+    pub fn next(&self, offset: u64, cache: &BlockCache) -> Result<Option<(Extent, Place)>, ReadError> {
+        let index = self.flat_after(offset, cache)?;
+        if index >= self.flat.entries {
+            return Ok(None);
+        }
+        let entry = self.flat_entry(index, cache)?;
+        let skip = offset.saturating_sub(entry.extent.offset);
+        let extent = Extent::new(entry.extent.offset + skip, entry.extent.length - skip);
+        Ok(Some((extent, entry.place.slice(skip))))
+    }
+
+    /// The parts of `within` that the segment covers, in order, handed to `found`.
+    pub fn overlapping(
+        &self,
+        within: Extent,
+        cache: &BlockCache,
+        found: &mut dyn FnMut(Extent, Place),
+    ) -> Result<(), ReadError> {
+        for index in self.flat_after(within.offset, cache)?..self.flat.entries {
+            let entry = self.flat_entry(index, cache)?;
+            let Some(part) = entry.extent.intersection(&within) else { break };
+            found(part, entry.place.slice(part.offset - entry.extent.offset));
+        }
+        Ok(())
+    }
+
+    /// The last cut at or before `time`, by binary search; `None` when all are later.
+    pub fn last_cut_at(&self, time: Timestamp, cache: &BlockCache) -> Result<Option<u64>, ReadError> {
+        let (mut low, mut high) = (0, self.commits.entries);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.commit_entry(self.first_cut() + middle, cache)?.time <= time {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        Ok(low.checked_sub(1).map(|index| self.first_cut() + index))
+    }
+}
+
+/// The commit record in the frame at `at`.
+pub fn read_commit(segment: &SegmentFile, key: &FrameKey, at: u64, cut: u64) -> Result<Commit, ReadError> {
+    let damaged = || ReadError::damaged(&segment.name, format!("the commit record of cut {cut} at {at} is damaged"));
+    let head: [u8; FRAME_HEADER_BYTES] = segment.read(at, FRAME_HEADER_BYTES)?.try_into().expect("as many as asked");
+    let frame = key.decode(&head, at).ok_or_else(damaged)?;
+    if frame.kind != FrameKind::Commit || frame.cut != cut || frame.body_bytes as usize > COMMIT_BYTES_MAX {
+        return Err(damaged());
+    }
+    let body = segment.read(at + FRAME_HEADER_BYTES as u64, frame.body_bytes as usize)?;
+    decode_commit(&body).filter(|commit| commit.end.cut.0 == cut).ok_or_else(damaged)
+}

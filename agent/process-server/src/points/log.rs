@@ -1,0 +1,105 @@
+//! The file of points: lines that prove themselves.
+
+use std::io;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tidemark_base::MarkId;
+use tidemark_base::storage::{OpenMode, Storage, StorageFile, replace_file};
+
+use super::Point;
+
+pub const NAME: &str = "points";
+const DIGEST_BYTES: usize = 32;
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Record {
+    Point(Point),
+    Lock { id: MarkId, locked: bool },
+    Flag { id: MarkId, damaged: bool },
+    Drop { ids: Vec<MarkId> },
+}
+
+pub struct PointLog {
+    storage: Arc<dyn Storage>,
+    file: Arc<dyn StorageFile>,
+    end: u64,
+    failed: bool,
+    pub lines: usize,
+}
+
+fn line_of(record: &Record) -> String {
+    let json = serde_json::to_string(record).expect("a record has no map with odd keys");
+    format!("{} {json}\n", &blake3::hash(json.as_bytes()).to_hex()[..DIGEST_BYTES])
+}
+
+fn record_of(line: &[u8]) -> Option<Record> {
+    let (digest, json) = line.split_at_checked(DIGEST_BYTES)?;
+    let json = json.strip_prefix(b" ")?;
+    if &blake3::hash(json).to_hex().as_bytes()[..DIGEST_BYTES] != digest {
+        return None;
+    }
+    serde_json::from_slice(json).ok()
+}
+
+impl PointLog {
+    /// Reads the log; returns its records and how many lines were damaged. With `write` a torn tail is truncated.
+    pub fn open(storage: Arc<dyn Storage>, write: bool) -> io::Result<(Self, Vec<Record>, usize)> {
+        let file = storage.open(NAME, if write { OpenMode::OpenOrCreate } else { OpenMode::Read })?;
+        if write {
+            storage.sync_folder("")?;
+        }
+        let bytes = file.bytes()?;
+        let mut content = vec![0; bytes as usize];
+        file.read_at(0, &mut content)?;
+        let (mut records, mut damaged, mut pending, mut end, mut at) = (Vec::new(), 0, 0, 0, 0);
+        for line in content.split_inclusive(|&byte| byte == b'\n') {
+            at += line.len() as u64;
+            match line.strip_suffix(b"\n").and_then(record_of) {
+                Some(record) => {
+                    damaged += std::mem::take(&mut pending);
+                    records.push(record);
+                    end = at;
+                }
+                None => pending += 1,
+            }
+        }
+        if write && end < bytes {
+            file.set_bytes(end)?;
+            file.sync()?;
+        }
+        let lines = records.len();
+        Ok((Self { storage, file, end, failed: false, lines }, records, damaged))
+    }
+
+    pub fn append(&mut self, records: &[Record], durable: bool) -> io::Result<()> {
+        if self.failed {
+            return Err(io::Error::other("the log of points failed before; restart the process server"));
+        }
+        let text: String = records.iter().map(line_of).collect();
+        let result = self.file.write_at(self.end, text.as_bytes());
+        let result = result.and_then(|()| if durable { self.file.sync() } else { Ok(()) });
+        match result {
+            Ok(()) => {
+                self.end += text.len() as u64;
+                self.lines += records.len();
+                Ok(())
+            }
+            Err(error) => {
+                self.failed = true;
+                Err(error)
+            }
+        }
+    }
+
+    /// Replaces the log by `records`.
+    pub fn compact(&mut self, records: &[Record]) -> io::Result<()> {
+        let text: String = records.iter().map(line_of).collect();
+        replace_file(&*self.storage, NAME, text.as_bytes())?;
+        self.file = self.storage.open(NAME, OpenMode::ReadWrite)?;
+        self.end = text.len() as u64;
+        self.lines = records.len();
+        Ok(())
+    }
+}

@@ -1,0 +1,94 @@
+//! The manifest of a replica: what it is of, where its base stands, what is pinned.
+//!
+//! `manifest`: one line of 64 hexadecimal digits (BLAKE3 of the rest), then JSON. Replaced as a whole (`replace_file`), so that a crash leaves the old or the new.
+
+use std::io;
+
+use serde::{Deserialize, Serialize};
+use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_base::{DiskId, Generation, HistoryHash, MachineId, Position, Timestamp};
+
+use crate::journal::{ReadError, Tip};
+
+pub const NAME: &str = "manifest";
+const VERSION: u32 = 1;
+const BYTES_MAX: u64 = 4 << 20;
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    pub version: u32,
+    pub disk: DiskId,
+    pub machine: MachineId,
+    pub disk_bytes: u64,
+    pub generation: Generation,
+    pub base: BaseTip,
+    /// A fold to this cut was begun: from now on the base is of no older cut, whether the fold finished or not.
+    pub fold_to: Option<u64>,
+    pub pins: Vec<Pin>,
+}
+
+/// The last cut that is in the base.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BaseTip {
+    pub cut: u64,
+    pub position: Option<Position>,
+    pub time: Timestamp,
+    pub commit: HistoryHash,
+}
+
+impl From<Tip> for BaseTip {
+    fn from(tip: Tip) -> Self {
+        Self { cut: tip.cut, position: tip.position, time: tip.time, commit: HistoryHash(tip.commit) }
+    }
+}
+
+impl From<&BaseTip> for Tip {
+    fn from(tip: &BaseTip) -> Self {
+        Self { cut: tip.cut, position: tip.position, time: tip.time, commit: tip.commit.0 }
+    }
+}
+
+/// A cut that something stands on and that is not folded over, whatever happens to this process.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Pin {
+    /// Who holds it: a serve, an export, a failed-over machine.
+    pub holder: String,
+    pub cut: u64,
+    pub since: Timestamp,
+}
+
+impl Manifest {
+    pub fn new(disk: DiskId, machine: MachineId, disk_bytes: u64, generation: Generation) -> Self {
+        let base = Tip::default().into();
+        Self { version: VERSION, disk, machine, disk_bytes, generation, base, fold_to: None, pins: Vec::new() }
+    }
+
+    pub fn store(&self, storage: &dyn Storage) -> io::Result<()> {
+        let json = serde_json::to_string_pretty(self).map_err(io::Error::other)?;
+        let text = format!("{}\n{json}\n", blake3::hash(json.as_bytes()).to_hex());
+        replace_file(storage, NAME, text.as_bytes())
+    }
+
+    pub fn load(storage: &dyn Storage) -> Result<Self, ReadError> {
+        let file = storage.path(NAME).display().to_string();
+        let content =
+            read_file(storage, NAME, BYTES_MAX).map_err(|source| ReadError::Io { file: file.clone(), source })?;
+        let damaged = |what: &str| ReadError::damaged(&file, what);
+        let text = std::str::from_utf8(&content).map_err(|_| damaged("not a text"))?;
+        let (digest, json) = text.split_once('\n').ok_or_else(|| damaged("no line with a hash"))?;
+        let json = json.strip_suffix('\n').ok_or_else(|| damaged("cut short"))?;
+        if blake3::hash(json.as_bytes()).to_hex().as_str() != digest {
+            return Err(damaged("its hash does not hold"));
+        }
+        let manifest: Self = serde_json::from_str(json).map_err(|error| damaged(&error.to_string()))?;
+        if manifest.version != VERSION {
+            return Err(damaged(&format!("version {} is not known", manifest.version)));
+        }
+        Ok(manifest)
+    }
+
+    /// No view may be older than this.
+    pub fn floor(&self) -> u64 {
+        self.fold_to.unwrap_or(self.base.cut).max(self.base.cut)
+    }
+}

@@ -1,0 +1,321 @@
+//! All replicas of a process server, and the points of their machines.
+//!
+//! `replicas/<disk-id>/` and `machines/<machine-id>/` beneath one root; names are made from ids only.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::sync::{Arc, RwLock};
+
+use serde::Serialize;
+use tidemark_base::stop::Stop;
+use tidemark_base::storage::Storage;
+use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
+
+use super::{DurableState, Replica, ReplicaError, ReplicaInfo};
+use crate::fold::{self, Folded, plan};
+use crate::journal::{JournalError, Limits, ReadError};
+use crate::points::{Point, PointConsistency, PointError, PointSelector, PointStore, Retention};
+use crate::view::View;
+use crate::view::cache::{BlockCache, CACHE_BYTES};
+
+const REPLICAS: &str = "replicas";
+const MACHINES: &str = "machines";
+
+#[derive(Debug, thiserror::Error)]
+pub enum SetError {
+    #[error("the store at {place} cannot be opened")]
+    Open { place: String, source: io::Error },
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+    #[error(transparent)]
+    Point(#[from] PointError),
+}
+
+impl SetError {
+    pub fn help(&self) -> &'static str {
+        match self {
+            SetError::Open { .. } => "check that the folder exists and that the process server may write it",
+            SetError::Replica(error) => error.help(),
+            SetError::Point(error) => error.help(),
+        }
+    }
+}
+
+/// A replica that could not be opened; the others are served.
+#[derive(Debug)]
+pub struct OpenFailure {
+    pub folder: String,
+    pub error: ReadError,
+}
+
+/// What a POINT resolves to: a cut of each disk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Place {
+    pub machine: MachineId,
+    /// The mark; none for a position between marks.
+    pub id: Option<MarkId>,
+    pub time: Timestamp,
+    pub consistency: PointConsistency,
+    pub cuts: Vec<(DiskId, u64)>,
+}
+
+impl From<Point> for Place {
+    fn from(point: Point) -> Self {
+        Self {
+            machine: point.machine,
+            id: Some(point.id),
+            time: point.time,
+            consistency: point.consistency,
+            cuts: point.disks.iter().map(|held| (held.disk, held.cut)).collect(),
+        }
+    }
+}
+
+/// What one disk's fold came to.
+#[derive(Debug)]
+pub struct FoldOutcome {
+    pub disk: DiskId,
+    pub result: Result<Folded, ReplicaError>,
+}
+
+#[derive(Debug, Default)]
+pub struct Maintenance {
+    pub dropped: Vec<MarkId>,
+    pub folds: Vec<FoldOutcome>,
+}
+
+pub struct ReplicaSet {
+    storage: Arc<dyn Storage>,
+    cache: Arc<BlockCache>,
+    limits: Limits,
+    replicas: RwLock<HashMap<DiskId, Arc<Replica>>>,
+    machines: RwLock<HashMap<MachineId, Arc<PointStore>>>,
+    /// One maintenance at a time; points are thinned and disks folded by it alone.
+    maintaining: std::sync::Mutex<()>,
+}
+
+impl ReplicaSet {
+    /// Opens every replica beneath `storage`. One that cannot be opened is named and left as it is.
+    pub fn open(storage: Arc<dyn Storage>, limits: Limits) -> Result<(Self, Vec<OpenFailure>), SetError> {
+        let open = |source| SetError::Open { place: storage.path("").display().to_string(), source };
+        storage.create_folder(REPLICAS).map_err(open)?;
+        storage.create_folder(MACHINES).map_err(open)?;
+        storage.sync_folder("").map_err(open)?;
+        let set = Self {
+            cache: BlockCache::new(CACHE_BYTES),
+            limits,
+            replicas: RwLock::default(),
+            machines: RwLock::default(),
+            maintaining: std::sync::Mutex::new(()),
+            storage: storage.clone(),
+        };
+        let mut failures = Vec::new();
+        for name in storage.list(REPLICAS).map_err(open)? {
+            let folder = format!("{REPLICAS}/{name}");
+            // A folder without a manifest is one whose creation or removal a crash cut short.
+            if name.parse::<DiskId>().is_err() || !storage.exists(&format!("{folder}/manifest")).map_err(open)? {
+                continue;
+            }
+            match Replica::open(storage.folder(&folder), limits, set.cache.clone()) {
+                Ok(replica) => {
+                    set.replicas.write().expect("no panic while held").insert(replica.disk(), replica);
+                }
+                Err(error) => failures.push(OpenFailure { folder: storage.path(&folder).display().to_string(), error }),
+            }
+        }
+        for replica in set.replicas() {
+            let points = set.points(replica.machine())?;
+            points.hold(replica.marks_after(0)?)?;
+        }
+        Ok((set, failures))
+    }
+
+    pub fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    pub fn cache(&self) -> &Arc<BlockCache> {
+        &self.cache
+    }
+
+    /// Makes a replica, durable when this returns.
+    pub fn create(&self, info: ReplicaInfo) -> Result<Arc<Replica>, SetError> {
+        let mut replicas = self.replicas.write().expect("no panic while held");
+        if replicas.contains_key(&info.disk) {
+            return Err(ReplicaError::Exists { disk: info.disk }.into());
+        }
+        let name = format!("{REPLICAS}/{}", info.disk);
+        let write = |source| ReplicaError::Write { disk: info.disk, source };
+        if self.storage.exists(&format!("{name}/manifest")).map_err(write)? {
+            return Err(ReplicaError::Exists { disk: info.disk }.into());
+        }
+        if self.storage.exists(&name).map_err(write)? {
+            self.storage.remove_folder(&name).map_err(write)?;
+        }
+        self.storage.create_folder(&name).map_err(write)?;
+        self.storage.sync_folder(REPLICAS).map_err(write)?;
+        let folder = self.storage.folder(&name);
+        Replica::create(&*folder, &info).map_err(write)?;
+        let replica = Replica::open(folder, self.limits, self.cache.clone())
+            .map_err(|source| ReplicaError::Read { disk: info.disk, source })?;
+        replicas.insert(info.disk, replica.clone());
+        Ok(replica)
+    }
+
+    pub fn get(&self, disk: DiskId) -> Result<Arc<Replica>, ReplicaError> {
+        let replicas = self.replicas.read().expect("no panic while held");
+        replicas.get(&disk).cloned().ok_or(ReplicaError::Absent { disk })
+    }
+
+    pub fn replicas(&self) -> Vec<Arc<Replica>> {
+        let mut all: Vec<_> = self.replicas.read().expect("no panic while held").values().cloned().collect();
+        all.sort_by_key(|replica| replica.disk());
+        all
+    }
+
+    pub fn of_machine(&self, machine: MachineId) -> Vec<Arc<Replica>> {
+        self.replicas().into_iter().filter(|replica| replica.machine() == machine).collect()
+    }
+
+    /// Removes a replica with everything in it. Refused while views or durable pins stand on it.
+    pub fn remove(&self, disk: DiskId) -> Result<(), SetError> {
+        let mut replicas = self.replicas.write().expect("no panic while held");
+        let replica = replicas.get(&disk).ok_or(ReplicaError::Absent { disk })?;
+        replica.retire()?;
+        replicas.remove(&disk);
+        let name = format!("{REPLICAS}/{disk}");
+        // The manifest goes first: from then on there is no replica, whatever a crash leaves of the rest.
+        self.storage
+            .remove(&format!("{name}/manifest"))
+            .and_then(|()| self.storage.sync_folder(&name))
+            .and_then(|()| self.storage.remove_folder(&name))
+            .and_then(|()| self.storage.sync_folder(REPLICAS))
+            .map_err(|source| ReplicaError::Write { disk, source }.into())
+    }
+
+    /// The points of a machine; made when there are none yet.
+    pub fn points(&self, machine: MachineId) -> Result<Arc<PointStore>, PointError> {
+        if let Some(points) = self.machines.read().expect("no panic while held").get(&machine) {
+            return Ok(points.clone());
+        }
+        let mut machines = self.machines.write().expect("no panic while held");
+        if let Some(points) = machines.get(&machine) {
+            return Ok(points.clone());
+        }
+        let name = format!("{MACHINES}/{machine}");
+        let open = || {
+            self.storage.create_folder(&name)?;
+            self.storage.sync_folder(MACHINES)?;
+            PointStore::open(self.storage.folder(&name), machine, true)
+        };
+        let (points, damaged) = open().map_err(|source| PointError::Store { machine, source })?;
+        if damaged > 0 {
+            tracing::warn!(%machine, lines = damaged, "lines of the point log were damaged and left out");
+        }
+        let points = Arc::new(points);
+        machines.insert(machine, points.clone());
+        Ok(points)
+    }
+
+    /// Makes a disk's cuts durable and its marks points. A failure to store points does not take the durability back:
+    /// they are found again in the journal when the server starts.
+    pub fn sync(&self, replica: &Replica) -> Result<(DurableState, Vec<Point>), JournalError> {
+        let synced = replica.sync()?;
+        if synced.marks.is_empty() {
+            return Ok((synced.durable, Vec::new()));
+        }
+        let points = self.points(replica.machine()).and_then(|points| points.hold(synced.marks));
+        let points = points.unwrap_or_else(|error| {
+            tracing::error!(disk = %replica.disk(), %error, "points could not be stored");
+            Vec::new()
+        });
+        Ok((synced.durable, points))
+    }
+
+    /// What a selector names. A machine of one disk recovers to any consistent cut; one of several to their marks.
+    pub fn resolve(&self, machine: MachineId, selector: PointSelector) -> Result<Place, SetError> {
+        let points = self.points(machine)?;
+        if let (PointSelector::Time(time), [replica]) = (selector, &self.of_machine(machine)[..]) {
+            let cut = replica.cut_at(time)?.ok_or(PointError::Absent { machine, selector })?;
+            let marked = points.all().into_iter().find(|point| point.cut_of(replica.disk()) == Some(cut));
+            if let Some(point) = marked {
+                return Ok(point.into());
+            }
+            let (_, time) = replica.position_of(cut)?;
+            let cuts = vec![(replica.disk(), cut)];
+            return Ok(Place { machine, id: None, time, consistency: PointConsistency::Crash, cuts });
+        }
+        Ok(points.resolve(selector)?.into())
+    }
+
+    /// Views of all disks at a place. All of them are pinned when this returns.
+    pub fn views(&self, place: &Place) -> Result<BTreeMap<DiskId, View>, SetError> {
+        place.cuts.iter().map(|&(disk, cut)| Ok((disk, self.get(disk)?.view(cut)?))).collect()
+    }
+
+    /// Thins a machine's points and folds its disks as far as they allow.
+    pub fn maintain(
+        &self,
+        machine: MachineId,
+        retention: &Retention,
+        now: Timestamp,
+        stop: &Stop,
+    ) -> Result<Maintenance, SetError> {
+        let _one = self.maintaining.lock().expect("no panic while held");
+        let store = self.points(machine)?;
+        let replicas = self.of_machine(machine);
+        let pinned: HashMap<DiskId, Vec<u64>> =
+            replicas.iter().map(|replica| (replica.disk(), replica.pinned_cuts())).collect();
+        let is_pinned = |point: &Point| {
+            point.disks.iter().any(|held| pinned.get(&held.disk).is_some_and(|cuts| cuts.contains(&held.cut)))
+        };
+        let dropped = retention.expired(&store.all(), now, is_pinned);
+        store.drop_points(&dropped)?;
+        let points = store.all();
+        let window_start = retention.window_start(now);
+        let mut folds = Vec::new();
+        for replica in &replicas {
+            if stop.is_stopped() {
+                break;
+            }
+            let disk = replica.disk();
+            let result = self.holds(replica, &points, replicas.len() == 1, window_start).and_then(|holds| {
+                let manifest = replica.manifest();
+                match plan::target(manifest.base.cut, holds, |cut| replica.consistent_at_or_before(cut)) {
+                    Some(target) => fold::fold(replica, target, stop).map(Some),
+                    // What was begun is finished, whatever holds now.
+                    None if manifest.fold_to.is_some() => fold::fold(replica, manifest.floor(), stop).map(Some),
+                    None => Ok(None),
+                }
+            });
+            match result {
+                Ok(None) => {}
+                Ok(Some(folded)) => folds.push(FoldOutcome { disk, result: Ok(folded) }),
+                Err(error) => folds.push(FoldOutcome { disk, result: Err(error) }),
+            }
+        }
+        Ok(Maintenance { dropped, folds })
+    }
+
+    fn holds(
+        &self,
+        replica: &Replica,
+        points: &[Point],
+        alone: bool,
+        window_start: Timestamp,
+    ) -> Result<plan::Holds, ReplicaError> {
+        let disk = replica.disk();
+        let newest_complete = points.iter().rev().filter(|point| !point.damaged).find_map(|point| point.cut_of(disk));
+        let window_start = if alone {
+            replica.cut_at(window_start)?
+        } else {
+            points.iter().rev().filter(|point| point.time <= window_start).find_map(|point| point.cut_of(disk))
+        };
+        Ok(plan::Holds {
+            newest_complete,
+            oldest_retained: points.iter().filter(|point| point.keep).filter_map(|point| point.cut_of(disk)).min(),
+            window_start,
+            oldest_pin: replica.oldest_pin(),
+        })
+    }
+}
