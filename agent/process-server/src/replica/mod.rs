@@ -201,6 +201,16 @@ impl Session {
     }
 }
 
+impl Drop for Session {
+    /// The cut that did not end is gone, unless a newer session has begun.
+    fn drop(&mut self) {
+        if let Ok(mut state) = self.state() {
+            // A failure latches in the journal, and the next session says so.
+            let _ = state.journal.discard_open();
+        }
+    }
+}
+
 impl Replica {
     /// Makes the folder of a replica. The manifest comes last: without it there is no replica.
     pub fn create(storage: &dyn Storage, info: &ReplicaInfo) -> io::Result<()> {
