@@ -93,7 +93,8 @@ pub enum Located {
     Here,
     /// In this epoch, past what is logged.
     Ahead,
-    /// In this epoch, and records after it are gone.
+    /// In this epoch, and records after it are gone. A source that drops records which a consumer did not acknowledge
+    /// ends the epoch, so this is seen of positions behind the cursor only.
     Gone,
     /// In this epoch, with another hash.
     Differs,
@@ -139,6 +140,8 @@ pub enum EpochReason {
     Diverged,
     /// A consumer begins and the log no longer reaches back to the epoch's start.
     NewConsumer,
+    /// Records of the log do not follow from each other any more.
+    LogDamaged,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -311,7 +314,9 @@ mod tests {
         let count = Arc::new(AtomicUsize::new(0));
         let watcher = Arc::new(Watcher::new({
             let count = count.clone();
-            move || drop(count.fetch_add(1, Ordering::SeqCst))
+            move || {
+                count.fetch_add(1, Ordering::SeqCst);
+            }
         }));
         let watchers = Watchers::default();
         watchers.add(Arc::downgrade(&watcher));

@@ -77,6 +77,11 @@ impl Sealer {
         sealer
     }
 
+    /// Goes on with another disk or generation.
+    pub fn set_key(&mut self, key: &ChunkKey) {
+        self.key = key.clone();
+    }
+
     pub fn set_compression(&mut self, compression: Compression) {
         if self.compression == compression {
             return;

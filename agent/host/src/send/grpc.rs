@@ -1,0 +1,152 @@
+//! Streams over gRPC and mutual TLS 1.3.
+//!
+//! Two connections to a process server, one for live changes and one for scans, shared by all disks of the host. A
+//! connection that was lost is dialled again by the next stream.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures_util::StreamExt;
+use tidemark_proto::replication::wire::replication_client::ReplicationClient;
+use tidemark_proto::replication::{HostFrame, ServerFrame, wire};
+use tidemark_transport::{Expected, Identity, MESSAGE_BYTES_MAX};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+
+use super::link::{Link, LinkError, LinkEvents, LinkStream, Traffic};
+use crate::pack::Permit;
+
+/// Frames that a stream queues. Data is bounded by the emitter's budget long before, other frames by the cuts that may
+/// be under way; a stream that fills this has a bug.
+const QUEUE_FRAMES_MAX: usize = 1024;
+
+/// Frames from the server are small.
+const ANSWER_BYTES_MAX: usize = 64 << 10;
+
+/// One process server. Clones share its connections.
+#[derive(Clone)]
+pub struct GrpcLink(Arc<Shared>);
+
+struct Shared {
+    runtime: Handle,
+    address: String,
+    expected: Expected,
+    identity: Identity,
+    channels: tokio::sync::Mutex<HashMap<Traffic, Channel>>,
+}
+
+impl GrpcLink {
+    pub fn new(runtime: Handle, address: impl Into<String>, expected: impl Into<Expected>, identity: Identity) -> Self {
+        Self(Arc::new(Shared {
+            runtime,
+            address: address.into(),
+            expected: expected.into(),
+            identity,
+            channels: tokio::sync::Mutex::default(),
+        }))
+    }
+}
+
+impl Shared {
+    async fn channel(&self, traffic: Traffic) -> Result<Channel, LinkError> {
+        // Held while dialling, so that disks that start together share one connection. Streams of the other kind wait
+        // with them: it is the same server that they would dial.
+        let mut channels = self.channels.lock().await;
+        if let Some(channel) = channels.get(&traffic) {
+            return Ok(channel.clone());
+        }
+        let channel = tidemark_transport::connect(&self.address, self.expected, &self.identity)
+            .await
+            .map_err(|error| LinkError::Unreachable { reason: error.to_string(), help: error.help().to_owned() })?;
+        channels.insert(traffic, channel.clone());
+        Ok(channel)
+    }
+
+    async fn run(
+        self: Arc<Self>,
+        traffic: Traffic,
+        outgoing: mpsc::Receiver<(HostFrame, Option<Permit>)>,
+        events: Arc<dyn LinkEvents>,
+    ) {
+        let error = match self.exchange(traffic, outgoing, &*events).await {
+            Ok(()) => LinkError::Cut { reason: "the process server ended it".to_owned() },
+            Err(error) => error,
+        };
+        events.closed(error);
+    }
+
+    async fn exchange(
+        &self,
+        traffic: Traffic,
+        outgoing: mpsc::Receiver<(HostFrame, Option<Permit>)>,
+        events: &dyn LinkEvents,
+    ) -> Result<(), LinkError> {
+        let channel = self.channel(traffic).await?;
+        let mut client = ReplicationClient::new(channel)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+            .max_decoding_message_size(ANSWER_BYTES_MAX);
+        // The permit is dropped when the frame is taken to be encoded: what HTTP/2 holds is bounded by its windows.
+        let frames = ReceiverStream::new(outgoing).map(|(frame, _permit)| wire::HostFrame::from(frame));
+        let mut answers = match client.replicate(frames).await {
+            Ok(response) => response.into_inner(),
+            Err(status) => {
+                // The connection itself may be what failed: the next stream dials anew.
+                self.channels.lock().await.remove(&traffic);
+                return Err(cut(&status));
+            }
+        };
+        loop {
+            match answers.message().await {
+                Ok(Some(answer)) => {
+                    let frame = ServerFrame::try_from(answer)
+                        .map_err(|error| LinkError::Protocol { reason: error.to_string() })?;
+                    if !events.frame(frame) {
+                        return Ok(());
+                    }
+                }
+                Ok(None) => return Ok(()),
+                Err(status) => return Err(cut(&status)),
+            }
+        }
+    }
+}
+
+fn cut(status: &tonic::Status) -> LinkError {
+    LinkError::Cut { reason: format!("{}: {}", status.code(), status.message()) }
+}
+
+impl Link for GrpcLink {
+    fn open(&self, traffic: Traffic, events: Arc<dyn LinkEvents>) -> Box<dyn LinkStream> {
+        let (sender, outgoing) = mpsc::channel(QUEUE_FRAMES_MAX);
+        let task = self.0.runtime.spawn(self.0.clone().run(traffic, outgoing, events));
+        Box::new(GrpcStream { sender: Some(sender), task })
+    }
+}
+
+struct GrpcStream {
+    sender: Option<mpsc::Sender<(HostFrame, Option<Permit>)>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl LinkStream for GrpcStream {
+    fn send(&mut self, frame: HostFrame, permit: Option<Permit>) -> Result<(), LinkError> {
+        let sender = self.sender.as_ref().expect("no frame follows the last one");
+        sender.try_send((frame, permit)).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => LinkError::Cut { reason: "its queue is full".to_owned() },
+            mpsc::error::TrySendError::Closed(_) => LinkError::Cut { reason: "it is closed".to_owned() },
+        })
+    }
+
+    fn finish(&mut self) {
+        self.sender = None;
+    }
+}
+
+impl Drop for GrpcStream {
+    fn drop(&mut self) {
+        // Resets the stream if it still runs.
+        self.task.abort();
+    }
+}
