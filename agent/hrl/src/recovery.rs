@@ -165,7 +165,7 @@ impl Examination {
         let companion = storage.open(&name.companion(), OpenMode::Read).map_err(io_error(storage, name, "open"))?;
         let control = match Control::read(storage, name, &*companion, disk) {
             Ok(control) => control,
-            Err(LogError::Damaged { .. }) if !files.has_hrl && is_blank(&*companion).unwrap_or(false) => {
+            Err(LogError::Damaged { .. }) if !files.has_hrl && is_unused(&*companion).unwrap_or(false) => {
                 return Ok(Found::Leftover);
             }
             Err(LogError::Damaged { what, .. }) => return unusable(name.companion(), what),
@@ -378,11 +378,9 @@ pub(crate) fn logs_in(storage: &dyn Storage, stem: &str) -> Result<BTreeMap<LogN
     Ok(logs)
 }
 
-/// Whether nothing was ever written to a companion: what a crash of its creation leaves.
-fn is_blank(companion: &dyn StorageFile) -> std::io::Result<bool> {
-    let mut page = vec![0; companion.bytes()?.min(RECORDS_OFFSET) as usize];
-    companion.read_at(0, &mut page)?;
-    Ok(tidemark_base::disk::is_zero(&page))
+/// Whether a companion without a log holds no record: what a crash of its creation leaves, torn in any way.
+fn is_unused(companion: &dyn StorageFile) -> std::io::Result<bool> {
+    Ok(companion.bytes()? <= RECORDS_OFFSET)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,6 +1,8 @@
 //! What the tests of this crate share. Data is made from a number, so that a record's data can be made again.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub mod memory;
+
 use std::sync::Arc;
 
 use tidemark_base::storage::{RealStorage, Storage};
