@@ -1,13 +1,20 @@
-//! The process server role, in the order of the path.
+//! The process server: receives a disk's changes, keeps the replica, makes and serves recovery points.
 //!
-//! [`accept`] (streams of hosts), [`journal`] (what came, in segments), [`points`] (marks that every disk of a machine
-//! holds), [`fold`] (the oldest segments become the base), [`view`] (the disk at a cut); [`replica`] ties the storage
-//! together, [`scrub`] reads everything again.
+//! In the order of the path: [`accept`] (streams of hosts, verified and authorised), [`journal`] (what came, in segments),
+//! [`points`] (marks that every disk of a machine holds), [`fold`] (the oldest segments become the base), [`view`] (the disk
+//! at a cut), [`serve`] (points over NBD), [`export`] (points as images); [`replica`] ties one disk together, [`scrub`] reads
+//! everything again, [`server`] is the role as a whole.
 
 pub mod accept;
+pub mod export;
 pub mod fold;
 pub mod journal;
 pub mod points;
 pub mod replica;
 pub mod scrub;
+pub mod serve;
+pub mod server;
+mod settings;
 pub mod view;
+
+pub use server::{ProcessServer, ProcessServerConfig};

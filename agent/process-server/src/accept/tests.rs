@@ -64,7 +64,9 @@ impl Stores for MemoryStores {
 
 impl MemoryStore {
     fn with<T>(&self, work: impl FnOnce(&mut Journal) -> T) -> T {
-        work(self.memory.state.lock().unwrap().disks.entry(self.disk).or_default())
+        let result = work(self.memory.state.lock().unwrap().disks.entry(self.disk).or_default());
+        self.memory.changed.notify_all();
+        result
     }
 }
 

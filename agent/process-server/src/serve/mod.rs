@@ -1,0 +1,243 @@
+//! Recovery points that can be opened at once, over NBD on a Unix socket.
+//!
+//! *Consistency.* What is served is a view at one cut, or a scratch layer over it that belongs to this serve alone.
+//! *Retries.* None. *Cancellation.* Stopping ends its connections after the requests that were received, and drops the
+//! scratch layer. *Crash.* Serves end with the process: the next start removes scratch layers and pins that were left.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tidemark_base::disk::Disk;
+use tidemark_base::storage::Storage;
+use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
+use tidemark_nbd::server::{ListenError, Server, StillBusy};
+use tidemark_nbd::{DiskExport, Exports, Limits};
+use tidemark_proto::control::{AttachedDisk, Failure, FailureKind, ServeId, Serving};
+
+/// Points served at once: each costs a few file descriptors and, when writable, the room of its scratch layer.
+pub const SERVES_MAX: usize = 64;
+const FOLDER: &str = "serves";
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("cannot listen for NBD clients")]
+    Listen(#[source] ListenError),
+    #[error("{SERVES_MAX} points are served already")]
+    TooMany,
+    #[error("there is no serve {id}")]
+    Unknown { id: ServeId },
+    #[error("serve {id} has connections that do not end")]
+    Busy { id: ServeId, source: StillBusy },
+    #[error("the folder of serves cannot be read or written")]
+    Store(#[from] io::Error),
+}
+
+impl ServeError {
+    pub fn help(&self) -> &'static str {
+        match self {
+            ServeError::Listen(error) => error.help(),
+            ServeError::TooMany => "stop a serve that is not needed any more",
+            ServeError::Unknown { .. } => {
+                "it was stopped already, or the process server was restarted: serve the point again"
+            }
+            ServeError::Busy { .. } => "stop the program that has the disk open, then stop the serve again",
+            ServeError::Store(_) => "check the process server's volume (free room, kernel log)",
+        }
+    }
+}
+
+impl From<ServeError> for Failure {
+    fn from(error: ServeError) -> Self {
+        let kind = match &error {
+            ServeError::TooMany | ServeError::Busy { .. } => FailureKind::Conflict,
+            ServeError::Unknown { .. } => FailureKind::NotFound,
+            ServeError::Listen(_) | ServeError::Store(_) => FailureKind::Failed,
+        };
+        Failure::from_error(kind, &error, error.help())
+    }
+}
+
+/// What is served, before it has an address.
+pub struct ServedPoint {
+    pub machine: MachineId,
+    pub point: MarkId,
+    pub time: Timestamp,
+    pub writable: bool,
+    pub disks: Vec<(DiskId, Arc<dyn Disk>)>,
+}
+
+pub struct Serves {
+    storage: Arc<dyn Storage>,
+    server: Server,
+    exports: Arc<Exports>,
+    socket: PathBuf,
+    active: Mutex<BTreeMap<ServeId, Active>>,
+}
+
+struct Active {
+    serving: Serving,
+    names: Vec<String>,
+    /// Not shown: it belongs to an export that runs.
+    internal: bool,
+}
+
+impl Serves {
+    /// Drops what an earlier process left and listens on `socket`.
+    pub fn open(storage: Arc<dyn Storage>, socket: &Path) -> Result<Self, ServeError> {
+        if storage.exists(FOLDER)? {
+            storage.remove_folder(FOLDER)?;
+        }
+        storage.create_folder(FOLDER)?;
+        storage.sync_folder("")?;
+        let exports = Arc::new(Exports::new());
+        let server = Server::new(exports.clone(), Limits::default());
+        server.listen_unix(socket, &[]).map_err(ServeError::Listen)?;
+        Ok(Self { storage, server, exports, socket: socket.to_owned(), active: Mutex::default() })
+    }
+
+    /// A folder for the scratch layer of one disk of a serve that is about to start. [`Serves::discard`] removes it.
+    pub fn scratch_folder(&self, id: ServeId, disk: DiskId) -> Result<Arc<dyn Storage>, ServeError> {
+        let name = format!("{FOLDER}/{id}/{disk}");
+        self.storage.create_folder(&name)?;
+        Ok(self.storage.folder(&name))
+    }
+
+    /// Removes the scratch layers of a serve.
+    pub fn discard(&self, id: ServeId) -> Result<(), ServeError> {
+        let name = format!("{FOLDER}/{id}");
+        if self.storage.exists(&name)? {
+            self.storage.remove_folder(&name)?;
+        }
+        Ok(())
+    }
+
+    /// From now on clients can open the disks. An `internal` serve is not listed.
+    pub fn start(&self, id: ServeId, point: ServedPoint, internal: bool) -> Result<Serving, ServeError> {
+        let mut active = self.active();
+        if active.len() >= SERVES_MAX {
+            return Err(ServeError::TooMany);
+        }
+        let mut disks = Vec::new();
+        let mut names = Vec::new();
+        for (index, (disk, content)) in point.disks.into_iter().enumerate() {
+            let name = format!("{id}-{index}");
+            let bytes = content.bytes();
+            let export = DiskExport::new(content);
+            let export = if point.writable { export } else { export.read_only() };
+            self.exports.insert(name.clone(), Arc::new(export));
+            disks.push(AttachedDisk { id: disk, nbd: Some(self.uri(&name)), file: None, bytes });
+            names.push(name);
+        }
+        let ServedPoint { machine, point, time, writable, .. } = point;
+        let serving = Serving { serve: id, machine, point, time, writable, disks };
+        active.insert(id, Active { serving: serving.clone(), names, internal });
+        Ok(serving)
+    }
+
+    /// Ends the connections, releases the point and drops scratch layers. Blocks until the requests received are done.
+    pub fn stop(&self, id: ServeId) -> Result<Serving, ServeError> {
+        let (serving, names) = {
+            let active = self.active();
+            let found = active.get(&id).ok_or(ServeError::Unknown { id })?;
+            (found.serving.clone(), found.names.clone())
+        };
+        for name in &names {
+            self.exports.remove(name);
+        }
+        for name in &names {
+            self.server.close_export(name).map_err(|source| ServeError::Busy { id, source })?;
+        }
+        self.active().remove(&id);
+        self.discard(id)?;
+        Ok(serving)
+    }
+
+    pub fn list(&self) -> Vec<Serving> {
+        self.active().values().filter(|active| !active.internal).map(|active| active.serving.clone()).collect()
+    }
+
+    /// Whether a machine's point is open to clients.
+    pub fn of_machine(&self, machine: MachineId) -> Vec<ServeId> {
+        let active = self.active();
+        active.iter().filter(|(_, active)| active.serving.machine == machine).map(|(id, _)| *id).collect()
+    }
+
+    /// Stops everything. Blocks.
+    pub fn stop_all(&self) {
+        let ids: Vec<ServeId> = self.active().keys().copied().collect();
+        for id in ids {
+            if let Err(error) = self.stop(id) {
+                tracing::error!(serve = %id, %error, "a serve does not end");
+            }
+        }
+        if let Err(error) = self.server.stop() {
+            tracing::error!(%error, "the NBD server does not end");
+        }
+    }
+
+    fn uri(&self, name: &str) -> String {
+        let socket = self.socket.display().to_string();
+        let escaped: String = socket
+            .bytes()
+            .map(|byte| match byte {
+                b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'/' | b'-' | b'_' | b'.' | b'~' => {
+                    char::from(byte).to_string()
+                }
+                _ => format!("%{byte:02X}"),
+            })
+            .collect();
+        format!("nbd+unix:///{name}?socket={escaped}")
+    }
+
+    fn active(&self) -> MutexGuard<'_, BTreeMap<ServeId, Active>> {
+        self.active.lock().expect("no panic while held")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+    use tidemark_base::disk::{Access, FileDisk};
+    use tidemark_base::storage::RealStorage;
+
+    fn point(folder: &Path) -> ServedPoint {
+        let path = folder.join("disk.img");
+        std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let disk: Arc<dyn Disk> = Arc::new(FileDisk::open(&path, Access::Read).unwrap());
+        ServedPoint {
+            machine: MachineId::random(),
+            point: MarkId::random(),
+            time: Timestamp(1),
+            writable: false,
+            disks: vec![(DiskId::random(), disk)],
+        }
+    }
+
+    #[test]
+    fn a_serve_has_an_address_until_it_is_stopped() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        let socket = folder.path().join("run/points.sock");
+        storage.create_folder("serves/left-by-a-crash").unwrap();
+        let serves = Serves::open(storage.clone(), &socket).unwrap();
+        assert!(storage.list("serves").unwrap().is_empty());
+        let id = ServeId::random();
+        serves.scratch_folder(id, DiskId::random()).unwrap();
+        let serving = serves.start(id, point(folder.path()), false).unwrap();
+        let nbd = serving.disks[0].nbd.as_deref().unwrap();
+        assert_eq!(nbd, format!("nbd+unix:///{id}-0?socket={}", socket.display()));
+        UnixStream::connect(&socket).unwrap();
+        assert_eq!(serves.list(), [serving.clone()]);
+        assert_eq!(serves.of_machine(serving.machine), [id]);
+        assert_eq!(serves.stop(id).unwrap(), serving);
+        assert!(storage.list("serves").unwrap().is_empty());
+        assert!(matches!(serves.stop(id), Err(ServeError::Unknown { .. })));
+        let internal = serves.start(ServeId::random(), point(folder.path()), true).unwrap();
+        assert!(serves.list().is_empty() && !internal.disks.is_empty());
+        serves.stop_all();
+        assert!(UnixStream::connect(&socket).is_err());
+    }
+}
