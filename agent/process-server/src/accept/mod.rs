@@ -17,6 +17,7 @@ mod commit;
 mod lane;
 mod pool;
 mod progress;
+mod store;
 mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -41,6 +42,7 @@ use authorise::{Authorisation, Authorisations};
 use commit::Committer;
 use pool::CreditPool;
 pub use pool::POOL_BYTES;
+pub use store::ReplicaStores;
 
 /// Streams open at once, over all connections.
 const STREAMS_MAX: usize = 4096;

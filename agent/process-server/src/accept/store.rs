@@ -1,0 +1,95 @@
+//! Replicas as the receiving end sees them.
+
+use std::sync::Arc;
+
+use tidemark_base::DiskId;
+use tidemark_proto::replication::{CutEnd, CutOrdinal, Durable, Hello, Refusal, RefusalReason};
+use tokio::sync::watch;
+
+use super::authorise::Authorisation;
+use super::{Held, Store, Stores, Writer, refusal};
+use crate::journal::JournalError;
+use crate::replica::{DurableState, Replica, ReplicaSet, Session};
+
+pub struct ReplicaStores {
+    set: Arc<ReplicaSet>,
+    /// Grows whenever points were made.
+    points: Arc<watch::Sender<u64>>,
+}
+
+impl ReplicaStores {
+    pub fn new(set: Arc<ReplicaSet>, points: Arc<watch::Sender<u64>>) -> Arc<Self> {
+        Arc::new(Self { set, points })
+    }
+}
+
+impl Stores for ReplicaStores {
+    fn open(&self, disk: DiskId, _: &Authorisation) -> Result<Arc<dyn Store>, Refusal> {
+        // Made when the disk was authorised: if it is not there, it could not be opened.
+        let replica = self.set.get(disk).map_err(|error| {
+            refusal(
+                RefusalReason::StoreFailed,
+                format!("{error}: it could not be opened when the process server started"),
+                "look at the process server's log and volume, then restart it",
+            )
+        })?;
+        Ok(Arc::new(ReplicaStore { set: self.set.clone(), replica, points: self.points.clone() }))
+    }
+}
+
+struct ReplicaStore {
+    set: Arc<ReplicaSet>,
+    replica: Arc<Replica>,
+    points: Arc<watch::Sender<u64>>,
+}
+
+impl ReplicaStore {
+    fn sync_state(&self) -> Result<DurableState, Refusal> {
+        let (durable, points) = self.set.sync(&self.replica).map_err(refused)?;
+        if !points.is_empty() {
+            for point in points.iter().filter(|point| point.keep) {
+                tracing::info!(machine = %point.machine, point = %point.id, time = %point.time, "recovery point made");
+            }
+            self.points.send_modify(|changes| *changes += 1);
+        }
+        Ok(durable)
+    }
+}
+
+impl Store for ReplicaStore {
+    fn attach(&self, hello: &Hello) -> Result<(Box<dyn Writer>, Held), Refusal> {
+        let session = self.replica.begin_session(hello.generation, hello.disk_bytes).map_err(refused)?;
+        // Cuts that the stream before this one ended are part of what the host continues after.
+        let state = self.sync_state()?;
+        let held = Held { durable: state.position, cut: CutOrdinal(state.cut), scan_open: state.scan_open };
+        Ok((Box::new(SessionWriter(session)), held))
+    }
+
+    fn sync(&self) -> Result<Option<Durable>, Refusal> {
+        let state = self.sync_state()?;
+        Ok(state.position.map(|position| Durable { cut: CutOrdinal(state.cut), position }))
+    }
+}
+
+/// An incomplete cut is discarded by the session that follows; until then it is behind the journal's end.
+struct SessionWriter(Session);
+
+impl Writer for SessionWriter {
+    fn append(&mut self, cut: CutOrdinal, chunks: &[u8]) -> Result<(), Refusal> {
+        self.0.append_chunks(cut.0, chunks).map_err(refused)
+    }
+
+    fn end_cut(&mut self, end: CutEnd) -> Result<(), Refusal> {
+        self.0.end_cut(&end).map_err(refused)
+    }
+}
+
+fn refused(error: JournalError) -> Refusal {
+    let mut message = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(error) = cause {
+        message = format!("{message}: {error}");
+        cause = error.source();
+    }
+    Refusal { reason: error.reason(), message, help: error.help().to_owned() }
+}

@@ -1,0 +1,110 @@
+//! What happens by itself: points are thinned by their machine's retention, journals folded as far as nothing needs them.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tidemark_base::{DiskId, MachineId};
+use tidemark_base::stop::Stop;
+use tidemark_proto::control::Problem;
+
+use super::now;
+use crate::replica::ReplicaSet;
+use crate::settings::Settings;
+
+/// One thread: thinning and folding are reading and writing in the background, and must not crowd out the streams.
+pub struct Maintainer {
+    worker: Arc<Worker>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Worker {
+    set: Arc<ReplicaSet>,
+    settings: Arc<Settings>,
+    stop: Stop,
+    /// What went wrong the last time, by disk; shown in the status until it goes well.
+    problems: Mutex<BTreeMap<DiskId, Problem>>,
+}
+
+impl Maintainer {
+    pub fn start(set: Arc<ReplicaSet>, settings: Arc<Settings>, interval: Duration) -> io::Result<Self> {
+        let worker = Arc::new(Worker { set, settings, stop: Stop::new(), problems: Mutex::default() });
+        let thread = std::thread::Builder::new().name("maintain".to_owned()).spawn({
+            let worker = worker.clone();
+            move || {
+                while !worker.stop.wait_for(interval) {
+                    worker.run();
+                }
+            }
+        })?;
+        Ok(Self { worker, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Blocks until it is done.
+    pub fn run_now(&self) {
+        self.worker.run();
+    }
+
+    pub fn problem(&self, disk: DiskId) -> Option<Problem> {
+        self.worker.problems.lock().expect("no panic while held").get(&disk).cloned()
+    }
+
+    /// A fold stops at its next batch and is finished after the next start.
+    pub fn stop(&self) {
+        self.worker.stop.stop();
+        let thread = self.thread.lock().expect("no panic while held").take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the maintenance thread panicked");
+        }
+    }
+}
+
+impl Worker {
+    fn run(&self) {
+        for (machine, settings) in self.settings.all() {
+            if self.stop.is_stopped() {
+                return;
+            }
+            match self.set.maintain(machine, &settings.retention, now(), &self.stop) {
+                Ok(maintenance) => {
+                    if !maintenance.dropped.is_empty() {
+                        tracing::debug!(%machine, points = maintenance.dropped.len(), "points thinned");
+                    }
+                    for fold in maintenance.folds {
+                        match fold.result {
+                            Ok(folded) => {
+                                tracing::debug!(disk = %fold.disk, from = folded.from, to = folded.to, bytes = folded.bytes, "journal folded");
+                                self.problems.lock().expect("no panic while held").remove(&fold.disk);
+                            }
+                            Err(error) => self.note(fold.disk, &error, error.help()),
+                        }
+                    }
+                }
+                Err(error) => self.note_machine(machine, &error, error.help()),
+            }
+        }
+    }
+
+    fn note_machine(&self, machine: MachineId, error: &dyn std::error::Error, help: &str) {
+        for replica in self.set.of_machine(machine) {
+            self.note(replica.disk(), error, help);
+        }
+    }
+
+    /// Said once in the log, and in the status until it is gone.
+    fn note(&self, disk: DiskId, error: &dyn std::error::Error, help: &str) {
+        let mut message = format!("history cannot be folded: {error}");
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            message = format!("{message}: {error}");
+            cause = error.source();
+        }
+        let problem = Problem { critical: false, message, help: help.to_owned() };
+        let before = self.problems.lock().expect("no panic while held").insert(disk, problem.clone());
+        if before.as_ref() != Some(&problem) {
+            tracing::warn!(%disk, message = problem.message, "maintenance failed");
+        }
+    }
+}

@@ -1,0 +1,399 @@
+//! The role as a whole: what control asks of it, and what it does by itself.
+//!
+//! *Consistency.* Every method that changes something is durable when it returns. What is asked about a machine sees what
+//! was acknowledged to its host before. *Retries.* Every command may be repeated: authorising again, stopping a serve that is
+//! gone or locking twice changes nothing. *Cancellation.* Dropping a future of [`ProcessServer::export`] ends the export and
+//! removes what it began; the other methods finish what they began. *Crash.* See the stages; serves end, everything else is
+//! found again.
+
+mod maintain;
+mod recover;
+mod report;
+#[cfg(test)]
+mod tests;
+
+use std::fs::TryLockError;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile};
+use tidemark_base::{DiskId, MachineId, Timestamp};
+use tidemark_proto::control::{Failure, FailureKind, MachineGrant, Reply, Retention, ServerCommand};
+use tidemark_transport::{Identity, TlsListener, serve, tls};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::accept::authorise::{Authorisation, AuthoriseError, Authorisations};
+use crate::accept::{Acceptor, POOL_BYTES, ReplicaStores};
+use crate::journal::Limits;
+use crate::points::{self, PointError};
+use crate::replica::{OpenFailure, ReplicaError, ReplicaInfo, ReplicaSet, SetError};
+use crate::serve::Serves;
+use crate::settings::{MachineSettings, Settings};
+use maintain::Maintainer;
+
+/// How often points are thinned and journals folded.
+const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(10);
+
+pub struct ProcessServerConfig {
+    /// Replicas, points and settings. Made when it is absent.
+    pub folder: PathBuf,
+    /// Where hosts connect; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Names this process server.
+    pub identity: Identity,
+    /// Where served points are opened; in a folder of mode 0700.
+    pub socket: PathBuf,
+    /// What the streams of all hosts may have in memory.
+    pub pool_bytes: u64,
+    pub limits: Limits,
+    pub qemu_img: PathBuf,
+    pub maintenance_interval: Duration,
+}
+
+impl ProcessServerConfig {
+    pub fn new(folder: impl Into<PathBuf>, listen: SocketAddr, identity: Identity) -> Self {
+        let folder = folder.into();
+        Self {
+            socket: folder.join("run/points.sock"),
+            folder,
+            listen,
+            identity,
+            pool_bytes: POOL_BYTES,
+            limits: Limits::default(),
+            qemu_img: "qemu-img".into(),
+            maintenance_interval: MAINTENANCE_INTERVAL,
+        }
+    }
+}
+
+/// A running process server. Clones share it; it runs until [`ProcessServer::stop`].
+#[derive(Clone)]
+pub struct ProcessServer(Arc<Inner>);
+
+struct Inner {
+    address: SocketAddr,
+    set: Arc<ReplicaSet>,
+    open_failures: Vec<OpenFailure>,
+    authorisations: Arc<Authorisations>,
+    settings: Arc<Settings>,
+    acceptor: Acceptor,
+    serves: Serves,
+    /// Grows whenever points were made.
+    points: Arc<watch::Sender<u64>>,
+    qemu_img: PathBuf,
+    stop: CancellationToken,
+    transport: Mutex<Option<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>>>,
+    maintainer: Maintainer,
+    /// Locked for as long as this process has the folder.
+    _lock: Arc<dyn StorageFile>,
+}
+
+impl ProcessServer {
+    /// Opens the folder and listens. Replicas that cannot be opened are reported and left as they are.
+    pub async fn start(config: ProcessServerConfig) -> Result<Self, Failure> {
+        let tls = tls::mutual_server(&config.identity).map_err(|error| {
+            Failure::from_error(FailureKind::Failed, &error, "register this process server again to get a new certificate")
+        })?;
+        let listener = TlsListener::bind(config.listen, tls).await.map_err(|error| {
+            let message = format!("cannot listen on {}: {error}", config.listen);
+            Failure::new(FailureKind::Failed, message, "stop the program that uses the port, or choose another port")
+        })?;
+        let address = listener.local_address();
+        let server = blocking(move || Self::open(config, address)).await?;
+        let stop = server.0.stop.clone();
+        let task = tokio::spawn(serve(listener, server.0.acceptor.service(), stop.cancelled_owned()));
+        *server.0.transport.lock().expect("no panic while held") = Some(task);
+        tracing::info!(%address, replicas = server.0.set.replicas().len(), "process server ready");
+        Ok(server)
+    }
+
+    fn open(config: ProcessServerConfig, address: SocketAddr) -> Result<Self, Failure> {
+        let storage = RealStorage::create(&config.folder).map_err(|error| store_failed(&error))?;
+        let lock = lock_folder(&*storage)?;
+        let (set, open_failures) = ReplicaSet::open(storage.clone(), config.limits).map_err(set_failed)?;
+        for failure in &open_failures {
+            tracing::error!(folder = failure.folder, error = %failure.error, "a replica cannot be opened");
+        }
+        let set = Arc::new(set);
+        let authorisations = Arc::new(Authorisations::open(storage.clone()).map_err(authorise_failed)?);
+        let settings = Arc::new(Settings::open(storage.clone()).map_err(|error| store_failed(&error))?);
+        let serves = Serves::open(storage, &config.socket)?;
+        let points = Arc::new(watch::channel(0).0);
+        let stores = ReplicaStores::new(set.clone(), points.clone());
+        let acceptor = Acceptor::new(authorisations.clone(), stores, config.pool_bytes)
+            .map_err(|error| store_failed(&error))?;
+        let maintainer = Maintainer::start(set.clone(), settings.clone(), config.maintenance_interval)
+            .map_err(|error| store_failed(&error))?;
+        Ok(Self(Arc::new(Inner {
+            address,
+            set,
+            open_failures,
+            authorisations,
+            settings,
+            acceptor,
+            serves,
+            points,
+            qemu_img: config.qemu_img,
+            stop: CancellationToken::new(),
+            transport: Mutex::default(),
+            maintainer,
+            _lock: lock,
+        })))
+    }
+
+    /// Where hosts connect.
+    pub fn address(&self) -> SocketAddr {
+        self.0.address
+    }
+
+    /// Takes no more frames, makes what came durable, ends serves and folding, and waits for all of it.
+    pub async fn stop(&self) {
+        self.0.acceptor.stop().await;
+        self.0.stop.cancel();
+        let transport = self.0.transport.lock().expect("no panic while held").take();
+        if let Some(transport) = transport {
+            match transport.await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::error!(%error, "the listener failed"),
+                Err(error) => tracing::error!(%error, "the listener ended badly"),
+            }
+        }
+        let inner = self.0.clone();
+        let finishing = tokio::task::spawn_blocking(move || {
+            inner.maintainer.stop();
+            inner.serves.stop_all();
+        });
+        if let Err(error) = finishing.await {
+            tracing::error!(%error, "the process server did not stop cleanly");
+        }
+        tracing::info!("process server stopped");
+    }
+
+    /// What control asks, whatever it is.
+    pub async fn execute(&self, command: ServerCommand) -> Result<Reply, Failure> {
+        match command {
+            ServerCommand::Authorise(grant) => self.authorise(grant).await.map(|()| Reply::Done),
+            ServerCommand::Deauthorise { machine, delete_replica } => {
+                self.deauthorise(machine, delete_replica).await.map(|()| Reply::Done)
+            }
+            ServerCommand::Retention { machine, retention } => {
+                self.set_retention(machine, retention).await.map(|()| Reply::Done)
+            }
+            ServerCommand::Points(machine) => self.points(machine).await.map(Reply::Points),
+            ServerCommand::Resolve { machine, point } => self.resolve(machine, point).await.map(Reply::Point),
+            ServerCommand::Lock { machine, point, locked } => {
+                self.lock(machine, point, locked).await.map(Reply::Point)
+            }
+            ServerCommand::Verify { machine, point } => self.verify(machine, point).await.map(Reply::Verified),
+            ServerCommand::WaitPoint { machine, mark, limit } => {
+                self.wait_point(machine, mark, limit).await.map(Reply::Point)
+            }
+            ServerCommand::Serve { machine, point, writable } => {
+                self.serve(machine, point, writable).await.map(Reply::Serving)
+            }
+            ServerCommand::StopServe(id) => self.stop_serve(id).await.map(|_| Reply::Done),
+            ServerCommand::Export { machine, point, to, format } => {
+                self.export(machine, point, &to, format).await.map(Reply::Exported)
+            }
+            ServerCommand::Status => self.status().await.map(Reply::Server),
+        }
+    }
+
+    /// Lets a host write the disks of a machine, and makes their replicas where there are none. A generation only grows:
+    /// a higher one ends the stream of the old one.
+    pub async fn authorise(&self, grant: MachineGrant) -> Result<(), Failure> {
+        for disk in &grant.disks {
+            let superseded = self.0.authorisations.get(disk.disk).is_some_and(|known| known.generation < disk.generation);
+            let asked = Authorisation {
+                machine: grant.machine,
+                agent: grant.host,
+                generation: disk.generation,
+                disk_bytes: disk.bytes,
+            };
+            let (inner, id) = (self.0.clone(), disk.disk);
+            blocking(move || inner.prepare_replica(id, asked)).await?;
+            let inner = self.0.clone();
+            blocking(move || inner.authorisations.authorise(id, asked).map_err(authorise_failed)).await?;
+            if superseded {
+                self.0.acceptor.end_stream(id).await;
+            }
+        }
+        let (inner, name, retention) = (self.0.clone(), grant.name, retention_of(grant.retention));
+        blocking(move || {
+            let change = inner.settings.change(|machines| {
+                machines.insert(grant.machine, MachineSettings { name, retention });
+            });
+            change.map_err(|error| store_failed(&error))
+        })
+        .await
+    }
+
+    /// No stream of this machine is taken any more. The replica and its points stay unless `delete_replica`.
+    pub async fn deauthorise(&self, machine: MachineId, delete_replica: bool) -> Result<(), Failure> {
+        let authorised: Vec<DiskId> = self.0.authorisations.all().into_iter()
+            .filter(|(_, authorisation)| authorisation.machine == machine)
+            .map(|(disk, _)| disk)
+            .collect();
+        for disk in authorised {
+            let inner = self.0.clone();
+            blocking(move || inner.authorisations.deauthorise(disk).map_err(authorise_failed)).await?;
+            self.0.acceptor.end_stream(disk).await;
+        }
+        if !delete_replica {
+            return Ok(());
+        }
+        let inner = self.0.clone();
+        blocking(move || {
+            for serve in inner.serves.of_machine(machine) {
+                inner.serves.stop(serve)?;
+            }
+            for replica in inner.set.of_machine(machine) {
+                inner.set.remove(replica.disk()).map_err(set_failed)?;
+            }
+            inner.settings.change(|machines| drop(machines.remove(&machine))).map_err(|error| store_failed(&error))
+        })
+        .await
+    }
+
+    pub async fn set_retention(&self, machine: MachineId, retention: Retention) -> Result<(), Failure> {
+        let inner = self.0.clone();
+        blocking(move || {
+            if inner.settings.get(machine).is_none() {
+                return Err(unknown_machine(machine));
+            }
+            let change = inner.settings.change(|machines| {
+                if let Some(settings) = machines.get_mut(&machine) {
+                    settings.retention = retention_of(retention);
+                }
+            });
+            change.map_err(|error| store_failed(&error))
+        })
+        .await
+    }
+
+    /// Points are thinned and journals folded now, instead of within the interval.
+    pub async fn maintain_now(&self) {
+        let inner = self.0.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || inner.maintainer.run_now()).await {
+            tracing::error!(%error, "maintenance failed");
+        }
+    }
+}
+
+impl Inner {
+    fn prepare_replica(&self, disk: DiskId, asked: Authorisation) -> Result<(), Failure> {
+        let info = ReplicaInfo {
+            disk,
+            machine: asked.machine,
+            generation: asked.generation,
+            disk_bytes: asked.disk_bytes,
+        };
+        let replica = match self.set.get(disk) {
+            Ok(replica) => replica,
+            Err(ReplicaError::Absent { .. }) => return self.set.create(info).map(drop).map_err(set_failed),
+            Err(error) => return Err(replica_failed(error)),
+        };
+        if replica.disk_bytes() != asked.disk_bytes {
+            let (known, asked) = (replica.disk_bytes(), asked.disk_bytes);
+            return Err(authorise_failed(AuthoriseError::Size { disk, known, asked, generation: replica.generation() }));
+        }
+        if replica.machine() != asked.machine {
+            return Err(Failure::new(
+                FailureKind::Conflict,
+                format!("disk {disk} has a replica here, of machine {}", replica.machine()),
+                "unprotect that machine first",
+            ));
+        }
+        let current = replica.generation();
+        if current < asked.generation {
+            replica.advance_generation(current, asked.generation).map_err(replica_failed)?;
+        }
+        Ok(())
+    }
+}
+
+/// Two processes on one folder would each believe that they know the journals' ends.
+fn lock_folder(storage: &dyn Storage) -> Result<Arc<dyn StorageFile>, Failure> {
+    let lock = storage.open("lock", OpenMode::OpenOrCreate).map_err(|error| store_failed(&error))?;
+    match lock.as_file().map(std::fs::File::try_lock) {
+        None | Some(Ok(())) => Ok(lock),
+        Some(Err(TryLockError::WouldBlock)) => Err(Failure::new(
+            FailureKind::Conflict,
+            format!("{} is in use by another process server", storage.path("").display()),
+            "stop the other one, or choose another folder",
+        )),
+        Some(Err(TryLockError::Error(error))) => Err(store_failed(&error)),
+    }
+}
+
+fn retention_of(retention: Retention) -> points::Retention {
+    points::Retention {
+        any_time_window: retention.any_time,
+        point_age_max: retention.age.unwrap_or(Duration::MAX),
+        points_max: retention.count.map_or(usize::MAX, |count| usize::try_from(count).unwrap_or(usize::MAX)),
+    }
+}
+
+fn now() -> Timestamp {
+    Timestamp::from_system(SystemTime::now())
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        let message = format!("the process server failed: {error}");
+        Err(Failure::new(FailureKind::Failed, message, "report this, with the process server's log"))
+    })
+}
+
+fn unknown_machine(machine: MachineId) -> Failure {
+    let message = format!("machine {machine} is not known to this process server");
+    Failure::new(FailureKind::NotFound, message, "protect it first, or ask the process server that has it")
+}
+
+fn store_failed(error: &io::Error) -> Failure {
+    Failure::from_error(FailureKind::Failed, error, "check the process server's volume (free room, kernel log)")
+}
+
+fn authorise_failed(error: AuthoriseError) -> Failure {
+    let kind = match &error {
+        AuthoriseError::Superseded { .. } | AuthoriseError::Size { .. } => FailureKind::Conflict,
+        AuthoriseError::Store(_) | AuthoriseError::Damaged { .. } => FailureKind::Failed,
+    };
+    Failure::from_error(kind, &error, error.help())
+}
+
+fn replica_failed(error: ReplicaError) -> Failure {
+    let kind = match &error {
+        ReplicaError::Absent { .. } | ReplicaError::NotViewable { .. } => FailureKind::NotFound,
+        ReplicaError::Exists { .. }
+        | ReplicaError::GenerationMoved { .. }
+        | ReplicaError::GenerationBack { .. }
+        | ReplicaError::Busy { .. } => FailureKind::Conflict,
+        ReplicaError::Read { source: crate::journal::ReadError::Damaged { .. }, .. } => FailureKind::Damaged,
+        ReplicaError::Read { .. } | ReplicaError::Write { .. } | ReplicaError::Journal(_) => FailureKind::Failed,
+    };
+    Failure::from_error(kind, &error, error.help())
+}
+
+fn point_failed(error: PointError) -> Failure {
+    let kind = match &error {
+        PointError::Selector { .. } => FailureKind::BadRequest,
+        PointError::Absent { .. } => FailureKind::NotFound,
+        PointError::Store { .. } => FailureKind::Failed,
+    };
+    Failure::from_error(kind, &error, error.help())
+}
+
+fn set_failed(error: SetError) -> Failure {
+    match error {
+        SetError::Replica(error) => replica_failed(error),
+        SetError::Point(error) => point_failed(error),
+        error @ SetError::Open { .. } => Failure::from_error(FailureKind::Failed, &error, error.help()),
+    }
+}

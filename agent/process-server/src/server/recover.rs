@@ -1,0 +1,258 @@
+//! Points in use: served, exported, verified.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tidemark_base::disk::{Allocation, Disk};
+use tidemark_base::stop::Stop;
+use tidemark_base::{DiskId, MachineId};
+use tidemark_proto::control::{
+    Exported, ExportedFile, Failure, FailureKind, ImageFormat, PointInfo, Selector, ServeId, Serving, Verified,
+};
+
+use super::{Inner, ProcessServer, blocking, point_failed, set_failed, store_failed};
+use crate::export::{ExportError, export_raw, export_with_qemu, targets};
+use crate::serve::ServedPoint;
+use crate::view::View;
+use crate::view::scratch::ScratchDisk;
+
+/// What is read at once to verify it.
+const VERIFY_BYTES: u64 = 1 << 20;
+/// Defects that are named; more are counted.
+const DEFECTS_MAX: usize = 100;
+
+/// Ends what a dropped future began.
+struct StopOnDrop(Stop);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+impl ProcessServer {
+    /// Serves a point's disks until [`ProcessServer::stop_serve`]: read-only, or each with a scratch layer of its own.
+    pub async fn serve(&self, machine: MachineId, selector: Selector, writable: bool) -> Result<Serving, Failure> {
+        let inner = self.0.clone();
+        blocking(move || inner.serve(ServeId::random(), machine, selector, writable, false)).await
+    }
+
+    /// Ends the connections to it and drops its scratch layers.
+    pub async fn stop_serve(&self, id: ServeId) -> Result<Serving, Failure> {
+        let inner = self.0.clone();
+        blocking(move || Ok(inner.serves.stop(id)?)).await
+    }
+
+    pub fn serves(&self) -> Vec<Serving> {
+        self.0.serves.list()
+    }
+
+    /// Writes a point's disks as plain images: to the file `to`, or into the folder `to`.
+    pub async fn export(
+        &self,
+        machine: MachineId,
+        selector: Selector,
+        to: &str,
+        format: ImageFormat,
+    ) -> Result<Exported, Failure> {
+        let inner = self.0.clone();
+        let (point, views) = blocking(move || inner.open_views(machine, selector)).await?;
+        let disks: Vec<DiskId> = views.iter().map(|(disk, _)| *disk).collect();
+        let paths = targets(Path::new(to), &disks, format)?;
+        let mut files = Vec::new();
+        for ((disk, view), path) in views.into_iter().zip(paths) {
+            let exporting = async {
+                match format {
+                    ImageFormat::Raw => self.export_raw(view, &path).await,
+                    _ => self.export_with_qemu(machine, &point, disk, view, &path, format).await,
+                }
+            };
+            let bytes = tokio::select! {
+                result = exporting => result,
+                () = self.0.stop.cancelled() => Err(ExportError::Stopped.into()),
+            }
+            .map_err(|failure| with_written(failure, &files))?;
+            files.push(ExportedFile { id: disk, path: path.display().to_string(), bytes });
+        }
+        Ok(Exported { point: point.id, time: point.time, files })
+    }
+
+    async fn export_raw(&self, view: Arc<View>, path: &Path) -> Result<u64, Failure> {
+        let stop = Stop::new();
+        let _ending = StopOnDrop(stop.clone());
+        let path = path.to_owned();
+        blocking(move || {
+            let image = export_raw(&*view, &path, &stop)?;
+            let hash = image.content_hash.map(|hash| hash.to_hex().to_string());
+            tracing::info!(path = %path.display(), bytes = image.bytes, blake3 = hash, "point exported");
+            Ok(image.bytes)
+        })
+        .await
+    }
+
+    async fn export_with_qemu(
+        &self,
+        machine: MachineId,
+        point: &PointInfo,
+        disk: DiskId,
+        view: Arc<View>,
+        path: &Path,
+        format: ImageFormat,
+    ) -> Result<u64, Failure> {
+        let id = ServeId::random();
+        let disks: Vec<(DiskId, Arc<dyn Disk>)> = vec![(disk, view)];
+        let served = ServedPoint { machine, point: point.id, time: point.time, writable: false, disks };
+        let serving = self.0.serves.start(id, served, true)?;
+        let _ending = StopServing { inner: self.0.clone(), id };
+        let nbd = serving.disks.first().and_then(|disk| disk.nbd.clone()).unwrap_or_default();
+        let image = export_with_qemu(&self.0.qemu_img, &nbd, format, path).await?;
+        tracing::info!(path = %path.display(), bytes = image.bytes, "point exported");
+        Ok(image.bytes)
+    }
+
+    /// Reads every byte that the point needs; each is checked on the way.
+    pub async fn verify(&self, machine: MachineId, selector: Selector) -> Result<Verified, Failure> {
+        let stop = Stop::new();
+        let _ending = StopOnDrop(stop.clone());
+        let inner = self.0.clone();
+        let verifying = blocking(move || inner.verify(machine, selector, &stop));
+        tokio::select! {
+            result = verifying => result,
+            () = self.0.stop.cancelled() => {
+                Err(Failure::new(FailureKind::Unavailable, "the process server stops", "verify again"))
+            }
+        }
+    }
+}
+
+/// Ends an internal serve, whatever became of what it was for.
+struct StopServing {
+    inner: Arc<Inner>,
+    id: ServeId,
+}
+
+impl Drop for StopServing {
+    fn drop(&mut self) {
+        let (inner, id) = (self.inner.clone(), self.id);
+        // Waits for connections, so not on this thread.
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = inner.serves.stop(id) {
+                tracing::error!(serve = %id, %error, "an export's serve does not end");
+            }
+        });
+    }
+}
+
+impl Inner {
+    fn open_views(
+        &self,
+        machine: MachineId,
+        selector: Selector,
+    ) -> Result<(PointInfo, Vec<(DiskId, Arc<View>)>), Failure> {
+        let (place, info) = self.resolve(machine, selector)?;
+        let views = self.set.views(&place).map_err(set_failed)?;
+        Ok((info, views.into_iter().map(|(disk, view)| (disk, Arc::new(view))).collect()))
+    }
+
+    fn serve(
+        &self,
+        id: ServeId,
+        machine: MachineId,
+        selector: Selector,
+        writable: bool,
+        internal: bool,
+    ) -> Result<Serving, Failure> {
+        let (info, views) = self.open_views(machine, selector)?;
+        let result = self.start_serve(id, machine, &info, views, writable, internal);
+        if result.is_err() && let Err(error) = self.serves.discard(id) {
+            tracing::warn!(serve = %id, %error, "scratch layers are left until the next start");
+        }
+        result
+    }
+
+    fn start_serve(
+        &self,
+        id: ServeId,
+        machine: MachineId,
+        info: &PointInfo,
+        views: Vec<(DiskId, Arc<View>)>,
+        writable: bool,
+        internal: bool,
+    ) -> Result<Serving, Failure> {
+        let mut disks: Vec<(DiskId, Arc<dyn Disk>)> = Vec::new();
+        for (disk, view) in views {
+            if writable {
+                let folder = self.serves.scratch_folder(id, disk)?;
+                let scratch = ScratchDisk::open(view, &*folder).map_err(|error| store_failed(&error))?;
+                disks.push((disk, Arc::new(scratch)));
+            } else {
+                disks.push((disk, view));
+            }
+        }
+        let point = ServedPoint { machine, point: info.id, time: info.time, writable, disks };
+        Ok(self.serves.start(id, point, internal)?)
+    }
+
+    fn verify(&self, machine: MachineId, selector: Selector, stop: &Stop) -> Result<Verified, Failure> {
+        let (place, _) = self.resolve(machine, selector)?;
+        let (info, views) = self.open_views(machine, place.id.map_or(selector, Selector::Point))?;
+        let mut verified = Verified { point: info.id, time: info.time, bytes: 0, defects: Vec::new() };
+        for (disk, view) in views {
+            verify_disk(disk, &view, stop, &mut verified)?;
+        }
+        if let Some(id) = place.id {
+            let damaged = !verified.defects.is_empty();
+            let points = self.set.points(machine).map_err(point_failed)?;
+            if points.get(id).is_some_and(|point| point.damaged != damaged) {
+                points.flag_damaged(id, damaged).map_err(point_failed)?;
+            }
+        }
+        Ok(verified)
+    }
+}
+
+fn verify_disk(disk: DiskId, view: &View, stop: &Stop, verified: &mut Verified) -> Result<(), Failure> {
+    let mut buffer = vec![0; VERIFY_BYTES as usize];
+    let mut at = 0;
+    let mut defects: u64 = 0;
+    while at < view.bytes() {
+        if stop.is_stopped() {
+            return Err(Failure::new(FailureKind::Unavailable, "the verification was stopped", "verify again"));
+        }
+        let (length, result) = match view.allocation(at) {
+            Ok((run, Allocation::Hole)) => (run, Ok(())),
+            Ok((run, Allocation::Data)) => {
+                let length = run.min(VERIFY_BYTES);
+                verified.bytes += length;
+                (length, view.read(at, &mut buffer[..length as usize]).map_err(|error| describe(&error)))
+            }
+            // What lies there cannot be told, so all of it counts as damaged, and the next part is looked at.
+            Err(error) => (VERIFY_BYTES.min(view.bytes() - at), Err(describe(&error))),
+        };
+        if let Err(message) = result {
+            defects += 1;
+            if verified.defects.len() < DEFECTS_MAX {
+                verified.defects.push(format!("disk {disk} at {at}+{length}: {message}"));
+            }
+        }
+        at += length;
+    }
+    if defects > DEFECTS_MAX as u64 {
+        verified.defects.push(format!("disk {disk}: {} places more", defects - DEFECTS_MAX as u64));
+    }
+    Ok(())
+}
+
+fn describe(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// An export of several disks that fails keeps the images that are whole, and says so.
+fn with_written(mut failure: Failure, files: &[ExportedFile]) -> Failure {
+    if !files.is_empty() {
+        let paths: Vec<&str> = files.iter().map(|file| file.path.as_str()).collect();
+        failure.message = format!("{}; whole images were written to {}", failure.message, paths.join(", "));
+    }
+    failure
+}

@@ -1,0 +1,195 @@
+//! What is there: points, positions, problems.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemark_base::{MachineId, MarkId};
+use tidemark_proto::control::{
+    Consistency, Failure, FailureKind, PointInfo, Problem, ReplicaDisk, ReplicaMachine, Selector, ServerReport,
+};
+
+use super::{Inner, ProcessServer, blocking, now, point_failed, set_failed, unknown_machine};
+use crate::points::{Point, PointConsistency, PointSelector};
+use crate::replica::{Place, Replica};
+
+impl ProcessServer {
+    /// The recovery points of a machine, oldest first.
+    pub async fn points(&self, machine: MachineId) -> Result<Vec<PointInfo>, Failure> {
+        let inner = self.0.clone();
+        blocking(move || {
+            inner.known(machine)?;
+            let points = inner.set.points(machine).map_err(point_failed)?;
+            Ok(points.list().iter().map(point_info).collect())
+        })
+        .await
+    }
+
+    /// What a selector means now.
+    pub async fn resolve(&self, machine: MachineId, selector: Selector) -> Result<PointInfo, Failure> {
+        let inner = self.0.clone();
+        blocking(move || inner.resolve(machine, selector).map(|(_, info)| info)).await
+    }
+
+    /// A locked point is never thinned.
+    pub async fn lock(&self, machine: MachineId, selector: Selector, locked: bool) -> Result<PointInfo, Failure> {
+        let inner = self.0.clone();
+        blocking(move || {
+            let (place, _) = inner.resolve(machine, selector)?;
+            let Some(id) = place.id else {
+                return Err(Failure::new(
+                    FailureKind::BadRequest,
+                    format!("{selector} is a position between marks, not a recovery point"),
+                    "lock a point of `tidemark point list`",
+                ));
+            };
+            let points = inner.set.points(machine).map_err(point_failed)?;
+            points.lock(id, locked).map(|point| point_info(&point)).map_err(point_failed)
+        })
+        .await
+    }
+
+    /// Waits until every disk of the machine holds this mark durably and consistently.
+    pub async fn wait_point(&self, machine: MachineId, mark: MarkId, limit: Duration) -> Result<PointInfo, Failure> {
+        let mut changes = self.0.points.subscribe();
+        let waiting = async {
+            loop {
+                changes.mark_unchanged();
+                let inner = self.0.clone();
+                let found = blocking(move || {
+                    inner.known(machine)?;
+                    Ok(inner.set.points(machine).map_err(point_failed)?.get(mark))
+                });
+                if let Some(point) = found.await? {
+                    return Ok(point_info(&point));
+                }
+                if changes.changed().await.is_err() {
+                    return Err(Failure::new(FailureKind::Unavailable, "the process server stops", "try again"));
+                }
+            }
+        };
+        tokio::time::timeout(limit, waiting).await.unwrap_or_else(|_| {
+            Err(Failure::new(
+                FailureKind::TimedOut,
+                format!("mark {mark} of machine {machine} did not become a recovery point within {} s", limit.as_secs_f64()),
+                "look at `tidemark status`: a disk is behind, is being scanned, or its host is not connected",
+            ))
+        })
+    }
+
+    /// Positions, sizes, serves, points: all that the status shows.
+    pub async fn status(&self) -> Result<ServerReport, Failure> {
+        let inner = self.0.clone();
+        blocking(move || {
+            let disks = inner.set.replicas().iter().map(|replica| inner.replica_disk(replica)).collect();
+            let mut machines = Vec::new();
+            for machine in inner.settings.all().into_keys() {
+                let points = inner.set.points(machine).map_err(point_failed)?.list();
+                let latest = points.last().map(point_info);
+                machines.push(ReplicaMachine { machine, points: points.len() as u64, latest });
+            }
+            Ok(ServerReport { time: now(), disks, serves: inner.serves.list(), machines })
+        })
+        .await
+    }
+}
+
+impl Inner {
+    pub(super) fn known(&self, machine: MachineId) -> Result<(), Failure> {
+        if self.settings.get(machine).is_none() && self.set.of_machine(machine).is_empty() {
+            return Err(unknown_machine(machine));
+        }
+        Ok(())
+    }
+
+    pub(super) fn resolve(&self, machine: MachineId, selector: Selector) -> Result<(Place, PointInfo), Failure> {
+        self.known(machine)?;
+        let wanted = match selector {
+            Selector::Latest => PointSelector::Latest,
+            Selector::LatestApp => PointSelector::LatestApp,
+            Selector::Point(id) => PointSelector::Id(id),
+            Selector::Time(time) => PointSelector::Time(time),
+        };
+        let place = self.set.resolve(machine, wanted).map_err(set_failed)?;
+        let point = match place.id {
+            Some(id) => self.set.points(machine).map_err(point_failed)?.get(id),
+            None => None,
+        };
+        let info = point.as_ref().map_or_else(|| place_info(&place), point_info);
+        Ok((place, info))
+    }
+
+    fn replica_disk(&self, replica: &Arc<Replica>) -> ReplicaDisk {
+        let (durable, statistics) = (replica.durable(), replica.statistics());
+        let mut problems: Vec<Problem> = self.maintainer.problem(replica.disk()).into_iter().collect();
+        if durable.needs_scan {
+            problems.push(Problem {
+                critical: true,
+                message: format!("cuts of disk {} were lost; it is not consistent until it was scanned", replica.disk()),
+                help: "the host scans the disk by itself when it connects; older recovery points stay".to_owned(),
+            });
+        }
+        for damage in &replica.open_report().damage {
+            problems.push(Problem {
+                critical: true,
+                message: format!("disk {}: {damage}", replica.disk()),
+                help: "check the process server's volume; run `tidemark point verify` on the points".to_owned(),
+            });
+        }
+        let folded = match replica.position_of(statistics.base_cut) {
+            Ok((position, _)) => position.map_or(String::new(), |position| position.to_string()),
+            Err(error) => {
+                let help = error.help().to_owned();
+                problems.push(Problem { critical: true, message: error.to_string(), help });
+                String::new()
+            }
+        };
+        ReplicaDisk {
+            disk: replica.disk(),
+            consistent: !durable.scan_open && !durable.needs_scan && durable.consistent_cut > 0,
+            durable: durable.position.map_or(String::new(), |position| position.to_string()),
+            folded,
+            durable_time: (durable.cut > 0).then_some(durable.time),
+            stored_bytes: statistics.journal_bytes + statistics.base_allocated_bytes,
+            problems,
+        }
+    }
+}
+
+pub(super) fn point_info(point: &Point) -> PointInfo {
+    PointInfo {
+        id: point.id,
+        time: point.time,
+        consistency: consistency(point.consistency),
+        label: point.label.clone(),
+        locked: point.locked,
+        change_bytes: point.changed_bytes(),
+        flags: if point.damaged { vec!["damaged".to_owned()] } else { Vec::new() },
+    }
+}
+
+/// A place between marks has no id of its own. It gets one that is the same whenever the same place is meant.
+fn place_info(place: &Place) -> PointInfo {
+    let mut hasher = blake3::Hasher::new_derive_key("tidemark 2026-11 id of a place between marks");
+    hasher.update(place.machine.as_bytes());
+    for (disk, cut) in &place.cuts {
+        hasher.update(disk.as_bytes()).update(&cut.to_le_bytes());
+    }
+    let mut id = [0; 16];
+    id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    PointInfo {
+        id: MarkId::from_bytes(id),
+        time: place.time,
+        consistency: consistency(place.consistency),
+        label: String::new(),
+        locked: false,
+        change_bytes: 0,
+        flags: vec!["between marks".to_owned()],
+    }
+}
+
+fn consistency(from: PointConsistency) -> Consistency {
+    match from {
+        PointConsistency::Crash => Consistency::Crash,
+        PointConsistency::Application => Consistency::App,
+    }
+}
