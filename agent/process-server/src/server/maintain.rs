@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tidemark_base::{DiskId, MachineId};
 use tidemark_base::stop::Stop;
+use tidemark_base::{DiskId, MachineId};
 use tidemark_proto::control::Problem;
 
 use super::now;

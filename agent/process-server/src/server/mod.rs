@@ -26,7 +26,7 @@ use tidemark_transport::{Identity, TlsListener, serve, tls};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::accept::authorise::{Authorisation, AuthoriseError, Authorisations};
+use crate::accept::authorise::{Authorisation, Authorisations, AuthoriseError};
 use crate::accept::{Acceptor, POOL_BYTES, ReplicaStores};
 use crate::journal::Limits;
 use crate::points::{self, PointError};
@@ -96,7 +96,11 @@ impl ProcessServer {
     /// Opens the folder and listens. Replicas that cannot be opened are reported and left as they are.
     pub async fn start(config: ProcessServerConfig) -> Result<Self, Failure> {
         let tls = tls::mutual_server(&config.identity).map_err(|error| {
-            Failure::from_error(FailureKind::Failed, &error, "register this process server again to get a new certificate")
+            Failure::from_error(
+                FailureKind::Failed,
+                &error,
+                "register this process server again to get a new certificate",
+            )
         })?;
         let listener = TlsListener::bind(config.listen, tls).await.map_err(|error| {
             let message = format!("cannot listen on {}: {error}", config.listen);
@@ -124,8 +128,8 @@ impl ProcessServer {
         let serves = Serves::open(storage, &config.socket)?;
         let points = Arc::new(watch::channel(0).0);
         let stores = ReplicaStores::new(set.clone(), points.clone());
-        let acceptor = Acceptor::new(authorisations.clone(), stores, config.pool_bytes)
-            .map_err(|error| store_failed(&error))?;
+        let acceptor =
+            Acceptor::new(authorisations.clone(), stores, config.pool_bytes).map_err(|error| store_failed(&error))?;
         let maintainer = Maintainer::start(set.clone(), settings.clone(), config.maintenance_interval)
             .map_err(|error| store_failed(&error))?;
         Ok(Self(Arc::new(Inner {
@@ -185,9 +189,7 @@ impl ProcessServer {
             }
             ServerCommand::Points(machine) => self.points(machine).await.map(Reply::Points),
             ServerCommand::Resolve { machine, point } => self.resolve(machine, point).await.map(Reply::Point),
-            ServerCommand::Lock { machine, point, locked } => {
-                self.lock(machine, point, locked).await.map(Reply::Point)
-            }
+            ServerCommand::Lock { machine, point, locked } => self.lock(machine, point, locked).await.map(Reply::Point),
             ServerCommand::Verify { machine, point } => self.verify(machine, point).await.map(Reply::Verified),
             ServerCommand::WaitPoint { machine, mark, limit } => {
                 self.wait_point(machine, mark, limit).await.map(Reply::Point)
@@ -207,7 +209,8 @@ impl ProcessServer {
     /// a higher one ends the stream of the old one.
     pub async fn authorise(&self, grant: MachineGrant) -> Result<(), Failure> {
         for disk in &grant.disks {
-            let superseded = self.0.authorisations.get(disk.disk).is_some_and(|known| known.generation < disk.generation);
+            let superseded =
+                self.0.authorisations.get(disk.disk).is_some_and(|known| known.generation < disk.generation);
             let asked = Authorisation {
                 machine: grant.machine,
                 agent: grant.host,
@@ -234,7 +237,11 @@ impl ProcessServer {
 
     /// No stream of this machine is taken any more. The replica and its points stay unless `delete_replica`.
     pub async fn deauthorise(&self, machine: MachineId, delete_replica: bool) -> Result<(), Failure> {
-        let authorised: Vec<DiskId> = self.0.authorisations.all().into_iter()
+        let authorised: Vec<DiskId> = self
+            .0
+            .authorisations
+            .all()
+            .into_iter()
             .filter(|(_, authorisation)| authorisation.machine == machine)
             .map(|(disk, _)| disk)
             .collect();
@@ -286,12 +293,8 @@ impl ProcessServer {
 
 impl Inner {
     fn prepare_replica(&self, disk: DiskId, asked: Authorisation) -> Result<(), Failure> {
-        let info = ReplicaInfo {
-            disk,
-            machine: asked.machine,
-            generation: asked.generation,
-            disk_bytes: asked.disk_bytes,
-        };
+        let info =
+            ReplicaInfo { disk, machine: asked.machine, generation: asked.generation, disk_bytes: asked.disk_bytes };
         let replica = match self.set.get(disk) {
             Ok(replica) => replica,
             Err(ReplicaError::Absent { .. }) => return self.set.create(info).map(drop).map_err(set_failed),
@@ -299,7 +302,12 @@ impl Inner {
         };
         if replica.disk_bytes() != asked.disk_bytes {
             let (known, asked) = (replica.disk_bytes(), asked.disk_bytes);
-            return Err(authorise_failed(AuthoriseError::Size { disk, known, asked, generation: replica.generation() }));
+            return Err(authorise_failed(AuthoriseError::Size {
+                disk,
+                known,
+                asked,
+                generation: replica.generation(),
+            }));
         }
         if replica.machine() != asked.machine {
             return Err(Failure::new(
@@ -342,9 +350,7 @@ fn now() -> Timestamp {
     Timestamp::from_system(SystemTime::now())
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
-) -> Result<T, Failure> {
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
         let message = format!("the process server failed: {error}");
         Err(Failure::new(FailureKind::Failed, message, "report this, with the process server's log"))

@@ -164,7 +164,9 @@ impl Inner {
     ) -> Result<Serving, Failure> {
         let (info, views) = self.open_views(machine, selector)?;
         let result = self.start_serve(id, machine, &info, views, writable, internal);
-        if result.is_err() && let Err(error) = self.serves.discard(id) {
+        if result.is_err()
+            && let Err(error) = self.serves.discard(id)
+        {
             tracing::warn!(serve = %id, %error, "scratch layers are left until the next start");
         }
         result

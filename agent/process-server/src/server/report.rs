@@ -10,7 +10,7 @@ use tidemark_proto::control::{
 
 use super::{Inner, ProcessServer, blocking, now, point_failed, set_failed, unknown_machine};
 use crate::points::{Point, PointConsistency, PointSelector};
-use crate::replica::{Place, Replica};
+use crate::replica::{OpenFailure, Place, Replica};
 
 impl ProcessServer {
     /// The recovery points of a machine, oldest first.
@@ -70,7 +70,10 @@ impl ProcessServer {
         tokio::time::timeout(limit, waiting).await.unwrap_or_else(|_| {
             Err(Failure::new(
                 FailureKind::TimedOut,
-                format!("mark {mark} of machine {machine} did not become a recovery point within {} s", limit.as_secs_f64()),
+                format!(
+                    "mark {mark} of machine {machine} did not become a recovery point within {} s",
+                    limit.as_secs_f64()
+                ),
                 "look at `tidemark status`: a disk is behind, is being scanned, or its host is not connected",
             ))
         })
@@ -80,7 +83,9 @@ impl ProcessServer {
     pub async fn status(&self) -> Result<ServerReport, Failure> {
         let inner = self.0.clone();
         blocking(move || {
-            let disks = inner.set.replicas().iter().map(|replica| inner.replica_disk(replica)).collect();
+            let mut disks: Vec<ReplicaDisk> =
+                inner.set.replicas().iter().map(|replica| inner.replica_disk(replica)).collect();
+            disks.extend(inner.open_failures.iter().filter_map(unopened_disk));
             let mut machines = Vec::new();
             for machine in inner.settings.all().into_keys() {
                 let points = inner.set.points(machine).map_err(point_failed)?.list();
@@ -124,7 +129,10 @@ impl Inner {
         if durable.needs_scan {
             problems.push(Problem {
                 critical: true,
-                message: format!("cuts of disk {} were lost; it is not consistent until it was scanned", replica.disk()),
+                message: format!(
+                    "cuts of disk {} were lost; it is not consistent until it was scanned",
+                    replica.disk()
+                ),
                 help: "the host scans the disk by itself when it connects; older recovery points stay".to_owned(),
             });
         }
@@ -153,6 +161,22 @@ impl Inner {
             problems,
         }
     }
+}
+
+/// A replica that could not be opened when the server started; its folder is named by its disk.
+fn unopened_disk(failure: &OpenFailure) -> Option<ReplicaDisk> {
+    let disk = failure.folder.rsplit('/').next()?.parse().ok()?;
+    let message = format!("the replica cannot be opened: {}", failure.error);
+    let problem = Problem { critical: true, message, help: failure.error.help().to_owned() };
+    Some(ReplicaDisk {
+        disk,
+        consistent: false,
+        durable: String::new(),
+        folded: String::new(),
+        durable_time: None,
+        stored_bytes: 0,
+        problems: vec![problem],
+    })
 }
 
 pub(super) fn point_info(point: &Point) -> PointInfo {
