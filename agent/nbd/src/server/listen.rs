@@ -133,7 +133,9 @@ mod tests {
         drop(bind_unix(&path).expect("a socket that nobody listens on is replaced"));
         std::fs::set_permissions(path.parent().unwrap(), std::fs::Permissions::from_mode(0o750)).unwrap();
         assert!(matches!(bind_unix(&path), Err(ListenError::FolderNotPrivate { mode: 0o750, .. })));
-        let file = folder.path().join("file");
+        let private = folder.path().join("private");
+        std::fs::DirBuilder::new().mode(0o700).create(&private).unwrap();
+        let file = private.join("file");
         std::fs::File::create(&file).unwrap();
         assert!(matches!(bind_unix(&file), Err(ListenError::NotASocket { .. })));
         let long = folder.path().join("x".repeat(120));
