@@ -237,6 +237,25 @@ impl Stream {
         Ok(())
     }
 
+    /// Sends a head and its data as one message, without copying them together.
+    pub fn send_two(&self, head: &[u8], data: &[u8]) -> io::Result<()> {
+        if data.is_empty() || !self.is_plain() {
+            self.send(head)?;
+            return self.send(data);
+        }
+        let _turn = self.turn.lock().expect("no panic while held");
+        let parts = [io::IoSlice::new(head), io::IoSlice::new(data)];
+        let sent = loop {
+            match nix::sys::socket::sendmsg::<()>(self.socket.fd(), &parts, &[], MsgFlags::MSG_NOSIGNAL, None) {
+                Ok(count) => break count,
+                Err(nix::Error::EINTR) => {}
+                Err(error) => return Err(closed(error.into())),
+            }
+        };
+        self.send_plain(&head[sent.min(head.len())..])?;
+        self.send_plain(&data[sent.saturating_sub(head.len())..])
+    }
+
     /// Sends what can be sent without waiting: how much that was. Plain connections only.
     pub fn try_send(&self, bytes: &[u8]) -> io::Result<usize> {
         let Ok(_turn) = self.turn.try_lock() else { return Ok(0) };

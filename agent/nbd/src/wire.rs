@@ -111,7 +111,6 @@ pub mod errno {
     pub const ENOMEM: u32 = 12;
     pub const EINVAL: u32 = 22;
     pub const ENOSPC: u32 = 28;
-    pub const EOVERFLOW: u32 = 75;
     pub const ENOTSUP: u32 = 95;
     pub const ESHUTDOWN: u32 = 108;
 }
