@@ -18,10 +18,13 @@ const READY_LIMIT: Duration = Duration::from_secs(60);
 /// How long anything else may take. A test that needs longer is too large for this suite.
 pub const LIMIT: Duration = Duration::from_secs(90);
 
-/// `tidemark up` on a folder of its own. Everything ends with it.
+/// The roles as they run apart.
+pub const ROLES: [&str; 3] = ["config-server", "process-server", "agent"];
+
+/// `tidemark up`, or each role as a process of its own, on a folder of its own. Everything ends with it.
 pub struct Site {
     folder: TempDir,
-    up: Option<Owned>,
+    processes: Vec<Owned>,
     pub ready: Value,
 }
 
@@ -55,10 +58,59 @@ impl Site {
 
     /// A new site in a new folder of `parent`.
     pub fn start_in(parent: &Path) -> Self {
-        let folder = tempfile::Builder::new().prefix("tidemark-").tempdir_in(parent).expect("a folder can be made");
-        let mut site = Self { folder, up: None, ready: Value::Null };
+        let mut site = Self::new_in(parent);
         site.up();
         site
+    }
+
+    fn new_in(parent: &Path) -> Self {
+        let folder = tempfile::Builder::new().prefix("tidemark-").tempdir_in(parent).expect("a folder can be made");
+        Self { folder, processes: Vec::new(), ready: Value::Null }
+    }
+
+    /// A new site whose roles are three processes, so that each can be killed alone.
+    pub fn start_roles() -> Self {
+        let mut site = Self::new_in(&std::env::temp_dir());
+        for role in ROLES {
+            site.start_role(role);
+        }
+        site.wait_connected();
+        site
+    }
+
+    /// Starts one role and does not wait for it.
+    pub fn start_role(&mut self, role: &str) {
+        let mut command = Command::new(binary::tidemark());
+        command.args([role, "run", "--dir"]).arg(self.state()).stdin(Stdio::null()).stdout(Stdio::null());
+        self.processes.push(Owned::start(role, command, Some(&self.path("site.log"))));
+    }
+
+    /// `kill -9` of one role.
+    #[track_caller]
+    pub fn kill_role(&mut self, role: &str) {
+        let index = self.processes.iter().position(|process| process.name == role);
+        let mut process = self.processes.remove(index.unwrap_or_else(|| panic!("{role} does not run")));
+        process.kill_9();
+    }
+
+    /// Waits until agent and process server have found the configuration server.
+    #[track_caller]
+    pub fn wait_connected(&self) {
+        let host = self.state().join("run/config-server.json");
+        let connected = wait::until("the roles find each other", LIMIT, || {
+            let addresses: Value = serde_json::from_slice(&std::fs::read(&host).ok()?).ok()?;
+            let ready = serde_json::json!({
+                "api": format!("https://{}/api/v1", addresses["api"].as_str()?),
+                "token_file": self.state().join("config-server/token"),
+                "ca_file": self.state().join("ca.pem"),
+            });
+            // An address from before a restart may be there before its server is.
+            std::net::TcpStream::connect(addresses["api"].as_str()?).ok()?;
+            let peers = crate::api::Api::connect(&ready).get("peers");
+            let connected = peers["connected"].as_array()?.len();
+            (connected >= 2).then_some(connected)
+        });
+        assert_eq!(connected, 2, "one agent and one process server");
     }
 
     /// Where the site and its disks are.
@@ -79,14 +131,14 @@ impl Site {
     /// Starts `tidemark up` and waits for its ready line.
     #[track_caller]
     pub fn up(&mut self) {
-        assert!(self.up.is_none(), "the site is up");
+        assert!(self.processes.is_empty(), "the site is up");
         let mut command = Command::new(binary::tidemark());
         command
             .args(["up", "--listen", "127.0.0.1:0", "--dir"])
             .arg(self.state())
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
-        let mut up = Owned::start("tidemark up", command, Some(&self.path("up.log")));
+        let mut up = Owned::start("tidemark up", command, Some(&self.path("site.log")));
         let (sender, receiver) = mpsc::channel();
         let stdout = up.child().stdout.take().expect("stdout is piped");
         // Reads on after the ready line, so that the pipe never fills.
@@ -101,24 +153,32 @@ impl Site {
             panic!("tidemark up says nothing; its log ends with\n{}", up.log_tail());
         };
         self.ready = serde_json::from_str(&ready).unwrap_or_else(|error| panic!("ready line {ready:?}: {error}"));
-        self.up = Some(up);
+        self.processes.push(up);
     }
 
-    /// SIGTERM; the site must end cleanly.
+    /// SIGTERM; the site must end cleanly. Agents first: what they hold is flushed while the others still listen.
     #[track_caller]
     pub fn down(&mut self) {
-        let mut up = self.up.take().expect("the site is up");
-        let status = up.stop(Duration::from_secs(30));
-        assert!(status.success(), "tidemark up ended with {status}; its log ends with\n{}", up.log_tail());
+        assert!(!self.processes.is_empty(), "the site is up");
+        while let Some(mut process) = self.processes.pop() {
+            let status = process.stop(Duration::from_secs(30));
+            let name = &process.name;
+            assert!(status.success(), "{name} ended with {status}; its log ends with\n{}", process.log_tail());
+        }
     }
 
     /// `kill -9` of everything.
     pub fn kill_9(&mut self) {
-        self.up.take().expect("the site is up").kill_9();
+        assert!(!self.processes.is_empty(), "the site is up");
+        for process in &self.processes {
+            process.signal(nix::sys::signal::Signal::SIGKILL);
+        }
+        self.processes.clear();
     }
 
+    /// Of the first process; of the only one of `up`.
     pub fn pid(&self) -> i32 {
-        self.up.as_ref().expect("the site is up").pid()
+        self.processes.first().expect("the site is up").pid()
     }
 
     /// Runs a verb to its end.
@@ -156,7 +216,7 @@ impl Site {
 
     /// The end of what the site wrote to stderr.
     pub fn log_tail(&self) -> String {
-        self.up.as_ref().map(Owned::log_tail).unwrap_or_default()
+        self.processes.first().map(Owned::log_tail).unwrap_or_default()
     }
 
     /// Protects disks as one machine. `extra` are further arguments.
@@ -233,7 +293,7 @@ impl Site {
 impl Drop for Site {
     fn drop(&mut self) {
         if std::thread::panicking()
-            && let Ok(log) = std::fs::read_to_string(self.path("up.log"))
+            && let Ok(log) = std::fs::read_to_string(self.path("site.log"))
         {
             let lines: Vec<&str> = log.lines().collect();
             eprintln!("--- log of the site (end)\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
