@@ -1,0 +1,33 @@
+//! Providers of changes: each sees what happens to a disk, in its own way.
+//!
+//! A *splitter* sees each write with its data, in order; the NBD front end ([`nbd`]) is the first. A *tracker* knows only
+//! which blocks changed; an *importer* takes logs that someone else wrote. Whatever it is, it is told of disks to watch, and
+//! says where the workload opens them from then on.
+
+pub mod in_flight;
+pub mod nbd;
+pub mod splitter;
+
+use std::io;
+use std::sync::Arc;
+
+use crate::protected::ProtectedDisk;
+
+/// Where a workload opens a protected disk.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Address {
+    pub nbd: Option<String>,
+    pub file: Option<String>,
+}
+
+/// Catches the changes of disks.
+pub trait CaptureProvider: Send + Sync {
+    /// Begins to serve or to watch the disk under a name that stays the same for as long as it is protected.
+    fn attach(&self, name: &str, disk: &Arc<ProtectedDisk>) -> io::Result<Address>;
+
+    /// Ends it, after the requests that were received; nothing is written through this provider afterwards.
+    fn detach(&self, name: &str) -> io::Result<()>;
+
+    /// Ends all of it.
+    fn stop(&self) -> io::Result<()>;
+}

@@ -1,0 +1,315 @@
+//! One process server that a disk feeds: what it acknowledged, and what must still be read from the disk for it.
+//!
+//! *Consistency.* {blocks it lacks} ⊆ {records after its cursor} ∪ {its scan bitmap} ∪ {the disk's dirty bitmap}. *Retries.*
+//! None. *Cancellation.* A scan that dies keeps its bits. *Crash.* Additions are durable before [`Consumer::add`] returns.
+//! The cursor is stored about every second ([`Consumer::store`]); an older one only means that more is kept and sent again.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tidemark_base::storage::{OpenMode, Storage};
+use tidemark_base::{Extent, ExtentSet, Position, ServerId};
+
+use crate::source::{PendingScan, ScanReason, ScanRevision};
+use crate::state::dirty::{DirtyBitmap, GRANULE_BYTES};
+use crate::state::session::{load_sealed, store_sealed};
+
+/// Additions that are told apart; older ones are merged, which only means that more of them is scanned twice.
+const RECENT_MAX: usize = 16;
+/// Parts of granules that were scanned and are remembered; past it they are forgotten and scanned again.
+const PARTIAL_MAX: usize = 1 << 16;
+const STORED_BYTES_MAX: u64 = 64 << 10;
+
+pub struct Consumer {
+    server: ServerId,
+    storage: Arc<dyn Storage>,
+    scan: DirtyBitmap,
+    state: Mutex<State>,
+}
+
+/// The file `consumer-<server>`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stored {
+    pub version: u32,
+    pub server: ServerId,
+    pub cursor: Option<Position>,
+    pub reason: Option<ScanReason>,
+}
+
+struct State {
+    current: Stored,
+    stored: Option<Stored>,
+    /// Additions of this run, in whole granules, with the revision that made them.
+    recent: Vec<(ScanRevision, ExtentSet)>,
+    /// Scanned parts of granules of which the rest is not scanned yet.
+    partial: ExtentSet,
+    /// What the scan that goes on began with.
+    total_bytes: u64,
+    asked: Option<Instant>,
+}
+
+impl Consumer {
+    fn state_file(server: ServerId) -> String {
+        format!("consumer-{server}")
+    }
+
+    fn scan_file(server: ServerId) -> String {
+        format!("scan-{server}")
+    }
+
+    /// A consumer that holds nothing yet: the whole disk is to be scanned. Durable when it returns.
+    pub fn create(storage: Arc<dyn Storage>, server: ServerId, disk_bytes: u64) -> io::Result<Self> {
+        let file = storage.open(&Self::scan_file(server), OpenMode::OpenOrCreate)?;
+        file.set_bytes(0)?;
+        let scan = DirtyBitmap::create(file, disk_bytes)?;
+        scan.mark_all();
+        scan.sync()?;
+        storage.sync_folder("")?;
+        let current = Stored { version: 1, server, cursor: None, reason: Some(ScanReason::Initial) };
+        let consumer = Self::new(storage, scan, current, None);
+        consumer.store()?;
+        Ok(consumer)
+    }
+
+    /// What an earlier session left; `None` when there is nothing, or nothing that can be trusted.
+    pub fn open(storage: Arc<dyn Storage>, server: ServerId, disk_bytes: u64) -> io::Result<Option<Self>> {
+        let Some(stored) = load_sealed::<Stored>(&*storage, &Self::state_file(server), STORED_BYTES_MAX)? else {
+            return Ok(None);
+        };
+        if stored.version != 1 || stored.server != server || !storage.exists(&Self::scan_file(server))? {
+            return Ok(None);
+        }
+        let file = storage.open(&Self::scan_file(server), OpenMode::ReadWrite)?;
+        let Some(scan) = DirtyBitmap::open(file, disk_bytes)? else { return Ok(None) };
+        let mut current = stored.clone();
+        match (scan.is_empty(), current.reason) {
+            (true, _) => current.reason = None,
+            (false, None) => current.reason = Some(ScanReason::Unclean),
+            (false, Some(_)) => {}
+        }
+        Ok(Some(Self::new(storage, scan, current, Some(stored))))
+    }
+
+    fn new(storage: Arc<dyn Storage>, scan: DirtyBitmap, current: Stored, stored: Option<Stored>) -> Self {
+        let state = State {
+            stored,
+            recent: Vec::new(),
+            partial: ExtentSet::new(),
+            total_bytes: scan.bytes(),
+            asked: None,
+            current,
+        };
+        Self { server: state.current.server, storage, scan, state: Mutex::new(state) }
+    }
+
+    pub fn server(&self) -> ServerId {
+        self.server
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while held")
+    }
+
+    pub fn cursor(&self) -> Option<Position> {
+        self.state().current.cursor
+    }
+
+    /// The cursor that is certain to survive: logs may go up to it.
+    pub fn durable_cursor(&self) -> Option<Position> {
+        self.state().stored.as_ref()?.cursor
+    }
+
+    pub fn acknowledged(&self, position: Position) {
+        let mut state = self.state();
+        state.current.cursor = Some(position);
+        state.asked = Some(Instant::now());
+    }
+
+    /// Whether its sender asked for anything lately.
+    pub fn is_active(&self, within: Duration) -> bool {
+        self.state().asked.is_some_and(|asked| asked.elapsed() < within)
+    }
+
+    /// Adds to what must be scanned. Durable when it returns.
+    pub fn add(&self, extents: &ExtentSet, reason: ScanReason, revision: ScanRevision) -> io::Result<()> {
+        let mut state = self.state();
+        let was_empty = self.scan.is_empty();
+        let mut added = ExtentSet::new();
+        for extent in extents.iter() {
+            let offset = extent.offset / GRANULE_BYTES * GRANULE_BYTES;
+            added.insert(Extent::new(offset, extent.end().next_multiple_of(GRANULE_BYTES) - offset));
+            self.scan.mark(extent);
+        }
+        for extent in added.iter() {
+            state.partial.remove(extent);
+        }
+        if state.recent.len() >= RECENT_MAX {
+            let (_, older) = state.recent.remove(0);
+            for extent in older.iter() {
+                state.recent[0].1.insert(extent);
+            }
+        }
+        state.recent.push((revision, added));
+        state.total_bytes = if was_empty { self.scan.bytes() } else { state.total_bytes.max(self.scan.bytes()) };
+        // What the consumer lacks reads as zeroes there only as long as nothing else was ever the matter.
+        state.current.reason = match state.current.reason {
+            None if self.scan.is_empty() => None,
+            _ => Some(reason),
+        };
+        self.scan.sync()?;
+        self.store_locked(&mut state)
+    }
+
+    pub fn pending(&self, newer_than: ScanRevision, revision: ScanRevision) -> PendingScan {
+        let mut state = self.state();
+        state.asked = Some(Instant::now());
+        // Revision 1 is what the attach found.
+        let extents = if newer_than < ScanRevision(1) {
+            self.scan.extents()
+        } else {
+            let disk = self.scan.extents();
+            let mut found = ExtentSet::new();
+            for (_, added) in state.recent.iter().filter(|(revision, _)| *revision > newer_than) {
+                for extent in added.iter() {
+                    disk.overlapping(extent).for_each(|extent| found.insert(extent));
+                }
+            }
+            found
+        };
+        let reason = if extents.is_empty() { None } else { state.current.reason };
+        PendingScan { extents, reason, revision }
+    }
+
+    /// `extent` is durable there as it was read after `seen` was asked for.
+    pub fn scanned(&self, extent: Extent, seen: ScanRevision) {
+        let mut state = self.state();
+        let state = &mut *state;
+        state.asked = Some(Instant::now());
+        let mut settled = ExtentSet::new();
+        settled.insert(extent);
+        for (_, added) in state.recent.iter().filter(|(revision, _)| *revision > seen) {
+            added.overlapping(extent).for_each(|later| settled.remove(later));
+        }
+        for extent in settled.iter() {
+            state.partial.insert(extent);
+        }
+        let first = extent.offset / GRANULE_BYTES * GRANULE_BYTES;
+        let around = Extent::new(first, extent.end().next_multiple_of(GRANULE_BYTES) - first);
+        let runs: Vec<Extent> = state.partial.overlapping(around).collect();
+        for run in runs {
+            self.scan.clear(run);
+            let offset = run.offset.next_multiple_of(GRANULE_BYTES);
+            let end = run.end() / GRANULE_BYTES * GRANULE_BYTES;
+            if end > offset {
+                state.partial.remove(Extent::new(offset, end - offset));
+            }
+        }
+        if state.partial.len() > PARTIAL_MAX {
+            state.partial = ExtentSet::new();
+        }
+        if self.scan.is_empty() {
+            state.current.reason = None;
+            state.recent.clear();
+            state.partial = ExtentSet::new();
+        }
+    }
+
+    /// Done and total bytes of the scan, and why it runs.
+    pub fn progress(&self) -> Option<(u64, u64, ScanReason)> {
+        let state = self.state();
+        let reason = state.current.reason?;
+        let left = self.scan.bytes();
+        Some((state.total_bytes.saturating_sub(left), state.total_bytes, reason))
+    }
+
+    /// Makes cursor and bitmap durable, if they changed.
+    pub fn store(&self) -> io::Result<()> {
+        self.store_locked(&mut self.state())
+    }
+
+    pub fn sync_scan(&self) -> io::Result<()> {
+        self.scan.sync()
+    }
+
+    fn store_locked(&self, state: &mut State) -> io::Result<()> {
+        if state.stored.as_ref() != Some(&state.current) {
+            store_sealed(&*self.storage, &Self::state_file(self.server), &state.current)?;
+            state.stored = Some(state.current.clone());
+        }
+        Ok(())
+    }
+
+    /// Forgets the consumer: its files go.
+    pub fn remove(&self) -> io::Result<()> {
+        self.storage.remove(&Self::state_file(self.server))?;
+        self.storage.remove(&Self::scan_file(self.server))?;
+        self.storage.sync_folder("")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidemark_base::Epoch;
+    use tidemark_base::storage::RealStorage;
+
+    const G: u64 = GRANULE_BYTES;
+    const DISK_BYTES: u64 = 64 * G + 4096;
+
+    fn set(extents: &[Extent]) -> ExtentSet {
+        extents.iter().fold(ExtentSet::new(), |mut set, extent| {
+            set.insert(*extent);
+            set
+        })
+    }
+
+    fn pending(consumer: &Consumer, newer_than: u64) -> Vec<Extent> {
+        consumer.pending(ScanRevision(newer_than), ScanRevision(9)).extents.iter().collect()
+    }
+
+    #[test]
+    fn a_consumer_begins_with_the_whole_disk_and_ends_with_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        let server = ServerId::random();
+        let consumer = Consumer::create(storage.clone(), server, DISK_BYTES).unwrap();
+        assert_eq!(pending(&consumer, 0), [Extent::new(0, DISK_BYTES)]);
+        // In pieces that do not match the granules.
+        for offset in (0..DISK_BYTES).step_by(12 << 10) {
+            consumer.scanned(Extent::new(offset, (12 << 10).min(DISK_BYTES - offset)), ScanRevision(1));
+            if offset == G {
+                assert_eq!(consumer.progress().unwrap().0, 0);
+            }
+        }
+        assert_eq!(consumer.progress(), None);
+        let position = Epoch::random().start();
+        consumer.acknowledged(position);
+        assert_eq!(consumer.durable_cursor(), None);
+        consumer.store().unwrap();
+        assert_eq!(consumer.durable_cursor(), Some(position));
+        drop(consumer);
+        let consumer = Consumer::open(storage.clone(), server, DISK_BYTES).unwrap().unwrap();
+        assert_eq!((consumer.cursor(), consumer.progress()), (Some(position), None));
+        assert!(Consumer::open(storage, ServerId::random(), DISK_BYTES).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_is_added_after_it_was_read_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        let consumer = Consumer::create(storage.clone(), ServerId::random(), DISK_BYTES).unwrap();
+        consumer.scanned(Extent::new(0, 2 * G), ScanRevision(1));
+        consumer.add(&set(&[Extent::new(3 * G + 512, 512)]), ScanReason::Dirty, ScanRevision(2)).unwrap();
+        assert_eq!(pending(&consumer, 1), [Extent::new(3 * G, G)]);
+        consumer.scanned(Extent::new(0, DISK_BYTES), ScanRevision(1));
+        assert_eq!(pending(&consumer, 0), [Extent::new(3 * G, G)]);
+        let again = Consumer::open(storage, consumer.server(), DISK_BYTES).unwrap().unwrap();
+        assert_eq!(pending(&again, 0), [Extent::new(3 * G, G)]);
+        assert_eq!(again.progress().unwrap().2, ScanReason::Dirty, "no longer an initial scan");
+        consumer.scanned(Extent::new(3 * G, G), ScanRevision(2));
+        assert!(pending(&consumer, 0).is_empty());
+    }
+}

@@ -1,0 +1,95 @@
+//! What can go wrong when a machine is protected, and what to do about it.
+
+use std::io;
+use std::path::PathBuf;
+
+use tidemark_base::disk::DiskError;
+use tidemark_base::{DiskId, MachineId};
+use tidemark_hrl::LogError;
+use tidemark_nbd::ListenError;
+use tidemark_proto::control::{Failure, FailureKind};
+
+use crate::freeze::FreezeError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The folder beside the disk, or the configured one of a block device.
+    #[error("cannot {what} in {folder}")]
+    State { what: &'static str, folder: PathBuf, source: io::Error },
+    #[error("cannot keep a log beside the disk")]
+    Log(#[from] LogError),
+    #[error("disk {path} is named twice")]
+    DuplicateDisk { path: PathBuf },
+    #[error("disk {path} is already protected as a disk of machine {machine}")]
+    AlreadyProtected { path: PathBuf, machine: String },
+    #[error("machine {machine} is protected with other disks")]
+    OtherDisks { machine: String },
+    #[error("{path} has no folder and file name that state could be kept beside")]
+    NoName { path: PathBuf },
+    #[error("machine {machine} is not protected by this host")]
+    UnknownMachine { machine: MachineId },
+    #[error("no mark can be made: writes to disk {disk} stay in flight for too long")]
+    Busy { disk: DiskId },
+    #[error("no mark can be made: the changes of disk {disk} are not logged now ({reason})")]
+    NotLogging { disk: DiskId, reason: String },
+    #[error("machine {machine} cannot be made quiet")]
+    Freeze { machine: String, source: FreezeError },
+    #[error("cannot serve disks")]
+    Listen(#[from] ListenError),
+    #[error("cannot {what}")]
+    Io { what: &'static str, source: io::Error },
+    #[error("the host is stopping")]
+    Stopping,
+}
+
+impl HostError {
+    /// What an operator should do.
+    pub fn help(&self) -> String {
+        match self {
+            HostError::Disk(error) => error.help().to_owned(),
+            HostError::State { source, folder, .. } => match tidemark_base::storage::os_error(source) {
+                Some(libc::ENOSPC | libc::EDQUOT) => {
+                    format!("make room in {}: the log and its bitmaps are kept there", folder.display())
+                }
+                Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
+                    format!("let the agent write to {}: the log and its bitmaps are kept there", folder.display())
+                }
+                _ => format!("see the system's message; {} must be a usable folder", folder.display()),
+            },
+            HostError::Log(error) => match error.os_error() {
+                Some(libc::ENOSPC | libc::EDQUOT) => "make room in the folder of the disk: its log is kept there".into(),
+                _ => error.help().to_owned(),
+            },
+            HostError::DuplicateDisk { .. } => "name each disk once".into(),
+            HostError::AlreadyProtected { machine, .. } => format!("unprotect {machine} first, or leave this disk out"),
+            HostError::OtherDisks { machine } => format!("unprotect {machine} first, then protect it with its new disks"),
+            HostError::NoName { .. } => "name a disk image or a block device".into(),
+            HostError::UnknownMachine { .. } => "see `tidemark status` for what is protected".into(),
+            HostError::Busy { .. } => "try again; if it stays so, the disk's medium is too slow for its writes".into(),
+            HostError::NotLogging { .. } => "try again when the mode of the disk is `data` (see `tidemark status`)".into(),
+            HostError::Freeze { source, .. } => source.help().to_owned(),
+            HostError::Listen(_) | HostError::Io { .. } => "see the system's message".into(),
+            HostError::Stopping => "start the agent again".into(),
+        }
+    }
+
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            HostError::Disk(DiskError::Absent { .. }) | HostError::UnknownMachine { .. } => FailureKind::NotFound,
+            HostError::Disk(DiskError::InUse { .. })
+            | HostError::AlreadyProtected { .. }
+            | HostError::OtherDisks { .. } => FailureKind::Conflict,
+            HostError::Disk(_) | HostError::DuplicateDisk { .. } | HostError::NoName { .. } => FailureKind::BadRequest,
+            HostError::Busy { .. } | HostError::NotLogging { .. } | HostError::Stopping => FailureKind::Unavailable,
+            _ => FailureKind::Failed,
+        }
+    }
+}
+
+impl From<&HostError> for Failure {
+    fn from(error: &HostError) -> Self {
+        Failure::from_error(error.kind(), error, error.help())
+    }
+}

@@ -1,0 +1,716 @@
+//! The log of one disk: one appender, rotation, limits, and reading back.
+//!
+//! *Consistency.* One lock assigns sequences and appends; what is published was appended wholly. Times never decrease.
+//! *Retries.* None: the first failure ends logging ([`Unlogged`]); the disk steps down to its dirty bitmap, and a new epoch
+//! begins in a new log when there is room again. *Cancellation.* A reader may be dropped at any time. *Crash.* As
+//! [`tidemark_hrl::companion`] says; nothing here is synced but by [`DiskLog::sync`] and by closing a log.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tidemark_base::storage::{OpenMode, Storage, StorageFile};
+use tidemark_base::{Clock, DiskId, Epoch, Extent, Position, Sequence, Timestamp};
+use tidemark_hrl::{ActiveLog, Append, DataHasher, LogError, LogName, LogReader, PreparedLog, Record as LogRecord};
+use tidemark_hrl::{RecordKind, Records};
+use tidemark_proto::replication::Mark;
+
+use crate::source::{DataRef, Located, ReadDataError, Record, RecordBody, RecordReader, SourceError};
+
+/// A wall clock that moved by this much more or less than the monotonic one was set.
+const CLOCK_STEP_MIN: Duration = Duration::from_secs(1);
+/// Records at which the clock stepped that are remembered.
+const STEPS_MAX: usize = 256;
+/// The appender measures what the logs occupy each time that this much was appended.
+const MEASURE_BYTES: u64 = 16 << 20;
+/// Logs whose data files are kept open for reading.
+const DATA_FILES_MAX: usize = 4;
+/// The most that is read from a log at once.
+const READ_BYTES_MAX: usize = 1 << 20;
+/// No log file grows past this.
+pub const ROTATE_BYTES_HARD: u64 = 64 << 30;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LogLimits {
+    /// A log is rotated when it is longer.
+    pub rotate_bytes: u64,
+    /// What all logs of the disk may occupy.
+    pub limit_bytes: u64,
+    /// What must stay free in their folder: the guest's disk may need it.
+    pub reserve_bytes: u64,
+}
+
+/// Why a write is not in the log.
+#[derive(Debug, thiserror::Error)]
+pub enum Unlogged {
+    #[error("the logs of the disk occupy {bytes} bytes, which is their limit")]
+    Limit { bytes: u64 },
+    #[error("less than {reserve_bytes} bytes are free in the log's folder")]
+    NoRoom { reserve_bytes: u64 },
+    #[error(transparent)]
+    Failed(#[from] LogError),
+    /// It was said before.
+    #[error("the disk is not logging")]
+    NotLogging,
+}
+
+pub struct DiskLog {
+    storage: Arc<dyn Storage>,
+    stem: String,
+    disk: DiskId,
+    disk_bytes: u64,
+    clock: Arc<dyn Clock>,
+    limits: Mutex<LogLimits>,
+    hasher: DataHasher,
+    appender: Mutex<Appender>,
+    published: Mutex<Published>,
+    /// Oldest first; the last is the active one, while there is one.
+    chain: Mutex<Vec<Arc<Entry>>>,
+    closed_bytes: AtomicU64,
+    next_number: AtomicU64,
+    prepared: Mutex<Option<PreparedLog>>,
+    /// Of the logs that were read last.
+    data_files: Mutex<VecDeque<(u64, Arc<dyn StorageFile>)>>,
+}
+
+struct Appender {
+    log: Option<ActiveLog>,
+    newest: Timestamp,
+    /// Wall and monotonic time of the last append.
+    clocks: Option<(Timestamp, Duration)>,
+    unmeasured_bytes: u64,
+}
+
+struct Published {
+    logged: Position,
+    marked: Option<Position>,
+    time: Timestamp,
+    steps: VecDeque<Sequence>,
+}
+
+/// What [`DiskLog::published`] says, true together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Logged {
+    pub logged: Position,
+    pub marked: Option<Position>,
+    pub time: Timestamp,
+}
+
+/// One log of the chain. A closed one is opened when it is read: a long backlog would hold too many files open.
+pub struct Entry {
+    name: LogName,
+    start: Position,
+    live: Mutex<Option<LogReader>>,
+}
+
+impl Entry {
+    fn closed(reader: &LogReader) -> Arc<Self> {
+        Arc::new(Self { name: reader.name().clone(), start: reader.start(), live: Mutex::new(None) })
+    }
+
+    fn live(reader: LogReader) -> Arc<Self> {
+        Arc::new(Self { name: reader.name().clone(), start: reader.start(), live: Mutex::new(Some(reader)) })
+    }
+
+    fn number(&self) -> u64 {
+        self.name.number
+    }
+
+    fn reader(&self, storage: &Arc<dyn Storage>, disk: DiskId) -> Result<LogReader, LogError> {
+        let mut live = self.live.lock().expect("no panic while held");
+        match &*live {
+            Some(reader) if !reader.is_closed() => Ok(reader.clone()),
+            Some(reader) => {
+                let reader = reader.clone();
+                *live = None;
+                Ok(reader)
+            }
+            None => LogReader::open(storage.clone(), &self.name, disk),
+        }
+    }
+}
+
+/// What is taken over from the sessions before.
+pub struct Found {
+    /// Closed logs of the current epoch, oldest first, each beginning where the one before it ends.
+    pub closed: Vec<LogReader>,
+    pub newest: Timestamp,
+    pub marked: Option<Position>,
+    /// The number of the next log: higher than that of any file in the folder.
+    pub next_number: u64,
+}
+
+impl DiskLog {
+    /// Goes on at `start`, in a new log. Durable when it returns.
+    pub fn start(
+        storage: Arc<dyn Storage>,
+        stem: &str,
+        disk: DiskId,
+        disk_bytes: u64,
+        clock: Arc<dyn Clock>,
+        limits: LogLimits,
+        start: Position,
+        found: Found,
+    ) -> Result<Self, LogError> {
+        let mut chain: Vec<Arc<Entry>> = found.closed.iter().map(Entry::closed).collect();
+        let previous = found.closed.last().map(|reader| reader.id());
+        let now = clock.wall_now().max(found.newest);
+        let name = LogName::new(stem, found.next_number);
+        let log = ActiveLog::create(storage.clone(), name, disk, disk_bytes, start, previous, now)?;
+        chain.push(Entry::live(log.reader()));
+        let log = Self {
+            storage: storage.clone(),
+            stem: stem.to_owned(),
+            disk,
+            disk_bytes,
+            clock,
+            limits: Mutex::new(limits),
+            hasher: DataHasher::new(disk),
+            appender: Mutex::new(Appender {
+                log: Some(log),
+                newest: found.newest,
+                clocks: None,
+                unmeasured_bytes: 0,
+            }),
+            published: Mutex::new(Published {
+                logged: start,
+                marked: found.marked,
+                time: now,
+                steps: VecDeque::new(),
+            }),
+            chain: Mutex::new(chain),
+            closed_bytes: AtomicU64::new(0),
+            next_number: AtomicU64::new(found.next_number + 1),
+            prepared: Mutex::new(None),
+            data_files: Mutex::new(VecDeque::new()),
+        };
+        log.measure_closed();
+        Ok(log)
+    }
+
+    pub fn hasher(&self) -> &DataHasher {
+        &self.hasher
+    }
+
+    pub fn set_limits(&self, limits: LogLimits) {
+        *self.limits.lock().expect("no panic while held") = limits;
+    }
+
+    fn limits(&self) -> LogLimits {
+        *self.limits.lock().expect("no panic while held")
+    }
+
+    fn appender(&self) -> MutexGuard<'_, Appender> {
+        self.appender.lock().expect("no panic while held")
+    }
+
+    fn chain(&self) -> MutexGuard<'_, Vec<Arc<Entry>>> {
+        self.chain.lock().expect("no panic while held")
+    }
+
+    pub fn published(&self) -> Logged {
+        let published = self.published.lock().expect("no panic while held");
+        Logged { logged: published.logged, marked: published.marked, time: published.time }
+    }
+
+    pub fn is_logging(&self) -> bool {
+        self.appender().log.is_some()
+    }
+
+    /// Appends a batch: one lock, one write of data, one of records. The first error ends logging.
+    pub fn append(&self, batch: &[Append<'_>], bytes: u64) -> Result<(), Unlogged> {
+        self.append_as(batch, bytes, false).map(drop)
+    }
+
+    /// Appends a mark, whose body is made for the time that it gets. The disk must be held and drained.
+    pub fn append_mark(&self, body: &[u8]) -> Result<(Position, Timestamp), Unlogged> {
+        self.append_as(&[Append::Mark { body }], 0, true)
+    }
+
+    fn append_as(&self, batch: &[Append<'_>], bytes: u64, is_mark: bool) -> Result<(Position, Timestamp), Unlogged> {
+        let mut appender = self.appender();
+        if appender.log.is_none() {
+            return Err(Unlogged::NotLogging);
+        }
+        appender.unmeasured_bytes += bytes;
+        if appender.unmeasured_bytes >= MEASURE_BYTES {
+            appender.unmeasured_bytes = 0;
+            if let Err(error) = self.check_room(&appender) {
+                appender.log = None;
+                return Err(error);
+            }
+        }
+        let (time, has_stepped) = appender.tell_time(&*self.clock);
+        let log = appender.log.as_mut().expect("checked above");
+        let position = match log.append(time, batch) {
+            Ok(position) => position,
+            Err(error) => {
+                appender.log = None;
+                return Err(error.into());
+            }
+        };
+        appender.newest = time;
+        let mut published = self.published.lock().expect("no panic while held");
+        published.logged = position;
+        published.time = time;
+        if is_mark {
+            published.marked = Some(position);
+        }
+        if has_stepped {
+            if published.steps.len() == STEPS_MAX {
+                published.steps.pop_front();
+            }
+            published.steps.push_back(Sequence(position.sequence.0 + 1 - batch.len() as u64));
+        }
+        Ok((position, time))
+    }
+
+    /// The time that a mark made now would get, at least.
+    pub fn time_now(&self) -> Timestamp {
+        self.clock.wall_now().max(self.appender().newest)
+    }
+
+    /// Raises the time of the next record.
+    pub fn raise_time(&self, time: Timestamp) {
+        let mut appender = self.appender();
+        appender.newest = appender.newest.max(time);
+    }
+
+    fn check_room(&self, appender: &Appender) -> Result<(), Unlogged> {
+        let limits = self.limits();
+        let active = appender.log.as_ref().map(|log| log.reader().allocated_bytes()).transpose()?.unwrap_or(0);
+        let bytes = active + self.closed_bytes.load(Ordering::Acquire);
+        if bytes > limits.limit_bytes {
+            return Err(Unlogged::Limit { bytes });
+        }
+        let available = self.storage.available_bytes().map_err(|source| {
+            Unlogged::Failed(LogError::Io { verb: "measure", path: self.storage.path(&self.stem), source })
+        })?;
+        if available < limits.reserve_bytes {
+            return Err(Unlogged::NoRoom { reserve_bytes: limits.reserve_bytes });
+        }
+        Ok(())
+    }
+
+    /// Ends logging when the logs are at their limit or the folder has too little room left.
+    pub fn enforce_limits(&self) -> Result<(), Unlogged> {
+        let mut appender = self.appender();
+        if appender.log.is_none() {
+            return Ok(());
+        }
+        self.check_room(&appender).inspect_err(|_| appender.log = None)
+    }
+
+    /// What the logs occupy on the media.
+    pub fn allocated_bytes(&self) -> u64 {
+        let active = self.appender().log.as_ref().map(|log| log.reader());
+        let active = active.and_then(|reader| reader.allocated_bytes().ok()).unwrap_or(0);
+        active + self.closed_bytes.load(Ordering::Acquire)
+    }
+
+    /// All logs but the one that is appended to.
+    fn measure_closed(&self) {
+        let active = self.appender().log.as_ref().map(|log| log.name().number);
+        let names: Vec<LogName> = self.chain().iter().map(|entry| entry.name.clone()).collect();
+        let files = names.iter().filter(|name| Some(name.number) != active);
+        let files = files.flat_map(|name| [name.hrl(), name.companion()]);
+        let bytes = files.filter_map(|file| self.storage.open(&file, OpenMode::Read).ok()?.allocated_bytes().ok()).sum();
+        self.closed_bytes.store(bytes, Ordering::Release);
+    }
+
+    /// Makes everything appended so far durable, without keeping appenders out.
+    pub fn sync(&self) -> Result<(), LogError> {
+        let syncer = self.appender().log.as_ref().map(|log| log.syncer());
+        match syncer {
+            Some(syncer) => syncer.sync().map(drop),
+            None => Ok(()),
+        }
+    }
+
+    fn new_name(&self) -> LogName {
+        LogName::new(&self.stem, self.next_number.fetch_add(1, Ordering::AcqRel))
+    }
+
+    fn prepare(&self) -> Result<PreparedLog, LogError> {
+        PreparedLog::create(self.storage.clone(), self.new_name(), self.disk, self.disk_bytes, self.clock.wall_now())
+    }
+
+    /// Rotates a log that has grown enough, and prepares the next one in time. To be called about every second.
+    pub fn rotate_when_long(&self) -> Result<(), Unlogged> {
+        let Some(bytes) = self.appender().log.as_ref().map(|log| log.apparent_bytes()) else { return Ok(()) };
+        let rotate_bytes = self.limits().rotate_bytes.min(ROTATE_BYTES_HARD);
+        if bytes > rotate_bytes / 2 {
+            let mut prepared = self.prepared.lock().expect("no panic while held");
+            if prepared.is_none() {
+                *prepared = Some(self.prepare()?);
+            }
+        }
+        if bytes > rotate_bytes { self.rotate() } else { Ok(()) }
+    }
+
+    /// Goes on in a new log, if anything is in this one. The old one is closed, which syncs it.
+    pub fn rotate(&self) -> Result<(), Unlogged> {
+        let next = match self.prepared.lock().expect("no panic while held").take() {
+            Some(next) => next,
+            None => self.prepare()?,
+        };
+        let old = {
+            let mut appender = self.appender();
+            let newest = appender.newest;
+            let Some(log) = &mut appender.log else {
+                drop(appender);
+                return next.discard().map_err(Unlogged::from);
+            };
+            if log.reader().start() == log.position() {
+                drop(appender);
+                *self.prepared.lock().expect("no panic while held") = Some(next);
+                return Ok(());
+            }
+            let now = self.clock.wall_now().max(newest);
+            match log.rotate(next, now) {
+                Ok(old) => {
+                    // Under the appender's lock: a reader that comes to the end of the old log finds the new one.
+                    self.chain().push(Entry::live(log.reader()));
+                    old
+                }
+                Err(error) => {
+                    appender.log = None;
+                    return Err(error.into());
+                }
+            }
+        };
+        let closed = old.close(self.clock.wall_now());
+        self.measure_closed();
+        closed.map(drop).map_err(|error| {
+            // The next log leans on this one; nothing after it would ever be durable.
+            self.appender().log = None;
+            error.into()
+        })
+    }
+
+    /// Closes the active log: the end of a session. Nothing is appended any more.
+    pub fn close(&self) -> Result<Position, Unlogged> {
+        let log = self.appender().log.take();
+        if let Some(prepared) = self.prepared.lock().expect("no panic while held").take() {
+            prepared.discard()?;
+        }
+        let log = log.ok_or(Unlogged::NotLogging)?;
+        let position = log.position();
+        log.close(self.clock.wall_now())?;
+        Ok(position)
+    }
+
+    /// Makes the first log of a new epoch, durable.
+    pub fn create_epoch(&self, epoch: Epoch) -> Result<NewEpoch, LogError> {
+        let now = self.time_now();
+        let name = self.new_name();
+        let log =
+            ActiveLog::create(self.storage.clone(), name, self.disk, self.disk_bytes, epoch.start(), None, now)?;
+        Ok(NewEpoch { entry: Entry::live(log.reader()), log })
+    }
+
+    /// Goes over to the new epoch. The disk must be held and drained. Returns the old logs, to be removed.
+    pub fn install(&self, new: NewEpoch) -> Vec<Arc<Entry>> {
+        let mut appender = self.appender();
+        let mut published = self.published.lock().expect("no panic while held");
+        *published = Published {
+            logged: new.log.position(),
+            marked: None,
+            time: self.clock.wall_now().max(appender.newest),
+            steps: VecDeque::new(),
+        };
+        appender.log = Some(new.log);
+        appender.unmeasured_bytes = 0;
+        let old = std::mem::replace(&mut *self.chain(), vec![new.entry]);
+        self.closed_bytes.store(0, Ordering::Release);
+        old
+    }
+
+    pub fn remove(&self, entries: &[Arc<Entry>]) -> io::Result<()> {
+        for entry in entries {
+            remove_log(&*self.storage, &entry.name)?;
+        }
+        if entries.is_empty() { Ok(()) } else { self.storage.sync_folder("") }
+    }
+
+    /// Removes the closed logs that every consumer has passed.
+    pub fn remove_before(&self, cursor: &Position) -> io::Result<()> {
+        let passed: Vec<Arc<Entry>> = {
+            let mut chain = self.chain();
+            // A log ends where the next one begins; the last one may grow, and one that is being closed stays.
+            let count = (1..chain.len())
+                .take_while(|&next| {
+                    let end = chain[next].start;
+                    let closing = chain[next - 1].live.lock().expect("no panic while held");
+                    let is_closed = closing.as_ref().is_none_or(LogReader::is_closed);
+                    end.epoch == cursor.epoch && end.sequence <= cursor.sequence && is_closed
+                })
+                .count();
+            chain.drain(..count).collect()
+        };
+        if passed.is_empty() {
+            return Ok(());
+        }
+        self.remove(&passed)?;
+        self.measure_closed();
+        Ok(())
+    }
+
+    pub fn locate(&self, position: &Position) -> Result<Located, LogError> {
+        let logged = self.published().logged;
+        if position.epoch != logged.epoch {
+            return Ok(Located::Unknown);
+        }
+        if position.sequence > logged.sequence {
+            return Ok(Located::Ahead);
+        }
+        let Some(entry) = self.entry_with(position.sequence) else { return Ok(Located::Gone) };
+        match entry.reader(&self.storage, self.disk)?.position_of(position.sequence)? {
+            Some(found) if found.hash == position.hash => Ok(Located::Here),
+            Some(_) => Ok(Located::Differs),
+            None => Ok(Located::Gone),
+        }
+    }
+
+    /// The last log that holds the sequence or begins after it.
+    fn entry_with(&self, sequence: Sequence) -> Option<Arc<Entry>> {
+        self.chain().iter().rev().find(|entry| entry.start.sequence <= sequence).cloned()
+    }
+
+    pub fn read_after(self: &Arc<Self>, position: &Position) -> Result<ChainReader, SourceError> {
+        let gone = || SourceError::Gone { disk: self.disk, after: *position };
+        let entry = self.entry_with(position.sequence).ok_or_else(gone)?;
+        if entry.start.epoch != position.epoch {
+            return Err(gone());
+        }
+        let reader = entry.reader(&self.storage, self.disk).map_err(|error| self.read_error(error, *position))?;
+        let records = reader.records_after(position).map_err(|error| self.read_error(error, *position))?;
+        Ok(ChainReader { log: self.clone(), number: entry.number(), reader, records, at: *position })
+    }
+
+    fn read_error(&self, error: LogError, after: Position) -> SourceError {
+        match error {
+            LogError::Io { source, .. } => SourceError::Io { disk: self.disk, what: "read the log", source },
+            error => {
+                tracing::error!(disk = %self.disk, error = %error, "log cannot be read back");
+                SourceError::History { disk: self.disk, after }
+            }
+        }
+    }
+
+    /// A reader from the cursor on, or from the oldest record of this epoch when the cursor is of another.
+    pub fn read_unacknowledged(self: &Arc<Self>, cursor: Option<&Position>) -> Result<ChainReader, SourceError> {
+        let first = self.chain().first().map(|entry| entry.start);
+        let first = first.unwrap_or_else(|| self.published().logged);
+        match cursor {
+            Some(cursor) if cursor.epoch == first.epoch => self.read_after(cursor),
+            _ => self.read_after(&first),
+        }
+    }
+
+    /// The data file of a log, from the few that are kept open.
+    fn data_file(&self, number: u64) -> Result<Option<Arc<dyn StorageFile>>, ReadDataError> {
+        let mut files = self.data_files.lock().expect("no panic while held");
+        if let Some((_, file)) = files.iter().find(|(open, _)| *open == number) {
+            return Ok(Some(file.clone()));
+        }
+        let name = self.chain().iter().find(|entry| entry.number() == number).map(|entry| entry.name.clone());
+        let name = name.ok_or(ReadDataError::Gone)?;
+        let Ok(file) = self.storage.open(&name.hrl(), OpenMode::Read) else { return Ok(None) };
+        if files.len() == DATA_FILES_MAX {
+            files.pop_front();
+        }
+        files.push_back((number, file.clone()));
+        Ok(Some(file))
+    }
+
+    pub fn read_data(&self, data: &[DataRef], buffer: &mut [u8]) -> Result<(), ReadDataError> {
+        let mut damaged = Vec::new();
+        let (mut index, mut at) = (0, 0);
+        while index < data.len() {
+            let number = data[index].log;
+            let file = self.data_file(number)?;
+            let first = index;
+            let mut bytes = data[index].length as usize;
+            index += 1;
+            while let Some(next) = data.get(index)
+                && next.log == number
+                && next.offset == data[index - 1].offset + u64::from(data[index - 1].length)
+                && bytes + next.length as usize <= READ_BYTES_MAX
+            {
+                bytes += next.length as usize;
+                index += 1;
+            }
+            let read = |offset, target: &mut [u8]| file.as_ref().is_some_and(|file| file.read_at(offset, target).is_ok());
+            let is_whole = read(data[first].offset, &mut buffer[at..at + bytes]);
+            for (number, part) in data[first..index].iter().enumerate() {
+                let target = &mut buffer[at..at + part.length as usize];
+                // One unreadable sector must not condemn its neighbours.
+                let is_read = is_whole || read(part.offset, target);
+                if !is_read || *self.hasher.hash(target).digest() != part.hash {
+                    damaged.push(first + number);
+                }
+                at += part.length as usize;
+            }
+        }
+        if damaged.is_empty() { Ok(()) } else { Err(ReadDataError::Damaged { indices: damaged }) }
+    }
+
+    fn has_stepped(&self, sequence: Sequence) -> bool {
+        self.published.lock().expect("no panic while held").steps.contains(&sequence)
+    }
+}
+
+impl Appender {
+    /// The time of the next record, and whether the wall clock was set.
+    fn tell_time(&mut self, clock: &dyn Clock) -> (Timestamp, bool) {
+        let (wall, monotonic) = (clock.wall_now(), clock.monotonic_now());
+        let has_stepped = self.clocks.is_some_and(|(wall_before, monotonic_before)| {
+            let expected = wall_before.0 as i128 + (monotonic - monotonic_before).as_nanos() as i128;
+            (wall.0 as i128 - expected).unsigned_abs() > CLOCK_STEP_MIN.as_nanos()
+        });
+        let is_held_back = wall < self.newest;
+        self.clocks = Some((wall, monotonic));
+        (wall.max(self.newest), has_stepped || (is_held_back && self.newest.saturating_since(wall) > CLOCK_STEP_MIN))
+    }
+}
+
+/// The first log of an epoch that did not begin yet.
+pub struct NewEpoch {
+    log: ActiveLog,
+    entry: Arc<Entry>,
+}
+
+impl NewEpoch {
+    pub fn position(&self) -> Position {
+        self.log.position()
+    }
+}
+
+/// Removes both files of a log, the companion last: an `.hrl` file without one looks robbed.
+pub fn remove_log(storage: &dyn Storage, name: &LogName) -> io::Result<()> {
+    for file in [name.hrl(), name.companion()] {
+        match storage.remove(&file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Reads the records of a chain of logs, also while the last one grows.
+pub struct ChainReader {
+    log: Arc<DiskLog>,
+    number: u64,
+    reader: LogReader,
+    records: Records,
+    at: Position,
+}
+
+impl ChainReader {
+    pub fn next(&mut self) -> Result<Option<LogRecord>, SourceError> {
+        loop {
+            let record = self.records.next().map_err(|error| self.log.read_error(error, self.at))?;
+            if let Some(record) = record {
+                self.at.sequence = record.sequence;
+                self.at.hash = record.history;
+                return Ok(Some(record));
+            }
+            let next = {
+                let chain = self.log.chain();
+                match chain.iter().position(|entry| entry.number() == self.number) {
+                    Some(index) => chain.get(index + 1).cloned(),
+                    None => chain.iter().find(|entry| entry.start == self.at).cloned(),
+                }
+            };
+            let Some(next) = next else { return Ok(None) };
+            // The log ended before the next one was made, but perhaps after we came to what was its end then.
+            if self.reader.end() != self.at {
+                continue;
+            }
+            if next.start != self.at {
+                return Err(SourceError::History { disk: self.log.disk, after: self.at });
+            }
+            self.number = next.number();
+            self.reader =
+                next.reader(&self.log.storage, self.log.disk).map_err(|error| self.log.read_error(error, self.at))?;
+            self.records = self.reader.records();
+        }
+    }
+
+    fn convert(&self, record: LogRecord) -> Result<Record, SourceError> {
+        let body = match record.kind {
+            RecordKind::Write { extent, data_offset, digest } => RecordBody::Write {
+                extent,
+                data: DataRef {
+                    log: self.number,
+                    offset: data_offset,
+                    length: extent.length as u32,
+                    hash: digest,
+                },
+            },
+            RecordKind::Zeroes { extent } => RecordBody::Zeroes { extent },
+            RecordKind::Mark { body } => match Mark::from_bytes(&body) {
+                Ok(mark) => RecordBody::Mark(Box::new(mark)),
+                Err(_) => return Err(SourceError::History { disk: self.log.disk, after: self.at }),
+            },
+        };
+        Ok(Record {
+            sequence: record.sequence,
+            hash: record.history,
+            time: record.time,
+            clock_stepped: self.log.has_stepped(record.sequence),
+            body,
+        })
+    }
+}
+
+impl RecordReader for ChainReader {
+    fn read(&mut self, until: Sequence, count: usize, into: &mut Vec<Record>) -> Result<(), SourceError> {
+        for _ in 0..count {
+            if self.at.sequence >= until {
+                break;
+            }
+            let before = self.at;
+            let Some(record) = self.next()? else {
+                let logged = self.log.published().logged;
+                if logged.epoch != before.epoch {
+                    return Err(SourceError::Gone { disk: self.log.disk, after: before });
+                }
+                break;
+            };
+            into.push(self.convert(record)?);
+        }
+        Ok(())
+    }
+}
+
+/// The highest number of a log in the folder, whatever state it is in, and all their names.
+pub fn logs_in(storage: &dyn Storage, stem: &str) -> io::Result<Vec<LogName>> {
+    let mut names = Vec::new();
+    for file in storage.list("")? {
+        let number = file
+            .strip_prefix(stem)
+            .and_then(|rest| rest.strip_prefix('.'))
+            .and_then(|rest| rest.strip_suffix(".hrl").or_else(|| rest.strip_suffix(".companion")))
+            .filter(|number| number.len() >= 8 && number.bytes().all(|byte| byte.is_ascii_digit()))
+            .and_then(|number| number.parse::<u64>().ok());
+        if let Some(number) = number {
+            names.push(LogName::new(stem, number));
+        }
+    }
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
+/// The parts of a write that fit a record each.
+pub fn record_parts(extent: Extent) -> impl Iterator<Item = Extent> {
+    let bytes_max = crate::source::RECORD_BYTES_MAX;
+    (0..extent.length.div_ceil(bytes_max)).map(move |index| {
+        let skip = index * bytes_max;
+        Extent::new(extent.offset + skip, (extent.length - skip).min(bytes_max))
+    })
+}
