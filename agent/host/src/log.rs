@@ -642,7 +642,7 @@ impl ChainReader {
 
     fn convert(&self, record: LogRecord) -> Result<Record, SourceError> {
         let body = match record.kind {
-            RecordKind::Write { extent, data_offset, digest } => RecordBody::Write {
+            RecordKind::Write { extent, data_offset, digest, .. } => RecordBody::Write {
                 extent,
                 data: DataRef {
                     log: self.number,

@@ -293,6 +293,7 @@ impl ProtectedDisk {
                     _ if !behind.is_readable => ScanReason::LogDamaged,
                     _ if !dirty.is_empty() => ScanReason::Dirty,
                     EpochReason::Diverged => ScanReason::Diverged,
+                    EpochReason::LogDamaged => ScanReason::LogDamaged,
                     EpochReason::NewConsumer | EpochReason::Unclean => ScanReason::Unclean,
                 };
                 if !behind.changed.is_empty() {
