@@ -154,7 +154,13 @@ impl Examination {
         if files.has_hrl {
             let data = storage.open(&name.hrl(), OpenMode::Read).map_err(io_error(storage, name, "open"))?;
             match HrlFile::header_of(&data) {
-                Ok((header, _)) if header.eol_location != 0 => return Ok(Found::Closed),
+                Ok((header, _)) if header.eol_location != 0 => {
+                    // A close writes the companion's end first: without it this EOLLocation is damage, not a close.
+                    return match self.has_end(name, files, disk)? {
+                        true => Ok(Found::Closed),
+                        false => unusable(name.hrl(), "it claims to be closed, its companion does not".to_owned()),
+                    };
+                }
                 Ok(_) => {}
                 Err(defect) => header_defect = Some(defect),
             }
@@ -201,6 +207,21 @@ impl Examination {
         let sync = SyncState { durable: control.durable, before: None };
         let log = Arc::new(Log::new(parts, start, reached_at_start(&start), sync, false));
         Ok(Found::Open(Box::new(OpenLog { log, durable, companion_bytes, data_bytes })))
+    }
+
+    /// False only where a sound companion says that the log was not closed. What else is wrong with a closed log shows
+    /// when it is read.
+    fn has_end(&self, name: &LogName, files: Files, disk: DiskId) -> Result<bool> {
+        if !files.has_companion {
+            return Ok(true);
+        }
+        let storage = &*self.storage;
+        let companion = storage.open(&name.companion(), OpenMode::Read).map_err(io_error(storage, name, "open"))?;
+        match Control::read(storage, name, &*companion, disk) {
+            Ok(control) => Ok(control.end.is_some()),
+            Err(LogError::Damaged { .. }) => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 
     /// Adds one open log to the verdict over those before it.

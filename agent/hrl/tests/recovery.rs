@@ -302,3 +302,18 @@ fn look_alikes_in_the_data_are_data() {
     assert!(matches!(verdict, Verdict::Kept { end } if end.sequence.0 == 1), "{verdict:?}");
     assert_eq!(read_closed(memory.storage()), [Seen::Write { offset: 0, data }]);
 }
+
+#[test]
+fn metadata_blocks_of_a_recovered_log_are_made_from_the_companion() {
+    let memory = MemoryStorage::new();
+    let mut log = first_log(&memory.storage());
+    let steps: Vec<Step> = (0..200).map(|number| write(number, 1, number)).collect();
+    append(&mut log, 1, &steps).unwrap();
+    let mut content = memory.content();
+    let block_at = 4096 + 127 * 512;
+    content.get_mut(&name(1).hrl()).unwrap()[block_at..block_at + 4096].fill(0xaa);
+    let (memory, verdict) = judge(&content, Cause::ProcessKilled);
+    assert!(matches!(verdict, Verdict::Kept { .. }), "{verdict:?}");
+    let (writes, defects) = read_hrl(memory.content()[&name(1).hrl()].clone());
+    assert_eq!((writes.len(), defects), (200, Vec::new()));
+}
