@@ -147,6 +147,24 @@ fn fio_verifies_its_own_writes_with_flushes_and_trims() {
 }
 
 #[test]
+fn a_served_point_is_read_by_everybody() {
+    need!("qemu-img", "nbdinfo", "nbdcopy");
+    let (site, machine) = front_end();
+    site.point("web");
+    let disk = machine.disks[0].path.to_str().unwrap();
+    let reference = site.path("reference.img");
+    image::copy(&machine.disks[0].path, &reference);
+    let served = site.serve("web", "latest", &[]);
+    let map = tools::run("nbdinfo", &["--map", "--totals", &served.nbd[0]]);
+    assert!(map.contains("hole"), "holes of {disk} are holes of the point: {map}");
+    let reference = reference.to_str().unwrap();
+    tools::run("qemu-img", &["compare", "-f", "raw", "-F", "raw", reference, &served.nbd[0]]);
+    let copied = site.path("copied.raw");
+    tools::run("nbdcopy", &["--connections=4", &served.nbd[0], copied.to_str().unwrap()]);
+    image::assert_same(std::path::Path::new(reference), &copied);
+}
+
+#[test]
 fn a_client_that_dies_disturbs_no_other() {
     need!("fio", "qemu-io");
     let (site, machine) = front_end();

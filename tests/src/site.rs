@@ -195,6 +195,11 @@ impl Site {
         }
     }
 
+    /// Runs the command without this site's address, which the arguments name themselves.
+    pub fn run_bare(&self, arguments: &[&str]) -> Outcome {
+        offline(arguments)
+    }
+
     /// The command with this site's address, for arguments of the caller's own.
     pub fn command(&self) -> Command {
         let mut command = Command::new(binary::tidemark());
