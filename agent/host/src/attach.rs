@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -554,8 +554,41 @@ fn unacknowledged(logs: &[LogReader], cursor: Option<&Position>, into: &mut Exte
     Ok(())
 }
 
+/// Removes the logs and the state of a disk that is not protected any more. The disk is not attached.
+pub fn remove_state(path: &Path, device_folder: &Path, disk: DiskId) -> io::Result<()> {
+    let device = device_folder.join(disk.to_string());
+    if device.exists() {
+        return RealStorage::open_folder(device_folder).remove_folder(&disk.to_string());
+    }
+    let (Some(folder), Some(stem)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+        return Ok(());
+    };
+    let storage = RealStorage::open_folder(folder);
+    for name in logs_in(&*storage, stem)? {
+        remove_log(&*storage, &name)?;
+    }
+    let state = format!("{stem}.tidemark");
+    if storage.exists(&state)? {
+        storage.remove_folder(&state)?;
+    }
+    storage.sync_folder("")
+}
+
+/// What another process server acknowledged says nothing once this one is fed alone: changes would be missed if the
+/// other came back, so it is scanned whole then.
+fn forget_other_consumers(state: &dyn Storage, consumer: ServerId) -> io::Result<()> {
+    for name in state.list("")? {
+        let other = name.strip_prefix("consumer-").or_else(|| name.strip_prefix("scan-"));
+        if other.is_some_and(|other| other.trim_end_matches(".new") != consumer.to_string()) {
+            state.remove(&name)?;
+        }
+    }
+    state.sync_folder("")
+}
+
 fn open_consumer(places: &Places, request: &AttachRequest, disk_bytes: u64) -> Result<Consumer, HostError> {
     let failed = places.failed("keep the consumer's state");
+    forget_other_consumers(&*places.state, request.consumer).map_err(&failed)?;
     let found = Consumer::open(places.state.clone(), request.consumer, disk_bytes).map_err(&failed)?;
     match found {
         Some(consumer) => Ok(consumer),

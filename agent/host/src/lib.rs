@@ -5,10 +5,17 @@ pub mod capture;
 pub mod consumer;
 pub mod error;
 pub mod freeze;
+pub mod host;
 pub mod log;
+pub mod machine;
+pub mod mark;
 pub mod pack;
 pub mod protected;
 pub mod scan;
 pub mod send;
 pub mod source;
 pub mod state;
+
+pub use error::HostError;
+pub use host::{Host, HostConfig, HostLimits, LinkFactory, MachineStatus};
+pub use mark::MarkOutcome;

@@ -5,7 +5,7 @@
 //! return to the log every second while the disk is in bitmap mode. *Cancellation.* [`ProtectedDisk::detach`] drains and
 //! leaves a clean mark; dropping without it is what a crash is. *Crash.* [`crate::attach`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -81,7 +81,12 @@ pub(crate) struct Keeper {
     /// When the last completed sync began, and how many writes had ended by then.
     synced: Tick,
     synced_writes: Option<u64>,
+    /// Which sequence was reached with how many bytes, second by second; oldest first.
+    samples: VecDeque<(Position, u64)>,
 }
+
+/// About an hour of samples; what is pending for longer is estimated from the oldest.
+const SAMPLES_MAX: usize = 4096;
 
 impl ProtectedDisk {
     pub fn path(&self) -> &Path {
@@ -129,6 +134,24 @@ impl ProtectedDisk {
     /// Writes executed for the guest, in bytes, since the disk was attached.
     pub fn written_bytes(&self) -> u64 {
         self.written_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that the guest wrote after a position, to about a second's worth.
+    pub fn pending_bytes(&self, durable: Option<&Position>) -> u64 {
+        let logged = self.log.published().logged;
+        let written = self.written_bytes();
+        let Some(durable) = durable else { return written };
+        if *durable == logged {
+            return 0;
+        }
+        let keeper = self.keeper.lock().expect("no panic while held");
+        let reached = keeper
+            .samples
+            .iter()
+            .rev()
+            .find(|(at, _)| at.epoch == durable.epoch && at.sequence <= durable.sequence)
+            .map_or(0, |(_, bytes)| *bytes);
+        written.saturating_sub(reached)
     }
 
     // ---- the write path's failures
@@ -329,6 +352,7 @@ impl ProtectedDisk {
     /// returns to the log when it can.
     pub fn tick(&self) {
         self.watch_size();
+        self.sample();
         self.sync_and_clear();
         if let Err(error) = self.log.rotate_when_long().and_then(|()| self.log.enforce_limits()) {
             self.step_down(&error);
@@ -336,6 +360,19 @@ impl ProtectedDisk {
         self.store_consumers();
         self.store_mode();
         self.return_to_log();
+    }
+
+    fn sample(&self) {
+        // In this order: bytes that are counted but not reached yet would look delivered.
+        let bytes = self.written_bytes();
+        let logged = self.log.published().logged;
+        let samples = &mut self.keeper.lock().expect("no panic while held").samples;
+        if samples.back().is_none_or(|(last, _)| *last != logged) {
+            if samples.len() == SAMPLES_MAX {
+                samples.pop_front();
+            }
+            samples.push_back((logged, bytes));
+        }
     }
 
     fn watch_size(&self) {

@@ -1,0 +1,494 @@
+//! All machines of one host.
+//!
+//! *Consistency.* What is protected is stored before `protect` returns, so that a restart serves it again at the same
+//! addresses. *Retries.* A machine whose disks cannot be attached at a start is tried again every few seconds.
+//! *Cancellation.* [`Host::stop`] leaves every disk cleanly. *Crash.* Dropping it without is one.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use prost::Message;
+use tidemark_base::disk::{Access, Disk, FileDisk};
+use tidemark_base::stop::Stop;
+use tidemark_base::storage::{RealStorage, Storage, read_file, replace_file};
+use tidemark_base::{Clock, DiskId, MachineId, ServerId, SystemClock};
+use tidemark_proto::control::{
+    AgentReport, AttachedDisk, Consistency as Requested, Endpoint, Failure, MachineSpec, MarkRequest, Problem,
+    ProbedDisk, SourceDisk, SourceMode, SourceState, wire,
+};
+use tidemark_proto::replication::{Consistency, SessionId};
+use tidemark_transport::{Identity, PeerIdentity};
+use tokio::runtime::Handle;
+
+use crate::capture::CaptureProvider;
+use crate::capture::nbd::NbdSplitter;
+use crate::error::HostError;
+use crate::freeze::{Freezer, ScriptFreezer};
+use crate::machine::{Machine, send_policy};
+use crate::mark::MarkOutcome;
+use crate::pack::Workers;
+use crate::send::grpc::GrpcLink;
+use crate::send::link::Link;
+use crate::send::{SendLimits, SenderConfig};
+use crate::state::session::Boot;
+
+/// Machines that could not be attached are tried again so often.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+const SPEC_BYTES_MAX: u64 = 4 << 20;
+
+/// How to reach a process server.
+pub type LinkFactory = Arc<dyn Fn(&Endpoint) -> Arc<dyn Link> + Send + Sync>;
+
+#[derive(Clone)]
+pub struct HostConfig {
+    /// What is protected, and what is kept for block devices. Never on a protected disk.
+    pub state_folder: PathBuf,
+    /// The sockets.
+    pub run_folder: PathBuf,
+    /// Users besides root and the agent's own who may open the exports.
+    pub allowed_uids: Vec<u32>,
+    pub link: LinkFactory,
+    pub freezer: Option<Arc<dyn Freezer>>,
+    pub limits: HostLimits,
+    pub boot: Boot,
+    pub clock: Arc<dyn Clock>,
+}
+
+#[derive(Clone, Debug)]
+pub struct HostLimits {
+    /// A log is rotated when it is longer.
+    pub log_rotate_bytes: u64,
+    /// The log limit of a small disk, where the policy names none.
+    pub log_bytes_min: u64,
+    /// What must stay free in the folder of a log, for the disk itself.
+    pub log_reserve_bytes: u64,
+    /// What each freeze script may take.
+    pub freeze_limit: Duration,
+    pub send: SendLimits,
+}
+
+impl Default for HostLimits {
+    fn default() -> Self {
+        Self {
+            log_rotate_bytes: 256 << 20,
+            log_bytes_min: 64 << 20,
+            log_reserve_bytes: 64 << 20,
+            freeze_limit: Duration::from_secs(30),
+            send: SendLimits::default(),
+        }
+    }
+}
+
+impl HostConfig {
+    /// A host that sends over gRPC. `freeze_folder` holds a folder of scripts for each machine.
+    pub fn new(
+        state_folder: PathBuf,
+        run_folder: PathBuf,
+        freeze_folder: Option<PathBuf>,
+        identity: Identity,
+        runtime: Handle,
+    ) -> Result<Self, HostError> {
+        let links: Mutex<BTreeMap<(ServerId, String), GrpcLink>> = Mutex::default();
+        let link: LinkFactory = Arc::new(move |endpoint| {
+            // Disks of all machines share the connections to one process server.
+            let mut links = links.lock().expect("no panic while held");
+            let key = (endpoint.server, endpoint.address.clone());
+            let make = || {
+                let expected = PeerIdentity::ProcessServer(endpoint.server);
+                GrpcLink::new(runtime.clone(), endpoint.address.clone(), expected, identity.clone())
+            };
+            Arc::new(links.entry(key).or_insert_with(make).clone())
+        });
+        Ok(Self {
+            state_folder,
+            run_folder,
+            allowed_uids: Vec::new(),
+            link,
+            freezer: freeze_folder.map(|folder| Arc::new(ScriptFreezer::new(folder)) as Arc<dyn Freezer>),
+            limits: HostLimits::default(),
+            boot: Boot::current().map_err(|source| HostError::Io { what: "find out which boot this is", source })?,
+            clock: Arc::new(SystemClock::new()),
+        })
+    }
+
+    pub(crate) fn storage(&self) -> Result<Arc<dyn Storage>, HostError> {
+        RealStorage::create(self.state_folder.clone()).map_err(|source| HostError::State {
+            what: "make a folder",
+            folder: self.state_folder.clone(),
+            source,
+        })
+    }
+}
+
+/// A machine as `status` shows it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct MachineStatus {
+    pub machine: MachineId,
+    pub name: String,
+    pub paused: bool,
+    pub disks: Vec<SourceDisk>,
+}
+
+/// The host role.
+pub struct Host {
+    shared: Arc<Shared>,
+    stop: Stop,
+    retry: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Shared {
+    config: HostConfig,
+    provider: Arc<dyn CaptureProvider>,
+    workers: Arc<Workers>,
+    session: SessionId,
+    storage: Arc<dyn Storage>,
+    machines: Mutex<BTreeMap<MachineId, Entry>>,
+}
+
+enum Entry {
+    Running(Arc<Machine>),
+    /// Protected, but its disks cannot be attached now.
+    Failed { spec: MachineSpec, failure: Failure },
+}
+
+impl Entry {
+    fn spec(&self) -> MachineSpec {
+        match self {
+            Entry::Running(machine) => machine.spec(),
+            Entry::Failed { spec, .. } => spec.clone(),
+        }
+    }
+}
+
+impl Host {
+    /// Attaches again whatever was protected. Machines that cannot be attached now show in the status and are tried again.
+    pub fn start(config: HostConfig) -> Result<Self, HostError> {
+        let storage = config.storage()?;
+        let failed = |source| HostError::Io { what: "read what is protected", source };
+        if !storage.exists("machines").map_err(failed)? {
+            storage.create_folder("machines").map_err(failed)?;
+            storage.sync_folder("").map_err(failed)?;
+        }
+        let provider = Arc::new(NbdSplitter::start(&config.run_folder, &config.allowed_uids)?);
+        let workers = Workers::start().map_err(|source| HostError::Io { what: "start threads", source })?;
+        let shared = Arc::new(Shared {
+            config,
+            provider,
+            workers,
+            session: SessionId::random(),
+            storage,
+            machines: Mutex::default(),
+        });
+        for spec in shared.stored().map_err(failed)? {
+            let machine = spec.machine;
+            let entry = shared.try_start(spec);
+            shared.machines().insert(machine, entry);
+        }
+        let stop = Stop::new();
+        let retry = std::thread::Builder::new().name("host".to_owned()).spawn({
+            let (shared, stop): (Weak<Shared>, Stop) = (Arc::downgrade(&shared), stop.clone());
+            move || {
+                while !stop.wait_for(RETRY_INTERVAL) {
+                    let Some(shared) = shared.upgrade() else { break };
+                    shared.retry_failed();
+                }
+            }
+        });
+        let retry = retry.map_err(|source| HostError::Io { what: "start a thread", source })?;
+        Ok(Self { shared, stop, retry: Mutex::new(Some(retry)) })
+    }
+
+    /// Protects a machine. The same again gives the same addresses, and takes over a changed policy.
+    pub fn protect(&self, spec: MachineSpec) -> Result<Vec<AttachedDisk>, HostError> {
+        if self.stop.is_stopped() {
+            return Err(HostError::Stopping);
+        }
+        let mut machines = self.shared.machines();
+        self.shared.check(&machines, &spec)?;
+        if let Some(Entry::Running(machine)) = machines.get(&spec.machine) {
+            let before = machine.spec();
+            if before.server == spec.server {
+                self.shared.store(&spec)?;
+                machine.adjust(spec);
+                return Ok(machine.attachments());
+            }
+            // Another process server: attached anew, for a consumer that holds nothing.
+            machine.stop();
+            machines.remove(&spec.machine);
+        }
+        let machine = self.shared.start(spec.clone())?;
+        if let Err(error) = self.shared.store(&spec) {
+            machine.stop();
+            return Err(error);
+        }
+        let attachments = machine.attachments();
+        machines.insert(spec.machine, Entry::Running(machine));
+        Ok(attachments)
+    }
+
+    /// Whether these disks could be protected. Nothing is changed.
+    pub fn probe(&self, paths: &[String]) -> Result<Vec<ProbedDisk>, HostError> {
+        paths
+            .iter()
+            .map(|path| {
+                let disk = FileDisk::open(path.as_ref(), Access::Exclusive)?;
+                Ok(ProbedDisk { path: path.clone(), bytes: disk.bytes() })
+            })
+            .collect()
+    }
+
+    /// Stops protecting a machine and removes its logs and state. The disks stay as they are.
+    pub fn unprotect(&self, machine: MachineId) -> Result<(), HostError> {
+        let mut machines = self.shared.machines();
+        let entry = machines.remove(&machine).ok_or(HostError::UnknownMachine { machine })?;
+        // First the list: a crash in between leaves files, not a machine that comes back.
+        self.shared.forget(machine)?;
+        let spec = entry.spec();
+        if let Entry::Running(machine) = entry {
+            machine.stop();
+        }
+        for disk in &spec.disks {
+            let devices = self.shared.config.state_folder.join("devices");
+            if let Err(error) = crate::attach::remove_state(disk.path.as_ref(), &devices, disk.disk) {
+                tracing::warn!(path = %disk.path, %error, "state of a disk could not be removed");
+            }
+        }
+        Ok(())
+    }
+
+    pub fn pause(&self, machine: MachineId) -> Result<(), HostError> {
+        self.set_paused(machine, true)
+    }
+
+    pub fn resume(&self, machine: MachineId) -> Result<(), HostError> {
+        self.set_paused(machine, false)
+    }
+
+    fn set_paused(&self, id: MachineId, is_paused: bool) -> Result<(), HostError> {
+        let mut machines = self.shared.machines();
+        let entry = machines.get_mut(&id).ok_or(HostError::UnknownMachine { machine: id })?;
+        let spec = MachineSpec { paused: is_paused, ..entry.spec() };
+        self.shared.store(&spec)?;
+        match entry {
+            Entry::Running(machine) => machine.set_paused(is_paused),
+            Entry::Failed { spec: stored, .. } => *stored = spec,
+        }
+        Ok(())
+    }
+
+    /// Reads every block again and sends it.
+    pub fn resync(&self, machine: MachineId) -> Result<(), HostError> {
+        self.machine(machine)?.resync().map_err(|source| HostError::Io { what: "mark blocks", source })
+    }
+
+    /// Makes a mark on all disks of a machine. It becomes a recovery point once the process server holds it on each.
+    pub fn mark(&self, request: &MarkRequest) -> Result<MarkOutcome, HostError> {
+        let consistency = match request.consistency {
+            Requested::Crash => Consistency::Crash,
+            Requested::App => Consistency::Application,
+        };
+        self.machine(request.machine)?.marker().mark(consistency, &request.label, request.keep)
+    }
+
+    /// The machine, for whoever needs more than this.
+    pub fn machine(&self, id: MachineId) -> Result<Arc<Machine>, HostError> {
+        match self.shared.machines().get(&id) {
+            Some(Entry::Running(machine)) => Ok(machine.clone()),
+            _ => Err(HostError::UnknownMachine { machine: id }),
+        }
+    }
+
+    pub fn status(&self) -> Vec<MachineStatus> {
+        let machines = self.shared.machines();
+        machines
+            .values()
+            .map(|entry| {
+                let spec = entry.spec();
+                let disks = match entry {
+                    Entry::Running(machine) => machine.status(),
+                    Entry::Failed { failure, .. } => {
+                        spec.disks.iter().map(|disk| failed_disk(disk.disk, failure)).collect()
+                    }
+                };
+                MachineStatus { machine: spec.machine, name: spec.name, paused: spec.paused, disks }
+            })
+            .collect()
+    }
+
+    /// The status as it goes to the control plane.
+    pub fn report(&self) -> AgentReport {
+        let disks = self.status().into_iter().flat_map(|machine| machine.disks).collect();
+        AgentReport { time: self.shared.config.clock.wall_now(), disks }
+    }
+
+    /// Leaves every disk cleanly.
+    pub fn stop(&self) {
+        self.stop.stop();
+        if let Some(retry) = self.retry.lock().expect("no panic while held").take() {
+            let _ = retry.join();
+        }
+        if let Err(error) = self.shared.provider.stop() {
+            tracing::warn!(%error, "exports are still in use");
+        }
+        let machines = std::mem::take(&mut *self.shared.machines());
+        for entry in machines.into_values() {
+            if let Entry::Running(machine) = entry {
+                machine.stop();
+            }
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if let Some(retry) = self.retry.lock().expect("no panic while held").take() {
+            let _ = retry.join();
+        }
+    }
+}
+
+impl Shared {
+    fn machines(&self) -> MutexGuard<'_, BTreeMap<MachineId, Entry>> {
+        self.machines.lock().expect("no panic while held")
+    }
+
+    fn start(&self, spec: MachineSpec) -> Result<Arc<Machine>, HostError> {
+        let sender = |spec: &MachineSpec| SenderConfig {
+            consumer: spec.server.server,
+            session: self.session,
+            link: (self.config.link)(&spec.server),
+            workers: self.workers.clone(),
+            clock: self.config.clock.clone(),
+            policy: send_policy(&spec.policy),
+            limits: self.config.limits.send,
+        };
+        Machine::start(spec, &self.config, self.provider.clone(), &sender)
+    }
+
+    fn try_start(&self, spec: MachineSpec) -> Entry {
+        match self.start(spec.clone()) {
+            Ok(machine) => Entry::Running(machine),
+            Err(error) => {
+                tracing::warn!(machine = %spec.name, error = %error, help = error.help(), "machine cannot be attached");
+                Entry::Failed { failure: Failure::from(&error), spec }
+            }
+        }
+    }
+
+    fn retry_failed(&self) {
+        let mut machines = self.machines();
+        for entry in machines.values_mut() {
+            if let Entry::Failed { spec, failure } = entry {
+                match self.start(spec.clone()) {
+                    Ok(machine) => *entry = Entry::Running(machine),
+                    Err(error) => *failure = Failure::from(&error),
+                }
+            }
+        }
+    }
+
+    /// What can be refused before a disk is touched.
+    fn check(&self, machines: &BTreeMap<MachineId, Entry>, spec: &MachineSpec) -> Result<(), HostError> {
+        let canonical = |path: &str| PathBuf::from(path).canonicalize().unwrap_or_else(|_| path.into());
+        let mut paths = Vec::new();
+        for disk in &spec.disks {
+            let path = canonical(&disk.path);
+            if paths.contains(&path) {
+                return Err(HostError::DuplicateDisk { path });
+            }
+            paths.push(path);
+        }
+        for (machine, entry) in machines {
+            let other = entry.spec();
+            if *machine == spec.machine {
+                let same = |left: &MachineSpec, right: &MachineSpec| {
+                    let key = |spec: &MachineSpec| -> Vec<_> {
+                        spec.disks
+                            .iter()
+                            .map(|disk| (disk.disk, canonical(&disk.path), disk.export.clone(), disk.generation))
+                            .collect()
+                    };
+                    key(left) == key(right)
+                };
+                if !same(&other, spec) {
+                    return Err(HostError::OtherDisks { machine: spec.name.clone() });
+                }
+                continue;
+            }
+            for disk in &other.disks {
+                let path = canonical(&disk.path);
+                if paths.contains(&path) {
+                    return Err(HostError::AlreadyProtected { path, machine: other.name });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn file(machine: MachineId) -> String {
+        format!("machines/{machine}")
+    }
+
+    /// A BLAKE3 and the wire encoding, which grows fields and keeps old ones.
+    fn store(&self, spec: &MachineSpec) -> Result<(), HostError> {
+        let encoded = wire::MachineSpec::from(spec).encode_to_vec();
+        let content = [blake3::hash(&encoded).as_bytes().as_slice(), &encoded].concat();
+        replace_file(&*self.storage, &Self::file(spec.machine), &content)
+            .map_err(|source| HostError::Io { what: "store what is protected", source })
+    }
+
+    fn forget(&self, machine: MachineId) -> Result<(), HostError> {
+        let remove = || {
+            self.storage.remove(&Self::file(machine))?;
+            self.storage.sync_folder("machines")
+        };
+        remove().map_err(|source| HostError::Io { what: "store what is protected", source })
+    }
+
+    fn stored(&self) -> io::Result<Vec<MachineSpec>> {
+        let mut specs = Vec::new();
+        for name in self.storage.list("machines")? {
+            if name.ends_with(".new") {
+                continue;
+            }
+            let content = read_file(&*self.storage, &format!("machines/{name}"), SPEC_BYTES_MAX)?;
+            let spec = content
+                .split_at_checked(32)
+                .filter(|(hash, encoded)| *hash == blake3::hash(encoded).as_bytes().as_slice())
+                .and_then(|(_, encoded)| wire::MachineSpec::decode(encoded).ok())
+                .and_then(|spec| MachineSpec::try_from(spec).ok());
+            match spec {
+                Some(spec) => specs.push(spec),
+                None => tracing::error!(
+                    file = %self.storage.path(&format!("machines/{name}")).display(),
+                    help = "protect the machine again",
+                    "what is protected cannot be read"
+                ),
+            }
+        }
+        Ok(specs)
+    }
+}
+
+fn failed_disk(disk: DiskId, failure: &Failure) -> SourceDisk {
+    SourceDisk {
+        disk,
+        state: SourceState::Failed,
+        mode: SourceMode::Compare,
+        logged: String::new(),
+        sent: String::new(),
+        durable: String::new(),
+        pending_bytes: 0,
+        written_bytes: 0,
+        sent_bytes: 0,
+        log_bytes: 0,
+        rpo: Duration::ZERO,
+        scan: None,
+        problems: vec![Problem { critical: true, message: failure.message.clone(), help: failure.help.clone() }],
+    }
+}

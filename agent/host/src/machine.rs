@@ -1,0 +1,385 @@
+//! A protected machine: its disks, their senders, and the threads that keep them.
+//!
+//! *Consistency.* Exports appear when every disk is attached, and go before any is detached. *Retries.* Marks that could not
+//! be made are tried again a second later. *Cancellation.* [`Machine::stop`] ends exports, marks and senders, then leaves
+//! each disk cleanly. *Crash.* Dropping a machine without stopping it is what a crash is: the next attach finds out.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tidemark_base::disk::Disk;
+use tidemark_base::stop::Stop;
+use tidemark_base::{Clock, DiskId};
+use tidemark_proto::control::{
+    AttachedDisk, MachineSpec, Problem, ReplicationPolicy, SourceDisk, SourceMode, SourceState,
+};
+use tidemark_proto::replication::Consistency;
+
+use crate::attach::{AttachRequest, Decision, attach};
+use crate::capture::{Address, CaptureProvider};
+use crate::error::HostError;
+use crate::log::LogLimits;
+use crate::mark::Marker;
+use crate::pack::CompressionPolicy;
+use crate::protected::{Barrier, ProtectedDisk};
+use crate::send::{Phase, SendPolicy, Sender, SenderConfig, SenderStatus, ShipMode};
+use crate::source::ScanReason;
+use crate::state::session::Mode;
+use crate::{HostConfig, HostLimits};
+
+const KEEPER_INTERVAL: Duration = Duration::from_secs(1);
+/// The places of any-time recovery are so far apart in continuous mode.
+const MARK_INTERVAL: Duration = Duration::from_secs(1);
+
+pub struct Machine {
+    spec: Mutex<MachineSpec>,
+    disks: Vec<MachineDisk>,
+    marker: Arc<Marker>,
+    provider: Arc<dyn CaptureProvider>,
+    limits: HostLimits,
+    clock: Arc<dyn Clock>,
+    stop: Stop,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct MachineDisk {
+    disk: Arc<ProtectedDisk>,
+    export: String,
+    address: Address,
+    sender: Mutex<Option<Sender>>,
+}
+
+impl Machine {
+    /// Attaches every disk, then serves and sends them. What was attached is left again when one cannot be.
+    pub(crate) fn start(
+        spec: MachineSpec,
+        config: &HostConfig,
+        provider: Arc<dyn CaptureProvider>,
+        sender: &dyn Fn(&MachineSpec) -> SenderConfig,
+    ) -> Result<Arc<Self>, HostError> {
+        let mut attached: Vec<Arc<ProtectedDisk>> = Vec::new();
+        for disk in &spec.disks {
+            let request = AttachRequest {
+                disk: disk.disk,
+                machine: spec.machine,
+                generation: disk.generation,
+                path: PathBuf::from(&disk.path),
+                device_folder: config.state_folder.join("devices"),
+                elsewhere: config.storage()?,
+                consumer: spec.server.server,
+                // The disk's size is not known yet; the limits follow below.
+                limits: log_limits(&config.limits, &spec.policy, u64::MAX),
+                boot: config.boot.clone(),
+                clock: config.clock.clone(),
+            };
+            match attach(request) {
+                Ok(found) => {
+                    found.disk.set_log_limits(log_limits(&config.limits, &spec.policy, found.disk.disk.bytes()));
+                    report(&found.disk, &found.decision, found.lost_marks);
+                    attached.push(found.disk);
+                }
+                Err(error) => {
+                    leave(&attached);
+                    return Err(error);
+                }
+            }
+        }
+        let marker = Arc::new(Marker::new(
+            spec.machine,
+            spec.name.clone(),
+            attached.clone(),
+            config.freezer.clone(),
+            config.limits.freeze_limit,
+        ));
+        let mut disks = Vec::new();
+        for (disk, named) in attached.iter().zip(&spec.disks) {
+            let barrier: Weak<dyn Barrier> = Arc::downgrade(&(marker.clone() as Arc<dyn Barrier>));
+            let _ = disk.barrier.set(barrier);
+            let result = provider.attach(&named.export, disk).and_then(|address| {
+                let sender = Sender::start(disk.clone(), sender(&spec))?;
+                if spec.paused {
+                    sender.pause();
+                }
+                Ok((address, sender))
+            });
+            match result {
+                Ok((address, sender)) => disks.push(MachineDisk {
+                    disk: disk.clone(),
+                    export: named.export.clone(),
+                    address,
+                    sender: Mutex::new(Some(sender)),
+                }),
+                Err(source) => {
+                    spec.disks.iter().for_each(|named| drop(provider.detach(&named.export)));
+                    drop(disks);
+                    leave(&attached);
+                    return Err(HostError::Io { what: "serve the disk", source });
+                }
+            }
+        }
+        let machine = Arc::new(Self {
+            spec: Mutex::new(spec),
+            disks,
+            marker,
+            provider,
+            limits: config.limits.clone(),
+            clock: config.clock.clone(),
+            stop: Stop::new(),
+            threads: Mutex::default(),
+        });
+        machine.start_threads().map_err(|source| HostError::Io { what: "start a thread", source })?;
+        Ok(machine)
+    }
+
+    fn start_threads(self: &Arc<Self>) -> std::io::Result<()> {
+        let mut threads = self.threads.lock().expect("no panic while held");
+        for disk in &self.disks {
+            let (disk, stop) = (disk.disk.clone(), self.stop.clone());
+            threads.push(std::thread::Builder::new().name("keeper".to_owned()).spawn(move || {
+                while !stop.wait_for(KEEPER_INTERVAL) {
+                    disk.tick();
+                }
+            })?);
+        }
+        let (machine, stop) = (Arc::downgrade(self), self.stop.clone());
+        threads.push(std::thread::Builder::new().name("marks".to_owned()).spawn(move || {
+            let mut marked = Instant::now();
+            while !stop.wait_for(MARK_INTERVAL) {
+                let Some(machine) = machine.upgrade() else { break };
+                machine.mark_by_policy(&mut marked);
+            }
+        })?);
+        Ok(())
+    }
+
+    /// A mark when it is time for one and something was written.
+    fn mark_by_policy(&self, marked: &mut Instant) {
+        let policy = self.spec().policy;
+        let is_cycle_over = policy.cycle.is_none_or(|cycle| marked.elapsed() >= cycle);
+        if !is_cycle_over || !self.marker.is_logging() {
+            return;
+        }
+        let is_kept = policy.point_interval.is_some_and(|interval| self.marker.is_kept_due(interval))
+            && self.marker.is_written_since(true);
+        if is_kept || self.marker.is_written_since(false) {
+            match self.marker.mark(Consistency::Crash, "", is_kept) {
+                Ok(_) => self.disks.iter().for_each(|disk| drop(disk.disk.alarms().remove("marks"))),
+                Err(error) => {
+                    for disk in &self.disks {
+                        disk.disk.alarm("marks", false, error.to_string(), &error.help());
+                    }
+                    return;
+                }
+            }
+            if policy.cycle.is_some() {
+                self.marker.rotate();
+            }
+        }
+        *marked = Instant::now();
+    }
+
+    pub fn spec(&self) -> MachineSpec {
+        self.spec.lock().expect("no panic while held").clone()
+    }
+
+    pub fn marker(&self) -> &Marker {
+        &self.marker
+    }
+
+    pub fn attachments(&self) -> Vec<AttachedDisk> {
+        self.disks
+            .iter()
+            .map(|disk| AttachedDisk {
+                id: disk.disk.identity.disk,
+                nbd: disk.address.nbd.clone(),
+                file: disk.address.file.clone(),
+                bytes: disk.disk.identity.disk_bytes,
+            })
+            .collect()
+    }
+
+    /// Changes what can be changed while the machine stays attached: its policy, and whether it sends.
+    pub(crate) fn adjust(&self, spec: MachineSpec) {
+        for disk in &self.disks {
+            disk.disk.set_log_limits(log_limits(&self.limits, &spec.policy, disk.disk.identity.disk_bytes));
+            if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
+                sender.set_policy(send_policy(&spec.policy));
+            }
+        }
+        let is_paused = spec.paused;
+        *self.spec.lock().expect("no panic while held") = spec;
+        self.set_paused(is_paused);
+    }
+
+    pub(crate) fn set_paused(&self, is_paused: bool) {
+        let mut spec = self.spec.lock().expect("no panic while held");
+        if spec.paused == is_paused && is_paused {
+            return;
+        }
+        spec.paused = is_paused;
+        for disk in &self.disks {
+            if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
+                if is_paused { sender.pause() } else { sender.resume() }
+            }
+        }
+    }
+
+    pub fn resync(&self) -> std::io::Result<()> {
+        self.disks.iter().try_for_each(|disk| disk.disk.resync())
+    }
+
+    pub fn disks(&self) -> impl Iterator<Item = &Arc<ProtectedDisk>> {
+        self.disks.iter().map(|disk| &disk.disk)
+    }
+
+    /// What the sender of a disk says.
+    pub fn sender_status(&self, disk: DiskId) -> Option<SenderStatus> {
+        let disk = self.disks.iter().find(|found| found.disk.identity.disk == disk)?;
+        Some(disk.sender.lock().expect("no panic while held").as_ref()?.status())
+    }
+
+    pub fn status(&self) -> Vec<SourceDisk> {
+        self.disks.iter().map(|disk| self.disk_status(disk)).collect()
+    }
+
+    fn disk_status(&self, disk: &MachineDisk) -> SourceDisk {
+        let sender = disk.sender.lock().expect("no panic while held").as_ref().map(Sender::status);
+        let disk = &*disk.disk;
+        let logged = disk.log.published();
+        let consumer = disk.consumers().into_iter().next();
+        let progress = consumer.as_ref().and_then(|consumer| consumer.progress());
+        let durable = sender.as_ref().and_then(|sender| sender.durable).or(consumer.and_then(|found| found.cursor()));
+        let mut problems: Vec<Problem> = disk.alarms().values().cloned().collect();
+        if let Some(sender) = &sender {
+            let stops = matches!(sender.phase, Phase::Halted);
+            problems.extend(sender.problem.iter().map(|problem| Problem {
+                critical: stops,
+                message: problem.message.clone(),
+                help: problem.help.clone(),
+            }));
+            problems.extend(sender.alarm.iter().map(|alarm| Problem {
+                critical: true,
+                message: alarm.message().to_owned(),
+                help: alarm.help().to_owned(),
+            }));
+        }
+        let scan_left = progress.map_or(0, |(done, total, _)| total - done);
+        let durable_time = sender.as_ref().and_then(|sender| sender.durable_time);
+        let since = durable_time.unwrap_or_else(|| disk.session.lock().expect("no panic while held").newest);
+        SourceDisk {
+            disk: disk.identity.disk,
+            state: state_of(sender.as_ref(), progress.map(|(_, _, reason)| reason)),
+            mode: match disk.mode() {
+                _ if disk.alarms().contains_key("size") => SourceMode::Compare,
+                Mode::Data => SourceMode::Data,
+                Mode::Bitmap { .. } => SourceMode::Bitmap,
+            },
+            logged: logged.logged.to_string(),
+            sent: sender.as_ref().and_then(|sender| sender.sent).map(|at| at.to_string()).unwrap_or_default(),
+            durable: durable.map(|at| at.to_string()).unwrap_or_default(),
+            pending_bytes: scan_left + disk.pending_bytes(durable.as_ref()) + disk.dirty.bytes(),
+            written_bytes: disk.written_bytes(),
+            sent_bytes: sender.as_ref().map_or(0, |sender| sender.chunk_bytes_sent),
+            log_bytes: disk.log.allocated_bytes(),
+            rpo: self.clock.wall_now().saturating_since(since),
+            scan: sender
+                .as_ref()
+                .and_then(|sender| sender.scan.as_ref())
+                .map(|scan| (scan.durable_bytes, scan.total_bytes))
+                .or(progress.map(|(done, total, _)| (done, total))),
+            problems,
+        }
+    }
+
+    /// Ends exports, marks and senders, then leaves each disk cleanly.
+    pub fn stop(&self) {
+        for disk in &self.disks {
+            if let Err(error) = self.provider.detach(&disk.export) {
+                tracing::warn!(export = %disk.export, %error, "export is still in use");
+            }
+        }
+        self.stop_threads();
+        for disk in &self.disks {
+            if let Some(sender) = disk.sender.lock().expect("no panic while held").take() {
+                sender.stop();
+            }
+        }
+        let disks: Vec<Arc<ProtectedDisk>> = self.disks().cloned().collect();
+        leave(&disks);
+    }
+
+    fn stop_threads(&self) {
+        self.stop.stop();
+        let this = std::thread::current().id();
+        for thread in std::mem::take(&mut *self.threads.lock().expect("no panic while held")) {
+            // The thread of marks may be the last to let go of the machine.
+            if thread.thread().id() != this && thread.join().is_err() {
+                tracing::error!("a thread of a machine panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        for disk in &self.disks {
+            let _ = self.provider.detach(&disk.export);
+        }
+        self.stop_threads();
+    }
+}
+
+fn leave(disks: &[Arc<ProtectedDisk>]) {
+    for disk in disks {
+        if let Err(error) = disk.detach() {
+            tracing::warn!(disk = %disk.identity.disk, %error, "disk was not left cleanly");
+        }
+    }
+}
+
+/// Says what an attach found, where people look for it.
+fn report(disk: &ProtectedDisk, decision: &Decision, lost_marks: usize) {
+    if let Decision::ScanWhole(why) = decision {
+        tracing::info!(disk = %disk.identity.disk, %why, "the whole disk is scanned");
+    }
+    if lost_marks > 0 {
+        disk.alarm(
+            "lost",
+            false,
+            format!("{lost_marks} marks that were made shortly before the machine went down are lost"),
+            "recovery points of that time may be missing; later ones are not affected",
+        );
+    }
+}
+
+fn state_of(sender: Option<&SenderStatus>, scan: Option<ScanReason>) -> SourceState {
+    match sender.map(|sender| sender.phase) {
+        None | Some(Phase::Paused | Phase::Stopped) => SourceState::Paused,
+        Some(Phase::Halted) => SourceState::Failed,
+        Some(Phase::Connecting | Phase::Retrying) => SourceState::Connecting,
+        Some(Phase::Live) => SourceState::Replicating,
+        Some(Phase::Scanning) => match scan {
+            Some(ScanReason::Initial) => SourceState::InitialReplication,
+            _ => SourceState::Resynchronising,
+        },
+    }
+}
+
+fn log_limits(limits: &HostLimits, policy: &ReplicationPolicy, disk_bytes: u64) -> LogLimits {
+    LogLimits {
+        rotate_bytes: limits.log_rotate_bytes,
+        // As Hyper-V: half of the disk.
+        limit_bytes: policy.log_limit_bytes.unwrap_or((disk_bytes / 2).max(limits.log_bytes_min)),
+        reserve_bytes: limits.log_reserve_bytes,
+    }
+}
+
+pub(crate) fn send_policy(policy: &ReplicationPolicy) -> SendPolicy {
+    SendPolicy {
+        mode: if policy.cycle.is_some() { ShipMode::Interval } else { ShipMode::Continuous },
+        compression: policy.compression.map_or(CompressionPolicy::Off, CompressionPolicy::Level),
+        bytes_per_second_max: policy.throttle_bytes_per_second,
+    }
+}

@@ -1,0 +1,233 @@
+//! Marks: one instant over all disks of a machine at which no write was in flight.
+//!
+//! *Consistency.* While the disks are held nothing is admitted and nothing acknowledged; once nothing is in flight, each disk
+//! equals its log's prefix, and the mark is appended to each with one id and one time. So every write that was
+//! acknowledged before the mark is in it, and none that was admitted after. *Retries.* Writes that stay in flight for
+//! more than [`HOLD_LIMIT`] are let go on, and the hold is tried again, [`HOLD_ATTEMPTS`] times. *Cancellation.* Dropping a
+//! hold lets everybody go on. *Crash.* A mark that is not in the log of every disk never becomes a point: it names them all.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use tidemark_base::{DiskId, MachineId, MarkId, Position, Timestamp};
+use tidemark_proto::replication::{Consistency, Mark};
+
+use crate::capture::in_flight::Hold;
+use crate::error::HostError;
+use crate::freeze::Freezer;
+use crate::log::Unlogged;
+use crate::protected::{Barrier, HOLD_ATTEMPTS, HOLD_LIMIT, ProtectedDisk, pause};
+use crate::source::SourceError;
+
+/// The longest that an application is kept frozen, its own scripts not counted.
+pub const FROZEN_MAX: Duration = Duration::from_secs(10);
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MarkOutcome {
+    pub id: MarkId,
+    pub time: Timestamp,
+    pub consistency: Consistency,
+    pub positions: Vec<(DiskId, Position)>,
+}
+
+/// Makes the marks of one machine.
+pub struct Marker {
+    machine: MachineId,
+    name: String,
+    /// In the order of their ids: holds are taken in it.
+    disks: Vec<Arc<ProtectedDisk>>,
+    freezer: Option<Arc<dyn Freezer>>,
+    freeze_limit: Duration,
+    /// One mark at a time; where each disk stood at the last one.
+    last: Mutex<Last>,
+}
+
+#[derive(Default)]
+struct Last {
+    positions: BTreeMap<DiskId, Position>,
+    kept: BTreeMap<DiskId, Position>,
+    kept_at: Option<Instant>,
+}
+
+impl Marker {
+    pub fn new(
+        machine: MachineId,
+        name: String,
+        mut disks: Vec<Arc<ProtectedDisk>>,
+        freezer: Option<Arc<dyn Freezer>>,
+        freeze_limit: Duration,
+    ) -> Self {
+        disks.sort_by_key(|disk| disk.identity.disk);
+        Self { machine, name, disks, freezer, freeze_limit, last: Mutex::default() }
+    }
+
+    fn last(&self) -> MutexGuard<'_, Last> {
+        self.last.lock().expect("no panic while held")
+    }
+
+    /// Whether anything was logged since the last mark (or the last kept one).
+    pub fn is_written_since(&self, kept: bool) -> bool {
+        let last = self.last();
+        let positions = if kept { &last.kept } else { &last.positions };
+        self.disks.iter().any(|disk| {
+            let logged = disk.log.published().logged;
+            positions.get(&disk.identity.disk).map_or(logged.sequence.0 > 0, |position| *position != logged)
+        })
+    }
+
+    pub fn is_kept_due(&self, interval: Duration) -> bool {
+        self.last().kept_at.is_none_or(|at| at.elapsed() >= interval)
+    }
+
+    /// Makes a mark. An app-consistent one runs the machine's freeze scripts around it.
+    pub fn mark(&self, consistency: Consistency, label: &str, keep: bool) -> Result<MarkOutcome, HostError> {
+        self.mark_observed(consistency, label, keep, &mut |_| {})
+    }
+
+    /// The same; `held` is called while all disks are held, with the mark in their logs.
+    pub fn mark_observed(
+        &self,
+        consistency: Consistency,
+        label: &str,
+        keep: bool,
+        held: &mut dyn FnMut(&MarkOutcome),
+    ) -> Result<MarkOutcome, HostError> {
+        let mut last = self.last();
+        let failed = |source| HostError::Freeze { machine: self.name.clone(), source };
+        let frozen = match consistency {
+            Consistency::Crash => None,
+            Consistency::Application => {
+                let not_configured = || crate::freeze::FreezeError::NotConfigured { machine: self.name.clone() };
+                let freezer = self.freezer.as_ref().ok_or_else(|| failed(not_configured()))?;
+                Some(freezer.freeze(&self.name, self.freeze_limit).map_err(failed)?)
+            }
+        };
+        let result = self.mark_by(Instant::now() + FROZEN_MAX, consistency, label, keep, held);
+        if let Some(frozen) = frozen {
+            // The mark was made while everything was quiet; that thawing failed is another matter, and worse.
+            if let Err(error) = frozen.thaw() {
+                tracing::error!(machine = %self.name, error = %error, help = error.help(), "thawing failed");
+                for disk in &self.disks {
+                    disk.alarm("thaw", true, format!("{}: {error}", self.name), error.help());
+                }
+            }
+        }
+        let outcome = result?;
+        for (disk, position) in &outcome.positions {
+            last.positions.insert(*disk, *position);
+            if keep {
+                last.kept.insert(*disk, *position);
+            }
+        }
+        if keep {
+            last.kept_at = Some(Instant::now());
+        }
+        drop(last);
+        self.disks.iter().for_each(|disk| disk.watchers.changed());
+        Ok(outcome)
+    }
+
+    fn mark_by(
+        &self,
+        deadline: Instant,
+        consistency: Consistency,
+        label: &str,
+        keep: bool,
+        held: &mut dyn FnMut(&MarkOutcome),
+    ) -> Result<MarkOutcome, HostError> {
+        let mut busy = self.disks.first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
+        for attempt in 0..HOLD_ATTEMPTS {
+            match self.hold_all() {
+                Ok(holds) => {
+                    let outcome = self.append(consistency, label, keep)?;
+                    held(&outcome);
+                    drop(holds);
+                    return Ok(outcome);
+                }
+                Err(disk) => busy = disk,
+            }
+            if Instant::now() >= deadline {
+                break;
+            }
+            pause(attempt);
+        }
+        Err(HostError::Busy { disk: busy })
+    }
+
+    /// Holds all disks with nothing in flight, or names the one that is busy.
+    fn hold_all(&self) -> Result<Vec<Hold<'_>>, DiskId> {
+        let holds: Vec<Hold<'_>> = self.disks.iter().map(|disk| disk.in_flight.hold()).collect();
+        let deadline = Instant::now() + HOLD_LIMIT;
+        for (disk, hold) in self.disks.iter().zip(&holds) {
+            if !hold.wait_drained(deadline) {
+                return Err(disk.identity.disk);
+            }
+        }
+        Ok(holds)
+    }
+
+    /// The disks are held and drained.
+    fn append(&self, consistency: Consistency, label: &str, keep: bool) -> Result<MarkOutcome, HostError> {
+        // Times never decrease along any of the disks.
+        let time = self.disks.iter().map(|disk| disk.log.time_now()).max().unwrap_or_default();
+        let mark = Mark {
+            id: MarkId::random(),
+            machine: self.machine,
+            disks: self.disks.iter().map(|disk| disk.identity.disk).collect(),
+            consistency,
+            label: label.to_owned(),
+            keep,
+            time,
+        };
+        let body = mark.to_bytes();
+        if let Some(disk) = self.disks.iter().find(|disk| !disk.log.is_logging()) {
+            return Err(not_logging(disk, &Unlogged::NotLogging));
+        }
+        let mut positions = Vec::new();
+        for disk in &self.disks {
+            disk.log.raise_time(time);
+            match disk.log.append_mark(&body) {
+                Ok((position, _)) => positions.push((disk.identity.disk, position)),
+                Err(reason) => {
+                    disk.step_down(&reason);
+                    return Err(not_logging(disk, &reason));
+                }
+            }
+        }
+        Ok(MarkOutcome { id: mark.id, time, consistency, positions })
+    }
+
+    /// Goes on in new logs: the end of a cycle.
+    pub fn rotate(&self) {
+        for disk in &self.disks {
+            if let Err(reason) = disk.log.rotate() {
+                disk.step_down(&reason);
+            }
+        }
+    }
+
+    pub fn is_logging(&self) -> bool {
+        self.disks.iter().all(|disk| disk.log.is_logging())
+    }
+}
+
+fn not_logging(disk: &ProtectedDisk, reason: &Unlogged) -> HostError {
+    let reason = disk.mode().reason().map_or_else(|| reason.to_string(), str::to_owned);
+    HostError::NotLogging { disk: disk.identity.disk, reason }
+}
+
+impl Barrier for Marker {
+    fn barrier(&self) -> Result<Vec<(DiskId, Position)>, SourceError> {
+        // The end of a scan is where a machine can first be recovered to, so it is kept.
+        match self.mark(Consistency::Crash, "", true) {
+            Ok(outcome) => Ok(outcome.positions),
+            Err(HostError::Busy { disk }) => Err(SourceError::Busy { disk }),
+            Err(error) => {
+                let disk = self.disks.first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
+                let source = std::io::Error::other(error.to_string());
+                Err(SourceError::Io { disk, what: "make a mark", source })
+            }
+        }
+    }
+}
