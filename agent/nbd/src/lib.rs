@@ -1,4 +1,15 @@
-//! The NBD protocol, for both ends of Tidemark: the front end of protected disks and the serving of recovery points.
+//! The NBD protocol (newstyle, structured replies), for both ends of Tidemark: the front end of protected disks and
+//! the serving of recovery points.
+//!
+//! * [`export`]: what is served. The host's capture and the process server's views implement [`Export`], an
+//!   [`ExportProvider`] finds one by its name.
+//! * [`disk`]: any [`Disk`](tidemark_base::disk::Disk) as an export, the reference of the others.
+//! * [`server`]: one thread for each connection; writes that arrived together are one [`Export::write_batch`], straight
+//!   from the receive buffer. Unix sockets, and TCP under mutual TLS.
+//! * [`client`]: a blocking client with pipelined writes.
+//!
+//! The numbers and layouts are those of the protocol's specification (NetworkBlockDevice/nbd, `doc/proto.md`). Extended
+//! headers, RESIZE, CACHE and metadata contexts other than `base:allocation` are not offered; clients do without.
 
 pub mod client;
 pub mod disk;

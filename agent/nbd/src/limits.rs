@@ -7,13 +7,14 @@ use std::time::Duration;
 pub struct Limits {
     /// From the accepted connection to the transmission phase, TLS included.
     pub handshake_timeout: Duration,
-    /// Connections that have not chosen an export yet; further ones are closed at once.
+    /// Connections that have not chosen an export yet, local and remote ones each; further ones are closed at once.
     pub connections_in_handshake_max: usize,
     /// Connections that have one export open; a further one is told so.
     pub connections_per_export_max: usize,
-    /// Of READ and WRITE (as announced in the block size constraints), and of what of a client's write is buffered.
+    /// Data of one READ or WRITE, as announced in the block size constraints. A connection buffers at most one such
+    /// write that is not complete, on top of `in_flight_bytes_max`; the data of a longer one is skipped.
     pub request_bytes_max: u32,
-    /// Data of one option in the handshake; a longer option is skipped and refused.
+    /// Data of one option in the handshake; a longer option ends the connection.
     pub option_bytes_max: u32,
     /// Options in one handshake.
     pub options_max: u32,

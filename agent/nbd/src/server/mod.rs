@@ -160,7 +160,8 @@ impl Core {
     fn begin(self: Arc<Self>, socket: Socket, admission: Admission) -> io::Result<()> {
         let deadline = Instant::now() + self.limits.handshake_timeout;
         let stream = Arc::new(Stream::new(socket));
-        let Some(entry) = self.registry.admit(&stream, &self.limits) else {
+        let is_remote = matches!(admission, Admission::Tls { .. });
+        let Some(entry) = self.registry.admit(&stream, is_remote, &self.limits) else {
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "too many NBD connections in the handshake"));
         };
         spawn("nbd-connection", move || {

@@ -29,6 +29,7 @@ struct Connection {
     ending: Arc<AtomicBool>,
     /// `None` in the handshake.
     export: Option<String>,
+    is_remote: bool,
 }
 
 struct Open {
@@ -57,17 +58,19 @@ impl Registry {
         self.state.lock().expect("no panic while held").stopping
     }
 
-    /// `None` when too many are in the handshake already, or nobody is let in any more.
-    pub fn admit(self: &Arc<Self>, stream: &Arc<Stream>, limits: &Limits) -> Option<Entry> {
+    /// `None` when too many are in the handshake already, or nobody is let in any more. Local and remote connections
+    /// are counted apart: whoever reaches the TCP port cannot keep this machine's guests out.
+    pub fn admit(self: &Arc<Self>, stream: &Arc<Stream>, is_remote: bool, limits: &Limits) -> Option<Entry> {
         let mut state = self.state.lock().expect("no panic while held");
-        let in_handshake = state.connections.values().filter(|connection| connection.export.is_none()).count();
+        let shakes = |connection: &&Connection| connection.export.is_none() && connection.is_remote == is_remote;
+        let in_handshake = state.connections.values().filter(shakes).count();
         if state.stopping || in_handshake >= limits.connections_in_handshake_max {
             return None;
         }
         state.numbers += 1;
         let number = state.numbers;
         let ending = Arc::new(AtomicBool::new(false));
-        let connection = Connection { stream: stream.clone(), ending: ending.clone(), export: None };
+        let connection = Connection { stream: stream.clone(), ending: ending.clone(), export: None, is_remote };
         state.connections.insert(number, connection);
         Some(Entry { registry: self.clone(), number, ending })
     }

@@ -389,6 +389,16 @@ impl Session {
     }
 }
 
+impl Drop for Session {
+    /// After a panic of the export: without this the writer thread would wait, and hold the export, for ever.
+    fn drop(&mut self) {
+        if self.writer.is_some() {
+            self.shared.outlet.break_off();
+            self.shared.outlet.close();
+        }
+    }
+}
+
 /// Hands writes to the export and gives each one's error number, 0 for none, to `done`.
 pub fn write_batch(export: &dyn Export, writes: &[Placed], buffer: &[u8], mut done: impl FnMut(u64, u32)) {
     let requests: Vec<WriteRequest<'_>> = writes

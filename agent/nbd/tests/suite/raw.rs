@@ -169,7 +169,7 @@ pub struct Memory {
     pub flushing: Barrier,
     pub reading: Barrier,
     pub largest_batch: AtomicUsize,
-    /// Written pieces that begin with this fail.
+    /// Written pieces that begin with this fail; with this less one they panic.
     pub poison: u8,
 }
 
@@ -189,7 +189,7 @@ impl Memory {
 
 impl Export for Memory {
     fn bytes(&self) -> u64 {
-        self.data.lock().unwrap().len() as u64
+        self.data.lock().unwrap_or_else(std::sync::PoisonError::into_inner).len() as u64
     }
 
     fn is_read_only(&self) -> bool {
@@ -219,11 +219,12 @@ impl Export for Memory {
             // Gives another worker the time to go first, if it were allowed to.
             std::thread::yield_now();
         }
-        let mut data = self.data.lock().unwrap();
+        let mut data = self.data.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         for (write, result) in writes.iter().zip(results) {
             if write.data[0] == self.poison {
                 continue;
             }
+            assert!(write.data[0] != self.poison - 1, "this export is broken");
             data[write.offset as usize..][..write.data.len()].copy_from_slice(write.data);
             *result = Ok(());
         }
