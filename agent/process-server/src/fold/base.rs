@@ -240,9 +240,39 @@ impl BaseStore {
         };
         let data = seek(Whence::SeekData)?.min(end);
         if data > offset {
-            return Ok(Some((data - offset, Allocation::Hole)));
+            return self.hole_with_sums(offset, data).map(Some);
         }
         Ok(Some((seek(Whence::SeekHole)?.clamp(offset + 1, end) - offset, Allocation::Data)))
+    }
+
+    /// A hole ends where a block has a sum: that block's data was lost, and whoever reads it must learn so.
+    fn hole_with_sums(&self, offset: u64, end: u64) -> io::Result<(u64, Allocation)> {
+        let hole = (end - offset, Allocation::Hole);
+        let Some(file) = self.sums.as_file() else { return Ok(hole) };
+        let mut number = offset / BLOCK_BYTES;
+        while number * BLOCK_BYTES < end {
+            number = match nix::unistd::lseek(file.as_fd(), (number * SUM_BYTES) as i64, Whence::SeekData) {
+                Ok(at) => at as u64 / SUM_BYTES,
+                Err(nix::Error::ENXIO) => return Ok(hole),
+                Err(error) => return Err(error.into()),
+            };
+            // Sums lie in file-system blocks: most of one that holds any may be unused.
+            let count = (self.blocks().saturating_sub(number)).min(SEARCH_BLOCKS);
+            let mut sums = vec![0; (count * SUM_BYTES) as usize];
+            self.sums.read_at(number * SUM_BYTES, &mut sums)?;
+            match sums.chunks_exact(SUM_BYTES as usize).position(|sum| *sum != NO_SUM) {
+                Some(index) => {
+                    let lost = (number + index as u64) * BLOCK_BYTES;
+                    return Ok(if lost <= offset {
+                        ((lost + BLOCK_BYTES).min(end) - offset, Allocation::Data)
+                    } else {
+                        (lost.min(end) - offset, Allocation::Hole)
+                    });
+                }
+                None => number += count.max(1),
+            }
+        }
+        Ok(hole)
     }
 }
 

@@ -14,10 +14,10 @@ use crate::replica::{Replica, ReplicaError};
 use base::{BLOCK_BYTES, BaseStore, Block};
 use pending::Pending;
 
-/// What one batch covers of the disk at most; bounds a fold's memory.
-const BATCH_BYTES: u64 = 8 << 20;
+/// What one batch covers of the disk at most; bounds a fold's memory. Small in tests, so that a small disk has many.
+const BATCH_BYTES: u64 = if cfg!(test) { 8 << 10 } else { 8 << 20 };
 /// Segments that one fold takes at most, so that a long backlog gives room back in steps.
-const SEGMENTS_MAX: usize = 64;
+const SEGMENTS_MAX: usize = if cfg!(test) { 2 } else { 64 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct Folded {

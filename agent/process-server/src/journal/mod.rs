@@ -21,7 +21,7 @@ use active::{Active, OpenCut, SealError};
 pub use error::{JournalError, ReadError};
 pub use history::{History, Interval};
 pub use index::{Entry, Place, SegmentFile, commit_flags, flatten};
-pub use recovery::DamagedCut;
+pub use recovery::{DamagedCut, Inspection, inspect};
 pub use sealed::{Boundary, BoundaryKind, Sealed, read_commit};
 pub use segment::{
     Commit, FRAME_HEADER_BYTES, Fields, Frame, FrameKey, FrameKind, HEADER_BYTES, Header, SegmentName, decode_commit,
@@ -214,7 +214,7 @@ impl Journal {
         let io = |source| ReadError::Io { file: storage.path("segments").display().to_string(), source };
         let mut names: Vec<SegmentName> =
             storage.list("segments").map_err(io)?.iter().filter_map(|name| SegmentName::parse(name)).collect();
-        names.sort_by_key(SegmentName::first);
+        names.sort_by_key(|name| (name.first(), matches!(name, SegmentName::Active { .. })));
         let mut journal = Self {
             storage: storage.clone(),
             info,
@@ -238,6 +238,12 @@ impl Journal {
                 SegmentName::Sealed { first, last } => journal.open_sealed(first, last, &mut report)?,
                 SegmentName::Broken { first, last } => {
                     journal.broken(first, last, "its header was destroyed", &mut report)
+                }
+                // The rename that sealed it was cut short where a file system makes it in two steps: both names are of one file.
+                SegmentName::Active { first } if matches!(journal.parts.back(), Some(Part::Sealed(sealed)) if sealed.first_cut() == first) => {
+                    if write {
+                        storage.remove(&name.path()).and_then(|()| storage.sync_folder("segments")).map_err(io)?;
+                    }
                 }
                 SegmentName::Active { first } => journal.open_active(first, write, &mut report)?,
             }
@@ -384,9 +390,9 @@ impl Journal {
         self.active.as_ref().map(|active| (&active.segment, &active.header, &active.frame_key))
     }
 
-    /// The end of the active segment's last commit.
-    pub fn active_end(&self) -> Option<u64> {
-        self.active.as_ref().map(|active| active.data_end)
+    /// The end of the active segment's last commit, and its extents.
+    pub fn active_end(&self) -> Option<(u64, u64)> {
+        self.active.as_ref().map(|active| (active.data_end, active.entries.len() as u64))
     }
 
     pub fn segments(&self) -> usize {

@@ -67,6 +67,37 @@ struct WalkedCut {
 /// Reads the segment from its first frame on and decides what it holds. Writes nothing.
 pub fn recover(segment: &Arc<SegmentFile>, header: &Header, key: &FrameKey) -> Result<Recovered, ReadError> {
     let end = segment.file.bytes().map_err(|source| ReadError::Io { file: segment.name.clone(), source })?;
+    Ok(decide(walk(segment, header, key, end)?, header, end))
+}
+
+/// What a walk over a segment that should be whole up to `end` saw.
+pub struct Inspection {
+    pub chunks: u64,
+    pub cuts: u64,
+    /// Cuts that are not whole.
+    pub damaged: Vec<DamagedCut>,
+    /// What the index of this segment should say.
+    pub recovered: Recovered,
+}
+
+/// Reads every frame up to `end` and proves it. Writes nothing.
+pub fn inspect(segment: &SegmentFile, header: &Header, key: &FrameKey, end: u64) -> Result<Inspection, ReadError> {
+    let cuts = walk(segment, header, key, end)?;
+    let trouble = |cut: &WalkedCut| {
+        let (at, what) = cut.trouble.clone()?;
+        Some(DamagedCut { cut: cut.cut, at, what })
+    };
+    let mut damaged: Vec<DamagedCut> = cuts.iter().filter_map(trouble).collect();
+    let ends_at = cuts.last().map_or(HEADER_BYTES as u64, |cut| cut.ends_at);
+    if ends_at != end {
+        let cut = cuts.last().map_or(header.first_cut, |cut| cut.cut + 1);
+        damaged.push(DamagedCut { cut, at: ends_at, what: format!("nothing whole follows up to {end}") });
+    }
+    let chunks = cuts.iter().filter_map(|cut| Some(cut.commit.as_ref()?.0.end.chunks)).sum();
+    Ok(Inspection { chunks, cuts: cuts.len() as u64, damaged, recovered: decide(cuts, header, end) })
+}
+
+fn walk(segment: &SegmentFile, header: &Header, key: &FrameKey, end: u64) -> Result<Vec<WalkedCut>, ReadError> {
     let start = HEADER_BYTES as u64;
     let mut walk = Walk {
         segment,
@@ -80,7 +111,7 @@ pub fn recover(segment: &Arc<SegmentFile>, header: &Header, key: &FrameKey) -> R
         cuts: Vec::new(),
     };
     walk.run()?;
-    Ok(decide(walk.cuts, header, end))
+    Ok(walk.cuts)
 }
 
 fn decide(cuts: Vec<WalkedCut>, header: &Header, file_end: u64) -> Recovered {

@@ -23,6 +23,10 @@
 
 pub mod manifest;
 mod set;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::io;
@@ -107,6 +111,8 @@ pub enum ReplicaError {
     Busy { disk: DiskId, what: String },
     #[error("disk {disk}: the replica cannot be read")]
     Read { disk: DiskId, source: ReadError },
+    #[error("the folder is no replica that can be opened")]
+    Folder { source: ReadError },
     #[error("disk {disk}: the replica cannot be written")]
     Write { disk: DiskId, source: io::Error },
     #[error(transparent)]
@@ -123,7 +129,7 @@ impl ReplicaError {
                 "another change of direction came first; look at `tidemark status` and try again"
             }
             ReplicaError::Busy { .. } => "stop what uses it, then try again",
-            ReplicaError::Read { source, .. } => source.help(),
+            ReplicaError::Read { source, .. } | ReplicaError::Folder { source } => source.help(),
             ReplicaError::Write { .. } => "check the process server's volume (see its kernel log)",
             ReplicaError::Journal(error) => error.help(),
         }
@@ -366,6 +372,11 @@ impl Replica {
 
     /// The disk at a cut, read-only and pinned for as long as the view lives. Opening costs the number of segments.
     pub fn view(&self, cut: u64) -> Result<View, ReplicaError> {
+        self.view_through(cut, &self.cache)
+    }
+
+    /// A view that reads through another cache: what verifies must not believe what was read before.
+    pub(crate) fn view_through(&self, cut: u64, cache: &Arc<BlockCache>) -> Result<View, ReplicaError> {
         let not_viewable = |what: String| ReplicaError::NotViewable { disk: self.disk, cut, what };
         let (sources, at, pin) = {
             let state = self.state();
@@ -382,9 +393,9 @@ impl Replica {
             let (position, time) = state.position_of(cut).map_err(|error| self.read_error(error))?;
             (sources, (cut, position, time), self.pins.pin(cut))
         };
-        let layers = sources.into_iter().map(|source: Source| source.layer(&self.cache)).collect::<Result<_, _>>();
+        let layers = sources.into_iter().map(|source: Source| source.layer(cache)).collect::<Result<_, _>>();
         let layers = layers.map_err(|error| self.read_error(error))?;
-        Ok(View::new(layers, self.base.clone(), self.cache.clone(), at, pin))
+        Ok(View::new(layers, self.base.clone(), cache.clone(), at, pin))
     }
 
     /// The last consistent durable cut at or before `time` that is still there; `None`: all are later.
@@ -535,9 +546,15 @@ impl Replica {
     /// The active segment's file and the cuts that it held when this was called.
     pub(crate) fn active(&self) -> Option<crate::scrub::ActiveSegment> {
         let state = self.state();
-        let end = state.journal.active_end()?;
+        let (end, extents) = state.journal.active_end()?;
         let (segment, header, key) = state.journal.active_file()?;
-        Some(crate::scrub::ActiveSegment { segment: segment.clone(), header: header.clone(), key: key.clone(), end })
+        Some(crate::scrub::ActiveSegment {
+            segment: segment.clone(),
+            header: header.clone(),
+            key: key.clone(),
+            end,
+            extents,
+        })
     }
 
     /// The oldest cut that a pin or an open view stands on.
@@ -552,6 +569,13 @@ impl Replica {
         let mut cuts: Vec<u64> = self.state().manifest.pins.iter().map(|pin| pin.cut).collect();
         cuts.extend(self.pins.cuts());
         cuts
+    }
+
+    /// What covers the cuts of a fold that was begun; nothing when none was.
+    pub(crate) fn fold_sources(&self) -> Result<Vec<Source>, ReplicaError> {
+        let state = self.state();
+        let Some(fold_to) = state.manifest.fold_to else { return Ok(Vec::new()) };
+        state.journal.sources(state.manifest.base.cut, fold_to).map_err(|error| self.read_error(error))
     }
 
     /// The newest consistent durable cut at or before `cut`.
