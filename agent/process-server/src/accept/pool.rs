@@ -5,12 +5,16 @@
 //! wait in memory never exceed the pool and the standing credits. Data that is appended and not yet durable is the
 //! system's page cache and does not count here, so that a cut may be larger than the pool.
 //!
-//! Who waits is served in turn, a quantum at a time: one busy disk does not starve the others.
+//! Who waits is served in turn, a quantum at a time: one busy disk does not starve the others. An idle host may keep what
+//! it was granted, and nothing takes that back; so a stream's limit shrinks with the number of streams, and a stream
+//! whose turn has come holds at least one frame, even when that overdraws the pool: no stream can be stopped by others.
+//! At most the pool, and for each stream a frame and the standing credit, is in memory.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use tidemark_base::FRAME_BYTES_MAX;
 use tidemark_transport::{CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES};
 use tokio::sync::Notify;
 
@@ -24,6 +28,8 @@ const STREAM_BYTES_MAX: u64 = STREAM_WINDOW_BYTES as u64 - STANDING_BYTES;
 const CONNECTION_BYTES_MAX: u64 = CONNECTION_WINDOW_BYTES as u64 - 32 * STANDING_BYTES;
 /// What is assigned in one turn.
 const QUANTUM_BYTES: u64 = 4 << 20;
+/// What a stream whose turn has come may hold in any case.
+const STREAM_BYTES_MIN: u64 = FRAME_BYTES_MAX as u64;
 /// Less than this is not worth a frame, unless less is wanted.
 const GRANT_BYTES_MIN: u64 = 256 << 10;
 
@@ -32,7 +38,9 @@ pub struct CreditPool {
 }
 
 struct State {
-    available: u64,
+    bytes: u64,
+    /// Below zero while streams hold their minimum on overdraft.
+    available: i64,
     members: HashMap<u64, Member>,
     connections: HashMap<SocketAddr, u64>,
     waiting: VecDeque<u64>,
@@ -60,7 +68,8 @@ impl CreditPool {
     pub fn new(bytes: u64) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
-                available: bytes,
+                bytes,
+                available: bytes as i64,
                 members: HashMap::new(),
                 connections: HashMap::new(),
                 waiting: VecDeque::new(),
@@ -80,7 +89,7 @@ impl CreditPool {
     }
 
     #[cfg(test)]
-    pub fn available_bytes(&self) -> u64 {
+    pub fn available_bytes(&self) -> i64 {
         self.state().available
     }
 
@@ -90,11 +99,10 @@ impl CreditPool {
 }
 
 impl Share {
-    /// The host has so much more to send. What it asks for beyond its window is forgotten: it asks again.
+    /// So much the host waits for, all that it asked for before included.
     pub fn want(&self, bytes: u64) {
         let mut state = self.pool.state();
-        let member = state.member(self.member);
-        member.wanted = member.wanted.saturating_add(bytes).min(STREAM_BYTES_MAX);
+        state.member(self.member).wanted = bytes;
         state.enqueue(self.member);
         state.distribute();
     }
@@ -148,7 +156,7 @@ impl State {
     }
 
     fn free(&mut self, connection: SocketAddr, bytes: u64) {
-        self.available += bytes;
+        self.available += bytes as i64;
         if let Some(held) = self.connections.get_mut(&connection) {
             *held -= bytes;
         }
@@ -167,24 +175,30 @@ impl State {
     /// Serves who waits, in turn, until there is too little left. A member whose own limits leave it too little leaves
     /// the queue; it comes back when it, or its connection, gives something back.
     fn distribute(&mut self) {
-        while let Some(&index) = self.waiting.front() {
+        let share = (self.bytes / self.members.len().max(1) as u64).clamp(STREAM_BYTES_MIN, STREAM_BYTES_MAX);
+        // Each is looked at once, so that those whom only others hold up do not go round for ever.
+        let mut turns = self.waiting.len();
+        while turns > 0 {
+            turns -= 1;
+            let Some(index) = self.waiting.pop_front() else { return };
             let member = &self.members[&index];
-            let connection_held = self.connections.get(&member.connection).copied().unwrap_or(0);
-            let own_room = STREAM_BYTES_MAX
+            let connection = member.connection;
+            let connection_held = self.connections.get(&connection).copied().unwrap_or(0);
+            let enough = member.wanted.min(GRANT_BYTES_MIN);
+            let own_room = share
                 .saturating_sub(member.held)
                 .min(CONNECTION_BYTES_MAX.saturating_sub(connection_held))
-                .min(member.wanted)
-                .min(QUANTUM_BYTES);
-            let enough = member.wanted.min(GRANT_BYTES_MIN);
-            if own_room >= enough && own_room > 0 && self.available < enough {
-                return;
-            }
-            self.waiting.pop_front();
-            let connection = member.connection;
-            let bytes = own_room.min(self.available);
+                .min(member.wanted);
+            let minimum = STREAM_BYTES_MIN.saturating_sub(member.held).min(member.wanted);
+            let from_pool = own_room.min(QUANTUM_BYTES).min(self.available.max(0) as u64);
+            let bytes = if from_pool >= enough { from_pool.max(minimum) } else { minimum };
+            let waits_for_pool = bytes == 0 && own_room >= enough && own_room > 0;
             let member = self.member(index);
-            member.waits = false;
-            if own_room == 0 || own_room < enough {
+            member.waits = waits_for_pool;
+            if bytes == 0 {
+                if waits_for_pool {
+                    self.waiting.push_back(index);
+                }
                 continue;
             }
             member.wanted -= bytes;
@@ -192,10 +206,11 @@ impl State {
             member.assigned += bytes;
             member.notify.notify_one();
             let wants_more = member.wanted > 0;
-            self.available -= bytes;
+            self.available -= bytes as i64;
             *self.connections.entry(connection).or_default() += bytes;
             if wants_more {
                 self.enqueue(index);
+                turns += 1;
             }
         }
     }
@@ -217,11 +232,15 @@ mod tests {
         let share = pool.join(address(1), Arc::default());
         share.want(3 * MIB);
         assert_eq!((share.take_assigned(), share.take_assigned()), (3 * MIB, 0));
-        assert_eq!(pool.available_bytes(), 7 * MIB);
+        assert_eq!(pool.available_bytes(), 7 << 20);
         share.keep(MIB);
-        assert_eq!(pool.available_bytes(), 9 * MIB);
+        assert_eq!(pool.available_bytes(), 9 << 20);
+        // A new want replaces what is left of the one before.
+        share.want(1);
+        share.want(2 * MIB);
+        assert_eq!(share.take_assigned(), 2 * MIB + 1);
         drop(share);
-        assert_eq!(pool.available_bytes(), 10 * MIB);
+        assert_eq!(pool.available_bytes(), 10 << 20);
     }
 
     #[test]
@@ -234,12 +253,32 @@ mod tests {
         let granted: Vec<u64> = shares.iter().map(Share::take_assigned).collect();
         assert!(granted.iter().all(|&bytes| bytes <= STREAM_BYTES_MAX), "{granted:?}");
         let total: u64 = granted.iter().sum();
-        assert!(total <= CONNECTION_BYTES_MAX && total > CONNECTION_BYTES_MAX - GRANT_BYTES_MIN, "{granted:?}");
+        assert!(total <= CONNECTION_BYTES_MAX + 2 * STREAM_BYTES_MIN, "{granted:?}");
+        assert!(total > CONNECTION_BYTES_MAX - GRANT_BYTES_MIN, "{granted:?}");
         assert_eq!(other.take_assigned(), STREAM_BYTES_MAX);
         // What one gives back goes to the others of its connection.
-        let before = pool.available_bytes();
-        drop(shares.into_iter().next());
-        assert!(pool.available_bytes() >= before);
+        let (first, others) = shares.split_first().expect("there are four");
+        first.keep(0);
+        first.want(0);
+        assert!(others.iter().map(Share::take_assigned).sum::<u64>() > 0);
+    }
+
+    #[test]
+    fn hosts_that_keep_their_credit_stop_nobody() {
+        let pool = CreditPool::new(8 * MIB);
+        let idle: Vec<Share> = (0..30).map(|port| pool.join(address(port % 3), Arc::default())).collect();
+        for share in &idle {
+            share.want(STREAM_BYTES_MAX);
+            assert!(share.take_assigned() >= STREAM_BYTES_MIN);
+        }
+        let busy = pool.join(address(0), Arc::default());
+        for _ in 0..10 {
+            busy.want(STREAM_BYTES_MIN);
+            assert_eq!(busy.take_assigned(), STREAM_BYTES_MIN);
+            busy.keep(0);
+        }
+        let held: u64 = pool.state().members.values().map(|member| member.held).sum();
+        assert!(held <= 8 * MIB + 30 * STREAM_BYTES_MIN, "{held}");
     }
 
     #[test]
@@ -255,7 +294,7 @@ mod tests {
                 *served += bytes;
                 held += bytes;
             }
-            assert!(held <= 4 * MIB);
+            assert!(held <= 4 * MIB + 20 * STREAM_BYTES_MIN);
             shares.iter().for_each(|share| {
                 share.keep(0);
                 share.want(STREAM_BYTES_MAX);
@@ -263,7 +302,7 @@ mod tests {
         }
         assert!(served.iter().all(|&bytes| bytes > 10 * MIB), "{served:?}");
         drop(shares);
-        assert_eq!(pool.available_bytes(), 4 * MIB);
+        assert_eq!(pool.available_bytes(), 4 << 20);
         assert!(pool.state().connections.is_empty() && pool.state().waiting.is_empty());
     }
 }

@@ -24,14 +24,19 @@ use super::{Acceptor, Stores};
 
 pub const DISK_BYTES: u64 = 64 << 20;
 
+/// Where a host connects, and whom it expects there.
+pub struct Endpoint {
+    pub address: String,
+    pub peer: PeerIdentity,
+}
+
 /// Everything between a host and the journals, over real TLS on loopback.
 pub struct TestServer {
-    pub folder: tempfile::TempDir,
+    _folder: tempfile::TempDir,
     pub authority: Authority,
     pub authorisations: Arc<Authorisations>,
     pub acceptor: Acceptor,
-    pub address: String,
-    pub peer: PeerIdentity,
+    pub endpoint: Endpoint,
     pub machine: MachineId,
     stop: tokio_util::sync::CancellationToken,
     serving: tokio::task::JoinHandle<()>,
@@ -54,7 +59,8 @@ impl TestServer {
             async move { serve(listener, service, stop.cancelled_owned()).await.unwrap() }
         });
         let machine = MachineId::random();
-        Self { folder, authority, authorisations, acceptor, address, peer, machine, stop, serving }
+        let endpoint = Endpoint { address, peer };
+        Self { _folder: folder, authority, authorisations, acceptor, endpoint, machine, stop, serving }
     }
 
     /// An agent with a new identity, and a disk that it may write.
@@ -105,8 +111,8 @@ pub struct TestHost {
 
 impl TestHost {
     /// Connects and says nothing.
-    pub async fn connect(server: &TestServer, identity: &Identity, disk: DiskId) -> Self {
-        let channel = connect(&server.address, server.peer, identity).await.unwrap();
+    pub async fn connect(endpoint: &Endpoint, identity: &Identity, disk: DiskId) -> Self {
+        let channel = connect(&endpoint.address, endpoint.peer, identity).await.unwrap();
         let (sender, receiver) = mpsc::channel(64);
         let frames =
             ReplicationClient::new(channel).replicate(ReceiverStream::new(receiver)).await.unwrap().into_inner();
@@ -127,12 +133,12 @@ impl TestHost {
     }
 
     /// Connects and is welcome.
-    pub async fn open(server: &TestServer, identity: &Identity, disk: DiskId) -> Self {
-        Self::open_with(server, identity, hello(disk)).await.unwrap()
+    pub async fn open(endpoint: &Endpoint, identity: &Identity, disk: DiskId) -> Self {
+        Self::open_with(endpoint, identity, hello(disk)).await.unwrap()
     }
 
-    pub async fn open_with(server: &TestServer, identity: &Identity, hello: Hello) -> Result<Self, Refusal> {
-        let mut host = Self::connect(server, identity, hello.disk).await;
+    pub async fn open_with(endpoint: &Endpoint, identity: &Identity, hello: Hello) -> Result<Self, Refusal> {
+        let mut host = Self::connect(endpoint, identity, hello.disk).await;
         host.send(HostFrame::Hello(hello)).await;
         match host.next().await {
             Some(ServerFrame::Welcome(welcome)) => {

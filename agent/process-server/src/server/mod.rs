@@ -88,8 +88,8 @@ struct Inner {
     stop: CancellationToken,
     transport: Mutex<Option<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>>>,
     maintainer: Maintainer,
-    /// Locked for as long as this process has the folder.
-    _lock: Arc<dyn StorageFile>,
+    /// Locked until everything has stopped; the lock goes with the descriptor.
+    lock: Mutex<Option<Arc<dyn StorageFile>>>,
 }
 
 impl ProcessServer {
@@ -145,7 +145,7 @@ impl ProcessServer {
             stop: CancellationToken::new(),
             transport: Mutex::default(),
             maintainer,
-            _lock: lock,
+            lock: Mutex::new(Some(lock)),
         })))
     }
 
@@ -170,6 +170,7 @@ impl ProcessServer {
         let finishing = tokio::task::spawn_blocking(move || {
             inner.maintainer.stop();
             inner.serves.stop_all();
+            drop(inner.lock.lock().expect("no panic while held").take());
         });
         if let Err(error) = finishing.await {
             tracing::error!(%error, "the process server did not stop cleanly");

@@ -1,1 +1,359 @@
+//! A whole process server: streams over TLS into real journals, points, serves, exports.
 
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use tidemark_base::chunk::{ChunkKey, Compression, Sealer};
+use tidemark_base::storage::RealStorage;
+use tidemark_base::{DiskId, Extent, Generation, HostId, MachineId, MarkId, ServerId};
+use tidemark_proto::control::{
+    DiskSpec, FailureKind, ImageFormat, MachineGrant, Reply, Retention, Selector, ServerCommand,
+};
+use tidemark_proto::replication::{CutKind, Mark, Refusal, RefusalReason};
+use tidemark_transport::{Authority, Identity, PeerIdentity};
+
+use super::{ProcessServer, ProcessServerConfig};
+use crate::accept::testing::{DISK_BYTES, Endpoint, TestHost, hello};
+
+struct Site {
+    folder: tempfile::TempDir,
+    authority: Authority,
+    identity: Identity,
+    server: ProcessServer,
+    machine: MachineId,
+    agent: HostId,
+}
+
+impl Site {
+    async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = Authority::open_or_create(&*RealStorage::open_folder(folder.path())).unwrap();
+        let identity = authority.issue(PeerIdentity::ProcessServer(ServerId::random()), &[]).unwrap();
+        let server = Self::start_server(folder.path().join("ps"), &identity).await;
+        Self { folder, authority, identity, server, machine: MachineId::random(), agent: HostId::random() }
+    }
+
+    async fn start_server(folder: PathBuf, identity: &Identity) -> ProcessServer {
+        let mut config = ProcessServerConfig::new(folder, ([127, 0, 0, 1], 0).into(), identity.clone());
+        config.limits.reserve_bytes = 0;
+        ProcessServer::start(config).await.unwrap()
+    }
+
+    async fn restart(&mut self) {
+        self.server.stop().await;
+        self.server = Self::start_server(self.folder.path().join("ps"), &self.identity).await;
+    }
+
+    fn grant(&self, disks: &[DiskId]) -> MachineGrant {
+        let spec = |disk: &DiskId| DiskSpec {
+            disk: *disk,
+            path: "/source".to_owned(),
+            export: "name".to_owned(),
+            generation: Generation::FIRST,
+            bytes: DISK_BYTES,
+        };
+        MachineGrant {
+            machine: self.machine,
+            name: "mail".to_owned(),
+            host: self.agent,
+            disks: disks.iter().map(spec).collect(),
+            retention: Retention { any_time: Duration::from_secs(7200), age: None, count: None },
+        }
+    }
+
+    async fn protect(&self, disks: &[DiskId]) {
+        self.server.authorise(self.grant(disks)).await.unwrap();
+    }
+
+    fn endpoint(&self) -> Endpoint {
+        Endpoint { address: self.server.address().to_string(), peer: self.identity.peer() }
+    }
+
+    fn agent(&self) -> Identity {
+        self.authority.issue(PeerIdentity::Agent(self.agent), &[]).unwrap()
+    }
+
+    async fn host(&self, disk: DiskId) -> TestHost {
+        TestHost::open(&self.endpoint(), &self.agent(), disk).await
+    }
+
+    /// A disk that was scanned and has a first point, and the reference of its content.
+    async fn replicated(&self, disk: DiskId) -> (TestHost, Vec<u8>, Mark) {
+        let mut host = self.host(disk).await;
+        let mut reference = vec![0; DISK_BYTES as usize];
+        host.end(CutKind::ScanStart, None).await;
+        for chunk in [0u64, 3, 700] {
+            let data = pattern(chunk, 65536);
+            reference[(chunk << 16) as usize..][..65536].copy_from_slice(&data);
+            host.write(chunk << 16, &data).await;
+        }
+        host.end(CutKind::Scan, None).await;
+        let mark = host.mark(self.machine, vec![disk], true);
+        host.end(CutKind::ScanEnd, Some(mark.clone())).await;
+        host.durable().await;
+        (host, reference, mark)
+    }
+}
+
+fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
+    let mut data = vec![0; bytes];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut data);
+    data
+}
+
+async fn exported(site: &Site, selector: Selector) -> Vec<u8> {
+    let path = site.folder.path().join(format!("{}.raw", MarkId::random()));
+    let to = path.display().to_string();
+    site.server.export(site.machine, selector, &to, ImageFormat::Raw).await.unwrap();
+    std::fs::read(path).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_point_equals_the_source_and_survives_a_restart() {
+    let mut site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (mut host, first, mark) = site.replicated(disk).await;
+    let mut second = first.clone();
+    second[4096..8192].fill(0xee);
+    host.write(4096, &[0xee; 4096]).await;
+    let later = host.mark(site.machine, vec![disk], true);
+    host.end(CutKind::Records, Some(later.clone())).await;
+    host.durable().await;
+    let limit = Duration::from_secs(5);
+    assert_eq!(site.server.wait_point(site.machine, later.id, limit).await.unwrap().id, later.id);
+    assert!(exported(&site, Selector::Point(mark.id)).await == first);
+    assert!(exported(&site, Selector::Latest).await == second);
+    let ids = |points: Vec<tidemark_proto::control::PointInfo>| points.iter().map(|point| point.id).collect::<Vec<_>>();
+    assert_eq!(ids(site.server.points(site.machine).await.unwrap()), [mark.id, later.id]);
+    let position = host.position;
+    // The host does not close: the server stops under it.
+    site.restart().await;
+    drop(host);
+    assert_eq!(ids(site.server.points(site.machine).await.unwrap()), [mark.id, later.id]);
+    assert!(exported(&site, Selector::Latest).await == second);
+    let host = site.host(disk).await;
+    let welcome = host.welcome.clone().unwrap();
+    assert_eq!((welcome.durable, welcome.cut.0, welcome.scan_open), (Some(position), 4, false));
+    drop(host);
+    let verified = site.server.verify(site.machine, Selector::Latest).await.unwrap();
+    assert!(verified.defects.is_empty() && verified.bytes >= 3 * 65536, "{verified:?}");
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_does_not_verify_is_refused_and_harms_nothing() {
+    let site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (host, first, _) = site.replicated(disk).await;
+    let position = host.position;
+    drop(host);
+    let sealed_for = |disk, generation, data: &[u8]| {
+        let mut bytes = Vec::new();
+        let key = ChunkKey::new(disk, generation);
+        Sealer::new(key, Compression::Level(1)).seal(&[Extent::new(0, data.len() as u64)], data, &mut bytes);
+        bytes
+    };
+    let good = sealed_for(disk, Generation::FIRST, &[1; 4096]);
+    let mut flipped = good.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    let mut moved = good.clone();
+    moved[49] ^= 0x10;
+    let mut bomb = sealed_for(disk, Generation::FIRST, &[1; 65536]);
+    bomb[4..8].copy_from_slice(&512u32.to_le_bytes());
+    bomb[56..60].copy_from_slice(&1u32.to_le_bytes());
+    let mut huge = good.clone();
+    huge[4..8].copy_from_slice(&(1u32 << 31).to_le_bytes());
+    let mut beyond = Vec::new();
+    Sealer::new(ChunkKey::new(disk, Generation::FIRST), Compression::Off)
+        .seal_zeroes(&[Extent::new(DISK_BYTES - 512, 1024)], &mut beyond);
+    for (what, chunks) in [
+        ("a flipped bit", flipped),
+        ("another place", moved),
+        ("another disk", sealed_for(DiskId::random(), Generation::FIRST, &[1; 4096])),
+        ("another generation", sealed_for(disk, Generation(2), &[1; 4096])),
+        ("a bomb", bomb),
+        ("an impossible size", huge),
+        ("beyond the disk", beyond),
+        ("half a chunk", good[..good.len() / 2].to_vec()),
+        ("noise", pattern(1, 300)),
+    ] {
+        let mut host = site.host(disk).await;
+        assert_eq!(host.welcome.as_ref().unwrap().durable, Some(position), "{what}");
+        host.write_sealed(chunks).await;
+        host.end(CutKind::Records, None).await;
+        let refusal = host.refused().await;
+        assert_eq!(refusal.reason, RefusalReason::Damaged, "{what}: {refusal:?}");
+        assert!(refusal.message.contains(&disk.to_string()) && !refusal.help.is_empty(), "{what}: {refusal:?}");
+    }
+    // Totals and continuity are checked as well.
+    let mut host = site.host(disk).await;
+    let mut end = host.cut_end(CutKind::Records, None);
+    end.from.sequence.0 += 1;
+    end.to.sequence.0 += 1;
+    host.end_with(end).await;
+    host.refused_for(RefusalReason::Gap).await;
+    let mut host = site.host(disk).await;
+    host.write(0, &[3; 512]).await;
+    let mut end = host.cut_end(CutKind::Records, None);
+    end.chunks_hash[0] ^= 1;
+    host.end_with(end).await;
+    host.refused_for(RefusalReason::Damaged).await;
+    assert!(exported(&site, Selector::Latest).await == first);
+    // And it goes on.
+    let mut host = site.host(disk).await;
+    host.write(0, &[9; 512]).await;
+    host.end(CutKind::Records, None).await;
+    host.durable().await;
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_dies_in_the_middle_of_a_cut_leaves_nothing_of_it() {
+    let site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (mut host, first, _) = site.replicated(disk).await;
+    let position = host.position;
+    for chunk in 0..20u64 {
+        host.write(chunk << 16, &pattern(99, 65536)).await;
+    }
+    drop(host);
+    let mut host = site.host(disk).await;
+    assert_eq!(host.welcome.as_ref().unwrap().durable, Some(position));
+    host.write(512, &[5; 512]).await;
+    let mark = host.mark(site.machine, vec![disk], true);
+    host.end(CutKind::Records, Some(mark)).await;
+    host.durable().await;
+    let mut expected = first;
+    expected[512..1024].fill(5);
+    assert!(exported(&site, Selector::Latest).await == expected);
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_point_of_two_disks_waits_for_both() {
+    let site = Site::start().await;
+    let (one, two) = (DiskId::random(), DiskId::random());
+    site.protect(&[one, two]).await;
+    let (mut first, _, _) = site.replicated(one).await;
+    let mark = first.mark(site.machine, vec![one, two], true);
+    first.end(CutKind::Records, Some(mark.clone())).await;
+    first.durable().await;
+    let short = Duration::from_millis(50);
+    let failure = site.server.wait_point(site.machine, mark.id, short).await.unwrap_err();
+    assert_eq!(failure.kind, FailureKind::TimedOut);
+    let waiting = tokio::spawn({
+        let (server, machine, id) = (site.server.clone(), site.machine, mark.id);
+        async move { server.wait_point(machine, id, Duration::from_secs(5)).await }
+    });
+    let (mut second, _, _) = site.replicated(two).await;
+    second.end(CutKind::Records, Some(mark.clone())).await;
+    second.durable().await;
+    assert_eq!(waiting.await.unwrap().unwrap().id, mark.id);
+    let folder = site.folder.path().join("images");
+    std::fs::create_dir(&folder).unwrap();
+    let to = folder.display().to_string();
+    let exported = site.server.export(site.machine, Selector::Point(mark.id), &to, ImageFormat::Raw).await.unwrap();
+    assert_eq!(exported.files.len(), 2);
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn points_are_served_read_only_or_with_a_layer_of_their_own() {
+    let site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (_host, first, mark) = site.replicated(disk).await;
+    let read_only = site.server.serve(site.machine, Selector::Latest, false).await.unwrap();
+    let writable = site.server.serve(site.machine, Selector::Point(mark.id), true).await.unwrap();
+    assert_eq!(site.server.status().await.unwrap().serves.len(), 2);
+    if Command::new("qemu-io").arg("--version").output().is_ok() {
+        let uri = |serving: &tidemark_proto::control::Serving| serving.disks[0].nbd.clone().unwrap();
+        let qemu_io = |uri: String, command: &'static str| {
+            tokio::task::spawn_blocking(move || {
+                let output = Command::new("qemu-io").args(["-f", "raw", "-c", command, &uri]).output().unwrap();
+                (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+            })
+        };
+        let (_, said) = qemu_io(uri(&read_only), "write -P 7 0 4096").await.unwrap();
+        assert!(!said.contains("wrote 4096"), "{said}");
+        let (done, said) = qemu_io(uri(&writable), "write -P 7 0 4096").await.unwrap();
+        assert!(done && said.contains("wrote 4096"), "{said}");
+        let (done, said) = qemu_io(uri(&writable), "read -P 7 0 4096").await.unwrap();
+        assert!(done && !said.contains("failed"), "{said}");
+    }
+    site.server.stop_serve(writable.serve).await.unwrap();
+    let gone = site.server.stop_serve(writable.serve).await.unwrap_err();
+    assert_eq!(gone.kind, FailureKind::NotFound);
+    assert!(exported(&site, Selector::Latest).await == first, "a scratch layer never reaches the replica");
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_of_other_formats_hold_the_same() {
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        return;
+    }
+    let site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (_host, first, _) = site.replicated(disk).await;
+    for format in [ImageFormat::Qcow2, ImageFormat::Vhdx, ImageFormat::Vmdk] {
+        let path = site.folder.path().join(format!("image.{}", format.name()));
+        let to = path.display().to_string();
+        site.server.export(site.machine, Selector::Latest, &to, format).await.unwrap();
+        let raw = site.folder.path().join("back.raw");
+        let converted = Command::new("qemu-img").args(["convert", "-O", "raw"]).arg(&path).arg(&raw).output().unwrap();
+        assert!(converted.status.success(), "{}", String::from_utf8_lossy(&converted.stderr));
+        assert!(std::fs::read(raw).unwrap() == first, "{}", format.name());
+    }
+    assert!(site.server.serves().is_empty());
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_can_be_taken_away() {
+    let site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (mut host, _, _) = site.replicated(disk).await;
+    let command = ServerCommand::Deauthorise { machine: site.machine, delete_replica: false };
+    assert_eq!(site.server.execute(command).await, Ok(Reply::Done));
+    host.refused_for(RefusalReason::UnknownDisk).await;
+    assert_eq!(site.server.points(site.machine).await.unwrap().len(), 1, "the points stay");
+    site.server.deauthorise(site.machine, true).await.unwrap();
+    assert_eq!(site.server.points(site.machine).await.unwrap_err().kind, FailureKind::NotFound);
+    let refusal = TestHost::open_with(&site.endpoint(), &site.agent(), hello(disk)).await.err();
+    assert!(matches!(refusal, Some(Refusal { reason: RefusalReason::UnknownDisk, .. })), "{refusal:?}");
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_folder_has_one_process_server() {
+    let site = Site::start().await;
+    let mut config =
+        ProcessServerConfig::new(site.folder.path().join("ps"), ([127, 0, 0, 1], 0).into(), site.identity.clone());
+    config.socket = site.folder.path().join("other/points.sock");
+    let failure = ProcessServer::start(config).await.err().expect("a failure");
+    assert_eq!(failure.kind, FailureKind::Conflict);
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_newer_generation_ends_the_stream_of_the_old() {
+    let site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (mut host, _, _) = site.replicated(disk).await;
+    let mut grant = site.grant(&[disk]);
+    grant.disks[0].generation = Generation(2);
+    site.server.authorise(grant.clone()).await.unwrap();
+    let refusal = host.refused().await;
+    assert!(matches!(refusal.reason, RefusalReason::Generation | RefusalReason::Fenced), "{refusal:?}");
+    grant.disks[0].generation = Generation(1);
+    assert_eq!(site.server.authorise(grant).await.unwrap_err().kind, FailureKind::Conflict);
+    site.server.stop().await;
+}
