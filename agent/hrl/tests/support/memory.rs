@@ -106,16 +106,16 @@ impl MemoryStorage {
     pub fn content_after_power_loss(&self, seed: u64) -> Content {
         let mut random = Random(seed);
         let folder = self.folder.lock().unwrap();
-        let names = if random.next() % 2 == 0 { &folder.durable_names } else { &folder.files };
+        let names = if random.next().is_multiple_of(2) { &folder.durable_names } else { &folder.files };
         let mut content = Content::new();
         for (name, file) in names {
             let state = file.state.lock().unwrap();
-            let length = if random.next() % 2 == 0 { state.content.len() } else { state.durable.len() };
+            let length = if random.next().is_multiple_of(2) { state.content.len() } else { state.durable.len() };
             let mut bytes = state.durable.clone();
             bytes.resize(length, 0);
             for start in (0..length).step_by(512) {
                 let end = (start + 512).min(length).min(state.content.len());
-                if start < end && random.next() % 2 == 0 {
+                if start < end && random.next().is_multiple_of(2) {
                     bytes[start..end].copy_from_slice(&state.content[start..end]);
                 }
             }
