@@ -109,7 +109,7 @@ impl SimStorage {
         let mut chance = Chance(seed);
         // Of three crashes, one loses all that was not synced, one nothing, one some sectors of it.
         let mode = chance.below(3);
-        let mut survives = |chance: &mut Chance| mode == 1 || (mode == 2 && chance.below(2) == 0);
+        let survives = |chance: &mut Chance| mode == 1 || (mode == 2 && chance.below(2) == 0);
         let mut names = world.durable_names.clone();
         let kept = if mode == 0 { 0 } else { chance.below(world.name_changes.len() as u64 + 1) as usize };
         for (name, inode) in &world.name_changes[..kept] {

@@ -568,7 +568,7 @@ fn a_terabyte_opens_at_once() {
     host.info.disk_bytes = TERABYTE;
     let replica = set.create(host.info).unwrap();
     let stream = replica.begin_session(Generation::FIRST, TERABYTE).unwrap();
-    let mut send = |host: &mut TestHost, kind, chunks: Vec<Vec<u8>>, mark| {
+    let send = |host: &mut TestHost, kind, chunks: Vec<Vec<u8>>, mark| {
         let end = host.end(kind, &chunks, mark);
         chunks.iter().for_each(|chunk| stream.append_chunks(end.cut.0, chunk).unwrap());
         stream.end_cut(&end).unwrap();
