@@ -296,9 +296,26 @@ pub fn inspect_folder(storage: Arc<dyn Storage>) -> Result<FolderReport, ReadErr
     })
 }
 
+/// Why a folder could not be verified at all.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    #[error("the folder is no replica that can be opened")]
+    Open(#[source] ReadError),
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+}
+
+impl FolderError {
+    pub fn help(&self) -> &'static str {
+        match self {
+            FolderError::Open(error) => error.help(),
+            FolderError::Replica(error) => error.help(),
+        }
+    }
+}
+
 /// Reads a whole replica's folder. Nothing is written.
-pub fn verify_folder(storage: Arc<dyn Storage>, stop: &Stop) -> Result<ScrubReport, ReplicaError> {
-    let disk = |error: ReadError| ReplicaError::Folder { source: error };
-    let replica = Replica::open_read_only(storage, BlockCache::new(VERIFY_CACHE_BYTES)).map_err(disk)?;
-    scrub(&replica, stop)
+pub fn verify_folder(storage: Arc<dyn Storage>, stop: &Stop) -> Result<ScrubReport, FolderError> {
+    let replica = Replica::open_read_only(storage, BlockCache::new(VERIFY_CACHE_BYTES)).map_err(FolderError::Open)?;
+    Ok(scrub(&replica, stop)?)
 }

@@ -111,8 +111,6 @@ pub enum ReplicaError {
     Busy { disk: DiskId, what: String },
     #[error("disk {disk}: the replica cannot be read")]
     Read { disk: DiskId, source: ReadError },
-    #[error("the folder is no replica that can be opened")]
-    Folder { source: ReadError },
     #[error("disk {disk}: the replica cannot be written")]
     Write { disk: DiskId, source: io::Error },
     #[error(transparent)]
@@ -129,7 +127,7 @@ impl ReplicaError {
                 "another change of direction came first; look at `tidemark status` and try again"
             }
             ReplicaError::Busy { .. } => "stop what uses it, then try again",
-            ReplicaError::Read { source, .. } | ReplicaError::Folder { source } => source.help(),
+            ReplicaError::Read { source, .. } => source.help(),
             ReplicaError::Write { .. } => "check the process server's volume (see its kernel log)",
             ReplicaError::Journal(error) => error.help(),
         }
