@@ -1,6 +1,6 @@
 //! The NBD server: many exports by name behind Unix sockets and mutual TLS.
 //!
-//! One thread for each connection receives, parses and executes what lands in memory; see [`session`]. Names come from
+//! One thread for each connection receives, parses and executes what lands in memory; see `session.rs`. Names come from
 //! an [`ExportProvider`]; who may connect is decided by the system (Unix) or by TLS, who may open what by the provider.
 //!
 //! # Consistency

@@ -94,8 +94,8 @@ fn mutual_tls_serves_and_shows_the_provider_who_asks() {
 fn without_a_certificate_of_ours_nobody_gets_in() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (chain, _) = authority.issue("guest");
-    let provider = || Arc::new(ByCertificate(Arc::new(Memory::new(1 << 20)), chain[0].clone()));
-    let server = Server::new(provider(), Limits::default());
+    let provider = Arc::new(ByCertificate(Arc::new(Memory::new(1 << 20)), chain[0].clone()));
+    let server = Server::new(provider, Limits::default());
     let address = server.listen_tcp("127.0.0.1:0".parse().unwrap(), authority.server()).unwrap();
     let anonymous =
         || Arc::new(ClientConfig::builder().with_root_certificates(authority.roots()).with_no_client_auth());
@@ -109,7 +109,9 @@ fn without_a_certificate_of_ours_nobody_gets_in() {
     // A configuration that asks for no certificate lets nobody in all the same.
     let (chain, key) = authority.issue("server");
     let lax = ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key).unwrap();
-    let server = Server::new(provider(), Limits::default());
+    let exports = Arc::new(tidemark_nbd::Exports::new());
+    exports.insert("disk", Arc::new(Memory::new(1 << 20)));
+    let server = Server::new(exports, Limits::default());
     let address = server.listen_tcp("127.0.0.1:0".parse().unwrap(), Arc::new(lax)).unwrap();
     assert!(connect(address, anonymous()).is_err());
 }
