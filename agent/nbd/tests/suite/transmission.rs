@@ -175,6 +175,22 @@ fn overlapping_writes_of_a_connection_keep_their_order() {
     }
 }
 
+/// The same inside one round, where nothing is with the workers yet.
+#[test]
+fn what_came_together_keeps_its_order_too() {
+    let (server, export) = serve(Memory::new(64 << 10), Limits::default());
+    let mut raw = Raw::open(&server, "disk", false);
+    for round in 1..100u8 {
+        let write = |fua, cookie, value| [request(1, fua, cookie, 0, 512), vec![value; 512]].concat();
+        let first = if round % 2 == 0 { request(6, 0, 1, 0, 4096) } else { write(1, 1, 200) };
+        raw.send(&[write(0, 0, 201), first, write(0, 2, round)].concat());
+        for _ in 0..3 {
+            assert_eq!(raw.simple_reply().1, 0);
+        }
+        assert_eq!(export.data.lock().unwrap()[..512], [round; 512]);
+    }
+}
+
 #[test]
 fn a_slow_flush_or_read_holds_up_nothing_else() {
     let (server, export) = serve(Memory::new(8 << 20), Limits::default());
