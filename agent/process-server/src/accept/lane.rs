@@ -14,7 +14,7 @@ use super::{Writer, refusal};
 
 pub enum Work {
     Data { cut: CutOrdinal, chunks: Bytes },
-    CutEnd(CutEnd),
+    CutEnd(Box<CutEnd>),
 }
 
 /// What the end of a cut asks for, on the lane's thread: first whether it may be committed, then a sync.
@@ -182,7 +182,7 @@ impl Shared {
             Work::CutEnd(end) => {
                 self.gate.may_commit()?;
                 let cut = end.cut;
-                writer.end_cut(end)?;
+                writer.end_cut(*end)?;
                 self.progress.ended(cut);
                 self.gate.ended();
             }

@@ -249,7 +249,7 @@ impl Stream {
                 }
                 self.cut = end.cut.next();
                 self.received.cuts += 1;
-                self.lane.push(Work::CutEnd(end));
+                self.lane.push(Work::CutEnd(Box::new(end)));
                 Ok(())
             }
             HostFrame::Want(bytes) => {

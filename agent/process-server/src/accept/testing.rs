@@ -167,7 +167,7 @@ impl TestHost {
             ServerFrame::Grant(bytes) => self.credit.grant(*bytes),
             ServerFrame::Durable(durable) => {
                 let covered = self.ended.iter().take_while(|(cut, _)| *cut <= durable.cut).count();
-                if let Some((_, bytes)) = self.ended.drain(..covered).last() {
+                if let Some((_, bytes)) = self.ended.drain(..covered).next_back() {
                     self.credit.acknowledge(bytes - self.acknowledged);
                     self.acknowledged = bytes;
                 }

@@ -230,7 +230,7 @@ mod tests {
         let nbd = serving.disks[0].nbd.as_deref().unwrap();
         assert_eq!(nbd, format!("nbd+unix:///{id}-0?socket={}", socket.display()));
         UnixStream::connect(&socket).unwrap();
-        assert_eq!(serves.list(), [serving.clone()]);
+        assert_eq!(serves.list(), std::slice::from_ref(&serving));
         assert_eq!(serves.of_machine(serving.machine), [id]);
         assert_eq!(serves.stop(id).unwrap(), serving);
         assert!(storage.list("serves").unwrap().is_empty());

@@ -376,14 +376,15 @@ fn authorise_failed(error: AuthoriseError) -> Failure {
 }
 
 fn replica_failed(error: ReplicaError) -> Failure {
+    use crate::journal::ReadError;
     let kind = match &error {
         ReplicaError::Absent { .. } | ReplicaError::NotViewable { .. } => FailureKind::NotFound,
         ReplicaError::Exists { .. }
         | ReplicaError::GenerationMoved { .. }
         | ReplicaError::GenerationBack { .. }
         | ReplicaError::Busy { .. } => FailureKind::Conflict,
-        ReplicaError::Read { source: crate::journal::ReadError::Damaged { .. }, .. } => FailureKind::Damaged,
-        ReplicaError::Read { .. } | ReplicaError::Write { .. } | ReplicaError::Journal(_) => FailureKind::Failed,
+        ReplicaError::Read { source: ReadError::Damaged { .. }, .. } => FailureKind::Damaged,
+        _ => FailureKind::Failed,
     };
     Failure::from_error(kind, &error, error.help())
 }
