@@ -10,7 +10,7 @@ use tidemark_base::storage::{OpenMode, Storage};
 use tidemark_base::{DiskId, Extent, HistoryHash, Position, Sequence, Timestamp};
 use uuid::Uuid;
 
-use crate::active::MARK_BODY_BYTES_MAX;
+use crate::active::{MARK_BODY_BYTES_MAX, RECORD_BYTES_MAX, ZEROES_BYTES_MAX};
 use crate::companion::{
     BODY_SLOT_BYTES, Durable, End, Identity, RECORDS_OFFSET, RecordSlot, SLOT_BYTES, Slot, SlotKind, Start, control_at,
     sequence_of, verify,
@@ -107,7 +107,7 @@ impl LogReader {
             return Err(damaged(bytes, "the companion is shorter than its end says"));
         }
         let bytes = data.bytes().map_err(io_error(&*storage, name, "open"))?;
-        if end.eol_location > bytes {
+        if end.eol_location > bytes || end.reached.data_bytes > end.eol_location {
             let what = "the log is shorter than its header says".to_owned();
             return Err(LogError::Damaged { path: data_path, offset: bytes, what });
         }
@@ -361,7 +361,8 @@ impl Scan {
 
     fn refuse(&self, record: &RecordSlot, data_limit: u64) -> Option<&'static str> {
         let (sequence, hash) = self.before;
-        if record.sequence != sequence.next() {
+        // A companion made to harm may begin at the last number there is.
+        if sequence.0.checked_add(1) != Some(record.sequence.0) {
             return Some("the record's sequence is not the next one");
         }
         let event = Event {
@@ -380,6 +381,10 @@ impl Scan {
         }
         if !record.extent.is_valid_on(self.log.identity.disk_bytes) {
             return Some("the record's range is not on the disk");
+        }
+        let bytes_max = if record.kind == SlotKind::Write { RECORD_BYTES_MAX } else { ZEROES_BYTES_MAX };
+        if record.extent.length > bytes_max {
+            return Some("the record is too long");
         }
         if record.kind == SlotKind::Zeroes && record.digest != ZEROES_DIGEST {
             return Some("the record of zeroes has data");

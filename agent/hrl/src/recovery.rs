@@ -73,6 +73,8 @@ pub enum Held {
 const HELD_RANGES_MAX: usize = 1 << 20;
 /// Marks reported as lost; further ones are counted with the records.
 const LOST_MARKS_MAX: usize = 1 << 16;
+/// Where no file system goes: zeroes add up without occupying anything.
+const FILE_BYTES_MAX: u64 = i64::MAX as u64;
 /// Data is verified in parts of this size.
 const PART_BYTES: usize = 1 << 20;
 
@@ -286,7 +288,7 @@ impl Examination {
                     Some(offset) => (open.log.storage.path(&open.log.name.hrl()), offset),
                     None => (open.log.storage.path(&open.log.name.companion()), scan.at),
                 };
-                let from = walk.intact.sequence.next();
+                let from = Sequence(walk.intact.sequence.0.saturating_add(1));
                 let end = open.log.position_of(&walk.intact);
                 let held = match walk.bad_data {
                     Some(_) => gather(&mut scan, &open, Held::Extents(walk.bad_extent.into_iter().collect()))?,
@@ -523,6 +525,9 @@ fn replay(
 ) -> Result<bool> {
     let seconds = record.time.hrl_seconds();
     let at = sets.end();
+    if at > FILE_BYTES_MAX {
+        return Ok(false);
+    }
     let mut add = |sets: &mut SetBuilder, offset, bytes, checksum| {
         sets.add(offset, bytes, seconds, checksum);
         if sets.is_full() {
