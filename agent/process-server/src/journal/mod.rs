@@ -504,8 +504,10 @@ impl Journal {
         end.clock_stepped |= end.time < self.tip.time;
         end.time = end.time.max(self.tip.time);
         let (durable, before) = (self.durable.cut, self.tip.commit);
+        // The host was told that nothing is here, and sends no zeroes: what lies below must not show through.
+        let wipes = end.kind == CutKind::ScanStart && self.history.needs_scan();
         let active = self.ensure_active()?;
-        let commit = match active.commit(&end, durable, &before) {
+        let commit = match active.commit(&end, wipes, durable, &before) {
             Ok(commit) => commit,
             Err(error) => return Err(self.write_failed(error)),
         };
