@@ -12,9 +12,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use tidemark_base::disk::{Access, Disk, DiskIdentity, FileDisk};
 use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile, create_private_folder};
-use tidemark_base::{
-    Clock, DiskId, Epoch, Extent, ExtentSet, Generation, MachineId, Position, ServerId, Timestamp,
-};
+use tidemark_base::{Clock, DiskId, Epoch, Extent, ExtentSet, Generation, MachineId, Position, ServerId, Timestamp};
 use tidemark_hrl::{Cause, Examination, LogError, LogReader, RecordKind, Verdict};
 
 use crate::capture::in_flight::InFlight;
@@ -169,7 +167,8 @@ impl Places {
             })?;
             (folder, "disk".to_owned())
         } else {
-            let path = request.path.canonicalize().map_err(|source| HostError::Io { what: "resolve the disk", source })?;
+            let path =
+                request.path.canonicalize().map_err(|source| HostError::Io { what: "resolve the disk", source })?;
             let folder = path.parent().ok_or_else(no_name)?.to_owned();
             let stem = path.file_name().and_then(|name| name.to_str()).ok_or_else(no_name)?.to_owned();
             (folder, stem)
@@ -248,8 +247,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     let consumer = open_consumer(&places, &request, disk.bytes())?;
     let mut scan = ExtentSet::new();
     let slots = remains.slots.as_ref().map(|slots| slots.in_flight.clone()).unwrap_or_default();
-    let slots: Vec<Extent> =
-        slots.into_iter().filter(|extent| extent.is_valid_on(disk.bytes())).collect();
+    let slots: Vec<Extent> = slots.into_iter().filter(|extent| extent.is_valid_on(disk.bytes())).collect();
     let dirty = remains.dirty.as_ref().map(DirtyBitmap::extents).unwrap_or_default();
     let mut reason = ScanReason::Unclean;
     match decision {
@@ -273,9 +271,11 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     if let Decision::ScanWhole(_) = decision {
         scan.insert(Extent::new(0, disk.bytes()));
     }
-    let is_initial = consumer.progress().is_some_and(|(done, _, reason)| done == 0 && reason == ScanReason::Initial);
-    // A consumer that was just made is to be scanned whole already, and its reason is worth keeping: zeroes need not be sent.
-    if !scan.is_empty() && !is_initial {
+    // A consumer that holds nothing is to be scanned whole already, and its reason is worth keeping: zeroes need not be sent.
+    let holds_nothing = consumer.pending(ScanRevision(0), ScanRevision(1));
+    let holds_nothing = holds_nothing.reason == Some(ScanReason::Initial)
+        && holds_nothing.extents.iter().map(|extent| extent.length).sum::<u64>() == disk.bytes();
+    if !scan.is_empty() && !holds_nothing {
         consumer.add(&scan, reason, ScanRevision(1)).map_err(places.failed("mark blocks"))?;
     }
 
@@ -326,7 +326,8 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         clean: None,
         intent_lost: false,
     };
-    let slots_file = preallocated(&*places.state, "slots", slots::FILE_BYTES).map_err(places.failed("make the slots"))?;
+    let slots_file =
+        preallocated(&*places.state, "slots", slots::FILE_BYTES).map_err(places.failed("make the slots"))?;
     let dirty = match remains.dirty {
         Some(dirty) => dirty,
         None => {
@@ -353,7 +354,8 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         _ => ExtentSet::new(),
     };
     let kept_intent = if decision == Decision::Continue { ExtentSet::new() } else { kept_intent };
-    let intent = Intent::start(intent_file, disk.bytes(), &kept_intent).map_err(places.failed("make the intent bitmap"))?;
+    let intent =
+        Intent::start(intent_file, disk.bytes(), &kept_intent).map_err(places.failed("make the intent bitmap"))?;
     dirty.clear_all();
     if exists(&*request.elsewhere, &intent_lost_file(&source)).unwrap_or(false) {
         request.elsewhere.remove(&intent_lost_file(&source)).map_err(places.failed("forget a lost intent bitmap"))?;
@@ -450,16 +452,7 @@ impl Remains {
         let intent = intent.and_then(|file| Intent::read(&*file, source.disk_bytes).ok().flatten());
         let dirty = open("dirty").map_err(&failed)?;
         let dirty = dirty.and_then(|file| DirtyBitmap::open(file, source.disk_bytes).ok().flatten());
-        Ok(Self {
-            session,
-            slots,
-            intent,
-            dirty,
-            logs: Vec::new(),
-            newest: Timestamp(0),
-            marked: None,
-            lost_marks: 0,
-        })
+        Ok(Self { session, slots, intent, dirty, logs: Vec::new(), newest: Timestamp(0), marked: None, lost_marks: 0 })
     }
 
     /// Judges the logs, and closes those that can be kept.

@@ -59,16 +59,22 @@ impl HostError {
                 _ => format!("see the system's message; {} must be a usable folder", folder.display()),
             },
             HostError::Log(error) => match error.os_error() {
-                Some(libc::ENOSPC | libc::EDQUOT) => "make room in the folder of the disk: its log is kept there".into(),
+                Some(libc::ENOSPC | libc::EDQUOT) => {
+                    "make room in the folder of the disk: its log is kept there".into()
+                }
                 _ => error.help().to_owned(),
             },
             HostError::DuplicateDisk { .. } => "name each disk once".into(),
             HostError::AlreadyProtected { machine, .. } => format!("unprotect {machine} first, or leave this disk out"),
-            HostError::OtherDisks { machine } => format!("unprotect {machine} first, then protect it with its new disks"),
+            HostError::OtherDisks { machine } => {
+                format!("unprotect {machine} first, then protect it with its new disks")
+            }
             HostError::NoName { .. } => "name a disk image or a block device".into(),
             HostError::UnknownMachine { .. } => "see `tidemark status` for what is protected".into(),
             HostError::Busy { .. } => "try again; if it stays so, the disk's medium is too slow for its writes".into(),
-            HostError::NotLogging { .. } => "try again when the mode of the disk is `data` (see `tidemark status`)".into(),
+            HostError::NotLogging { .. } => {
+                "try again when the mode of the disk is `data` (see `tidemark status`)".into()
+            }
             HostError::Freeze { source, .. } => source.help().to_owned(),
             HostError::Listen(_) | HostError::Io { .. } => "see the system's message".into(),
             HostError::Stopping => "start the agent again".into(),

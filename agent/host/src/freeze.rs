@@ -31,7 +31,9 @@ impl FreezeError {
             FreezeError::NotConfigured { .. } => {
                 "install executable scripts `freeze` and `thaw` in a folder named after the machine, beneath the agent's folder of freeze scripts"
             }
-            FreezeError::Unsafe { .. } => "let it belong to root (or to the agent's user) and be writable to its owner alone",
+            FreezeError::Unsafe { .. } => {
+                "let it belong to root (or to the agent's user) and be writable to its owner alone"
+            }
             FreezeError::Run { .. } => "make it executable, with a valid first line",
             FreezeError::Failed { .. } | FreezeError::TimedOut { .. } => {
                 "run it by hand to see what it does; a crash-consistent point is still possible"

@@ -17,8 +17,8 @@ use tidemark_base::stop::Stop;
 use tidemark_base::storage::{RealStorage, Storage, read_file, replace_file};
 use tidemark_base::{Clock, DiskId, MachineId, ServerId, SystemClock};
 use tidemark_proto::control::{
-    AgentReport, AttachedDisk, Consistency as Requested, Endpoint, Failure, MachineSpec, MarkRequest, Problem,
-    ProbedDisk, SourceDisk, SourceMode, SourceState, wire,
+    AgentReport, AttachedDisk, Consistency as Requested, Endpoint, Failure, MachineSpec, MarkRequest, ProbedDisk,
+    Problem, SourceDisk, SourceMode, SourceState, wire,
 };
 use tidemark_proto::replication::{Consistency, SessionId};
 use tidemark_transport::{Identity, PeerIdentity};
@@ -152,7 +152,10 @@ struct Shared {
 enum Entry {
     Running(Arc<Machine>),
     /// Protected, but its disks cannot be attached now.
-    Failed { spec: MachineSpec, failure: Failure },
+    Failed {
+        spec: MachineSpec,
+        failure: Failure,
+    },
 }
 
 impl Entry {

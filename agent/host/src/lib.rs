@@ -15,6 +15,8 @@ pub mod scan;
 pub mod send;
 pub mod source;
 pub mod state;
+#[cfg(test)]
+mod tests;
 
 pub use error::HostError;
 pub use host::{Host, HostConfig, HostLimits, LinkFactory, MachineStatus};

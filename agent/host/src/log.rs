@@ -168,18 +168,8 @@ impl DiskLog {
             clock,
             limits: Mutex::new(limits),
             hasher: DataHasher::new(disk),
-            appender: Mutex::new(Appender {
-                log: Some(log),
-                newest: found.newest,
-                clocks: None,
-                unmeasured_bytes: 0,
-            }),
-            published: Mutex::new(Published {
-                logged: start,
-                marked: found.marked,
-                time: now,
-                steps: VecDeque::new(),
-            }),
+            appender: Mutex::new(Appender { log: Some(log), newest: found.newest, clocks: None, unmeasured_bytes: 0 }),
+            published: Mutex::new(Published { logged: start, marked: found.marked, time: now, steps: VecDeque::new() }),
             chain: Mutex::new(chain),
             closed_bytes: AtomicU64::new(0),
             next_number: AtomicU64::new(found.next_number + 1),
@@ -316,7 +306,8 @@ impl DiskLog {
         let names: Vec<LogName> = self.chain().iter().map(|entry| entry.name.clone()).collect();
         let files = names.iter().filter(|name| Some(name.number) != active);
         let files = files.flat_map(|name| [name.hrl(), name.companion()]);
-        let bytes = files.filter_map(|file| self.storage.open(&file, OpenMode::Read).ok()?.allocated_bytes().ok()).sum();
+        let bytes =
+            files.filter_map(|file| self.storage.open(&file, OpenMode::Read).ok()?.allocated_bytes().ok()).sum();
         self.closed_bytes.store(bytes, Ordering::Release);
     }
 
@@ -406,8 +397,7 @@ impl DiskLog {
     pub fn create_epoch(&self, epoch: Epoch) -> Result<NewEpoch, LogError> {
         let now = self.time_now();
         let name = self.new_name();
-        let log =
-            ActiveLog::create(self.storage.clone(), name, self.disk, self.disk_bytes, epoch.start(), None, now)?;
+        let log = ActiveLog::create(self.storage.clone(), name, self.disk, self.disk_bytes, epoch.start(), None, now)?;
         Ok(NewEpoch { entry: Entry::live(log.reader()), log })
     }
 
@@ -543,7 +533,8 @@ impl DiskLog {
                 bytes += next.length as usize;
                 index += 1;
             }
-            let read = |offset, target: &mut [u8]| file.as_ref().is_some_and(|file| file.read_at(offset, target).is_ok());
+            let read =
+                |offset, target: &mut [u8]| file.as_ref().is_some_and(|file| file.read_at(offset, target).is_ok());
             let is_whole = read(data[first].offset, &mut buffer[at..at + bytes]);
             for (number, part) in data[first..index].iter().enumerate() {
                 let target = &mut buffer[at..at + part.length as usize];
@@ -644,12 +635,7 @@ impl ChainReader {
         let body = match record.kind {
             RecordKind::Write { extent, data_offset, digest, .. } => RecordBody::Write {
                 extent,
-                data: DataRef {
-                    log: self.number,
-                    offset: data_offset,
-                    length: extent.length as u32,
-                    hash: digest,
-                },
+                data: DataRef { log: self.number, offset: data_offset, length: extent.length as u32, hash: digest },
             },
             RecordKind::Zeroes { extent } => RecordBody::Zeroes { extent },
             RecordKind::Mark { body } => match Mark::from_bytes(&body) {

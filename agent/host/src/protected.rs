@@ -518,8 +518,7 @@ impl ProtectedDisk {
             return Err(io::Error::other(format!("{} changed its size", self.path.display())));
         }
         debug_assert!(is_logging || session.mode != Mode::Data);
-        session.clean =
-            Some(CleanDetach { identity: self.disk.identity()?, position, at: self.clock.wall_now() });
+        session.clean = Some(CleanDetach { identity: self.disk.identity()?, position, at: self.clock.wall_now() });
         session.store(&*self.state)
     }
 

@@ -81,9 +81,9 @@ impl DirtyBitmap {
     fn map(file: Arc<dyn StorageFile>, disk_bytes: u64) -> io::Result<Self> {
         let real = file.as_file().ok_or_else(|| io::Error::other("a dirty bitmap needs a file that can be mapped"))?;
         let map = MmapOptions::new().len(Self::file_bytes(disk_bytes) as usize).map_raw(real)?;
-        let bitmap =
-            Self { map, file, disk_bytes, words: bitmap_bytes(disk_bytes) / 8, granules: AtomicU64::new(0) };
-        let granules = (0..bitmap.words).map(|word| u64::from(bitmap.word(word).load(Ordering::Relaxed).count_ones())).sum();
+        let bitmap = Self { map, file, disk_bytes, words: bitmap_bytes(disk_bytes) / 8, granules: AtomicU64::new(0) };
+        let granules =
+            (0..bitmap.words).map(|word| u64::from(bitmap.word(word).load(Ordering::Relaxed).count_ones())).sum();
         bitmap.granules.store(granules, Ordering::Release);
         Ok(bitmap)
     }

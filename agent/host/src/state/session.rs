@@ -43,7 +43,9 @@ impl Boot {
             .lines()
             .find_map(|line| line.strip_prefix("btime "))
             .and_then(|seconds| seconds.trim().parse::<u64>().ok())
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/stat does not say when the machine started"))?;
+            .ok_or_else(|| {
+                io::Error::new(io::ErrorKind::InvalidData, "/proc/stat does not say when the machine started")
+            })?;
         Ok(Self { id, started: Timestamp(seconds.saturating_mul(1_000_000_000)) })
     }
 }

@@ -1,0 +1,201 @@
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemark_base::{DiskId, Generation, MachineId, ServerId, SystemClock};
+use tidemark_nbd::Export;
+use tidemark_proto::control::{
+    Consistency, DiskSpec, Endpoint, MachineSpec, MarkRequest, ReplicationPolicy, SourceMode, SourceState,
+};
+use tidemark_proto::replication::HostFrame;
+
+use crate::capture::splitter::Splitter;
+use crate::error::HostError;
+use crate::host::{Host, HostConfig, HostLimits};
+use crate::pack::Permit;
+use crate::send::link::{Link, LinkError, LinkEvents, LinkStream, Traffic};
+use crate::source::Source;
+use crate::state::session::Boot;
+
+/// A process server that is never there.
+struct Nowhere;
+
+struct Closed;
+
+impl Link for Nowhere {
+    fn open(&self, _traffic: Traffic, events: Arc<dyn LinkEvents>) -> Box<dyn LinkStream> {
+        events.closed(LinkError::Unreachable { reason: "nobody is there".into(), help: "start it".into() });
+        Box::new(Closed)
+    }
+}
+
+impl LinkStream for Closed {
+    fn send(&mut self, _frame: HostFrame, _permit: Option<Permit>) -> Result<(), LinkError> {
+        Err(LinkError::Cut { reason: "nobody is there".into() })
+    }
+
+    fn finish(&mut self) {}
+}
+
+fn config(folder: &Path) -> HostConfig {
+    HostConfig {
+        state_folder: folder.join("state"),
+        run_folder: folder.join("run"),
+        allowed_uids: Vec::new(),
+        link: Arc::new(|_| Arc::new(Nowhere)),
+        freezer: None,
+        limits: HostLimits { log_reserve_bytes: 0, ..HostLimits::default() },
+        boot: Boot::current().unwrap(),
+        clock: Arc::new(SystemClock::new()),
+    }
+}
+
+fn spec(folder: &Path, name: &str, disks: usize) -> MachineSpec {
+    let disks = (0..disks).map(|index| {
+        let path = folder.join(format!("{name}-{index}.img"));
+        std::fs::File::create(&path).unwrap().set_len(8 << 20).unwrap();
+        DiskSpec {
+            disk: DiskId::random(),
+            path: path.to_str().unwrap().to_owned(),
+            export: format!("{name}-{index}"),
+            generation: Generation::FIRST,
+            bytes: 8 << 20,
+        }
+    });
+    MachineSpec {
+        machine: MachineId::random(),
+        name: name.to_owned(),
+        disks: disks.collect(),
+        policy: ReplicationPolicy {
+            cycle: None,
+            point_interval: Some(Duration::from_secs(300)),
+            compression: Some(1),
+            log_limit_bytes: None,
+            throttle_bytes_per_second: None,
+        },
+        server: Endpoint { server: ServerId::random(), address: "nowhere.example:1".into() },
+        paused: false,
+    }
+}
+
+fn request(spec: &MachineSpec) -> MarkRequest {
+    MarkRequest { machine: spec.machine, consistency: Consistency::Crash, label: "now".into(), keep: true }
+}
+
+#[test]
+fn what_is_protected_comes_back_at_the_same_addresses() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path(), "web", 2);
+    let host = Host::start(config(folder.path())).unwrap();
+    assert_eq!(host.probe(&[spec.disks[0].path.clone()]).unwrap()[0].bytes, 8 << 20);
+    let attached = host.protect(spec.clone()).unwrap();
+    assert_eq!(attached.len(), 2);
+    let socket = folder.path().join("run/nbd.sock");
+    let expected = format!("nbd+unix:///web-0?socket={}", socket.display());
+    assert_eq!(attached[0].nbd.as_deref(), Some(expected.as_str()));
+    assert_eq!(host.protect(spec.clone()).unwrap(), attached, "the same again");
+
+    let disk = host.machine(spec.machine).unwrap().disks().next().unwrap().clone();
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    super::write(&splitter, 0, &[5; 4096]).unwrap();
+    let outcome = host.mark(&request(&spec)).unwrap();
+    assert_eq!(outcome.positions.len(), 2);
+    let logged = disk.state().logged;
+    drop((splitter, disk));
+    host.stop();
+    drop(host);
+
+    let host = Host::start(config(folder.path())).unwrap();
+    let machine = host.machine(spec.machine).unwrap();
+    assert_eq!(machine.attachments(), attached);
+    assert_eq!(machine.disks().next().unwrap().state().logged, logged, "left cleanly, continued");
+    let status = host.status();
+    assert_eq!((status.len(), status[0].name.as_str(), status[0].disks.len()), (1, "web", 2));
+    assert_eq!(status[0].disks[0].mode, SourceMode::Data);
+    assert!(status[0].disks[0].scan.is_some() && status[0].disks[0].pending_bytes > 0);
+    assert!(host.report().disks.len() == 2);
+
+    host.pause(spec.machine).unwrap();
+    assert!(host.status()[0].paused);
+    host.resume(spec.machine).unwrap();
+    host.resync(spec.machine).unwrap();
+    host.unprotect(spec.machine).unwrap();
+    assert!(matches!(host.mark(&request(&spec)), Err(HostError::UnknownMachine { .. })));
+    drop(machine);
+    let left: Vec<String> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.contains("web") && !name.ends_with(".img"))
+        .collect();
+    assert!(left.is_empty(), "left behind: {left:?}");
+    host.stop();
+    assert!(Host::start(config(folder.path())).unwrap().status().is_empty());
+}
+
+#[test]
+fn what_cannot_be_protected_says_why_and_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = Host::start(config(folder.path())).unwrap();
+    let web = spec(folder.path(), "web", 2);
+    let mut twice = web.clone();
+    twice.disks[1].path = twice.disks[0].path.clone();
+    assert!(matches!(host.protect(twice), Err(HostError::DuplicateDisk { .. })));
+    let mut absent = web.clone();
+    absent.disks[1].path = folder.path().join("absent").to_str().unwrap().to_owned();
+    assert!(matches!(host.protect(absent), Err(HostError::Disk(_))));
+    assert!(host.status().is_empty());
+    // The disk that was attached before the other failed is free again.
+    host.protect(web.clone()).unwrap();
+    let mut other = spec(folder.path(), "db", 1);
+    other.disks[0].path = web.disks[1].path.clone();
+    assert!(matches!(host.protect(other), Err(HostError::AlreadyProtected { .. })));
+    let mut fewer = web.clone();
+    fewer.disks.pop();
+    let error = host.protect(fewer).unwrap_err();
+    assert!(matches!(error, HostError::OtherDisks { .. }) && !error.help().is_empty());
+    host.stop();
+}
+
+#[test]
+fn a_machine_whose_disk_is_away_shows_it_and_the_others_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (web, db) = (spec(folder.path(), "web", 1), spec(folder.path(), "db", 1));
+    let host = Host::start(config(folder.path())).unwrap();
+    host.protect(web.clone()).unwrap();
+    host.protect(db.clone()).unwrap();
+    host.stop();
+    drop(host);
+    let away = folder.path().join("away");
+    std::fs::hard_link(&web.disks[0].path, &away).unwrap();
+    std::fs::remove_file(&web.disks[0].path).unwrap();
+    let host = Host::start(config(folder.path())).unwrap();
+    let status = host.status();
+    let of = |name: &str| status.iter().find(|machine| machine.name == name).unwrap().disks[0].clone();
+    assert_eq!(of("web").state, SourceState::Failed);
+    assert!(of("web").problems[0].message.contains("does not exist"), "{:?}", of("web").problems);
+    assert_ne!(of("db").state, SourceState::Failed);
+    host.stop();
+}
+
+#[test]
+fn a_guest_writes_through_the_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path(), "web", 1);
+    let host = Host::start(config(folder.path())).unwrap();
+    host.protect(spec.clone()).unwrap();
+    let machine = host.machine(spec.machine).unwrap();
+    let disk = machine.disks().next().unwrap().clone();
+    assert_eq!(Splitter::new(disk.clone()).unwrap().bytes(), 8 << 20);
+    let start = disk.state().logged.epoch.start();
+    let mut client = tidemark_nbd::client::Client::connect_unix(&folder.path().join("run/nbd.sock"), "web-0").unwrap();
+    client.write(4096, &[3; 8192]).unwrap();
+    client.flush().unwrap();
+    let mut read = [0; 4096];
+    client.read(8192, &mut read).unwrap();
+    assert_eq!(read, [3; 4096]);
+    drop(client);
+    let mut image = vec![0; 8 << 20];
+    super::replay(&disk, &super::records_after(&disk, &start), &mut image);
+    assert!(image == std::fs::read(&spec.disks[0].path).unwrap());
+    host.stop();
+}

@@ -1,0 +1,130 @@
+use tidemark_base::disk::DiskError;
+use tidemark_base::{Extent, ExtentSet};
+
+use super::{Fixture, covers, records_after, replay, write};
+use crate::capture::splitter::Splitter;
+use crate::error::HostError;
+use crate::log::LogLimits;
+use crate::source::{ScanReason, ScanRevision, Source};
+use crate::state::session::Mode;
+
+const MIB: u64 = 1 << 20;
+const DISK_BYTES: u64 = 64 * MIB;
+
+#[test]
+fn a_full_log_steps_down_and_comes_back_with_a_scan() {
+    let mut fixture = Fixture::new(DISK_BYTES);
+    fixture.limits = LogLimits { limit_bytes: 4 * MIB, ..fixture.limits };
+    let disk = fixture.attach_in_sync();
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    let epoch = disk.state().logged.epoch;
+    let data = vec![7; MIB as usize];
+    for index in 0..8 {
+        write(&splitter, index * MIB, &data).unwrap();
+    }
+    disk.tick();
+    let Mode::Bitmap { reason } = disk.mode() else { panic!("still {:?}", disk.mode()) };
+    assert!(reason.contains("limit"), "{reason}");
+    assert!(disk.alarms().contains_key("log"));
+    // The guest goes on; what it writes is marked.
+    let logged = disk.state().logged;
+    write(&splitter, 20 * MIB, &data).unwrap();
+    assert_eq!(disk.state().logged, logged);
+    assert!(covers(&disk.dirty.extents(), Extent::new(20 * MIB, MIB)));
+    disk.tick();
+    assert!(matches!(disk.mode(), Mode::Bitmap { .. }), "nobody took what the log holds");
+    assert!(fixture.pending(&disk).is_empty());
+
+    // A killed process comes back to the same.
+    drop((splitter, disk));
+    let disk = fixture.attach().disk;
+    assert!(covers(&fixture.pending(&disk), Extent::new(20 * MIB, MIB)));
+    assert_eq!(disk.mode(), Mode::Data);
+    drop(disk);
+    let disk = fixture.attach_in_sync();
+
+    // And without a crash: when the consumer took the rest of the log, a new epoch and a scan of what was not logged.
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    for index in 0..8 {
+        write(&splitter, index * MIB, &data).unwrap();
+    }
+    disk.tick();
+    assert!(matches!(disk.mode(), Mode::Bitmap { .. }));
+    write(&splitter, 30 * MIB, &data).unwrap();
+    disk.acknowledged(fixture.server, disk.state().logged).unwrap();
+    disk.tick();
+    assert_eq!(disk.mode(), Mode::Data);
+    assert_ne!(disk.state().logged.epoch, epoch);
+    assert!(disk.dirty.is_empty() && disk.alarms().is_empty());
+    let pending = disk.pending_scan(fixture.server, ScanRevision(0)).unwrap();
+    assert_eq!(pending.reason, Some(ScanReason::Dirty));
+    assert!(covers(&pending.extents, Extent::new(30 * MIB, MIB)));
+    assert!(!covers(&pending.extents, Extent::new(0, 4096)), "that was acknowledged");
+
+    // The log works again.
+    write(&splitter, 0, &[9; 4096]).unwrap();
+    let mut image = vec![0; DISK_BYTES as usize];
+    let mut scanned = ExtentSet::new();
+    pending.extents.iter().for_each(|extent| scanned.insert(extent));
+    for extent in scanned.iter() {
+        disk.disk().read_at(extent.offset, &mut image[extent.offset as usize..extent.end() as usize]).unwrap();
+    }
+    replay(&disk, &records_after(&disk, &disk.state().logged.epoch.start()), &mut image);
+    assert_eq!(image[..4096], [9; 4096]);
+}
+
+#[test]
+fn a_log_folder_without_room_steps_down() {
+    let mut fixture = Fixture::new(DISK_BYTES);
+    fixture.limits = LogLimits { reserve_bytes: u64::MAX, ..fixture.limits };
+    let disk = fixture.attach().disk;
+    disk.tick();
+    let Mode::Bitmap { reason } = disk.mode() else { panic!("still logging") };
+    assert!(reason.contains("free"), "{reason}");
+    write(&Splitter::new(disk.clone()).unwrap(), 0, &[1; 512]).unwrap();
+    assert_eq!(fixture.content()[0], 1);
+}
+
+#[test]
+fn disks_that_cannot_be_used_say_why() {
+    let fixture = Fixture::new(DISK_BYTES);
+    let first = fixture.attach();
+    let Err(HostError::Disk(error @ DiskError::InUse { .. })) = fixture.try_attach() else { panic!("attached twice") };
+    assert!(!error.help().is_empty());
+    drop(first);
+    let file = std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap();
+    file.set_len(1000).unwrap();
+    assert!(matches!(fixture.try_attach(), Err(HostError::Disk(DiskError::OddSize { bytes: 1000, .. }))));
+    std::fs::remove_file(fixture.path()).unwrap();
+    assert!(matches!(fixture.try_attach(), Err(HostError::Disk(DiskError::Absent { .. }))));
+    // Someone's file where our folder should be.
+    let fixture = Fixture::new(DISK_BYTES);
+    std::fs::File::create(fixture.folder.path().join("disk.img.tidemark")).unwrap();
+    let Err(error @ HostError::State { .. }) = fixture.try_attach() else { panic!("attached without a folder") };
+    assert!(error.help().contains(fixture.folder.path().to_str().unwrap()), "{}", error.help());
+}
+
+#[test]
+fn a_disk_that_changes_its_size_is_seen() {
+    let fixture = Fixture::new(DISK_BYTES);
+    let disk = fixture.attach_in_sync();
+    disk.tick();
+    assert!(disk.alarms().is_empty());
+    std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap().set_len(DISK_BYTES * 2).unwrap();
+    disk.tick();
+    let problem = disk.alarms().get("size").cloned().unwrap();
+    assert!(problem.critical && problem.message.contains("changed its size"), "{problem:?}");
+    assert!(matches!(disk.mode(), Mode::Bitmap { .. }));
+    assert!(disk.detach().is_err(), "no clean end for it");
+}
+
+#[test]
+fn intent_bits_go_when_nothing_was_written_for_a_while() {
+    let fixture = Fixture::new(DISK_BYTES);
+    let disk = fixture.attach_in_sync();
+    write(&Splitter::new(disk.clone()).unwrap(), 0, &[1; 512]).unwrap();
+    assert!(disk.intent.is_any_set());
+    disk.tick();
+    assert!(disk.intent.is_any_set(), "idle for a moment only");
+    assert!(disk.log.sync().is_ok());
+}

@@ -1,0 +1,149 @@
+//! Capture as a whole: the write path against a model, marks under load, crashes, limits.
+
+mod crash;
+mod host;
+mod limits;
+mod marks;
+mod write_path;
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tidemark_base::storage::RealStorage;
+use tidemark_base::{
+    Clock, DiskId, Extent, ExtentSet, Generation, MachineId, Position, Sequence, ServerId, SystemClock,
+};
+use tidemark_nbd::{Export, WriteRequest};
+
+use crate::attach::{AttachRequest, Attached, attach};
+use crate::capture::splitter::Splitter;
+use crate::error::HostError;
+use crate::log::LogLimits;
+use crate::protected::ProtectedDisk;
+use crate::source::{DataRef, Record, RecordBody, ScanRevision, Source};
+use crate::state::session::Boot;
+
+pub struct Fixture {
+    pub folder: tempfile::TempDir,
+    pub disk: DiskId,
+    pub server: ServerId,
+    pub boot: Boot,
+    pub limits: LogLimits,
+    pub clock: Arc<dyn Clock>,
+}
+
+pub const LIMITS: LogLimits = LogLimits { rotate_bytes: 1 << 20, limit_bytes: 1 << 30, reserve_bytes: 0 };
+
+impl Fixture {
+    pub fn new(disk_bytes: u64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        File::create(folder.path().join("disk.img")).unwrap().set_len(disk_bytes).unwrap();
+        Self {
+            folder,
+            disk: DiskId::random(),
+            server: ServerId::random(),
+            boot: Boot::current().unwrap(),
+            limits: LIMITS,
+            clock: Arc::new(SystemClock::new()),
+        }
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("disk.img")
+    }
+
+    pub fn content(&self) -> Vec<u8> {
+        std::fs::read(self.path()).unwrap()
+    }
+
+    pub fn try_attach(&self) -> Result<Attached, HostError> {
+        attach(AttachRequest {
+            disk: self.disk,
+            machine: MachineId::from_bytes([7; 16]),
+            generation: Generation::FIRST,
+            path: self.path(),
+            device_folder: self.folder.path().join("devices"),
+            elsewhere: RealStorage::create(self.folder.path().join("elsewhere")).unwrap(),
+            consumer: self.server,
+            limits: self.limits,
+            boot: self.boot.clone(),
+            clock: self.clock.clone(),
+        })
+    }
+
+    pub fn attach(&self) -> Attached {
+        self.try_attach().unwrap()
+    }
+
+    /// Attached, with everything that was to be scanned scanned and everything logged acknowledged.
+    pub fn attach_in_sync(&self) -> Arc<ProtectedDisk> {
+        let disk = self.attach().disk;
+        self.settle(&disk);
+        disk
+    }
+
+    /// The consumer holds everything.
+    pub fn settle(&self, disk: &ProtectedDisk) {
+        let pending = disk.pending_scan(self.server, ScanRevision(0)).unwrap();
+        for extent in pending.extents.iter() {
+            disk.scanned(self.server, extent, pending.revision).unwrap();
+        }
+        disk.acknowledged(self.server, disk.state().logged).unwrap();
+        disk.consumer(self.server).unwrap().store().unwrap();
+    }
+
+    pub fn pending(&self, disk: &ProtectedDisk) -> ExtentSet {
+        disk.pending_scan(self.server, ScanRevision(0)).unwrap().extents
+    }
+}
+
+pub fn write(splitter: &Splitter, offset: u64, data: &[u8]) -> io::Result<()> {
+    let mut results = [Err(io::ErrorKind::Other.into())];
+    splitter.write_batch(&[WriteRequest { offset, data, fua: false }], &mut results);
+    let [result] = results;
+    result
+}
+
+pub fn records_after(disk: &ProtectedDisk, after: &Position) -> Vec<Record> {
+    let mut records = Vec::new();
+    disk.read_after(after).unwrap().read(Sequence(u64::MAX), usize::MAX, &mut records).unwrap();
+    records
+}
+
+/// Applies records to an image, through the same calls as a sender.
+pub fn replay(disk: &ProtectedDisk, records: &[Record], image: &mut [u8]) {
+    for record in records {
+        match &record.body {
+            RecordBody::Write { extent, data } => {
+                let target = &mut image[extent.offset as usize..extent.end() as usize];
+                disk.read_data(&[*data], target).unwrap();
+            }
+            RecordBody::Zeroes { extent } => image[extent.offset as usize..extent.end() as usize].fill(0),
+            RecordBody::Mark(_) => {}
+        }
+    }
+}
+
+pub fn data_refs(records: &[Record]) -> Vec<DataRef> {
+    let data = records.iter().filter_map(|record| match &record.body {
+        RecordBody::Write { data, .. } => Some(*data),
+        _ => None,
+    });
+    data.collect()
+}
+
+pub fn covers(set: &ExtentSet, extent: Extent) -> bool {
+    set.overlapping(extent).map(|part| part.length).sum::<u64>() == extent.length
+}
+
+/// A small generator, so that a failing run can be repeated.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) % limit
+    }
+}
