@@ -19,7 +19,7 @@ use crate::capture::in_flight::InFlight;
 use crate::capture::splitter::log_from_disk;
 use crate::consumer::Consumer;
 use crate::error::HostError;
-use crate::log::{DiskLog, Found, LogLimits, logs_in, remove_log};
+use crate::log::{DiskLog, Found, LogLimits, LogPlace, logs_in, remove_log};
 use crate::protected::{ProtectedDisk, insert_granules, intent_lost_file, push_epoch};
 use crate::source::{ScanReason, ScanRevision, SourceIdentity, Watchers};
 use crate::state::dirty::DirtyBitmap;
@@ -199,9 +199,14 @@ struct Remains {
 
 /// Opens a disk and takes over what the session before left, by the table of [`decide`].
 ///
-/// 1. the disk is locked, 2. the remains are read, and logs that were not closed are cut and closed, 3. by the decision: what
-/// must be scanned is added to each consumer's scan, durably, or ranges in flight are logged again, in a new log,
-/// 4. the slots begin anew, 5. the session is stored, 6. the intent bitmap begins anew, 7. logs that nobody needs are removed.
+/// 1. the disk is locked
+/// 2. the remains are read, and logs that were not closed are cut and closed
+/// 3. by the decision: what must be scanned is added to each consumer's scan, durably, or ranges in flight are logged
+///    again, in a new log
+/// 4. the slots begin anew
+/// 5. the session is stored
+/// 6. the intent bitmap begins anew
+/// 7. logs that nobody needs are removed
 ///
 /// Crash before 5: the session before still stands and is not clean, the slots are not its own any more (or still are): the
 /// next attach decides at least as much. After 5: this session stands, not clean.
@@ -294,11 +299,13 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     let kept: Vec<u64> = remains.logs.iter().map(|log| log.name().number).collect();
     let newest = remains.newest.max(remains.session.as_ref().map_or(Timestamp(0), |session| session.newest));
     let log = DiskLog::start(
-        places.logs.clone(),
-        &places.stem,
-        request.disk,
-        disk.bytes(),
-        request.clock.clone(),
+        LogPlace {
+            storage: places.logs.clone(),
+            stem: places.stem.clone(),
+            disk: request.disk,
+            disk_bytes: disk.bytes(),
+            clock: request.clock.clone(),
+        },
         request.limits,
         start,
         Found {

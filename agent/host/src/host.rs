@@ -152,17 +152,19 @@ struct Shared {
 enum Entry {
     Running(Arc<Machine>),
     /// Protected, but its disks cannot be attached now.
-    Failed {
-        spec: MachineSpec,
-        failure: Failure,
-    },
+    Failed(Box<FailedMachine>),
+}
+
+struct FailedMachine {
+    spec: MachineSpec,
+    failure: Failure,
 }
 
 impl Entry {
     fn spec(&self) -> MachineSpec {
         match self {
             Entry::Running(machine) => machine.spec(),
-            Entry::Failed { spec, .. } => spec.clone(),
+            Entry::Failed(failed) => failed.spec.clone(),
         }
     }
 }
@@ -278,7 +280,7 @@ impl Host {
         self.shared.store(&spec)?;
         match entry {
             Entry::Running(machine) => machine.set_paused(is_paused),
-            Entry::Failed { spec: stored, .. } => *stored = spec,
+            Entry::Failed(failed) => failed.spec = spec,
         }
         Ok(())
     }
@@ -313,8 +315,8 @@ impl Host {
                 let spec = entry.spec();
                 let disks = match entry {
                     Entry::Running(machine) => machine.status(),
-                    Entry::Failed { failure, .. } => {
-                        spec.disks.iter().map(|disk| failed_disk(disk.disk, failure)).collect()
+                    Entry::Failed(failed) => {
+                        spec.disks.iter().map(|disk| failed_disk(disk.disk, &failed.failure)).collect()
                     }
                 };
                 MachineStatus { machine: spec.machine, name: spec.name, paused: spec.paused, disks }
@@ -378,7 +380,7 @@ impl Shared {
             Ok(machine) => Entry::Running(machine),
             Err(error) => {
                 tracing::warn!(machine = %spec.name, error = %error, help = error.help(), "machine cannot be attached");
-                Entry::Failed { failure: Failure::from(&error), spec }
+                Entry::Failed(Box::new(FailedMachine { failure: Failure::from(&error), spec }))
             }
         }
     }
@@ -386,10 +388,10 @@ impl Shared {
     fn retry_failed(&self) {
         let mut machines = self.machines();
         for entry in machines.values_mut() {
-            if let Entry::Failed { spec, failure } = entry {
-                match self.start(spec.clone()) {
+            if let Entry::Failed(failed) = entry {
+                match self.start(failed.spec.clone()) {
                     Ok(machine) => *entry = Entry::Running(machine),
-                    Err(error) => *failure = Failure::from(&error),
+                    Err(error) => failed.failure = Failure::from(&error),
                 }
             }
         }

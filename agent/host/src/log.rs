@@ -132,6 +132,15 @@ impl Entry {
     }
 }
 
+/// Whose log it is, and where it lies.
+pub struct LogPlace {
+    pub storage: Arc<dyn Storage>,
+    pub stem: String,
+    pub disk: DiskId,
+    pub disk_bytes: u64,
+    pub clock: Arc<dyn Clock>,
+}
+
 /// What is taken over from the sessions before.
 pub struct Found {
     /// Closed logs of the current epoch, oldest first, each beginning where the one before it ends.
@@ -144,25 +153,17 @@ pub struct Found {
 
 impl DiskLog {
     /// Goes on at `start`, in a new log. Durable when it returns.
-    pub fn start(
-        storage: Arc<dyn Storage>,
-        stem: &str,
-        disk: DiskId,
-        disk_bytes: u64,
-        clock: Arc<dyn Clock>,
-        limits: LogLimits,
-        start: Position,
-        found: Found,
-    ) -> Result<Self, LogError> {
+    pub fn start(place: LogPlace, limits: LogLimits, start: Position, found: Found) -> Result<Self, LogError> {
+        let LogPlace { storage, stem, disk, disk_bytes, clock } = place;
         let mut chain: Vec<Arc<Entry>> = found.closed.iter().map(Entry::closed).collect();
         let previous = found.closed.last().map(|reader| reader.id());
         let now = clock.wall_now().max(found.newest);
-        let name = LogName::new(stem, found.next_number);
+        let name = LogName::new(stem.as_str(), found.next_number);
         let log = ActiveLog::create(storage.clone(), name, disk, disk_bytes, start, previous, now)?;
         chain.push(Entry::live(log.reader()));
         let log = Self {
             storage: storage.clone(),
-            stem: stem.to_owned(),
+            stem,
             disk,
             disk_bytes,
             clock,
@@ -601,7 +602,7 @@ pub struct ChainReader {
 }
 
 impl ChainReader {
-    pub fn next(&mut self) -> Result<Option<LogRecord>, SourceError> {
+    pub fn next_record(&mut self) -> Result<Option<LogRecord>, SourceError> {
         loop {
             let record = self.records.next().map_err(|error| self.log.read_error(error, self.at))?;
             if let Some(record) = record {
@@ -660,7 +661,7 @@ impl RecordReader for ChainReader {
                 break;
             }
             let before = self.at;
-            let Some(record) = self.next()? else {
+            let Some(record) = self.next_record()? else {
                 let logged = self.log.published().logged;
                 if logged.epoch != before.epoch {
                     return Err(SourceError::Gone { disk: self.log.disk, after: before });

@@ -280,9 +280,12 @@ impl ProtectedDisk {
 
     /// Ends the epoch: see [`Source::new_epoch`]. Also the way back from bitmap mode.
     ///
-    /// 1. a new log is made and synced, 2. the disk is held, 3. what the old log holds and nobody acknowledged, and the
-    /// dirty bitmap, are added to each consumer's scan, durably, 4. the session names the new epoch, durably, 5. the new
-    /// log takes over and the disk is released, 6. the old logs and the dirty bits go.
+    /// 1. a new log is made and synced
+    /// 2. the disk is held
+    /// 3. what the old log holds and nobody acknowledged, and the dirty bitmap, are added to each consumer's scan, durably
+    /// 4. the session names the new epoch, durably
+    /// 5. the new log takes over and the disk is released
+    /// 6. the old logs and the dirty bits go
     ///
     /// Crash before 4: the old epoch stands, the new log is a stranger and is removed at attach. After 4: the new one
     /// stands, what the old logs held is in the scans.
@@ -567,7 +570,7 @@ impl Behind {
         let Some(reader) = &mut self.reader else { return };
         self.is_readable = self.is_readable
             && (|| -> Result<(), SourceError> {
-                while let Some(record) = reader.next()? {
+                while let Some(record) = reader.next_record()? {
                     if let Some(extent) = record.extent() {
                         insert_granules(&mut self.changed, extent);
                     }

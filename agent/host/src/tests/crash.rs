@@ -67,12 +67,11 @@ fn a_killed_process_reads_what_was_in_flight() {
     write(&splitter, 4096, &[1; 4096]).unwrap();
     // Killed between the write to the disk and its record.
     let extents = [Extent::new(20 * MIB, 8192), Extent::new(30 * MIB, 512 << 10)];
-    let admitted = disk.in_flight.admit(&extents).unwrap();
+    let admitted = disk.in_flight.admit(&extents).unwrap(); // and never finished
     disk.intent.declare(&extents).unwrap();
     disk.in_flight.publish(&admitted, &extents, fixture.clock.wall_now());
     disk.disk.write_at(20 * MIB, &[2; 8192], Durability::Cached).unwrap();
     disk.disk.write_at(30 * MIB, &[3; 4096], Durability::Cached).unwrap();
-    std::mem::forget(admitted);
     let logged = disk.state().logged;
     drop((splitter, disk));
 
