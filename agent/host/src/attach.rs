@@ -277,9 +277,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         scan.insert(Extent::new(0, disk.bytes()));
     }
     // A consumer that holds nothing is to be scanned whole already, and its reason is worth keeping: zeroes need not be sent.
-    let holds_nothing = consumer.pending(ScanRevision(0), ScanRevision(1));
-    let holds_nothing = holds_nothing.reason == Some(ScanReason::Initial)
-        && holds_nothing.extents.iter().map(|extent| extent.length).sum::<u64>() == disk.bytes();
+    let holds_nothing = consumer.holds_nothing();
     if !scan.is_empty() && !holds_nothing {
         consumer.add(&scan, reason, ScanRevision(1)).map_err(places.failed("mark blocks"))?;
     }

@@ -163,6 +163,11 @@ impl Consumer {
         self.store_locked(&mut state)
     }
 
+    /// Nothing of the disk was ever scanned for it.
+    pub fn holds_nothing(&self) -> bool {
+        self.scan.is_full() && self.state().current.reason == Some(ScanReason::Initial)
+    }
+
     pub fn pending(&self, newer_than: ScanRevision, revision: ScanRevision) -> PendingScan {
         let mut state = self.state();
         state.asked = Some(Instant::now());

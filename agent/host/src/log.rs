@@ -294,6 +294,12 @@ impl DiskLog {
         self.check_room(&appender).inspect_err(|_| appender.log = None)
     }
 
+    /// Whether a new log may begin: with some distance to the reserve, so that the mode does not change every second.
+    pub fn has_room(&self) -> bool {
+        let reserve_bytes = self.limits().reserve_bytes;
+        self.storage.available_bytes().is_ok_and(|available| available >= reserve_bytes.saturating_mul(2))
+    }
+
     /// What the logs occupy on the media.
     pub fn allocated_bytes(&self) -> u64 {
         let active = self.appender().log.as_ref().map(|log| log.reader());

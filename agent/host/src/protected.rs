@@ -472,7 +472,7 @@ impl ProtectedDisk {
 
     /// In bitmap mode: once each active consumer has taken what the old log holds, a new epoch begins.
     fn return_to_log(&self) {
-        if *self.mode.lock().expect("no panic while held") == Mode::Data {
+        if *self.mode.lock().expect("no panic while held") == Mode::Data || !self.log.has_room() {
             return;
         }
         let logged = self.log.published().logged;

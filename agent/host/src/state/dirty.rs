@@ -144,6 +144,10 @@ impl DirtyBitmap {
         self.granules.load(Ordering::Acquire) == 0
     }
 
+    pub fn is_full(&self) -> bool {
+        self.granules.load(Ordering::Acquire) == self.disk_bytes.div_ceil(GRANULE_BYTES)
+    }
+
     /// How much of the disk is marked.
     pub fn bytes(&self) -> u64 {
         (self.granules.load(Ordering::Acquire) * GRANULE_BYTES).min(self.disk_bytes)

@@ -83,6 +83,13 @@ fn a_log_folder_without_room_steps_down() {
     assert!(reason.contains("free"), "{reason}");
     write(&Splitter::new(disk.clone()).unwrap(), 0, &[1; 512]).unwrap();
     assert_eq!(fixture.content()[0], 1);
+    // A consumer that is there does not bring the log back as long as there is no room for it.
+    fixture.settle(&disk);
+    disk.tick();
+    assert!(matches!(disk.mode(), Mode::Bitmap { .. }));
+    disk.set_log_limits(super::LIMITS);
+    disk.tick();
+    assert_eq!(disk.mode(), Mode::Data);
 }
 
 #[test]
