@@ -563,11 +563,14 @@ impl DataVerifier {
         if data_offset < HEADER_BYTES as u64 || data_offset.saturating_add(extent.length) > open.data_bytes {
             return Ok(false);
         }
-        self.buffer.resize(PART_BYTES, 0);
+        let part_bytes = extent.length.min(PART_BYTES as u64) as usize;
+        if self.buffer.len() < part_bytes {
+            self.buffer.resize(part_bytes, 0);
+        }
         let mut hasher = open.log.hasher.in_parts();
         let mut done = 0;
         while done < extent.length {
-            let part = &mut self.buffer[..(extent.length - done).min(PART_BYTES as u64) as usize];
+            let part = &mut self.buffer[..(extent.length - done).min(part_bytes as u64) as usize];
             open.log.data.read_at(data_offset + done, part).map_err(open.log.io_error("read"))?;
             hasher.update(part);
             done += part.len() as u64;
