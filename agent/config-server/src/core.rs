@@ -1,11 +1,12 @@
 //! What every operation stands on: the state, the streams, the jobs, and one lock a machine.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tidemark_base::{HostId, MachineId, ServerId, SystemClock};
 use tidemark_proto::control::{AgentCommand, Failure, FailureKind, Reply, ServerCommand};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::hub::{Hub, PeerId, unexpected};
@@ -28,6 +29,8 @@ pub struct Core {
     pub serves: Serves,
     pub stop: CancellationToken,
     pub clock: SystemClock,
+    /// How many peers were told everything that concerns them since they connected.
+    pub settled_peers: watch::Sender<BTreeSet<PeerId>>,
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Why what is wanted of a machine could not be done, as of the last try.
     unsettled: Mutex<HashMap<(MachineId, Side), Failure>>,
@@ -49,6 +52,7 @@ impl Core {
             serves: Serves::default(),
             stop: CancellationToken::new(),
             clock: SystemClock::new(),
+            settled_peers: watch::Sender::default(),
             locks: Mutex::default(),
             unsettled: Mutex::default(),
         })

@@ -48,6 +48,9 @@ pub async fn run(core: Arc<Core>, mut events: mpsc::Receiver<Event>) {
                 if let Some(token) = settling.remove(&peer) {
                     token.cancel();
                 }
+                core.settled_peers.send_modify(|settled| {
+                    settled.remove(&peer);
+                });
                 let _ = note_gone(&core, peer);
             }
         }
@@ -105,7 +108,13 @@ async fn settle(core: Arc<Core>, peer: PeerId, moved: bool, stop: CancellationTo
         };
         tokio::select! {
             () = stop.cancelled() => return,
-            all_settled = pass => if all_settled { return },
+            all_settled = pass => {
+                // The first pass told everything, whether or not all of it could be done.
+                core.settled_peers.send_modify(|settled| {
+                    settled.insert(peer);
+                });
+                if all_settled { return }
+            }
         }
         if tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
             return;

@@ -110,9 +110,11 @@ impl ConfigServer {
         self.control
     }
 
-    /// Both kinds of peers that `up` needs before it is ready.
-    pub fn connected_peers(&self) -> usize {
-        self.core.hub.connected().len()
+    /// Waits until so many peers are connected and were told everything that concerns them.
+    pub async fn wait_settled(&self, peers: usize) {
+        let mut settled = self.core.settled_peers.subscribe();
+        // The sender lives as long as the server.
+        let _ = settled.wait_for(|settled| settled.len() >= peers).await;
     }
 
     /// Ends everything; streams and requests have a short time to finish.

@@ -1,0 +1,351 @@
+//! What can be typed.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tidemark_proto::control::ImageFormat;
+
+use crate::client::{Client, ClientError};
+use crate::demo::DemoArgs;
+
+/// Disaster recovery by replication: records every change to protected disks and recovers any point of them.
+#[derive(Parser)]
+#[command(name = "tidemark", version, max_term_width = 110)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub verb: Verb,
+    #[command(flatten)]
+    pub target: Target,
+    /// Print exactly one JSON document (with --watch, one a line).
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// Where the configuration server is; without these, TIDEMARK_DIR names the folder of a `tidemark up`.
+#[derive(Args, Clone, Default)]
+pub struct Target {
+    /// The configuration server, https://HOST:PORT.
+    #[arg(long, global = true, value_name = "URL", env = "TIDEMARK_SERVER", hide_env_values = true)]
+    pub server: Option<String>,
+    /// The file with its bearer token.
+    #[arg(long, global = true, value_name = "FILE", env = "TIDEMARK_TOKEN_FILE", hide_env_values = true)]
+    pub token_file: Option<PathBuf>,
+    /// The certificate of its authority.
+    #[arg(long, global = true, value_name = "FILE", env = "TIDEMARK_CA_FILE", hide_env_values = true)]
+    pub ca_file: Option<PathBuf>,
+}
+
+impl Target {
+    pub fn client(&self) -> Result<Client, ClientError> {
+        match (&self.server, &self.token_file, &self.ca_file) {
+            (Some(server), Some(token_file), Some(ca_file)) => Client::new(server, token_file, ca_file),
+            (None, None, None) => match std::env::var_os("TIDEMARK_DIR") {
+                Some(folder) => Client::of_folder(&PathBuf::from(folder)),
+                None => Err(ClientError::Unnamed),
+            },
+            _ => Err(ClientError::Unnamed),
+        }
+    }
+}
+
+#[derive(Subcommand)]
+pub enum Verb {
+    /// Shows and proves the main job on this machine, in under a minute.
+    Demo(DemoArgs),
+    /// Runs all roles on this machine in one process, with their state in one folder.
+    Up(UpArgs),
+    /// The agent of a protected host.
+    Agent {
+        #[command(subcommand)]
+        verb: RoleVerb,
+    },
+    /// The process server, which keeps replicas.
+    ProcessServer {
+        #[command(subcommand)]
+        verb: RoleVerb,
+    },
+    /// The configuration server, which knows what is wanted.
+    ConfigServer {
+        #[command(subcommand)]
+        verb: RoleVerb,
+    },
+    /// Protects a machine: its disks are replicated from now on.
+    Protect(ProtectArgs),
+    /// Ends the protection of a machine.
+    Unprotect(UnprotectArgs),
+    /// Sends nothing for now; changes are kept at the host.
+    Pause(MachineArgs),
+    /// Sends again.
+    Resume(MachineArgs),
+    /// Compares every block with the replica.
+    Resync(MachineArgs),
+    /// Shows how machines do.
+    Status(StatusArgs),
+    /// Recovery points.
+    Point {
+        #[command(subcommand)]
+        verb: PointVerb,
+    },
+    /// How machines are protected.
+    Policy {
+        #[command(subcommand)]
+        verb: PolicyVerb,
+    },
+    /// What was asked for, and how it went.
+    Job {
+        #[command(subcommand)]
+        verb: JobVerb,
+    },
+    /// Looks into a replica's folder, without a server.
+    Replica {
+        #[command(subcommand)]
+        verb: ReplicaVerb,
+    },
+    /// Looks into Hyper-V Replica Log files, and replays them, without a server.
+    Hrl(super::hrl::HrlArgs),
+}
+
+#[derive(Args)]
+pub struct UpArgs {
+    /// The folder; made when it is missing.
+    #[arg(long, env = "TIDEMARK_DIR")]
+    pub dir: PathBuf,
+    /// Where the API and the console listen; port 0 takes any free one, the one of last time where it can.
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<SocketAddr>,
+}
+
+#[derive(Subcommand)]
+pub enum RoleVerb {
+    /// Runs the role until SIGTERM.
+    Run(RoleArgs),
+}
+
+#[derive(Args)]
+pub struct RoleArgs {
+    /// Runs the role in the folder of an all-in-one, beside the others.
+    #[arg(long, conflicts_with = "config")]
+    pub dir: Option<PathBuf>,
+    /// The configuration of this machine.
+    #[arg(long, default_value = "/etc/tidemark/tidemark.toml")]
+    pub config: PathBuf,
+}
+
+#[derive(Args)]
+pub struct ProtectArgs {
+    /// The machine's name from now on.
+    pub name: String,
+    /// A raw disk image or a block device.
+    #[arg(long = "disk", value_name = "PATH", required = true, num_args = 1..)]
+    pub disks: Vec<PathBuf>,
+    /// The host that has the disks; needed where there is more than one.
+    #[arg(long)]
+    pub host: Option<String>,
+    /// The process server that keeps the replica; needed where there is more than one.
+    #[arg(long)]
+    pub process_server: Option<String>,
+    #[arg(long)]
+    pub policy: Option<String>,
+    /// How changes are captured.
+    #[arg(long, value_enum, default_value_t = Via::Nbd)]
+    pub via: Via,
+    #[command(flatten)]
+    pub wait: WaitArgs,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Via {
+    /// The workload opens its disk over NBD, at the address that is printed.
+    Nbd,
+}
+
+#[derive(Args)]
+pub struct WaitArgs {
+    /// Print the job's id and do not wait for it.
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+#[derive(Args)]
+pub struct MachineArgs {
+    pub name: String,
+    #[command(flatten)]
+    pub wait: WaitArgs,
+}
+
+#[derive(Args)]
+pub struct UnprotectArgs {
+    pub name: String,
+    /// Delete the replica and its recovery points as well.
+    #[arg(long)]
+    pub delete_replica: bool,
+    #[command(flatten)]
+    pub wait: WaitArgs,
+}
+
+#[derive(Args)]
+pub struct StatusArgs {
+    pub name: Option<String>,
+    /// Show it again every second.
+    #[arg(long)]
+    pub watch: bool,
+}
+
+#[derive(Subcommand)]
+pub enum PointVerb {
+    /// Makes a recovery point now and waits until it is durable.
+    Create {
+        name: String,
+        /// Freezes the machine's applications by their scripts; where there are none, you vouch that they are quiet.
+        #[arg(long)]
+        app_consistent: bool,
+        #[arg(long, default_value = "")]
+        label: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Lists recovery points.
+    List { name: String },
+    /// Keeps a point whatever its age.
+    Lock { name: String, point: String },
+    /// Lets a point expire.
+    Unlock { name: String, point: String },
+    /// Serves a point's disks until stopped.
+    Serve {
+        name: String,
+        /// An id, `latest`, `latest-app`, or a time.
+        point: String,
+        /// Keep writes in a scratch layer, which goes with the serve.
+        #[arg(long)]
+        writable: bool,
+    },
+    /// Writes a point as plain disk images.
+    Export {
+        name: String,
+        /// An id, `latest`, `latest-app`, or a time.
+        point: String,
+        /// A new file; for machines of several disks a folder.
+        #[arg(long)]
+        to: PathBuf,
+        #[arg(long, default_value = "raw")]
+        format: ImageFormat,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Checks every byte that a point needs.
+    Verify {
+        name: String,
+        #[arg(default_value = "latest")]
+        point: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum PolicyVerb {
+    Create(PolicyArgs),
+    List,
+    Show { name: String },
+    Set(PolicyArgs),
+    Delete { name: String },
+}
+
+#[derive(Args)]
+pub struct PolicyArgs {
+    pub name: String,
+    /// continuous, 30s, 5m or 15m.
+    #[arg(long)]
+    pub frequency: Option<String>,
+    /// Any position of the last so long can be recovered, such as 2h.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub any_time: Option<Duration>,
+    /// Points older than that expire, such as 3days.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub retention: Option<Duration>,
+    /// At most so many points.
+    #[arg(long, value_name = "COUNT")]
+    pub retention_count: Option<u64>,
+    /// A kept crash-consistent point that often; 0s: none.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub point_interval: Option<Duration>,
+    /// zstd level; 0: off.
+    #[arg(long, value_name = "LEVEL", allow_negative_numbers = true)]
+    pub compression: Option<i32>,
+    /// The most that the log of one disk may occupy, such as 10G.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub log_limit: Option<u64>,
+    /// The most that is sent in a second, such as 50M.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub throttle: Option<u64>,
+}
+
+#[derive(Subcommand)]
+pub enum JobVerb {
+    List,
+    Show {
+        id: String,
+    },
+    /// Waits for a job's end.
+    Watch {
+        id: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum ReplicaVerb {
+    /// Says what a replica's folder holds.
+    Inspect { dir: PathBuf },
+    /// Checks a replica's folder; exit 0 if it is sound.
+    Verify { dir: PathBuf },
+}
+
+/// A size in bytes: `512M`, `10G`, `4096`, in powers of 1024.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is no size: give bytes, or a number with K, M, G or T");
+    let trimmed = text.trim().trim_end_matches(['B', 'b']).trim_end_matches('i');
+    let digits = trimmed.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let shift = match &trimmed[digits.len()..] {
+        "" => 0,
+        "K" | "k" => 10,
+        "M" | "m" => 20,
+        "G" | "g" => 30,
+        "T" | "t" => 40,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        for (text, bytes) in [("512M", 512 << 20), ("4096", 4096), ("1GiB", 1 << 30), ("2k", 2048), ("3TB", 3 << 40)] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "M", "1X", "-1", "1.5G", "99999999999T"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn disks_follow_their_flag_one_or_many() {
+        for words in [&["protect", "web", "--disk", "a", "b"][..], &["protect", "web", "--disk", "a", "--disk", "b"]] {
+            let cli = Cli::try_parse_from([&["tidemark"], words].concat()).unwrap();
+            let Verb::Protect(args) = cli.verb else { panic!("not protect") };
+            assert_eq!((args.name.as_str(), args.disks.len()), ("web", 2));
+        }
+        assert!(Cli::try_parse_from(["tidemark", "protect", "web"]).is_err());
+    }
+}

@@ -1,0 +1,73 @@
+//! Jobs: waiting for them, and looking at them.
+
+use serde_json::{Value, json};
+
+use super::CliError;
+use super::args::{JobVerb, WaitArgs};
+use super::output::{Output, text};
+use crate::client::{Client, escape};
+
+/// Waits for a job that was just started and gives its result; `None` when nobody wants to wait.
+pub async fn finish(client: &Client, job: Value, wait: &WaitArgs, output: &Output) -> Result<Option<Value>, CliError> {
+    if wait.no_wait {
+        let id = text(&job, "/id");
+        if output.is_json() {
+            output.json(&json!({ "job": id }))?
+        } else {
+            output.line(&id)?
+        }
+        return Ok(None);
+    }
+    Ok(Some(client.finish(job, |step| output.progress(step)).await?))
+}
+
+pub async fn run(client: &Client, verb: JobVerb, output: &Output) -> Result<(), CliError> {
+    match verb {
+        JobVerb::List => {
+            let jobs = client.get("/jobs").await?;
+            if output.is_json() {
+                return Ok(output.json(&jobs)?);
+            }
+            let rows: Vec<Vec<String>> = jobs
+                .as_array()
+                .into_iter()
+                .flatten()
+                .map(|job| {
+                    ["/id", "/kind", "/machine", "/state", "/started", "/finished"].map(|at| text(job, at)).to_vec()
+                })
+                .collect();
+            Ok(output.table(&["ID", "KIND", "MACHINE", "STATE", "STARTED", "FINISHED"], &rows)?)
+        }
+        JobVerb::Show { id } => show(&client.get(&format!("/jobs/{}", escape(&id))).await?, output),
+        JobVerb::Watch { id } => {
+            let job = client.get(&format!("/jobs/{}", escape(&id))).await?;
+            let id = text(&job, "/id");
+            let outcome = client.finish(job, |step| output.progress(step)).await;
+            show(&client.get(&format!("/jobs/{id}")).await?, output)?;
+            outcome?;
+            Ok(())
+        }
+    }
+}
+
+fn show(job: &Value, output: &Output) -> Result<(), CliError> {
+    if output.is_json() {
+        return Ok(output.json(job)?);
+    }
+    output.line(&format!(
+        "{} {} {}: {}",
+        text(job, "/id"),
+        text(job, "/kind"),
+        text(job, "/machine"),
+        text(job, "/state")
+    ))?;
+    for step in job["steps"].as_array().into_iter().flatten() {
+        let done = if step["finished"].is_null() { "not done" } else { "done" };
+        output.line(&format!("  {}  {} ({done})", text(step, "/started"), text(step, "/name")))?;
+    }
+    if !job["failure"].is_null() {
+        output.line(&format!("  failed: {}", text(job, "/failure/error")))?;
+        output.line(&format!("  help: {}", text(job, "/failure/help")))?;
+    }
+    Ok(())
+}

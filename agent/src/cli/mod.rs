@@ -1,0 +1,94 @@
+//! The command line. What a verb does, it asks the configuration server for; offline tools and roles work here.
+
+mod args;
+mod error;
+mod hrl;
+mod job;
+mod output;
+mod point;
+mod policy;
+mod protect;
+mod replica;
+mod run;
+mod status;
+
+use std::future::Future;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+pub use args::parse_size;
+use args::{Cli, Verb};
+pub use error::CliError;
+pub use output::{Output, bytes as size_text};
+
+/// Worker threads of a role's runtime; disk work has threads of its own.
+const ROLE_WORKERS_MAX: usize = 8;
+
+pub fn main() -> ExitCode {
+    // Wrong usage ends here, with exit code 2.
+    let cli = Cli::parse();
+    start_log(&cli.verb);
+    let output = Output::new(cli.json);
+    match dispatch(cli, &output) {
+        Ok(code) => code,
+        // Whoever reads our output has enough of it.
+        Err(error) if error.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(error) => {
+            error.print();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
+    let target = cli.target;
+    let done = match cli.verb {
+        Verb::Hrl(args) => return Ok(hrl::run(args, output.is_json())?),
+        Verb::Demo(args) => crate::demo::run(args, output),
+        Verb::Up(args) => role(run::up(args)),
+        Verb::Agent { verb: args::RoleVerb::Run(args) } => role(run::agent(args)),
+        Verb::ProcessServer { verb: args::RoleVerb::Run(args) } => role(run::process_server(args)),
+        Verb::ConfigServer { verb: args::RoleVerb::Run(args) } => role(run::config_server(args)),
+        Verb::Protect(args) => client(protect::protect(&target.client()?, args, output)),
+        Verb::Unprotect(args) => client(protect::unprotect(&target.client()?, args, output)),
+        Verb::Pause(args) => client(protect::simple(&target.client()?, "pause", args, output)),
+        Verb::Resume(args) => client(protect::simple(&target.client()?, "resume", args, output)),
+        Verb::Resync(args) => client(protect::simple(&target.client()?, "resync", args, output)),
+        Verb::Status(args) => client(status::run(&target.client()?, args, output)),
+        Verb::Point { verb } => client(point::run(&target.client()?, verb, output)),
+        Verb::Policy { verb } => client(policy::run(&target.client()?, verb, output)),
+        Verb::Job { verb } => client(job::run(&target.client()?, verb, output)),
+        Verb::Replica { verb } => replica::run(verb, output),
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+/// A verb that asks a server needs one thread.
+fn client<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::runtime)?;
+    runtime.block_on(work)
+}
+
+fn role<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
+    let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, ROLE_WORKERS_MAX);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .enable_all()
+        .build()
+        .map_err(CliError::runtime)?;
+    runtime.block_on(work)
+}
+
+/// Logs go to stderr: everything that roles note, warnings of the rest. TIDEMARK_LOG says otherwise.
+fn start_log(verb: &Verb) {
+    let is_role =
+        matches!(verb, Verb::Up(_) | Verb::Agent { .. } | Verb::ProcessServer { .. } | Verb::ConfigServer { .. });
+    let filter = tracing_subscriber::EnvFilter::try_from_env("TIDEMARK_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(if is_role { "info" } else { "warn" }));
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .try_init();
+}

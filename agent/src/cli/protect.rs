@@ -1,0 +1,66 @@
+//! protect, unprotect, pause, resume, resync.
+
+use std::path::Path;
+
+use hyper::Method;
+use serde_json::json;
+
+use super::args::{MachineArgs, ProtectArgs, UnprotectArgs};
+use super::output::{Output, text};
+use super::{CliError, job};
+use crate::client::{Client, escape};
+
+pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Result<(), CliError> {
+    let disks = args.disks.iter().map(|disk| full_path(disk)).collect::<Result<Vec<_>, _>>()?;
+    let request = json!({
+        "name": args.name,
+        "disks": disks,
+        "host": args.host,
+        "process_server": args.process_server,
+        "policy": args.policy,
+    });
+    let started = client.post("/machines", &request).await?;
+    let Some(result) = job::finish(client, started, &args.wait, output).await? else { return Ok(()) };
+    if output.is_json() {
+        return Ok(output.json(&result)?);
+    }
+    output.line(&format!("{} is protected. Its workload opens its disks here from now on:", args.name))?;
+    let rows: Vec<Vec<String>> = result["disks"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|disk| vec![text(disk, "/path"), text(disk, "/attach/nbd")])
+        .collect();
+    Ok(output.table(&["DISK", "ADDRESS"], &rows)?)
+}
+
+pub async fn unprotect(client: &Client, args: UnprotectArgs, output: &Output) -> Result<(), CliError> {
+    let path = format!("/machines/{}?delete_replica={}", escape(&args.name), args.delete_replica);
+    let started = client.request(Method::DELETE, &path, None).await?;
+    let Some(result) = job::finish(client, started, &args.wait, output).await? else { return Ok(()) };
+    if output.is_json() {
+        return Ok(output.json(&result)?);
+    }
+    output.line(&format!("{} is not protected any more", args.name))?;
+    Ok(())
+}
+
+/// pause, resume and resync.
+pub async fn simple(client: &Client, verb: &str, args: MachineArgs, output: &Output) -> Result<(), CliError> {
+    let started = client.post(&format!("/machines/{}/{verb}", escape(&args.name)), &json!({})).await?;
+    let Some(result) = job::finish(client, started, &args.wait, output).await? else { return Ok(()) };
+    if output.is_json() {
+        return Ok(output.json(&result)?);
+    }
+    output.line(&format!("{}: {verb} is done", args.name))?;
+    Ok(())
+}
+
+/// As the server must be told it: it is not where we are.
+pub fn full_path(path: &Path) -> Result<String, CliError> {
+    let full = std::path::absolute(path)
+        .map_err(|error| CliError::new(format!("{path:?} is no path: {error}"), "name a file, or a folder"))?;
+    full.into_os_string().into_string().map_err(|path| {
+        CliError::new(format!("the path {path:?} is not UTF-8"), "rename it, or name it by a link with a plain name")
+    })
+}

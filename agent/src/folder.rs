@@ -1,0 +1,306 @@
+//! The folder of an all-in-one: everything that `tidemark up` keeps, and where its roles find each other.
+//!
+//! ```text
+//! authority/      the certificate authority
+//! ca.pem          its certificate, for clients of the REST API
+//! agent/          identity and state of each role
+//! process-server/
+//! config-server/  … and `token`, the bearer token of the REST API
+//! run/            sockets, locks, and the addresses of what runs
+//! ```
+//!
+//! *Consistency.* One process a role: each holds a lock while it runs. *Retries.* None. *Cancellation.* Locks go with
+//! their process. *Crash.* Files are replaced as a whole; what was not written is made at the next start.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use tidemark_base::storage::{RealStorage, Storage, create_private_folder, read_file, replace_file};
+use tidemark_base::{HostId, ServerId, SystemClock, time::Clock};
+use tidemark_transport::{Authority, Identity, IdentityError, PeerIdentity, Role};
+
+const SMALL_FILE_BYTES_MAX: u64 = 64 << 10;
+const IDENTITY_FILE: &str = "identity.pem";
+const TOKEN_FILE: &str = "config-server/token";
+const CA_FILE: &str = "ca.pem";
+const CONFIG_SERVER_ADDRESSES: &str = "run/config-server.json";
+const PROCESS_SERVER_ADDRESS: &str = "run/process-server.json";
+/// The longest path of a Unix socket, without its final zero.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    #[error("cannot use the folder {path}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{path} is in use: the role {role} runs in process {process}")]
+    InUse { path: PathBuf, role: Role, process: String },
+    #[error("{path} is no folder of a running `tidemark up`: {reason}")]
+    NotUp { path: PathBuf, reason: String },
+    #[error("the path {path} is too long for the sockets in it")]
+    TooLong { path: PathBuf },
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+}
+
+impl FolderError {
+    pub fn help(&self) -> &'static str {
+        match self {
+            FolderError::Io { .. } => "name a folder that this user can create and write",
+            FolderError::InUse { .. } => "stop that process first, or use another folder",
+            FolderError::NotUp { .. } => {
+                "start it with `tidemark up --dir DIR`, or set TIDEMARK_DIR to the folder of one that runs"
+            }
+            FolderError::TooLong { .. } => "use a folder whose full path has at most 90 bytes",
+            FolderError::Identity(error) => error.help(),
+        }
+    }
+}
+
+#[derive(Clone)]
+pub struct Folder {
+    path: PathBuf,
+    storage: Arc<dyn Storage>,
+}
+
+/// Where a configuration server answers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ConfigServerAddresses {
+    pub api: SocketAddr,
+    pub control: SocketAddr,
+}
+
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct ProcessServerAddress {
+    replication: SocketAddr,
+}
+
+/// Held while a role runs in the folder.
+pub struct RoleLock {
+    _file: Flock<File>,
+}
+
+impl Folder {
+    /// Makes the folder when it is missing.
+    pub fn create(path: &Path) -> Result<Self, FolderError> {
+        let failed = |source| FolderError::Io { path: path.to_owned(), source };
+        let path = std::path::absolute(path).map_err(failed)?;
+        create_private_folder(&path).map_err(failed)?;
+        let path = path.canonicalize().map_err(failed)?;
+        let folder = Self { storage: RealStorage::open_folder(&path), path };
+        if folder.socket("process-server-serve.sock").as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            return Err(FolderError::TooLong { path: folder.path });
+        }
+        for name in ["authority", "agent", "process-server", "config-server", "run"] {
+            folder.storage.create_folder(name).map_err(failed)?;
+        }
+        Ok(folder)
+    }
+
+    /// For clients: the folder must be there.
+    pub fn open(path: &Path) -> Result<Self, FolderError> {
+        if !path.is_dir() {
+            return Err(FolderError::NotUp { path: path.to_owned(), reason: "there is no such folder".to_owned() });
+        }
+        let path = std::path::absolute(path).map_err(|source| FolderError::Io { path: path.to_owned(), source })?;
+        Ok(Self { storage: RealStorage::open_folder(&path), path })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn io(&self, source: io::Error) -> FolderError {
+        FolderError::Io { path: self.path.clone(), source }
+    }
+
+    /// A role's own part.
+    pub fn role(&self, role: Role) -> Arc<dyn Storage> {
+        self.storage.folder(&role.to_string())
+    }
+
+    pub fn role_path(&self, role: Role) -> PathBuf {
+        self.path.join(role.to_string())
+    }
+
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.path.join("run").join(name)
+    }
+
+    /// Lets one process at a time run a role here.
+    pub fn lock(&self, role: Role) -> Result<RoleLock, FolderError> {
+        let mut file = self.open_lock(&format!("{role}.lock"))?;
+        match Flock::lock(file.try_clone().map_err(|error| self.io(error))?, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => {
+                // For the message of whoever comes second.
+                let noted = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
+                noted.map_err(|error| self.io(error))?;
+                Ok(RoleLock { _file: locked })
+            }
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+                let mut process = String::new();
+                let _ = file.rewind().and_then(|()| file.read_to_string(&mut process));
+                let process = if process.is_empty() { "unknown".to_owned() } else { process };
+                Err(FolderError::InUse { path: self.path.clone(), role, process })
+            }
+            Err((_, error)) => Err(self.io(error.into())),
+        }
+    }
+
+    fn open_lock(&self, name: &str) -> Result<File, FolderError> {
+        use std::os::unix::fs::OpenOptionsExt;
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.path.join("run").join(name))
+            .map_err(|error| self.io(error))
+    }
+
+    /// The role's certificate; made at the first start, and again when it is about to expire. `hosts` are the names
+    /// under which it is reached.
+    pub fn identity(&self, role: Role, hosts: &[String]) -> Result<Identity, FolderError> {
+        // Roles that start at the same time make one authority.
+        let file = self.open_lock("authority.lock")?;
+        let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| self.io(error.into()))?;
+        let authority = Authority::open_or_create(&*self.storage.folder("authority"))?;
+        if !self.storage.exists(CA_FILE).map_err(|error| self.io(error))? {
+            replace_file(&*self.storage, CA_FILE, authority.certificate_pem().as_bytes())
+                .map_err(|error| self.io(error))?;
+        }
+        let own = self.role(role);
+        let before = match own.exists(IDENTITY_FILE).map_err(|error| self.io(error))? {
+            true => Some(Identity::load(&*own, IDENTITY_FILE)?),
+            false => None,
+        };
+        let peer = match &before {
+            Some(identity) => identity.peer(),
+            None => match role {
+                Role::Agent => PeerIdentity::Agent(HostId::random()),
+                Role::ProcessServer => PeerIdentity::ProcessServer(ServerId::random()),
+                Role::ConfigServer => PeerIdentity::ConfigServer(ServerId::random()),
+            },
+        };
+        match before {
+            // The names of the configuration server's certificate follow its address.
+            Some(identity) if role != Role::ConfigServer && !identity.renewal_due(SystemClock::new().wall_now()) => {
+                Ok(identity)
+            }
+            _ => {
+                let identity = authority.issue(peer, hosts)?;
+                identity.save(&*own, IDENTITY_FILE)?;
+                Ok(identity)
+            }
+        }
+    }
+
+    /// The bearer token; made at the first start.
+    pub fn token(&self) -> Result<String, FolderError> {
+        if let Some(token) = self.read(TOKEN_FILE)? {
+            return Ok(token.trim().to_owned());
+        }
+        let token = format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
+        replace_file(&*self.storage, TOKEN_FILE, format!("{token}\n").as_bytes()).map_err(|error| self.io(error))?;
+        Ok(token)
+    }
+
+    pub fn token_file(&self) -> PathBuf {
+        self.path.join(TOKEN_FILE)
+    }
+
+    pub fn ca_file(&self) -> PathBuf {
+        self.path.join(CA_FILE)
+    }
+
+    pub fn config_server(&self) -> Result<Option<ConfigServerAddresses>, FolderError> {
+        self.read_json(CONFIG_SERVER_ADDRESSES)
+    }
+
+    pub fn note_config_server(&self, addresses: &ConfigServerAddresses) -> Result<(), FolderError> {
+        self.write_json(CONFIG_SERVER_ADDRESSES, addresses)
+    }
+
+    pub fn process_server(&self) -> Result<Option<SocketAddr>, FolderError> {
+        let noted: Option<ProcessServerAddress> = self.read_json(PROCESS_SERVER_ADDRESS)?;
+        Ok(noted.map(|noted| noted.replication))
+    }
+
+    pub fn note_process_server(&self, replication: SocketAddr) -> Result<(), FolderError> {
+        self.write_json(PROCESS_SERVER_ADDRESS, &ProcessServerAddress { replication })
+    }
+
+    fn read(&self, name: &str) -> Result<Option<String>, FolderError> {
+        if !self.storage.exists(name).map_err(|error| self.io(error))? {
+            return Ok(None);
+        }
+        let content = read_file(&*self.storage, name, SMALL_FILE_BYTES_MAX).map_err(|error| self.io(error))?;
+        Ok(Some(String::from_utf8_lossy(&content).into_owned()))
+    }
+
+    fn read_json<T: for<'de> Deserialize<'de>>(&self, name: &str) -> Result<Option<T>, FolderError> {
+        let text = self.read(name)?;
+        // What cannot be read is written anew at the next start.
+        Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
+    }
+
+    fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), FolderError> {
+        let content = serde_json::to_vec(value).expect("addresses are plain data");
+        replace_file(&*self.storage, name, &content).map_err(|error| self.io(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn what_a_start_makes_stays_and_is_private() {
+        let top = tempfile::tempdir().unwrap();
+        let path = top.path().join("a/b");
+        let folder = Folder::create(&path).unwrap();
+        let first = folder.identity(Role::Agent, &[]).unwrap();
+        let token = folder.token().unwrap();
+        let again = Folder::create(&path).unwrap();
+        assert_eq!(again.identity(Role::Agent, &[]).unwrap().chain, first.chain);
+        assert_eq!(again.token().unwrap(), token);
+        let server = again.identity(Role::ConfigServer, &["localhost".into()]).unwrap();
+        assert_eq!(
+            again.identity(Role::ConfigServer, &[]).unwrap().peer(),
+            server.peer(),
+            "a new certificate is the same peer"
+        );
+        let mode = |name: &str| std::fs::metadata(path.join(name)).unwrap().permissions().mode() & 0o777;
+        for name in ["", "agent", "run", "authority"] {
+            assert_eq!(mode(name), 0o700, "{name}");
+        }
+        for name in ["config-server/token", "agent/identity.pem", "authority/authority.pem"] {
+            assert_eq!(mode(name), 0o600, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_role_runs_once() {
+        let top = tempfile::tempdir().unwrap();
+        let folder = Folder::create(top.path()).unwrap();
+        let lock = folder.lock(Role::Agent).unwrap();
+        let error = folder.lock(Role::Agent).err().unwrap();
+        assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
+        folder.lock(Role::ProcessServer).unwrap();
+        drop(lock);
+        folder.lock(Role::Agent).unwrap();
+    }
+
+    #[test]
+    fn a_path_too_long_for_sockets_is_refused() {
+        let top = tempfile::tempdir().unwrap();
+        let error = Folder::create(&top.path().join("x".repeat(100))).err().unwrap();
+        assert!(matches!(error, FolderError::TooLong { .. }), "{error}");
+    }
+}

@@ -1,0 +1,189 @@
+//! The agent as a process runs it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemark_base::HostId;
+use tidemark_host::freeze::{FreezeError, Freezer, Frozen, ScriptFreezer};
+use tidemark_host::{Host, HostConfig, HostError};
+use tidemark_proto::control::{AgentCommand, Failure, FailureKind, Peer, ProbedDisk, Register, Reply};
+use tidemark_transport::PeerIdentity;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::link::{self, Command, Handler, not_mine};
+use super::place::Place;
+use super::{RoleError, boot_id, host_name};
+
+/// A folder for each machine, with its scripts `freeze` and `thaw`.
+const FREEZE_FOLDER: &str = "freeze.d";
+
+pub struct RunningAgent {
+    host: Arc<Host>,
+    stop: CancellationToken,
+    link: JoinHandle<()>,
+    _place: Place,
+}
+
+pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
+    let PeerIdentity::Agent(id) = place.identity.peer() else {
+        return Err(RoleError {
+            message: format!("{} is no agent", place.identity.peer()),
+            help: "give each role an identity of its own".to_owned(),
+        });
+    };
+    let runtime = tokio::runtime::Handle::current();
+    let (state, run, identity) = (place.state.clone(), place.run.clone(), place.identity.clone());
+    let host = blocking(move || {
+        let mut config = HostConfig::new(state.clone(), run, None, identity, runtime)?;
+        config.freezer = Some(Arc::new(FreezerOrCaller::new(state.join(FREEZE_FOLDER))));
+        Host::start(config)
+    })
+    .await
+    .map_err(RoleError::from)?;
+    let host = Arc::new(host);
+    let stop = CancellationToken::new();
+    let handler = Arc::new(AgentHandler { id, host: host.clone() });
+    let link = tokio::spawn(link::run(place.identity.clone(), place.config_server.clone(), handler, stop.clone()));
+    Ok(RunningAgent { host, stop, link, _place: place })
+}
+
+impl RunningAgent {
+    pub async fn stop(self) {
+        self.stop.cancel();
+        let _ = self.link.await;
+        let host = self.host;
+        if let Err(error) = tokio::task::spawn_blocking(move || host.stop()).await {
+            tracing::error!(%error, "the agent did not stop cleanly");
+        }
+    }
+}
+
+struct AgentHandler {
+    id: HostId,
+    host: Arc<Host>,
+}
+
+#[tonic::async_trait]
+impl Handler for AgentHandler {
+    fn register(&self) -> Register {
+        Register {
+            peer: Peer::Agent { id: self.id },
+            name: host_name(),
+            software: env!("CARGO_PKG_VERSION").to_owned(),
+            boot: boot_id(),
+        }
+    }
+
+    async fn execute(&self, command: Command) -> Result<Reply, Failure> {
+        let Command::Agent(command) = command else { return Err(not_mine()) };
+        let host = self.host.clone();
+        blocking(move || execute(&host, command)).await
+    }
+}
+
+fn execute(host: &Host, command: AgentCommand) -> Result<Reply, HostError> {
+    match command {
+        AgentCommand::Probe { paths } => probe(host, &paths).map(Reply::Probed),
+        AgentCommand::Protect(spec) => host.protect(spec).map(Reply::Attached),
+        AgentCommand::Unprotect(machine) => host.unprotect(machine).map(|()| Reply::Done),
+        AgentCommand::Pause(machine) => host.pause(machine).map(|()| Reply::Done),
+        AgentCommand::Resume(machine) => host.resume(machine).map(|()| Reply::Done),
+        AgentCommand::Resync(machine) => host.resync(machine).map(|()| Reply::Done),
+        AgentCommand::Mark(request) => {
+            host.mark(&request).map(|outcome| Reply::Marked { mark: outcome.id, time: outcome.time })
+        }
+        AgentCommand::Status => Ok(Reply::Agent(host.report())),
+    }
+}
+
+/// A disk that is attached here is locked by ourselves: what is known of it answers.
+fn probe(host: &Host, paths: &[String]) -> Result<Vec<ProbedDisk>, HostError> {
+    let attached: Vec<_> = host
+        .status()
+        .into_iter()
+        .filter_map(|status| host.machine(status.machine).ok())
+        .flat_map(|machine| machine.spec().disks)
+        .collect();
+    paths
+        .iter()
+        .map(|path| match attached.iter().find(|disk| disk.path == *path) {
+            Some(disk) => Ok(ProbedDisk { path: path.clone(), bytes: disk.bytes }),
+            None => host.probe(std::slice::from_ref(path)).map(|mut disks| disks.remove(0)),
+        })
+        .collect()
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, HostError> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome.map_err(|error| Failure::from(&error)),
+        Err(error) => Err(Failure::new(
+            FailureKind::Failed,
+            format!("the agent could not finish: {error}"),
+            "see the agent's log",
+        )),
+    }
+}
+
+/// A machine with scripts is frozen by them. Where there are none, whoever asks for an app-consistent point vouches that
+/// the applications are quiet.
+struct FreezerOrCaller {
+    folder: PathBuf,
+    scripts: ScriptFreezer,
+}
+
+impl FreezerOrCaller {
+    fn new(folder: PathBuf) -> Self {
+        Self { scripts: ScriptFreezer::new(&folder), folder }
+    }
+}
+
+impl Freezer for FreezerOrCaller {
+    fn freeze(&self, machine: &str, limit: Duration) -> Result<Box<dyn Frozen>, FreezeError> {
+        // Names of machines are plain words: the configuration server and the scripts' freezer see to that.
+        let is_plain = !machine.is_empty() && !machine.starts_with('.') && !machine.contains(['/', '\0']);
+        if is_plain && !self.folder.join(machine).exists() {
+            return Ok(Box::new(FrozenByCaller));
+        }
+        self.scripts.freeze(machine, limit)
+    }
+}
+
+struct FrozenByCaller;
+
+impl Frozen for FrozenByCaller {
+    fn thaw(self: Box<Self>) -> Result<(), FreezeError> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn scripts_freeze_where_there_are_some_and_the_caller_vouches_elsewhere() {
+        let top = tempfile::tempdir().unwrap();
+        let freezer = FreezerOrCaller::new(top.path().join(FREEZE_FOLDER));
+        freezer.freeze("web", LIMIT).unwrap().thaw().unwrap();
+        let folder = top.path().join(FREEZE_FOLDER).join("web");
+        std::fs::create_dir_all(&folder).unwrap();
+        // Scripts that are half there, or that fail, are no vouching.
+        assert!(matches!(freezer.freeze("web", LIMIT), Err(FreezeError::NotConfigured { .. })));
+        for (name, script) in [("freeze", "#!/bin/sh\nexit 3\n"), ("thaw", "#!/bin/sh\n")] {
+            let path = folder.join(name);
+            std::io::Write::write_all(&mut std::fs::File::create(&path).unwrap(), script.as_bytes()).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        for folder in [top.path().join(FREEZE_FOLDER), folder.clone()] {
+            std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        assert!(matches!(freezer.freeze("web", LIMIT), Err(FreezeError::Failed { .. })));
+    }
+}

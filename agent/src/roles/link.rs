@@ -1,0 +1,169 @@
+//! A role's stream to the configuration server: dialled, kept, dialled again.
+//!
+//! *Consistency.* Each command is answered once, on the stream that it came on. *Retries.* Dialling is, for ever, with
+//! pauses up to [`PAUSE_MAX`]; commands are not: the configuration server says again what is wanted. *Cancellation.* What a
+//! command began goes on when its stream ends; its answer is dropped. *Crash.* Nothing is kept here.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemark_proto::control::wire::control_client::ControlClient;
+use tidemark_proto::control::{
+    AgentCommand, Failure, FailureKind, Peer, Register, Reply, ServerCommand, reply_to, wire,
+};
+use tidemark_transport::{Expected, Identity, Role};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(3);
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+/// Replies and reports that wait to be sent.
+const UP_MAX: usize = 64;
+/// Commands under way at once; more are refused.
+const COMMANDS_MAX: usize = 256;
+/// Commands carry specifications of machines: small.
+const MESSAGE_BYTES_MAX: usize = 16 << 20;
+
+#[derive(Debug)]
+pub enum Command {
+    Agent(AgentCommand),
+    Server(ServerCommand),
+}
+
+/// What a role does with commands.
+#[tonic::async_trait]
+pub trait Handler: Send + Sync + 'static {
+    fn register(&self) -> Register;
+    /// Asked for its status, it answers with its report.
+    async fn execute(&self, command: Command) -> Result<Reply, Failure>;
+}
+
+/// Where the configuration server is now; `None` while that is not known yet.
+pub type Address = Arc<dyn Fn() -> Option<String> + Send + Sync>;
+
+/// Keeps the stream until `stop`.
+pub async fn run(identity: Identity, address: Address, handler: Arc<dyn Handler>, stop: CancellationToken) {
+    let mut pause = PAUSE_MIN;
+    let mut last_reason = String::new();
+    loop {
+        let outcome = match address() {
+            None => Err("the configuration server's address is not known yet".to_owned()),
+            Some(address) => tokio::select! {
+                () = stop.cancelled() => return,
+                outcome = keep(&identity, &address, &handler) => outcome,
+            },
+        };
+        let reason = match outcome {
+            Ok(()) => {
+                pause = PAUSE_MIN;
+                "the configuration server ended the stream".to_owned()
+            }
+            Err(reason) => reason,
+        };
+        // Once for each reason: the configuration server may be away for days.
+        if reason != last_reason {
+            tracing::info!(reason, "no stream to the configuration server; dialling again");
+            last_reason = reason;
+        }
+        if tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
+            return;
+        }
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
+}
+
+/// One stream, to its end. `Ok` when it was established.
+async fn keep(identity: &Identity, address: &str, handler: &Arc<dyn Handler>) -> Result<(), String> {
+    let channel = tidemark_transport::connect(address, Expected::Role(Role::ConfigServer), identity)
+        .await
+        .map_err(|error| error.to_string())?;
+    let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let (up, up_receiver) = mpsc::channel(UP_MAX);
+    let register = wire::Up { body: Some(wire::up::Body::Register((&handler.register()).into())) };
+    up.try_send(register).map_err(|error| error.to_string())?;
+    let mut down = client
+        .connect(ReceiverStream::new(up_receiver))
+        .await
+        .map_err(|status| status.message().to_owned())?
+        .into_inner();
+    let commands = Arc::new(Semaphore::new(COMMANDS_MAX));
+    let mut reports = tokio::time::interval(REPORT_EVERY);
+    reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut established = false;
+    loop {
+        let message = tokio::select! {
+            message = down.message() => message,
+            _ = reports.tick(), if established => {
+                send_report(handler, &up).await;
+                continue;
+            }
+        };
+        match message {
+            Ok(Some(wire::Down { body: Some(wire::down::Body::Registered(registered)), .. })) => {
+                tracing::info!(address, name = registered.name, "connected to the configuration server");
+                established = true;
+            }
+            Ok(Some(down)) => take(handler, &up, &commands, down),
+            Ok(None) => return Ok(()),
+            Err(status) if established => {
+                tracing::debug!(reason = status.message(), "the control stream broke");
+                return Ok(());
+            }
+            Err(status) => return Err(status.message().to_owned()),
+        }
+    }
+}
+
+async fn send_report(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>) {
+    let status = match handler.register().peer {
+        Peer::Agent { .. } => Command::Agent(AgentCommand::Status),
+        Peer::ProcessServer { .. } => Command::Server(ServerCommand::Status),
+    };
+    let body = match handler.execute(status).await {
+        Ok(Reply::Agent(report)) => wire::up::Body::AgentReport((&report).into()),
+        Ok(Reply::Server(report)) => wire::up::Body::ServerReport((&report).into()),
+        Ok(other) => return tracing::error!(reply = other.kind(), "the status is no report"),
+        Err(failure) => return tracing::warn!(%failure, "no report can be made"),
+    };
+    // Where there is no room, the next one is as good.
+    let _ = up.try_send(wire::Up { body: Some(body) });
+}
+
+/// Runs a command beside the stream; its answer goes up when it is done.
+fn take(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>, commands: &Arc<Semaphore>, down: wire::Down) {
+    let request = down.request;
+    let command = match down.body {
+        Some(wire::down::Body::Agent(command)) => AgentCommand::try_from(command).map(Command::Agent),
+        Some(wire::down::Body::Server(command)) => ServerCommand::try_from(command).map(Command::Server),
+        _ => Err(tidemark_proto::control::WireError::Invalid("command")),
+    };
+    let permit = commands.clone().try_acquire_owned();
+    let (handler, up) = (handler.clone(), up.clone());
+    tokio::spawn(async move {
+        let outcome = match (command, permit) {
+            (Ok(command), Ok(_permit)) => handler.execute(command).await,
+            (Err(error), _) => {
+                Err(Failure::from_error(FailureKind::BadRequest, &error, "run the same version of Tidemark everywhere"))
+            }
+            (_, Err(_)) => Err(Failure::new(
+                FailureKind::Unavailable,
+                format!("{COMMANDS_MAX} commands are under way, which is the limit"),
+                "wait for some of them, then try again",
+            )),
+        };
+        let reply = wire::Up { body: Some(wire::up::Body::Reply(reply_to(request, &outcome))) };
+        // The stream may have ended; who asked was told so.
+        let _ = up.send(reply).await;
+    });
+}
+
+/// The answer to a command of another role.
+pub fn not_mine() -> Failure {
+    Failure::new(
+        FailureKind::BadRequest,
+        "this command is for another role",
+        "run the same version of Tidemark everywhere",
+    )
+}

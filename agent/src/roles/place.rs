@@ -1,0 +1,139 @@
+//! Where a role runs: in the folder of an all-in-one, or as the configuration of a machine says.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+use tidemark_base::storage::{RealStorage, Storage, create_private_folder};
+use tidemark_transport::{Identity, Role};
+
+use super::RoleError;
+use super::link::Address;
+use crate::folder::{Folder, RoleLock};
+
+/// `/etc/tidemark/tidemark.toml`: only the sections of the roles that run on a machine are read.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Config {
+    pub agent: Option<RoleConfig>,
+    pub process_server: Option<RoleConfig>,
+    pub config_server: Option<RoleConfig>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct RoleConfig {
+    /// State of the role; for agents and process servers with their `identity.pem`.
+    pub dir: PathBuf,
+    /// Where it listens: process servers for hosts, configuration servers for their API.
+    #[serde(default)]
+    pub listen: Option<SocketAddr>,
+    /// Configuration servers: where agents and process servers dial.
+    #[serde(default)]
+    pub control_listen: Option<SocketAddr>,
+    /// The others: where that is, HOST:PORT.
+    #[serde(default)]
+    pub config_server: Option<String>,
+}
+
+impl Config {
+    pub fn read(path: &Path) -> Result<Self, RoleError> {
+        let wrong = |reason: String| RoleError {
+            message: format!("cannot use the configuration {}: {reason}", path.display()),
+            help: "write it as packaging/tidemark.toml shows, or run a role of an all-in-one with --dir".to_owned(),
+        };
+        let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
+        toml::from_str(&text).map_err(|error| wrong(error.to_string()))
+    }
+
+    pub fn of(self, role: Role) -> Option<RoleConfig> {
+        match role {
+            Role::Agent => self.agent,
+            Role::ProcessServer => self.process_server,
+            Role::ConfigServer => self.config_server,
+        }
+    }
+}
+
+/// What an agent or a process server needs to know of its surroundings.
+pub struct Place {
+    pub identity: Identity,
+    /// The role's own folder.
+    pub state: PathBuf,
+    /// A short path of mode 0700 for sockets.
+    pub run: PathBuf,
+    /// Where it should listen, if it does; port 0: any.
+    pub listen: SocketAddr,
+    pub config_server: Address,
+    /// Where the address that was bound is noted.
+    folder: Option<Folder>,
+    _lock: Option<RoleLock>,
+}
+
+impl Place {
+    /// Takes the role's place in an all-in-one's folder.
+    pub fn in_folder(folder: &Folder, role: Role) -> Result<Self, RoleError> {
+        let lock = folder.lock(role)?;
+        let identity = folder.identity(role, &[])?;
+        let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+        let asking = folder.clone();
+        Ok(Self {
+            identity,
+            state: folder.role_path(role),
+            run: folder.path().join("run"),
+            listen: folder.process_server()?.unwrap_or(loopback),
+            // It may move while we run.
+            config_server: Arc::new(move || Some(asking.config_server().ok()??.control.to_string())),
+            folder: Some(folder.clone()),
+            _lock: Some(lock),
+        })
+    }
+
+    pub fn configured(config: RoleConfig, role: Role) -> Result<Self, RoleError> {
+        let missing = |what: &str| RoleError {
+            message: format!("the section of the {role} does not say {what}"),
+            help: "add it; packaging/tidemark.toml shows every setting".to_owned(),
+        };
+        let address =
+            config.config_server.ok_or_else(|| missing("where the configuration server is (config-server)"))?;
+        let unusable = |error: std::io::Error| RoleError {
+            message: format!("cannot use the folder {}: {error}", config.dir.display()),
+            help: "name a folder of its own that this user can write".to_owned(),
+        };
+        create_private_folder(&config.dir).map_err(unusable)?;
+        let storage: Arc<dyn Storage> = RealStorage::open_folder(&config.dir);
+        let identity =
+            Identity::load(&*storage, "identity.pem").map_err(|error| RoleError::new(&error, error.help()))?;
+        if identity.peer().role() != role {
+            return Err(RoleError {
+                message: format!("the identity in {} is {}, which is no {role}", config.dir.display(), identity.peer()),
+                help: "give each role a folder and an identity of its own".to_owned(),
+            });
+        }
+        let run = config.dir.join("run");
+        create_private_folder(&run).map_err(unusable)?;
+        Ok(Self {
+            identity,
+            run,
+            state: config.dir,
+            listen: config.listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 7320)),
+            config_server: Arc::new(move || Some(address.clone())),
+            folder: None,
+            _lock: None,
+        })
+    }
+
+    /// The address that a process server listens on, for its next start.
+    pub fn note_process_server(&self, address: SocketAddr) -> Result<(), RoleError> {
+        match &self.folder {
+            Some(folder) => Ok(folder.note_process_server(address)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether another port will do, when the one that was used before is taken.
+    pub fn may_move(&self) -> bool {
+        self.folder.is_some() && self.listen.port() != 0
+    }
+}
