@@ -9,6 +9,7 @@
 mod maintain;
 mod recover;
 mod report;
+mod scrubber;
 #[cfg(test)]
 mod tests;
 
@@ -34,9 +35,12 @@ use crate::replica::{OpenFailure, ReplicaError, ReplicaInfo, ReplicaSet, SetErro
 use crate::serve::Serves;
 use crate::settings::{MachineSettings, Settings};
 use maintain::Maintainer;
+use scrubber::Scrubber;
 
 /// How often points are thinned and journals folded.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(10);
+/// How often every byte of a replica is read again.
+const SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 86_400);
 
 pub struct ProcessServerConfig {
     /// Replicas, points and settings. Made when it is absent.
@@ -52,6 +56,7 @@ pub struct ProcessServerConfig {
     pub limits: Limits,
     pub qemu_img: PathBuf,
     pub maintenance_interval: Duration,
+    pub scrub_interval: Duration,
 }
 
 impl ProcessServerConfig {
@@ -66,6 +71,7 @@ impl ProcessServerConfig {
             limits: Limits::default(),
             qemu_img: "qemu-img".into(),
             maintenance_interval: MAINTENANCE_INTERVAL,
+            scrub_interval: SCRUB_INTERVAL,
         }
     }
 }
@@ -88,6 +94,7 @@ struct Inner {
     stop: CancellationToken,
     transport: Mutex<Option<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>>>,
     maintainer: Maintainer,
+    scrubber: Scrubber,
     /// Locked until everything has stopped; the lock goes with the descriptor.
     lock: Mutex<Option<Arc<dyn StorageFile>>>,
 }
@@ -125,13 +132,15 @@ impl ProcessServer {
         let set = Arc::new(set);
         let authorisations = Arc::new(Authorisations::open(storage.clone()).map_err(authorise_failed)?);
         let settings = Arc::new(Settings::open(storage.clone()).map_err(|error| store_failed(&error))?);
-        let serves = Serves::open(storage, &config.socket)?;
+        let serves = Serves::open(storage.clone(), &config.socket)?;
         let points = Arc::new(watch::channel(0).0);
         let stores = ReplicaStores::new(set.clone(), points.clone());
         let acceptor =
             Acceptor::new(authorisations.clone(), stores, config.pool_bytes).map_err(|error| store_failed(&error))?;
         let maintainer = Maintainer::start(set.clone(), settings.clone(), config.maintenance_interval)
             .map_err(|error| store_failed(&error))?;
+        let scrubber =
+            Scrubber::start(set.clone(), storage, config.scrub_interval).map_err(|error| store_failed(&error))?;
         Ok(Self(Arc::new(Inner {
             address,
             set,
@@ -145,6 +154,7 @@ impl ProcessServer {
             stop: CancellationToken::new(),
             transport: Mutex::default(),
             maintainer,
+            scrubber,
             lock: Mutex::new(Some(lock)),
         })))
     }
@@ -169,6 +179,7 @@ impl ProcessServer {
         let inner = self.0.clone();
         let finishing = tokio::task::spawn_blocking(move || {
             inner.maintainer.stop();
+            inner.scrubber.stop();
             inner.serves.stop_all();
             drop(inner.lock.lock().expect("no panic while held").take());
         });

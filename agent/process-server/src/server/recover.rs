@@ -3,22 +3,21 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use tidemark_base::disk::{Allocation, Disk};
+use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
 use tidemark_base::{DiskId, MachineId};
 use tidemark_proto::control::{
     Exported, ExportedFile, Failure, FailureKind, ImageFormat, PointInfo, Selector, ServeId, Serving, Verified,
 };
 
-use super::{Inner, ProcessServer, blocking, point_failed, set_failed, store_failed};
+use super::{Inner, ProcessServer, blocking, point_failed, replica_failed, set_failed, store_failed};
 use crate::export::{ExportError, export_raw, export_with_qemu, targets};
+use crate::scrub::{self, Finding};
 use crate::serve::ServedPoint;
 use crate::view::View;
 use crate::view::scratch::ScratchDisk;
 
-/// What is read at once to verify it.
-const VERIFY_BYTES: u64 = 1 << 20;
-/// Defects that are named; more are counted.
+/// Defects of one disk that are named; more are counted.
 const DEFECTS_MAX: usize = 100;
 
 /// Ends what a dropped future began.
@@ -196,11 +195,23 @@ impl Inner {
     }
 
     fn verify(&self, machine: MachineId, selector: Selector, stop: &Stop) -> Result<Verified, Failure> {
-        let (place, _) = self.resolve(machine, selector)?;
-        let (info, views) = self.open_views(machine, place.id.map_or(selector, Selector::Point))?;
+        let (place, info) = self.resolve(machine, selector)?;
+        // Held open, so that nothing that is being read is folded away.
+        let _views = self.set.views(&place).map_err(set_failed)?;
         let mut verified = Verified { point: info.id, time: info.time, bytes: 0, defects: Vec::new() };
-        for (disk, view) in views {
-            verify_disk(disk, &view, stop, &mut verified)?;
+        for &(disk, cut) in &place.cuts {
+            let replica = self.set.get(disk).map_err(replica_failed)?;
+            let report = scrub::verify(&replica, cut, stop).map_err(replica_failed)?;
+            if !report.finished {
+                return Err(Failure::new(FailureKind::Unavailable, "the verification was stopped", "verify again"));
+            }
+            verified.bytes += report.bytes;
+            let found = report.findings.iter().take(DEFECTS_MAX);
+            verified.defects.extend(found.map(|finding| format!("disk {disk}: {}", describe(finding))));
+            let more = report.findings.len().saturating_sub(DEFECTS_MAX) as u64 + report.findings_left_off;
+            if more > 0 {
+                verified.defects.push(format!("disk {disk}: {more} defects more"));
+            }
         }
         if let Some(id) = place.id {
             let damaged = !verified.defects.is_empty();
@@ -213,41 +224,11 @@ impl Inner {
     }
 }
 
-fn verify_disk(disk: DiskId, view: &View, stop: &Stop, verified: &mut Verified) -> Result<(), Failure> {
-    let mut buffer = vec![0; VERIFY_BYTES as usize];
-    let mut at = 0;
-    let mut defects: u64 = 0;
-    while at < view.bytes() {
-        if stop.is_stopped() {
-            return Err(Failure::new(FailureKind::Unavailable, "the verification was stopped", "verify again"));
-        }
-        let (length, result) = match view.allocation(at) {
-            Ok((run, Allocation::Hole)) => (run, Ok(())),
-            Ok((run, Allocation::Data)) => {
-                let length = run.min(VERIFY_BYTES);
-                verified.bytes += length;
-                (length, view.read(at, &mut buffer[..length as usize]).map_err(|error| describe(&error)))
-            }
-            // What lies there cannot be told, so all of it counts as damaged, and the next part is looked at.
-            Err(error) => (VERIFY_BYTES.min(view.bytes() - at), Err(describe(&error))),
-        };
-        if let Err(message) = result {
-            defects += 1;
-            if verified.defects.len() < DEFECTS_MAX {
-                verified.defects.push(format!("disk {disk} at {at}+{length}: {message}"));
-            }
-        }
-        at += length;
+pub(super) fn describe(finding: &Finding) -> String {
+    match finding.extent {
+        Some(extent) => format!("{} ({extent} of the disk): {}", finding.file, finding.what),
+        None => format!("{}: {}", finding.file, finding.what),
     }
-    if defects > DEFECTS_MAX as u64 {
-        verified.defects.push(format!("disk {disk}: {} places more", defects - DEFECTS_MAX as u64));
-    }
-    Ok(())
-}
-
-fn describe(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// An export of several disks that fails keeps the images that are whole, and says so.

@@ -126,6 +126,7 @@ impl Inner {
     fn replica_disk(&self, replica: &Arc<Replica>) -> ReplicaDisk {
         let (durable, statistics) = (replica.durable(), replica.statistics());
         let mut problems: Vec<Problem> = self.maintainer.problem(replica.disk()).into_iter().collect();
+        problems.extend(self.scrubber.problem(replica.disk()));
         if durable.needs_scan {
             problems.push(Problem {
                 critical: true,

@@ -357,3 +357,34 @@ async fn a_newer_generation_ends_the_stream_of_the_old() {
     assert_eq!(site.server.authorise(grant).await.unwrap_err().kind, FailureKind::Conflict);
     site.server.stop().await;
 }
+
+/// Flips a bit in the middle of each sealed segment or active one.
+fn damage_segments(folder: &std::path::Path) {
+    use std::os::unix::fs::FileExt;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let mut byte = [0];
+        let at = 1000;
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_on_the_media_is_found_and_named() {
+    let site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (_host, _, mark) = site.replicated(disk).await;
+    damage_segments(&site.folder.path().join(format!("ps/replicas/{disk}/segments")));
+    let verified = site.server.verify(site.machine, Selector::Latest).await.unwrap();
+    assert!(!verified.defects.is_empty() && verified.defects[0].contains(&disk.to_string()), "{verified:?}");
+    let points = site.server.points(site.machine).await.unwrap();
+    assert_eq!((points[0].id, points[0].flags.as_slice()), (mark.id, &["damaged".to_owned()][..]));
+    let to = site.folder.path().join("never.raw").display().to_string();
+    let failure = site.server.export(site.machine, Selector::Point(mark.id), &to, ImageFormat::Raw).await.unwrap_err();
+    assert_eq!(failure.kind, FailureKind::Damaged, "{failure:?}");
+    assert!(!std::path::Path::new(&to).exists());
+    site.server.stop().await;
+}
