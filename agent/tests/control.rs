@@ -73,9 +73,18 @@ impl Fake {
                 self.machines.lock().unwrap().remove(&machine);
                 Ok(Reply::Done)
             }
-            AgentCommand::Pause(_) => Ok(self.note("pause")).map(|()| Reply::Done),
-            AgentCommand::Resume(_) => Ok(self.note("resume")).map(|()| Reply::Done),
-            AgentCommand::Resync(_) => Ok(self.note("resync")).map(|()| Reply::Done),
+            AgentCommand::Pause(_) => {
+                self.note("pause");
+                Ok(Reply::Done)
+            }
+            AgentCommand::Resume(_) => {
+                self.note("resume");
+                Ok(Reply::Done)
+            }
+            AgentCommand::Resync(_) => {
+                self.note("resync");
+                Ok(Reply::Done)
+            }
             AgentCommand::Mark(_) => Ok(Reply::Marked { mark: MarkId::random(), time: Timestamp(1) }),
             AgentCommand::Status => {
                 let machines = self.machines.lock().unwrap();
@@ -479,6 +488,8 @@ async fn the_command_prints_one_document() {
     let started = json_of(&["pause", "web", "--no-wait"]).await;
     assert_eq!(json_of(&["job", "watch", started["job"].as_str().unwrap()]).await["state"], "succeeded");
 
+    site.refused(&["point", "create", "web"], "paused").await;
+
     // A damaged point: the document says so, and the exit code too.
     site.server().points.lock().unwrap()[0].label = "rotten".into();
     let output = site.run(&["point", "verify", "web", "--json"]).await;
@@ -522,7 +533,7 @@ async fn an_agent_that_is_away_is_named_and_told_when_it_is_back() {
         }
         assert!(tokio::time::Instant::now() < deadline, "{status}");
     };
-    assert_eq!(status["health"], "warning");
+    assert_eq!((&status["health"], &status["state"]), (&json!("warning"), &json!("unknown")));
     assert_eq!(status["rpo_seconds"], Value::Null, "nobody says how old the oldest write is");
     site.refused(&["point", "create", "web"], "fake-agent is not connected since").await;
 

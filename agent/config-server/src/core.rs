@@ -103,11 +103,12 @@ impl Core {
         }
     }
 
-    pub fn settled(&self, machine: MachineId, side: Side, outcome: Result<(), &Failure>) {
+    /// Notes how telling a side went, for the status.
+    pub fn settled(&self, machine: MachineId, side: Side, failure: Option<&Failure>) {
         let mut unsettled = self.unsettled.lock().expect("no panic while held");
-        match outcome {
-            Ok(()) => unsettled.remove(&(machine, side)),
-            Err(failure) => unsettled.insert((machine, side), failure.clone()),
+        match failure {
+            None => unsettled.remove(&(machine, side)),
+            Some(failure) => unsettled.insert((machine, side), failure.clone()),
         };
     }
 

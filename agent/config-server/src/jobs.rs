@@ -111,7 +111,7 @@ impl Jobs {
                 ));
             }
         }
-        let jobs = history.into_iter().map(|job| watch::Sender::new(job)).collect();
+        let jobs = history.into_iter().map(watch::Sender::new).collect();
         Arc::new(Self { storage, jobs: Mutex::new(jobs), changed: Notify::new(), clock: SystemClock::new() })
     }
 

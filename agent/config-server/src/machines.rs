@@ -190,7 +190,7 @@ pub async fn settle_server(core: &Core, machine: &Machine) -> Result<(), Failure
         core.server_does(machine.server, &ServerCommand::Authorise(grant), SETTLE).await
     }
     .await;
-    core.settled(machine.id, Side::Server, outcome.as_ref().map(|()| ()));
+    core.settled(machine.id, Side::Server, outcome.as_ref().err());
     outcome
 }
 
@@ -218,7 +218,7 @@ pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<Attached
         }
     }
     .await;
-    core.settled(machine.id, Side::Agent, outcome.as_ref().map(|_| ()));
+    core.settled(machine.id, Side::Agent, outcome.as_ref().err());
     outcome
 }
 
@@ -294,9 +294,12 @@ pub async fn settle_unprotected(core: &Core, progress: Option<&Progress>, name: 
     if let Some(failure) = failed {
         return Err(failure);
     }
-    core.settled(machine.id, Side::Agent, Ok(()));
-    core.settled(machine.id, Side::Server, Ok(()));
-    core.store.change(|state| Ok(drop(state.machines.remove(name))))
+    core.settled(machine.id, Side::Agent, None);
+    core.settled(machine.id, Side::Server, None);
+    core.store.change(|state| {
+        state.machines.remove(name);
+        Ok(())
+    })
 }
 
 fn note_let_go(
@@ -309,7 +312,7 @@ fn note_let_go(
     match told {
         // A side that does not know the machine has let go of it.
         Err(failure) if failure.kind != FailureKind::NotFound => {
-            core.settled(machine.id, side, Err(&failure));
+            core.settled(machine.id, side, Some(&failure));
             failed.get_or_insert(Failure {
                 help: format!("{}; it is done as soon as that is possible", failure.help),
                 ..failure

@@ -6,19 +6,20 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tidemark_proto::control::{
-    AgentCommand, Consistency, Failure, ImageFormat, MarkRequest, PointInfo, Reply, Selector, ServerCommand,
+    AgentCommand, Consistency, Failure, FailureKind, ImageFormat, MarkRequest, PointInfo, Reply, Selector,
+    ServerCommand,
 };
 
 use crate::core::{Core, QUICK, SETTLE, WHOLE_DISK};
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::Job;
 use crate::machines::refuse_unprotected;
-use crate::model::Machine;
+use crate::model::{Machine, Wanted};
 use crate::names::{bad_request, check_label, check_path};
 
 /// How long a mark may take to become durable at the process server on every disk. Long: a slow link may have much to
 /// send before it.
-const POINT_LIMIT: Duration = Duration::from_secs(3600);
+const POINT_LIMIT: Duration = Duration::from_secs(900);
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -43,7 +44,15 @@ fn raw() -> ImageFormat {
 /// Makes a point now; the job ends when it is durable.
 pub fn create(core: &Arc<Core>, name: &str, request: CreateRequest) -> Result<Job, Failure> {
     check_label(&request.label)?;
-    refuse_unprotected(&core.machine(name)?)?;
+    let machine = core.machine(name)?;
+    refuse_unprotected(&machine)?;
+    if machine.wanted == Wanted::Paused {
+        return Err(Failure::new(
+            FailureKind::Conflict,
+            format!("machine {name:?} is paused: a point made now would not become durable"),
+            "let it send again first: `tidemark resume NAME`",
+        ));
+    }
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("point_create", Some(&name.clone()), |progress| async move {
         let machine = core.machine(&name)?;

@@ -46,6 +46,8 @@ pub struct MachineStatus {
 #[serde(rename_all = "snake_case")]
 pub enum State {
     Enabling,
+    /// The agent is not connected: what it does now is not known here.
+    Unknown,
     InitialReplication,
     Protected,
     Resynchronising,
@@ -177,7 +179,7 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
     problems.extend(replicas.iter().flatten().flat_map(|disk| disk.problems.clone()));
     problems.dedup();
 
-    let machine_state = state_of(machine, &sources);
+    let machine_state = state_of(machine, &sources, host.connected);
     let health = match problems.iter().any(|problem| problem.critical) || machine_state == State::Failed {
         true => Health::Critical,
         false if !problems.is_empty() || machine_state == State::Disconnected => Health::Warning,
@@ -211,14 +213,14 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
     }
 }
 
-fn state_of(machine: &Machine, sources: &[Option<&SourceDisk>]) -> State {
+fn state_of(machine: &Machine, sources: &[Option<&SourceDisk>], is_agent_connected: bool) -> State {
     match machine.wanted {
         Wanted::Unprotected { .. } => return State::Unprotecting,
         Wanted::Paused => return State::Paused,
         Wanted::Protected => {}
     }
     if sources.iter().any(Option::is_none) {
-        return State::Enabling;
+        return if is_agent_connected { State::Enabling } else { State::Unknown };
     }
     // The worst disk decides; this is their order.
     let ranked = [

@@ -123,7 +123,12 @@ mod tests {
     fn a_change_that_cannot_be_written_did_not_happen() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(RealStorage::open_folder(folder.path().join("gone"))).unwrap();
-        let failure = store.change(|state| Ok(state.policies.clear())).unwrap_err();
+        let failure = store
+            .change(|state| {
+                state.policies.clear();
+                Ok(())
+            })
+            .unwrap_err();
         assert!(failure.message.contains("cannot store"), "{failure}");
         assert!(store.state().policies.contains_key(DEFAULT_POLICY));
     }

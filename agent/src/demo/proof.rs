@@ -157,3 +157,55 @@ fn replay(base: &Reference, upto: &[u64], writers: &Writers, scratch: &Path) -> 
     }
     Ok(hashes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    const BLOCKS: u32 = 24;
+
+    fn image(folder: &Path, name: &str, writes: &[(u32, Vec<u8>)]) -> PathBuf {
+        let path = folder.join(name);
+        let file = File::create(&path).unwrap();
+        file.set_len(u64::from(BLOCKS) * BLOCK_BYTES as u64).unwrap();
+        for (block, page) in writes {
+            file.write_all_at(page, u64::from(*block) * BLOCK_BYTES as u64).unwrap();
+        }
+        path
+    }
+
+    /// Writer 0 wrote blocks 0, 3, 0, 6 and 9; four of these were acknowledged before the mark.
+    #[test]
+    fn only_a_beginning_of_the_writers_logs_is_a_crash_consistent_disk() {
+        if tools::check().is_err() {
+            return;
+        }
+        let top = tempfile::tempdir().unwrap();
+        let folder = top.path();
+        let base = image(folder, "base", &[]);
+        let places = [0, 3, 0, 6, 9].map(|block| Place { disk: 0, block });
+        let logs = (0..WRITERS)
+            .map(|writer| Arc::new(super::super::writers::Log::of(if writer == 0 { &places } else { &[] })));
+        let writers = Writers::of(logs.collect());
+        let references = [Reference { hashes: Vec::new(), images: vec![base] }];
+        let databases = [(0..BLOCKS).collect()];
+        let marked = Marked {
+            name: "crash".to_owned(),
+            point: json!({ "id": "x", "time": "y" }),
+            known: Known::Between { base: 0, acknowledged: vec![4, 0, 0], issued: vec![5, 0, 0] },
+        };
+        let four = vec![(3, page(0, 2)), (0, page(0, 3)), (6, page(0, 4))];
+        let check = |name: &str, writes: &[(u32, Vec<u8>)]| {
+            let recovered = image(folder, name, writes);
+            let proofs = check(&marked, &[recovered], &references, &databases, &writers, folder).unwrap();
+            proofs[0].identical
+        };
+        assert!(check("all acknowledged ones", &four));
+        assert!(check("and one in flight", &[&four[..], &[(9, page(0, 5))]].concat()));
+        assert!(!check("one is lost", &four[1..]));
+        assert!(!check("the last acknowledged one is lost", &four[..2]));
+        assert!(!check("an older one came later", &[(3, page(0, 2)), (0, page(0, 1)), (6, page(0, 4))]));
+        assert!(!check("a stranger wrote", &[&four[..], &[(20, vec![1; BLOCK_BYTES])]].concat()));
+    }
+}

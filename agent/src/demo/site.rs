@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
@@ -28,14 +29,22 @@ impl Site {
         let unable = |error: std::io::Error| CliError::new(format!("cannot start `tidemark up`: {error}"), "");
         let program = std::env::current_exe().map_err(unable)?;
         let log_file = File::create(log).map_err(|error| failed(log, error))?;
-        let mut child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(["up", "--listen", "127.0.0.1:0", "--dir"])
             .arg(folder)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(log_file)
-            .spawn()
-            .map_err(unable)?;
+            .stderr(log_file);
+        // SAFETY: prctl is async-signal-safe and touches no memory of the parent.
+        unsafe {
+            // A demonstration that is killed leaves no roles behind.
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            });
+        }
+        let mut child = command.spawn().map_err(unable)?;
         let stdout = child.stdout.take().expect("stdout is piped");
         let mut site = Self { child, ready: Value::Null };
         let (sender, receiver) = mpsc::channel();

@@ -38,6 +38,17 @@ pub struct Log {
 }
 
 impl Log {
+    #[cfg(test)]
+    pub fn of(places: &[Place]) -> Self {
+        let count = places.len() as u64;
+        Self {
+            places: Mutex::new(places.to_vec()),
+            issued: AtomicU64::new(count),
+            acknowledged: AtomicU64::new(count),
+            owned: Vec::new(),
+        }
+    }
+
     pub fn places(&self, upto: u64) -> Vec<Place> {
         self.places.lock().expect("no panic while held")[..upto as usize].to_vec()
     }
@@ -53,6 +64,12 @@ pub struct Writers {
 }
 
 impl Writers {
+    /// Writers that have ended.
+    #[cfg(test)]
+    pub fn of(logs: Vec<Arc<Log>>) -> Self {
+        Self { logs, threads: Vec::new(), stop: Stop::new(), hold: Arc::default(), failed: Arc::default() }
+    }
+
     /// `databases`: the blocks of each disk's database.
     pub fn start(addresses: &[String], databases: &[Vec<u32>]) -> Result<Self, CliError> {
         let all: Vec<Place> = databases

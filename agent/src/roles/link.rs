@@ -89,6 +89,7 @@ async fn keep(identity: &Identity, address: &str, handler: &Arc<dyn Handler>) ->
         .map_err(|status| status.message().to_owned())?
         .into_inner();
     let commands = Arc::new(Semaphore::new(COMMANDS_MAX));
+    let reporting = Arc::new(Semaphore::new(1));
     let mut reports = tokio::time::interval(REPORT_EVERY);
     reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut established = false;
@@ -96,7 +97,14 @@ async fn keep(identity: &Identity, address: &str, handler: &Arc<dyn Handler>) ->
         let message = tokio::select! {
             message = down.message() => message,
             _ = reports.tick(), if established => {
-                send_report(handler, &up).await;
+                // Beside the stream, one at a time: what a report waits for must not hold up commands.
+                if let Ok(permit) = reporting.clone().try_acquire_owned() {
+                    let (handler, up) = (handler.clone(), up.clone());
+                    tokio::spawn(async move {
+                        send_report(&handler, &up).await;
+                        drop(permit);
+                    });
+                }
                 continue;
             }
         };

@@ -119,3 +119,71 @@ impl Hub {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidemark_base::HostId;
+    use tidemark_proto::control::{AgentCommand, FailureKind, Peer, reply_to};
+    use tokio::sync::mpsc;
+
+    use crate::hub::Presence;
+
+    struct Stream {
+        up: mpsc::Sender<Result<wire::Up, Status>>,
+        down: Pin<Box<dyn futures_util::Stream<Item = Result<wire::Down, Status>> + Send>>,
+    }
+
+    async fn connect(hub: &Arc<Hub>, id: HostId, certificate: PeerIdentity) -> Result<Stream, Status> {
+        let (up, receiver) = mpsc::channel(8);
+        let register =
+            Register { peer: Peer::Agent { id }, name: "h".into(), software: String::new(), boot: String::new() };
+        up.send(Ok(wire::Up { body: Some(wire::up::Body::Register((&register).into())) })).await.unwrap();
+        let mut down = hub.clone().attach("cs", certificate, ReceiverStream::new(receiver)).await.map(Box::pin)?;
+        let hello = down.next().await.unwrap().unwrap();
+        assert!(matches!(hello.body, Some(wire::down::Body::Registered(_))));
+        Ok(Stream { up, down })
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_who_its_certificate_says() {
+        let (hub, _events) = Hub::new();
+        let (id, other) = (HostId::random(), HostId::random());
+        let refused = connect(&hub, id, PeerIdentity::Agent(other)).await.err().unwrap();
+        assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+        assert_eq!(hub.presence(PeerId::Agent(id)), Presence::NeverSeen);
+        connect(&hub, id, PeerIdentity::Agent(id)).await.unwrap();
+        assert!(matches!(hub.presence(PeerId::Agent(id)), Presence::Connected { .. }));
+    }
+
+    #[tokio::test]
+    async fn calls_are_answered_or_end_with_their_stream() {
+        let (hub, _events) = Hub::new();
+        let id = HostId::random();
+        let limit = Duration::from_secs(10);
+        let mut first = connect(&hub, id, PeerIdentity::Agent(id)).await.unwrap();
+        let call = |limit| {
+            let hub = hub.clone();
+            tokio::spawn(async move { hub.agent(id, &AgentCommand::Status, limit).await })
+        };
+        let answered = call(limit);
+        let asked = first.down.next().await.unwrap().unwrap();
+        let reply = reply_to(asked.request, &Ok(Reply::Done));
+        first.up.send(Ok(wire::Up { body: Some(wire::up::Body::Reply(reply)) })).await.unwrap();
+        assert_eq!(answered.await.unwrap(), Ok(Reply::Done));
+
+        let late = call(Duration::from_millis(10)).await.unwrap().unwrap_err();
+        assert_eq!(late.kind, FailureKind::TimedOut);
+
+        // A newer stream of the same identity ends the older one, and with it what waits on it.
+        let hanging = call(limit);
+        while first.down.next().await.unwrap().unwrap().request < 3 {}
+        let _second = connect(&hub, id, PeerIdentity::Agent(id)).await.unwrap();
+        assert_eq!(hanging.await.unwrap().unwrap_err().kind, FailureKind::Unavailable);
+        assert!(first.down.next().await.is_none());
+        // Its end says nothing of the newer one.
+        drop(first);
+        tokio::task::yield_now().await;
+        assert!(matches!(hub.presence(PeerId::Agent(id)), Presence::Connected { .. }));
+    }
+}
