@@ -8,7 +8,8 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::thread::Thread;
 use std::time::Duration;
 
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
@@ -63,6 +64,8 @@ pub struct DiskLog {
     disk_bytes: u64,
     clock: Arc<dyn Clock>,
     limits: Mutex<LogLimits>,
+    /// Of the limits, for the appender.
+    rotate_bytes: AtomicU64,
     hasher: DataHasher,
     appender: Mutex<Appender>,
     published: Mutex<Published>,
@@ -71,6 +74,8 @@ pub struct DiskLog {
     closed_bytes: AtomicU64,
     next_number: AtomicU64,
     prepared: Mutex<Option<PreparedLog>>,
+    /// Rotates and removes logs; called before its time when much is written.
+    keeper: OnceLock<Thread>,
     /// Of the logs that were read last.
     data_files: Mutex<VecDeque<(u64, Arc<dyn StorageFile>)>>,
 }
@@ -81,6 +86,8 @@ struct Appender {
     /// Wall and monotonic time of the last append.
     clocks: Option<(Timestamp, Duration)>,
     unmeasured_bytes: u64,
+    /// Appended since the keeper was last called.
+    uncalled_bytes: u64,
 }
 
 struct Published {
@@ -168,13 +175,21 @@ impl DiskLog {
             disk_bytes,
             clock,
             limits: Mutex::new(limits),
+            rotate_bytes: AtomicU64::new(limits.rotate_bytes),
             hasher: DataHasher::new(disk),
-            appender: Mutex::new(Appender { log: Some(log), newest: found.newest, clocks: None, unmeasured_bytes: 0 }),
+            appender: Mutex::new(Appender {
+                log: Some(log),
+                newest: found.newest,
+                clocks: None,
+                unmeasured_bytes: 0,
+                uncalled_bytes: 0,
+            }),
             published: Mutex::new(Published { logged: start, marked: found.marked, time: now, steps: VecDeque::new() }),
             chain: Mutex::new(chain),
             closed_bytes: AtomicU64::new(0),
             next_number: AtomicU64::new(found.next_number + 1),
             prepared: Mutex::new(None),
+            keeper: OnceLock::new(),
             data_files: Mutex::new(VecDeque::new()),
         };
         log.measure_closed();
@@ -186,7 +201,13 @@ impl DiskLog {
     }
 
     pub fn set_limits(&self, limits: LogLimits) {
+        self.rotate_bytes.store(limits.rotate_bytes, Ordering::Relaxed);
         *self.limits.lock().expect("no panic while held") = limits;
+    }
+
+    /// Whom to wake, by `unpark`, each time that enough for another log was appended.
+    pub fn set_keeper(&self, keeper: Thread) {
+        let _ = self.keeper.set(keeper);
     }
 
     fn limits(&self) -> LogLimits {
@@ -226,7 +247,14 @@ impl DiskLog {
             return Err(Unlogged::NotLogging);
         }
         appender.unmeasured_bytes += bytes;
-        if appender.unmeasured_bytes >= MEASURE_BYTES {
+        appender.uncalled_bytes += bytes;
+        if appender.uncalled_bytes >= self.rotate_bytes.load(Ordering::Relaxed) {
+            appender.uncalled_bytes = 0;
+            if let Some(keeper) = self.keeper.get() {
+                keeper.unpark();
+            }
+        }
+        if appender.unmeasured_bytes >= MEASURE_BYTES.min(self.rotate_bytes.load(Ordering::Relaxed)) {
             appender.unmeasured_bytes = 0;
             if let Err(error) = self.check_room(&appender) {
                 appender.log = None;

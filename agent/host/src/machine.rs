@@ -138,8 +138,16 @@ impl Machine {
         for disk in &self.disks {
             let (disk, stop) = (disk.disk.clone(), self.stop.clone());
             threads.push(std::thread::Builder::new().name("keeper".to_owned()).spawn(move || {
-                while !stop.wait_for(KEEPER_INTERVAL) {
-                    disk.tick();
+                disk.log.set_keeper(std::thread::current());
+                let mut next = Instant::now() + KEEPER_INTERVAL;
+                while !stop.is_stopped() {
+                    std::thread::park_timeout(next.saturating_duration_since(Instant::now()));
+                    if Instant::now() >= next {
+                        next = Instant::now() + KEEPER_INTERVAL;
+                        disk.tick();
+                    } else {
+                        disk.make_room();
+                    }
                 }
             })?);
         }
@@ -314,6 +322,7 @@ impl Machine {
         self.stop.stop();
         let this = std::thread::current().id();
         for thread in std::mem::take(&mut *self.threads.lock().expect("no panic while held")) {
+            thread.thread().unpark();
             // The thread of marks may be the last to let go of the machine.
             if thread.thread().id() != this && thread.join().is_err() {
                 tracing::error!("a thread of a machine panicked");
@@ -368,10 +377,12 @@ fn state_of(sender: Option<&SenderStatus>, scan: Option<ScanReason>) -> SourceSt
 }
 
 fn log_limits(limits: &HostLimits, policy: &ReplicationPolicy, disk_bytes: u64) -> LogLimits {
+    // As Hyper-V: half of the disk.
+    let limit_bytes = policy.log_limit_bytes.unwrap_or((disk_bytes / 2).max(limits.log_bytes_min));
     LogLimits {
-        rotate_bytes: limits.log_rotate_bytes,
-        // As Hyper-V: half of the disk.
-        limit_bytes: policy.log_limit_bytes.unwrap_or((disk_bytes / 2).max(limits.log_bytes_min)),
+        // A log goes as a whole: several must fit under the limit for acknowledged ones to make room in time.
+        rotate_bytes: limits.log_rotate_bytes.min(limit_bytes / 8),
+        limit_bytes,
         reserve_bytes: limits.log_reserve_bytes,
     }
 }

@@ -357,12 +357,17 @@ impl ProtectedDisk {
         self.watch_size();
         self.sample();
         self.sync_and_clear();
+        self.make_room();
+        self.store_mode();
+        self.return_to_log();
+    }
+
+    /// Rotates a log that is long enough and removes those that are not needed: each second, and sooner under load.
+    pub fn make_room(&self) {
         if let Err(error) = self.log.rotate_when_long().and_then(|()| self.log.enforce_limits()) {
             self.step_down(&error);
         }
         self.store_consumers();
-        self.store_mode();
-        self.return_to_log();
     }
 
     fn sample(&self) {
