@@ -75,7 +75,7 @@ impl Default for HostLimits {
     fn default() -> Self {
         Self {
             log_rotate_bytes: 256 << 20,
-            log_bytes_min: 64 << 20,
+            log_bytes_min: 256 << 20,
             log_reserve_bytes: 64 << 20,
             freeze_limit: Duration::from_secs(30),
             send: SendLimits::default(),

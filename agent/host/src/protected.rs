@@ -364,10 +364,12 @@ impl ProtectedDisk {
 
     /// Rotates a log that is long enough and removes those that are not needed: each second, and sooner under load.
     pub fn make_room(&self) {
-        if let Err(error) = self.log.rotate_when_long().and_then(|()| self.log.enforce_limits()) {
+        let rotated = self.log.rotate_when_long();
+        // What was acknowledged goes first: it must not count against the limit.
+        self.store_consumers();
+        if let Err(error) = rotated.and_then(|()| self.log.enforce_limits()) {
             self.step_down(&error);
         }
-        self.store_consumers();
     }
 
     fn sample(&self) {

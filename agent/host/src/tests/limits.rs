@@ -135,3 +135,19 @@ fn intent_bits_go_when_nothing_was_written_for_a_while() {
     assert!(disk.intent.is_any_set(), "idle for a moment only");
     assert!(disk.log.sync().is_ok());
 }
+
+#[test]
+fn a_consumer_that_keeps_up_never_brings_the_log_to_its_limit() {
+    let mut fixture = Fixture::new(DISK_BYTES);
+    fixture.limits = LogLimits { limit_bytes: 8 * MIB, rotate_bytes: MIB, ..fixture.limits };
+    let disk = fixture.attach_in_sync();
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    let epoch = disk.state().logged.epoch;
+    for index in 0..40 {
+        write(&splitter, index * MIB, &vec![7; MIB as usize]).unwrap();
+        disk.acknowledged(fixture.server, disk.state().logged).unwrap();
+        disk.make_room();
+    }
+    assert_eq!((disk.mode(), disk.state().logged.epoch), (Mode::Data, epoch));
+    assert!(disk.log.allocated_bytes() < 4 * MIB, "{}", disk.log.allocated_bytes());
+}
