@@ -80,7 +80,14 @@ pub struct CutSpan {
 
 /// What is known of a range within a cut.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub enum Piece {
+pub struct Piece {
+    /// The record that this is of: the last one of the cut in its range.
+    pub sequence: Sequence,
+    pub content: Content,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Content {
     /// The data of a record from its `skip`-th byte on.
     Data {
         data: DataRef,
@@ -91,10 +98,11 @@ pub enum Piece {
 
 impl Sliced for Piece {
     fn slice(&self, more: u64) -> Self {
-        match self {
-            Piece::Data { data, skip } => Piece::Data { data: *data, skip: skip + more as u32 },
-            Piece::Zeroes => Piece::Zeroes,
-        }
+        let content = match self.content {
+            Content::Data { data, skip } => Content::Data { data, skip: skip + more as u32 },
+            Content::Zeroes => Content::Zeroes,
+        };
+        Self { content, ..*self }
     }
 }
 
@@ -161,7 +169,7 @@ impl CutPieces {
         data_bytes_max: u64,
     ) -> Result<Option<(Extent, Piece)>, SourceError> {
         let Some((extent, piece)) = self.next(source, span)? else { return Ok(None) };
-        if piece == Piece::Zeroes || extent.length <= data_bytes_max {
+        if piece.content == Content::Zeroes || extent.length <= data_bytes_max {
             return Ok(Some((extent, piece)));
         }
         let (now, rest) = (Extent::new(extent.offset, data_bytes_max), extent.length - data_bytes_max);
@@ -232,14 +240,15 @@ fn read_span(
         span.time = span.time.max(record.time);
         span.clock_stepped |= record.clock_stepped;
         span.records += 1;
+        let sequence = record.sequence;
         match record.body {
             RecordBody::Write { extent, data } => {
-                window.insert(extent, Piece::Data { data, skip: 0 });
+                window.insert(extent, Piece { sequence, content: Content::Data { data, skip: 0 } });
                 data_bytes += extent.length;
                 span.written_bytes += extent.length;
             }
             RecordBody::Zeroes { extent } => {
-                window.insert(extent, Piece::Zeroes);
+                window.insert(extent, Piece { sequence, content: Content::Zeroes });
                 span.written_bytes += extent.length;
             }
             RecordBody::Mark(mark) => {

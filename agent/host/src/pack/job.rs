@@ -7,7 +7,7 @@ use tidemark_base::chunk::{ChunkKey, Compression};
 use tidemark_base::disk::Disk;
 
 use super::chunks::ChunkWriter;
-use super::{Piece, Sealed, Worker, ZeroPolicy};
+use super::{Content, Piece, Sealed, Worker, ZeroPolicy};
 use crate::source::{DataRef, ReadDataError, Source};
 
 #[derive(Debug, thiserror::Error)]
@@ -34,9 +34,9 @@ pub fn seal_pieces(
     // In the order of the log, each record once: neighbours are read with one call.
     let mut reads: Vec<DataRef> = pieces
         .iter()
-        .filter_map(|(_, piece)| match piece {
-            Piece::Data { data, .. } => Some(*data),
-            Piece::Zeroes => None,
+        .filter_map(|(_, piece)| match piece.content {
+            Content::Data { data, .. } => Some(data),
+            Content::Zeroes => None,
         })
         .collect();
     reads.sort_unstable();
@@ -56,18 +56,19 @@ pub fn seal_pieces(
     let index_of = |data: &DataRef| reads.binary_search(data).expect("every piece's record is among the reads");
     let damaged: Vec<Extent> = pieces
         .iter()
-        .filter(|(_, piece)| matches!(piece, Piece::Data { data, .. } if lost.contains(&index_of(data))))
+        .filter(|(_, piece)| matches!(&piece.content, Content::Data { data, .. } if lost.contains(&index_of(data))))
         .map(|(extent, _)| *extent)
         .collect();
     if !damaged.is_empty() && !omit_damaged {
         return Err(PackError::Damaged(damaged));
     }
-    let raw: u64 = pieces.iter().map(|(extent, piece)| if *piece == Piece::Zeroes { 0 } else { extent.length }).sum();
+    let raw: u64 =
+        pieces.iter().map(|(extent, piece)| if piece.content == Content::Zeroes { 0 } else { extent.length }).sum();
     let mut writer = ChunkWriter::new(sealer, ZeroPolicy::Send, raw as usize);
     for (extent, piece) in pieces {
-        match piece {
-            Piece::Zeroes => writer.zeroes(*extent),
-            Piece::Data { data, skip } => {
+        match &piece.content {
+            Content::Zeroes => writer.zeroes(*extent),
+            Content::Data { data, skip } => {
                 let index = index_of(data);
                 if !lost.contains(&index) {
                     let start = starts[index] + *skip as usize;

@@ -26,7 +26,7 @@ mod workers;
 
 pub use budget::{Budget, Permit};
 pub use chunks::{Sealed, ZeroPolicy};
-pub use gather::{CutLimits, CutPieces, CutSpan, Piece, Records};
+pub use gather::{Content, CutLimits, CutPieces, CutSpan, Piece, Records};
 pub use job::{PackError, seal_blocks, seal_pieces};
 pub use level::{CompressionPolicy, Level, Waits};
 pub use workers::{Lost, Priority, Ticket, Worker, Workers};

@@ -1,11 +1,19 @@
 //! Blocks that are not in the log, read from the disk: initial replication, dirty regions, crash recovery.
 //!
-//! *Consistency.* The rule (DESIGN 3.4): a chunk's read starts after the disk completion of every record that the stream
-//! emits before the chunk, or what such a record touches is cut out of the chunk. Here: the one emitter of the stream
-//! both submits reads and emits records. A record is logged after its disk completion, so a read that is submitted
-//! after a record was emitted sees it. For each read under way the emitter collects what it emits meanwhile
-//! ([`Scan::touched`]); a read that was touched is not emitted: what was not touched of it is read again. It gets
-//! smaller each time, so hot blocks cannot keep it for ever: they travel as records.
+//! *Consistency.* The one emitter of the stream both submits reads and emits records. For each read it remembers L, what
+//! was logged before the read was planned. A record is logged after its disk completion, so the read sees every record
+//! up to L. Two rules follow:
+//!
+//! 1. *A record after L that is emitted before the chunk is cut out of the chunk*: the read may have missed it, and the
+//!    chunk would undo it. [`Scan::touched`] collects such ranges; a read that was touched is not emitted, what was not
+//!    touched of it is planned again, holes included (what was a hole may have been written without being logged). It gets
+//!    smaller each time, so hot blocks cannot keep it for ever: they travel as records.
+//! 2. *No record up to L is emitted after the chunk*: a block may be scanned because a write to it was not logged (it
+//!    failed, the log was full). The chunk holds that write; an older record that came after the chunk would undo it,
+//!    and no later record would repair that. So a chunk waits until the stream stands at L or later.
+//!
+//! A range that rule 1 cut out is as good as scanned: the record is newer than whatever made the range dirty up to
+//! the revision that the read knew of, because overlapping writes keep one order on disk and in the log.
 //!
 //! Holes of a disk whose replica reads as zeroes are neither read nor sent, and zeroes found in data are not sent. For
 //! any other replica both are sent as extents without data.
@@ -21,7 +29,7 @@ use std::task::Poll;
 
 use tidemark_base::chunk::{ChunkKey, Compression};
 use tidemark_base::disk::Allocation;
-use tidemark_base::{Extent, ExtentSet};
+use tidemark_base::{Extent, ExtentSet, Position, Sequence};
 
 use crate::pack::{self, Budget, Lost, PackError, Permit, Priority, Sealed, Ticket, Workers, ZeroPolicy};
 use crate::source::{PendingScan, ScanReason, ScanRevision, Source};
@@ -68,11 +76,19 @@ pub struct Scan {
 
 struct Read {
     plan: Plan,
-    /// What this read answers for, as it was first planned.
-    covers: Vec<Scanned>,
+    /// What was logged before it was planned: all of it is on the disk.
+    logged: Position,
+    seen: ScanRevision,
     touched: ExtentSet,
     ticket: Ticket<Result<Sealed, PackError>>,
     permit: Permit,
+}
+
+impl Read {
+    /// Everything that was logged before this read was sent.
+    fn may_follow(&self, sent: &Position) -> bool {
+        sent.epoch == self.logged.epoch && sent.sequence >= self.logged.sequence
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -82,22 +98,12 @@ struct Plan {
 }
 
 impl Plan {
-    fn raw_bytes(&self) -> u64 {
-        self.blocks.iter().map(|extent| extent.length).sum()
-    }
-
     fn is_empty(&self) -> bool {
         self.blocks.is_empty() && self.holes.is_empty()
     }
 
-    fn overlapping<'a>(&'a self, other: &'a Extent) -> impl Iterator<Item = Extent> + 'a {
-        self.blocks.iter().chain(&self.holes).filter_map(|extent| extent.intersection(other))
-    }
-
-    /// What is left when `touched` is cut out.
-    fn without(&self, touched: &ExtentSet) -> Plan {
-        let gaps = |extents: &[Extent]| extents.iter().flat_map(|extent| touched.gaps(*extent)).collect();
-        Plan { blocks: gaps(&self.blocks), holes: gaps(&self.holes) }
+    fn extents(&self) -> impl Iterator<Item = Extent> {
+        self.blocks.iter().chain(&self.holes).copied()
     }
 }
 
@@ -155,11 +161,11 @@ impl Scan {
         self.todo.is_empty() && self.reads.is_empty()
     }
 
-    /// A record that touches `extent` was emitted.
-    pub fn touched(&mut self, extent: Extent) {
-        for read in &mut self.reads {
+    /// A record was emitted.
+    pub fn touched(&mut self, extent: Extent, sequence: Sequence) {
+        for read in self.reads.iter_mut().filter(|read| sequence > read.logged.sequence) {
             let Read { plan, touched, .. } = read;
-            plan.overlapping(&extent).for_each(|part| touched.insert(part));
+            plan.extents().filter_map(|of| of.intersection(&extent)).for_each(|part| touched.insert(part));
         }
     }
 
@@ -176,52 +182,69 @@ impl Scan {
             let Some(permit) = tools.budget.take(pack::job_bytes(raw_max)) else {
                 return Ok(());
             };
-            let seen = tools.source.state().scan_revision;
+            // Before holes are asked for and blocks are read.
+            let logged = tools.source.state().logged;
+            // Not the revision of this moment: what was added since is read once more, with what is known of it then.
+            let seen = self.seen;
             let plan = self.plan(tools.source.as_ref(), seen, raw_max)?;
             if !plan.is_empty() {
-                let extents = plan.blocks.iter().chain(&plan.holes);
-                let covers = extents.map(|extent| Scanned { extent: *extent, seen }).collect();
-                self.read(tools, plan, covers, permit);
+                self.read(tools, plan, logged, seen, permit);
             }
         }
         Ok(())
     }
 
-    /// The oldest read, when it is finished and nothing touched it. What was touched is submitted again, less what
-    /// touched it.
-    pub fn next(&mut self, tools: &ReadTools<'_>) -> Poll<Result<Option<ScanFrame>, ScanFailure>> {
-        while let Some(read) = self.reads.pop_front() {
-            let result = match read.ticket.poll() {
+    /// The oldest read has to wait until records left that were logged before it.
+    pub fn waits_for_records(&self, sent: &Position) -> bool {
+        self.reads.front().is_some_and(|read| !read.may_follow(sent))
+    }
+
+    /// The oldest read, when it is finished, nothing touched it, and it may follow what was sent. What was touched is
+    /// planned again, less what touched it.
+    pub fn next(&mut self, tools: &ReadTools<'_>, sent: &Position) -> Poll<Result<Option<ScanFrame>, ScanFailure>> {
+        loop {
+            let Some(read) = self.reads.pop_front() else {
+                if let Err(error) = self.submit(tools) {
+                    return Poll::Ready(Err(ScanFailure::Read(error)));
+                }
+                return if self.is_read() { Poll::Ready(Ok(None)) } else { Poll::Pending };
+            };
+            if !read.may_follow(sent) {
+                self.reads.push_front(read);
+                return Poll::Pending;
+            }
+            let sealed = match read.ticket.poll() {
                 Poll::Pending => {
                     self.reads.push_front(read);
                     return Poll::Pending;
                 }
-                Poll::Ready(result) => result,
+                Poll::Ready(Ok(Ok(sealed))) => sealed,
+                Poll::Ready(Ok(Err(error))) => return Poll::Ready(Err(ScanFailure::Read(error))),
+                Poll::Ready(Err(Lost)) => return Poll::Ready(Err(ScanFailure::Lost)),
             };
-            if read.touched.is_empty() {
-                let sealed = match result {
-                    Ok(Ok(sealed)) => sealed,
-                    Ok(Err(error)) => return Poll::Ready(Err(ScanFailure::Read(error))),
-                    Err(Lost) => return Poll::Ready(Err(ScanFailure::Lost)),
-                };
-                self.progress.read_bytes += read.covers.iter().map(|covered| covered.extent.length).sum::<u64>();
-                let mut permit = read.permit;
-                permit.shrink(sealed.chunks.len().max(FRAME_PERMIT_BYTES_MIN) as u64);
-                if sealed.chunks.is_empty() {
-                    self.covered.extend(read.covers);
-                    continue;
-                }
-                return Poll::Ready(Ok(Some(ScanFrame { sealed, permit, covers: read.covers })));
+            let Read { plan, seen, touched, mut permit, .. } = read;
+            if !touched.is_empty() {
+                plan.extents().flat_map(|extent| touched.gaps(extent)).for_each(|rest| self.todo.insert(rest));
+                self.cover(touched.iter(), seen);
+                continue;
             }
-            let rest = read.plan.without(&read.touched);
-            if rest.is_empty() {
-                self.progress.read_bytes += read.covers.iter().map(|covered| covered.extent.length).sum::<u64>();
-                self.covered.extend(read.covers);
-            } else {
-                self.read(tools, rest, read.covers, read.permit);
+            if sealed.chunks.is_empty() {
+                self.cover(plan.extents(), seen);
+                continue;
             }
+            permit.shrink(sealed.chunks.len().max(FRAME_PERMIT_BYTES_MIN) as u64);
+            let covers: Vec<_> = plan.extents().map(|extent| Scanned { extent, seen }).collect();
+            self.progress.read_bytes += covers.iter().map(|covered| covered.extent.length).sum::<u64>();
+            return Poll::Ready(Ok(Some(ScanFrame { sealed, permit, covers })));
         }
-        Poll::Ready(Ok(None))
+    }
+
+    /// Notes what needs no frame.
+    fn cover(&mut self, extents: impl Iterator<Item = Extent>, seen: ScanRevision) {
+        for extent in extents {
+            self.progress.read_bytes += extent.length;
+            self.covered.push(Scanned { extent, seen });
+        }
     }
 
     fn plan(&mut self, source: &dyn Source, seen: ScanRevision, raw_max: u64) -> Result<Plan, PackError> {
@@ -236,8 +259,7 @@ impl Scan {
                 raw += part.length;
                 plan.blocks.push(part);
             } else if self.reason == ScanReason::Initial {
-                self.progress.read_bytes += part.length;
-                self.covered.push(Scanned { extent: part, seen });
+                self.cover([part].into_iter(), seen);
             } else {
                 plan.holes.push(part);
             }
@@ -273,15 +295,14 @@ impl Scan {
         Ok(found)
     }
 
-    fn read(&mut self, tools: &ReadTools<'_>, plan: Plan, covers: Vec<Scanned>, permit: Permit) {
+    fn read(&mut self, tools: &ReadTools<'_>, plan: Plan, logged: Position, seen: ScanRevision, permit: Permit) {
         let zero_policy = if self.reason == ScanReason::Initial { ZeroPolicy::Omit } else { ZeroPolicy::Send };
         let (source, key, compression) = (tools.source.clone(), tools.key.clone(), tools.compression);
         let job = plan.clone();
         let ticket = tools.workers.submit(Priority::Scan, tools.done.clone(), move |worker| {
             pack::seal_blocks(worker, source.disk(), &key, compression, &job.blocks, &job.holes, zero_policy)
         });
-        debug_assert!(plan.raw_bytes() <= pack::FRAME_RAW_BYTES_COMPRESSED);
-        self.reads.push_back(Read { plan, covers, touched: ExtentSet::new(), ticket, permit });
+        self.reads.push_back(Read { plan, logged, seen, touched: ExtentSet::new(), ticket, permit });
     }
 }
 

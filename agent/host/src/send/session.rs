@@ -17,7 +17,8 @@ use super::resume::{self, Begin, Situation};
 use super::status::{Phase, Problem};
 use super::{CUT_RECORDS_MAX, Control, SendLimits, ShipMode};
 use crate::pack::{
-    self, CutLimits, CutPieces, CutSpan, Lost, PackError, Permit, Piece, Priority, Records, Sealed, Ticket, Waits,
+    self, Content, CutLimits, CutPieces, CutSpan, Lost, PackError, Permit, Piece, Priority, Records, Sealed, Ticket,
+    Waits,
 };
 use crate::scan::{FRAME_PERMIT_BYTES_MIN, ReadTools, Scan, ScanFailure, ScanFrame, Scanned};
 use crate::source::{LogState, ScanReason, ScanRevision, SourceError};
@@ -227,10 +228,6 @@ impl<'a> Session<'a> {
         let sent = self.sent;
         if scanning {
             pending = source.pending_scan(consumer, ScanRevision(0))?;
-            if decision.whole_scan == Some(ScanReason::Initial) {
-                // Whatever else was pending: an empty replica reads as zeroes.
-                pending.reason = Some(ScanReason::Initial);
-            }
             self.scan_seen = pending.revision;
             let scan = Scan::new(pending);
             let progress = scan.progress();
@@ -260,7 +257,8 @@ impl<'a> Session<'a> {
     // ── emitting ──
 
     fn emit(&mut self) -> Result<std::convert::Infallible, End> {
-        let mut next_live = Instant::now();
+        let mut last_live = Instant::now();
+        let mut next_live = last_live;
         let mut next_heartbeat = Instant::now() + self.limits().heartbeat;
         loop {
             self.handle_events()?;
@@ -271,12 +269,16 @@ impl<'a> Session<'a> {
             let room = self.under_way.len() < self.limits().cuts_under_way_max;
             let behind = self.live_until(&state);
             let now = Instant::now();
+            if self.scan.as_ref().is_some_and(|scan| scan.waits_for_records(&self.sent)) {
+                next_live = next_live.min(last_live + self.limits().cut_gap / 10);
+            }
             let mut deadline = next_heartbeat.max(now + self.limits().scan_cut_age_max);
             if let Some(until) = behind {
                 // Not woken by each record meanwhile.
                 self.emitter.watcher.disarm();
                 if room && now >= next_live {
                     let full = self.emit_records(until, &state)?;
+                    last_live = now;
                     next_live = if full { now } else { now + self.limits().cut_gap };
                     next_heartbeat = now + self.limits().heartbeat;
                     continue;
@@ -300,11 +302,17 @@ impl<'a> Session<'a> {
 
     /// Up to where records are to leave now, when there are any.
     fn live_until(&self, state: &LogState) -> Option<Sequence> {
-        let until = match self.control.policy.mode {
+        let until = match self.mode() {
             ShipMode::Continuous => Some(state.logged),
             ShipMode::Interval => state.marked,
         };
         until.map(|until| until.sequence).filter(|until| *until > self.sent.sequence)
+    }
+
+    /// Chunks of a scan follow the records that were logged before they were read, so records do not wait for the end
+    /// of a cycle while there is a scan. The replica is not consistent then, whatever the cuts are.
+    fn mode(&self) -> ShipMode {
+        if self.scan.is_some() { ShipMode::Continuous } else { self.control.policy.mode }
     }
 
     fn look_at_state(&mut self, state: &LogState) -> Result<(), End> {
@@ -339,7 +347,7 @@ impl<'a> Session<'a> {
     fn emit_records(&mut self, until: Sequence, state: &LogState) -> Result<bool, End> {
         let source = self.emitter.source.clone();
         let limits = self.limits();
-        let cut_limits = match self.control.policy.mode {
+        let cut_limits = match self.mode() {
             ShipMode::Continuous => CutLimits {
                 until,
                 data_bytes_max: limits.cut_bytes_max,
@@ -437,7 +445,7 @@ impl<'a> Session<'a> {
                         return Ok(());
                     }
                     if let Some(scan) = &mut self.scan {
-                        batch.iter().for_each(|(extent, _)| scan.touched(*extent));
+                        batch.iter().for_each(|(extent, piece)| scan.touched(*extent, piece.sequence));
                     }
                     batch
                 }
@@ -492,7 +500,7 @@ impl<'a> Session<'a> {
         if let Err(error) = scan.submit(&tools) {
             return Poll::Ready(Err(read_failed(&error)));
         }
-        scan.next(&tools).map_err(|failure| match failure {
+        scan.next(&tools, &self.sent).map_err(|failure| match failure {
             ScanFailure::Read(error) => read_failed(&error),
             ScanFailure::Lost => lost(),
         })
@@ -520,6 +528,8 @@ impl<'a> Session<'a> {
                 }
                 Poll::Ready(None) => break,
                 Poll::Pending if open.is_none() => return Ok(false),
+                // Only a live cut helps.
+                Poll::Pending if self.scan.as_ref().is_some_and(|scan| scan.waits_for_records(&self.sent)) => break,
                 Poll::Pending => {
                     let started = Instant::now();
                     self.wait((opened + self.limits().scan_cut_age_max).max(started))?;
@@ -826,7 +836,7 @@ fn next_batch(
 const BATCH_PIECES_MAX: usize = 2048;
 
 fn data_bytes(extent: Extent, piece: &Piece) -> u64 {
-    if *piece == Piece::Zeroes { 0 } else { extent.length }
+    if piece.content == Content::Zeroes { 0 } else { extent.length }
 }
 
 fn protocol(reason: &str) -> End {
