@@ -34,6 +34,8 @@ pub enum HostError {
     Busy { disk: DiskId },
     #[error("no mark can be made: the changes of disk {disk} are not logged now ({reason})")]
     NotLogging { disk: DiskId, reason: String },
+    #[error("no recovery point can be made: disk {disk} is being replicated ({done} of {total} bytes)")]
+    Scanning { disk: DiskId, done: u64, total: u64 },
     #[error("machine {machine} cannot be made quiet")]
     Freeze { machine: String, source: FreezeError },
     #[error("cannot serve disks")]
@@ -75,6 +77,10 @@ impl HostError {
             HostError::NotLogging { .. } => {
                 "try again when the mode of the disk is `data` (see `tidemark status`)".into()
             }
+            HostError::Scanning { .. } => {
+                "wait until `tidemark status` says that the machine is protected, and check that its process server runs"
+                    .into()
+            }
             HostError::Freeze { source, .. } => source.help().to_owned(),
             HostError::Listen(_) | HostError::Io { .. } => "see the system's message".into(),
             HostError::Stopping => "start the agent again".into(),
@@ -88,7 +94,10 @@ impl HostError {
             | HostError::AlreadyProtected { .. }
             | HostError::OtherDisks { .. } => FailureKind::Conflict,
             HostError::Disk(_) | HostError::DuplicateDisk { .. } | HostError::NoName { .. } => FailureKind::BadRequest,
-            HostError::Busy { .. } | HostError::NotLogging { .. } | HostError::Stopping => FailureKind::Unavailable,
+            HostError::Busy { .. }
+            | HostError::NotLogging { .. }
+            | HostError::Scanning { .. }
+            | HostError::Stopping => FailureKind::Unavailable,
             _ => FailureKind::Failed,
         }
     }

@@ -68,6 +68,8 @@ pub struct HostLimits {
     pub log_reserve_bytes: u64,
     /// What each freeze script may take.
     pub freeze_limit: Duration,
+    /// How long a mark that is asked for waits for a scan to end.
+    pub mark_scan_wait: Duration,
     pub send: SendLimits,
 }
 
@@ -78,6 +80,7 @@ impl Default for HostLimits {
             log_bytes_min: 256 << 20,
             log_reserve_bytes: 64 << 20,
             freeze_limit: Duration::from_secs(30),
+            mark_scan_wait: Duration::from_secs(20),
             send: SendLimits::default(),
         }
     }
@@ -290,13 +293,20 @@ impl Host {
         self.machine(machine)?.resync().map_err(|source| HostError::Io { what: "mark blocks", source })
     }
 
-    /// Makes a mark on all disks of a machine. It becomes a recovery point once the process server holds it on each.
+    /// Makes a mark on all disks of a machine. It becomes a recovery point once the process server holds it on each. One
+    /// that is to be kept waits for scans to end, for a while: inside a scan there are no points.
     pub fn mark(&self, request: &MarkRequest) -> Result<MarkOutcome, HostError> {
         let consistency = match request.consistency {
             Requested::Crash => Consistency::Crash,
             Requested::App => Consistency::Application,
         };
-        self.machine(request.machine)?.marker().mark(consistency, &request.label, request.keep)
+        let machine = self.machine(request.machine)?;
+        if request.keep
+            && let Err((disk, done, total)) = machine.wait_scanned(self.shared.config.limits.mark_scan_wait)
+        {
+            return Err(HostError::Scanning { disk, done, total });
+        }
+        machine.marker().mark(consistency, &request.label, request.keep)
     }
 
     /// The machine, for whoever needs more than this.

@@ -32,6 +32,8 @@ use crate::{HostConfig, HostLimits};
 const KEEPER_INTERVAL: Duration = Duration::from_secs(1);
 /// The places of any-time recovery are so far apart in continuous mode.
 const MARK_INTERVAL: Duration = Duration::from_secs(1);
+/// How often it is looked whether a scan ended.
+const SCAN_POLL: Duration = Duration::from_millis(20);
 
 pub struct Machine {
     spec: Mutex<MachineSpec>,
@@ -236,6 +238,28 @@ impl Machine {
 
     pub fn resync(&self) -> std::io::Result<()> {
         self.disks.iter().try_for_each(|disk| disk.disk.resync())
+    }
+
+    /// Waits until no disk is being scanned: a mark inside a scan never becomes a recovery point. When `limit` passed
+    /// first, says of which disk how much is done.
+    pub fn wait_scanned(&self, limit: Duration) -> Result<(), (DiskId, u64, u64)> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let scanned = self.disks.iter().find_map(|disk| {
+                let is_open = disk.sender.lock().expect("no panic while held").as_ref().is_some_and(|sender| {
+                    let status = sender.status();
+                    status.scan_open || status.phase == Phase::Scanning
+                });
+                let progress = disk.disk.consumers().iter().find_map(|consumer| consumer.progress());
+                let (done, total) = progress.map_or((0, 0), |(done, total, _)| (done, total));
+                (is_open || progress.is_some()).then_some((disk.disk.identity.disk, done, total))
+            });
+            match scanned {
+                None => return Ok(()),
+                Some(scanned) if Instant::now() >= deadline || self.stop.wait_for(SCAN_POLL) => return Err(scanned),
+                Some(_) => {}
+            }
+        }
     }
 
     pub fn disks(&self) -> impl Iterator<Item = &Arc<ProtectedDisk>> {

@@ -44,7 +44,7 @@ fn config(folder: &Path) -> HostConfig {
         allowed_uids: Vec::new(),
         link: Arc::new(|_| Arc::new(Nowhere)),
         freezer: None,
-        limits: HostLimits { log_reserve_bytes: 0, ..HostLimits::default() },
+        limits: HostLimits { log_reserve_bytes: 0, mark_scan_wait: Duration::ZERO, ..HostLimits::default() },
         boot: Boot::current().unwrap(),
         clock: Arc::new(SystemClock::new()),
     }
@@ -98,7 +98,10 @@ fn what_is_protected_comes_back_at_the_same_addresses() {
     let disk = host.machine(spec.machine).unwrap().disks().next().unwrap().clone();
     let splitter = Splitter::new(disk.clone()).unwrap();
     super::write(&splitter, 0, &[5; 4096]).unwrap();
-    let outcome = host.mark(&request(&spec)).unwrap();
+    // No point without a replica, but any number of marks.
+    let error = host.mark(&request(&spec)).unwrap_err();
+    assert!(matches!(error, HostError::Scanning { done: 0, total, .. } if total == 8 << 20), "{error}");
+    let outcome = host.mark(&MarkRequest { keep: false, ..request(&spec) }).unwrap();
     assert_eq!(outcome.positions.len(), 2);
     let logged = disk.state().logged;
     drop((splitter, disk));
