@@ -124,6 +124,13 @@ impl FileDisk {
             }
             _ => DiskError::Open { path: named(), source },
         })?;
+        // The system opens a read-only device for writing all the same, and fails each write.
+        if access == Access::Exclusive
+            && is_block_device
+            && is_read_only_device(&file).map_err(|source| DiskError::Open { path: named(), source })?
+        {
+            return Err(DiskError::ReadOnly { path: named() });
+        }
         if access == Access::Exclusive && !is_block_device {
             lock_image(&file).map_err(|source| match source.raw_os_error() {
                 Some(libc::EAGAIN | libc::EACCES) => DiskError::InUse { path: named() },
@@ -184,6 +191,15 @@ fn size_of(file: &File, is_block_device: bool) -> io::Result<u64> {
     // SAFETY: BLKGETSIZE64 writes one u64 to the address that it is given.
     unsafe { block_device_bytes(file.as_raw_fd(), &raw mut bytes) }?;
     Ok(bytes)
+}
+
+fn is_read_only_device(file: &File) -> io::Result<bool> {
+    // BLKROGET of linux/fs.h
+    nix::ioctl_read_bad!(block_device_read_only, nix::request_code_none!(0x12, 94), libc::c_int);
+    let mut read_only = 0;
+    // SAFETY: BLKROGET writes one int to the address that it is given.
+    unsafe { block_device_read_only(file.as_raw_fd(), &raw mut read_only) }?;
+    Ok(read_only != 0)
 }
 
 /// Byte numbers that QEMU locks in an image, so that it and we keep each other out: (block/file-posix.c, public

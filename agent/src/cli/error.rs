@@ -24,6 +24,14 @@ impl CliError {
         Self::new(format!("cannot start: {error}"), "raise the limits on threads and open files")
     }
 
+    /// `hrl verify` told the defects already.
+    pub fn logs_not_sound() -> Self {
+        Self::new(
+            "not every file is a sound log of one chain",
+            "see the defects above; `tidemark hrl inspect` shows a log's entries",
+        )
+    }
+
     pub fn is_broken_pipe(&self) -> bool {
         self.is_broken_pipe
     }

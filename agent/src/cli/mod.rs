@@ -31,7 +31,7 @@ pub fn main() -> ExitCode {
     start_log(&cli.verb);
     let output = Output::new(cli.json);
     match dispatch(cli, &output) {
-        Ok(code) => code,
+        Ok(()) => ExitCode::SUCCESS,
         // Whoever reads our output has enough of it.
         Err(error) if error.is_broken_pipe() => ExitCode::SUCCESS,
         Err(error) => {
@@ -41,10 +41,12 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
+fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
     let target = cli.target;
-    let done = match cli.verb {
-        Verb::Hrl(args) => return Ok(hrl::run(args, output.is_json())?),
+    match cli.verb {
+        Verb::Hrl(args) => hrl::run(args, output.is_json())
+            .map_err(CliError::from)
+            .and_then(|code| if code == ExitCode::SUCCESS { Ok(()) } else { Err(CliError::logs_not_sound()) }),
         Verb::Demo(args) => crate::demo::run(args, output),
         Verb::Up(args) => role(run::up(args)),
         Verb::Agent { verb: args::RoleVerb::Run(args) } => role(run::agent(args)),
@@ -60,8 +62,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
         Verb::Policy { verb } => client(policy::run(&target.client()?, verb, output)),
         Verb::Job { verb } => client(job::run(&target.client()?, verb, output)),
         Verb::Replica { verb } => replica::run(verb, output),
-    };
-    done.map(|()| ExitCode::SUCCESS)
+    }
 }
 
 /// A verb that asks a server needs one thread.
