@@ -27,7 +27,8 @@ pub(super) struct Emitter {
     /// Tells that a job is finished, or that bytes of a budget came back.
     pub wake: Arc<dyn Fn() + Send + Sync>,
     pub watcher: Arc<Watcher>,
-    pub level: Level,
+    pub live_level: Level,
+    pub scan_level: Level,
     pub throttle: Throttle,
     /// The next stream is for a scan, although nothing may be pending: only its end is missing.
     pub scan_wanted: bool,
@@ -64,7 +65,8 @@ impl Emitter {
             key: ChunkKey::new(identity.disk, identity.generation),
             live_budget: budget(limits.live_bytes_max),
             scan_budget: budget(limits.scan_bytes_max),
-            level: Level::new(config.policy.compression),
+            live_level: Level::live(config.policy.compression),
+            scan_level: Level::scan(config.policy.compression),
             throttle: Throttle::new(config.policy.bytes_per_second_max, Instant::now()),
             scan_wanted: false,
             last_time: Timestamp(0),

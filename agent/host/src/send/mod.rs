@@ -121,6 +121,11 @@ impl Default for SendLimits {
 /// Records of one cut in continuous mode: bounds its map when records are small.
 const CUT_RECORDS_MAX: u64 = 64 << 10;
 
+/// What one cut of a cycle spans at most: the receiver keeps an index of an open cut, which may not grow without limit.
+/// A longer cycle leaves as several cuts, of which the last ends at the mark.
+const CYCLE_RECORDS_MAX: u64 = 1 << 20;
+const CYCLE_BYTES_MAX: u64 = 4 << 30;
+
 #[derive(Clone)]
 pub struct SenderConfig {
     pub consumer: ServerId,

@@ -15,7 +15,7 @@ use super::inbox::Event;
 use super::link::{LinkError, LinkStream, Traffic};
 use super::resume::{self, Begin, Situation};
 use super::status::{Phase, Problem};
-use super::{CUT_RECORDS_MAX, Control, SendLimits, ShipMode};
+use super::{CUT_RECORDS_MAX, CYCLE_BYTES_MAX, CYCLE_RECORDS_MAX, Control, SendLimits, ShipMode};
 use crate::pack::{
     self, Content, CutLimits, CutPieces, CutSpan, Lost, PackError, Permit, Piece, Priority, Records, Sealed, Ticket,
     Waits,
@@ -209,7 +209,12 @@ impl<'a> Session<'a> {
         if let Some(reason) = decision.new_epoch {
             source.new_epoch(reason)?;
         }
-        if let Some(reason) = decision.whole_scan {
+        if let Some(mut reason) = decision.whole_scan {
+            // What is pending for another reason may hold writes that are in no record: its zeroes must be sent, because
+            // an older record may leave before them.
+            if let (ScanReason::Initial, Some(other)) = (reason, pending.reason) {
+                reason = other;
+            }
             let whole = ExtentSet::from_iter([Extent::new(0, source.identity().disk_bytes)]);
             source.require_scan(consumer, &whole, reason)?;
         }
@@ -354,7 +359,11 @@ impl<'a> Session<'a> {
                 records_max: CUT_RECORDS_MAX,
                 span_max: limits.cut_span_max,
             },
-            ShipMode::Interval => CutLimits::unlimited(until),
+            ShipMode::Interval => CutLimits {
+                data_bytes_max: CYCLE_BYTES_MAX,
+                records_max: CYCLE_RECORDS_MAX,
+                ..CutLimits::unlimited(until)
+            },
         };
         let records = self.records.as_mut().expect("records are read from the beginning of the stream");
         let gathered = CutPieces::gather(source.as_ref(), records, self.sent, &cut_limits, limits.map_entries_max)?;
@@ -421,7 +430,7 @@ impl<'a> Session<'a> {
             self.barrier = None;
         }
         let behind = span.to.sequence < until;
-        self.emitter.level.observe(std::mem::take(&mut self.waits), behind && self.scan.is_none());
+        self.emitter.live_level.observe(std::mem::take(&mut self.waits), behind && self.scan.is_none());
         Ok(behind)
     }
 
@@ -434,7 +443,7 @@ impl<'a> Session<'a> {
         waiting: &mut Option<Vec<(Extent, Piece)>>,
     ) -> Result<(), End> {
         let source = &self.emitter.source;
-        let compression = self.emitter.level.compression();
+        let compression = self.emitter.live_level.compression();
         let raw_max = pack::frame_raw_bytes(compression);
         loop {
             let batch = match waiting.take() {
@@ -494,7 +503,7 @@ impl<'a> Session<'a> {
             workers: &self.emitter.config.workers,
             budget: &self.emitter.scan_budget,
             key: &self.emitter.key,
-            compression: self.emitter.level.compression(),
+            compression: self.emitter.scan_level.compression(),
             done: &self.emitter.wake,
         };
         if let Err(error) = scan.submit(&tools) {
@@ -555,7 +564,7 @@ impl<'a> Session<'a> {
         self.emitter.shared.set_status(|status| status.scan = Some(progress));
         let details = CutDetails { scanned, ..CutDetails::default() };
         self.end_cut(cut, CutKind::Scan, self.sent, self.emitter.last_time, details)?;
-        self.emitter.level.observe(std::mem::take(&mut self.waits), false);
+        self.emitter.scan_level.observe(std::mem::take(&mut self.waits), false);
         Ok(())
     }
 
@@ -646,7 +655,8 @@ impl<'a> Session<'a> {
             scanned: details.scanned,
         });
         let peak = self.emitter.live_budget.peak() + self.emitter.scan_budget.peak();
-        let compression = self.emitter.level.compression();
+        let level = if self.scan.is_some() { &self.emitter.scan_level } else { &self.emitter.live_level };
+        let compression = level.compression();
         self.emitter.shared.set_status(|status| {
             status.sent = Some(to);
             status.cuts_sent += 1;
@@ -674,7 +684,8 @@ impl<'a> Session<'a> {
 
     fn check_control(&mut self) -> Result<(), End> {
         self.control = self.emitter.shared.control();
-        self.emitter.level.set_policy(self.control.policy.compression);
+        self.emitter.live_level.set_policy(self.control.policy.compression);
+        self.emitter.scan_level.set_policy(self.control.policy.compression);
         self.emitter.throttle.set_limit(self.control.policy.bytes_per_second_max);
         match self.control {
             Control { stop: true, .. } => Err(End::Stopped),
