@@ -1,6 +1,7 @@
 //! The sender against a server in memory: what is recovered equals the source, whatever happens between them.
 
 mod faults;
+mod grpc;
 mod pack;
 mod path;
 mod scans;
