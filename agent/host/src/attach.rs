@@ -57,7 +57,7 @@ pub struct Evidence {
     /// Device, inode and size are those of the session before.
     pub is_same_disk: bool,
     /// Someone else may have written: for a clean detach, any difference in times; after a kill, a change later than
-    /// our last step; after a power loss, a change after this boot. Block devices have no times, so they always may.
+    /// our last step; after a power loss, a change well after our last step, or in this boot. Block devices have no times, so they always may.
     pub may_have_been_written: bool,
     /// The session was in data mode.
     pub was_logging: bool,
@@ -112,11 +112,10 @@ pub fn decide(evidence: &Evidence) -> Decision {
         Evidence { may_have_been_written: true, .. } => Decision::ScanWhole(Why::WrittenMeanwhile),
         Evidence { has_dirty: false, .. } => Decision::ScanWhole(Why::StateDamaged),
         Evidence { before: PowerLost, has_intent: false, .. } => Decision::ScanWhole(Why::StateDamaged),
-        // In bitmap mode the log is empty or abandoned; the dirty bitmap has all of it.
+        // Which records nobody acknowledged is known from the log alone, also where it ended and the dirty bitmap went on.
+        Evidence { log: LogFound::Unusable, .. } => Decision::ScanWhole(Why::LogUnusable),
         Evidence { before: PowerLost, was_logging: false, .. } => Decision::ScanTouched,
         Evidence { was_logging: false, .. } => Decision::ScanDirty,
-        // Which records nobody acknowledged is known from the log alone.
-        Evidence { log: LogFound::Unusable, .. } => Decision::ScanWhole(Why::LogUnusable),
         Evidence { before: Clean, .. } => Decision::Continue,
         Evidence { before: Killed, .. } => Decision::ReadSlots,
         Evidence { before: PowerLost, .. } => Decision::ScanTouched,
@@ -237,9 +236,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         evidence_of = examine(&session, &remains, &identity, mount, &request.boot, now);
         evidence_of.has_intent &=
             !session.intent_lost && !exists(&*request.elsewhere, &intent_lost_file(&source)).unwrap_or(true);
-        if evidence_of.was_logging {
-            evidence_of.log = remains.read_logs(&places, &session, &evidence_of, now)?;
-        }
+        evidence_of.log = remains.read_logs(&places, &session, &evidence_of, now)?;
         remains.session = Some(session);
     }
     let mut decision = decide(&evidence_of);
@@ -351,14 +348,13 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     session.store(&*places.state).map_err(places.failed("store the session"))?;
     // Regions whose sync is still owed keep their bits; where a new epoch begins they are in the scans.
     let kept_intent = match decision {
-        Decision::ReadSlots | Decision::Continue => remains.intent.unwrap_or_else(|| {
+        Decision::ReadSlots => remains.intent.filter(|_| evidence_of.has_intent).unwrap_or_else(|| {
             let mut all = ExtentSet::new();
             all.insert(Extent::new(0, disk.bytes()));
             all
         }),
         _ => ExtentSet::new(),
     };
-    let kept_intent = if decision == Decision::Continue { ExtentSet::new() } else { kept_intent };
     let intent =
         Intent::start(intent_file, disk.bytes(), &kept_intent).map_err(places.failed("make the intent bitmap"))?;
     dirty.clear_all();
@@ -424,6 +420,11 @@ fn examine(
         }
         // The disk's own file system was unmounted, which wrote everything, or the machine went down.
         (None, Some(slots)) if session.boot.id == boot.id => (Before::PowerLost, changed > slots.activity),
+        // Not only this boot counts: there may have been others in between, in which the agent did not run.
+        (None, Some(slots)) => {
+            let last = Timestamp(slots.activity.0.saturating_add(POWER_LOST_SLACK_NS));
+            (Before::PowerLost, changed > boot.started || changed > last)
+        }
         (None, _) => (Before::PowerLost, changed > boot.started || session.boot.id == boot.id),
     };
     Evidence {
@@ -439,6 +440,9 @@ fn examine(
 
 /// How long the system may take from our look at the clock to its change of the disk's times.
 const IN_FLIGHT_SLACK_NS: u64 = 1_000_000_000;
+/// How much later than the last step that was synced the last write before a power loss may have been: the keeper syncs
+/// about every second, and a sync may take long.
+const POWER_LOST_SLACK_NS: u64 = 60_000_000_000;
 
 impl Remains {
     fn read(places: &Places, source: &SourceIdentity) -> Result<Self, HostError> {
@@ -509,7 +513,13 @@ impl Remains {
         }
         let is_whole = self.logs.windows(2).all(|pair| pair[0].end() == pair[1].start());
         let end = self.logs.last().map(LogReader::end);
-        let is_promised = session.clean.as_ref().is_none_or(|clean| end == Some(clean.position));
+        // Where logging ended with an error, records that nobody was told of may follow; their blocks are dirty as well.
+        let is_promised = session.clean.as_ref().is_none_or(|clean| match end {
+            Some(end) if !evidence.was_logging => {
+                end.epoch == clean.position.epoch && end.sequence >= clean.position.sequence
+            }
+            end => end == Some(clean.position),
+        });
         let Some(last) = self.logs.last() else { return Ok(LogFound::Unusable) };
         if !is_whole || !is_promised {
             return Ok(LogFound::Unusable);
@@ -648,7 +658,7 @@ mod tests {
         };
         need(evidence.before == Before::Nothing, 4);
         need(!evidence.is_same_disk || evidence.may_have_been_written || !evidence.has_dirty, 4);
-        need(evidence.was_logging && evidence.log == LogFound::Unusable, 4);
+        need(evidence.log == LogFound::Unusable, 4);
         need(!evidence.was_logging, 2);
         need(evidence.before == Before::Killed, 1);
         need(evidence.before == Before::PowerLost, if evidence.has_intent { 3 } else { 4 });

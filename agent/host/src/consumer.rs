@@ -163,9 +163,11 @@ impl Consumer {
         self.store_locked(&mut state)
     }
 
-    /// Nothing of the disk was ever scanned for it.
+    /// Nothing of the disk was ever scanned for it, and it acknowledged no record: what it was sent as records does not
+    /// read as zeroes there.
     pub fn holds_nothing(&self) -> bool {
-        self.scan.is_full() && self.state().current.reason == Some(ScanReason::Initial)
+        let state = self.state();
+        self.scan.is_full() && state.current.reason == Some(ScanReason::Initial) && state.current.cursor.is_none()
     }
 
     pub fn pending(&self, newer_than: ScanRevision, revision: ScanRevision) -> PendingScan {

@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
 use tidemark_base::{Clock, DiskId, Epoch, Extent, Position, Sequence, Timestamp};
-use tidemark_hrl::{ActiveLog, Append, DataHasher, LogError, LogName, LogReader, PreparedLog, Record as LogRecord};
-use tidemark_hrl::{RecordKind, Records};
+use tidemark_hrl::{ActiveLog, Append, DataHasher, LogError, LogName, LogReader, LogSync, PreparedLog};
+use tidemark_hrl::{Record as LogRecord, RecordKind, Records};
 use tidemark_proto::replication::Mark;
 
 use crate::source::{DataRef, Located, ReadDataError, Record, RecordBody, RecordReader, SourceError};
@@ -82,6 +82,8 @@ pub struct DiskLog {
 
 struct Appender {
     log: Option<ActiveLog>,
+    /// Of a log that ended before its time: what it holds must still become durable, and nobody closes it.
+    ended: Option<LogSync>,
     newest: Timestamp,
     /// Wall and monotonic time of the last append.
     clocks: Option<(Timestamp, Duration)>,
@@ -179,6 +181,7 @@ impl DiskLog {
             hasher: DataHasher::new(disk),
             appender: Mutex::new(Appender {
                 log: Some(log),
+                ended: None,
                 newest: found.newest,
                 clocks: None,
                 unmeasured_bytes: 0,
@@ -257,7 +260,7 @@ impl DiskLog {
         if appender.unmeasured_bytes >= MEASURE_BYTES.min(self.rotate_bytes.load(Ordering::Relaxed)) {
             appender.unmeasured_bytes = 0;
             if let Err(error) = self.check_room(&appender) {
-                appender.log = None;
+                appender.end();
                 return Err(error);
             }
         }
@@ -266,7 +269,7 @@ impl DiskLog {
         let position = match log.append(time, batch) {
             Ok(position) => position,
             Err(error) => {
-                appender.log = None;
+                appender.end();
                 return Err(error.into());
             }
         };
@@ -319,7 +322,7 @@ impl DiskLog {
         if appender.log.is_none() {
             return Ok(());
         }
-        self.check_room(&appender).inspect_err(|_| appender.log = None)
+        self.check_room(&appender).inspect_err(|_| appender.end())
     }
 
     /// Whether a new log may begin: with some distance to the reserve, so that the mode does not change every second.
@@ -346,9 +349,12 @@ impl DiskLog {
         self.closed_bytes.store(bytes, Ordering::Release);
     }
 
-    /// Makes everything appended so far durable, without keeping appenders out.
+    /// Makes everything appended so far durable, without keeping appenders out; also what a log that ended holds.
     pub fn sync(&self) -> Result<(), LogError> {
-        let syncer = self.appender().log.as_ref().map(|log| log.syncer());
+        let syncer = {
+            let appender = self.appender();
+            appender.log.as_ref().map(|log| log.syncer()).or_else(|| appender.ended.clone())
+        };
         match syncer {
             Some(syncer) => syncer.sync().map(drop),
             None => Ok(()),
@@ -402,7 +408,7 @@ impl DiskLog {
                     old
                 }
                 Err(error) => {
-                    appender.log = None;
+                    appender.end();
                     return Err(error.into());
                 }
             }
@@ -411,7 +417,7 @@ impl DiskLog {
         self.measure_closed();
         closed.map(drop).map_err(|error| {
             // The next log leans on this one; nothing after it would ever be durable.
-            self.appender().log = None;
+            self.appender().end();
             error.into()
         })
     }
@@ -447,6 +453,7 @@ impl DiskLog {
             steps: VecDeque::new(),
         };
         appender.log = Some(new.log);
+        appender.ended = None;
         appender.unmeasured_bytes = 0;
         let old = std::mem::replace(&mut *self.chain(), vec![new.entry]);
         self.closed_bytes.store(0, Ordering::Release);
@@ -454,6 +461,9 @@ impl DiskLog {
     }
 
     pub fn remove(&self, entries: &[Arc<Entry>]) -> io::Result<()> {
+        // An open file keeps its room.
+        let is_removed = |number: u64| entries.iter().any(|entry| entry.number() == number);
+        self.data_files.lock().expect("no panic while held").retain(|(number, _)| !is_removed(*number));
         for entry in entries {
             remove_log(&*self.storage, &entry.name)?;
         }
@@ -492,10 +502,14 @@ impl DiskLog {
             return Ok(Located::Ahead);
         }
         let Some(entry) = self.entry_with(position.sequence) else { return Ok(Located::Gone) };
-        match entry.reader(&self.storage, self.disk)?.position_of(position.sequence)? {
-            Some(found) if found.hash == position.hash => Ok(Located::Here),
-            Some(_) => Ok(Located::Differs),
-            None => Ok(Located::Gone),
+        let found = entry.reader(&self.storage, self.disk).and_then(|reader| reader.position_of(position.sequence));
+        match found {
+            Ok(Some(found)) if found.hash == position.hash => Ok(Located::Here),
+            Ok(Some(_)) => Ok(Located::Differs),
+            Ok(None) => Ok(Located::Gone),
+            // Removed between our look at the chain and at its file: that is no damage.
+            Err(_) if !self.chain().iter().any(|found| Arc::ptr_eq(found, &entry)) => Ok(Located::Gone),
+            Err(error) => Err(error),
         }
     }
 
@@ -590,6 +604,13 @@ impl DiskLog {
 }
 
 impl Appender {
+    /// Ends logging before its time.
+    fn end(&mut self) {
+        if let Some(log) = self.log.take() {
+            self.ended = Some(log.syncer());
+        }
+    }
+
     /// The time of the next record, and whether the wall clock was set.
     fn tell_time(&mut self, clock: &dyn Clock) -> (Timestamp, bool) {
         let (wall, monotonic) = (clock.wall_now(), clock.monotonic_now());

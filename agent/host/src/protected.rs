@@ -335,9 +335,12 @@ impl ProtectedDisk {
                 next.store(&*self.state).map_err(self.io_error("store the session"))?;
                 *session = next;
             }
+            // Whoever ends the new log at once steps down after us, not before.
+            let mut mode = self.mode.lock().expect("no panic while held");
             let old = self.log.install(new);
             self.dirty.clear_all();
-            *self.mode.lock().expect("no panic while held") = Mode::Data;
+            *mode = Mode::Data;
+            drop(mode);
             drop(_hold);
             if let Err(error) = self.log.remove(&old) {
                 tracing::warn!(disk = %self.identity.disk, %error, "an old log could not be removed");
@@ -415,9 +418,14 @@ impl ProtectedDisk {
         let mut keeper = self.keeper.lock().expect("no panic while held");
         let began = self.tick_now();
         let writes = self.writes.load(Ordering::Acquire);
-        if keeper.synced_writes != Some(writes) {
+        if keeper.synced_writes == Some(writes) {
+            // Each write is counted before the time of its end is noted.
+            keeper.synced = began;
+        } else {
             match self.sync() {
-                Ok(()) => (keeper.synced, keeper.synced_writes) = (began, Some(writes)),
+                Ok(true) => (keeper.synced, keeper.synced_writes) = (began, Some(writes)),
+                // What the log holds may be lost with the power, so the regions stay named.
+                Ok(false) => {}
                 Err(error) => {
                     let help = "check the medium; flushes of the guest fail until the disk is attached again";
                     self.alarm("sync", true, format!("{} cannot be synced: {error}", self.path.display()), help);
@@ -434,18 +442,21 @@ impl ProtectedDisk {
         }
     }
 
-    /// The disk, and whatever says what was written to it.
-    fn sync(&self) -> io::Result<()> {
-        self.disk.flush()?;
-        if let Err(error) = self.log.sync() {
-            // Records that may not be on the media are no proof any more: their blocks are read from the disk instead.
-            self.step_down(&Unlogged::Failed(error));
-            return Ok(());
+    /// The disk, and whatever says what was written to it. False when the log cannot be synced any more.
+    fn sync(&self) -> io::Result<bool> {
+        if let Err(error) = self.in_flight.sync() {
+            tracing::warn!(disk = %self.identity.disk, %error, "the slots cannot be synced");
         }
+        self.disk.flush()?;
         if !self.dirty.is_empty() {
             self.dirty.sync()?;
         }
-        Ok(())
+        if let Err(error) = self.log.sync() {
+            // Records that may not be on the media are no proof any more: their blocks are read from the disk instead.
+            self.step_down(&Unlogged::Failed(error));
+            return Ok(false);
+        }
+        Ok(true)
     }
 
     fn store_consumers(&self) {
@@ -607,11 +618,13 @@ impl Source for ProtectedDisk {
         // In this order: an addition that was made before the mark that we see is then seen, too.
         let logged = self.log.published();
         let scan_revision = ScanRevision(self.revision.load(Ordering::Acquire));
+        let is_logging = *self.mode.lock().expect("no panic while held") == Mode::Data;
         LogState {
             logged: logged.logged,
             marked: logged.marked,
             time: logged.time,
             scan_revision,
+            is_logging,
             closed: self.closed.load(Ordering::Acquire),
         }
     }

@@ -47,6 +47,9 @@ pub struct LogState {
     /// Grows whenever something was added to what must be scanned. An addition is visible here before any mark that
     /// was made after it, so that no mark is taken for a point while its blocks are unknown.
     pub scan_revision: ScanRevision,
+    /// Writes are logged. Otherwise what changes is known as blocks only: no mark follows what is logged, and nobody
+    /// can say up to when the log tells all.
+    pub is_logging: bool,
     /// The disk was detached, or is about to be: nothing is logged any more.
     pub closed: bool,
 }

@@ -101,6 +101,12 @@ impl InFlight {
         }
     }
 
+    /// Makes what [`Self::publish`] and [`Self::finish`] said of the time durable: after a power loss it tells our own writes
+    /// from those of someone else.
+    pub fn sync(&self) -> std::io::Result<()> {
+        self.slots.sync()
+    }
+
     /// The writes are in the log, or marked dirty: frees their slots, and returns when they may be acknowledged.
     pub fn finish(&self, admitted: Admitted, now: Timestamp) {
         self.slots.touch(now);

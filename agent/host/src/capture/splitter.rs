@@ -105,11 +105,12 @@ impl Splitter {
 
     fn end(&self, admitted: Admitted, extents: &[Extent], bytes: u64) {
         let disk = &*self.disk;
+        // Counted first: where the time of its end is seen, a sync that counted fewer writes did not cover it.
+        disk.writes.fetch_add(1, Ordering::AcqRel);
         let now = disk.tick_now();
         for extent in extents {
             disk.intent.ended(*extent, now);
         }
-        disk.writes.fetch_add(1, Ordering::AcqRel);
         disk.written_bytes.fetch_add(bytes, Ordering::Relaxed);
         disk.in_flight.finish(admitted, disk.clock.wall_now());
         disk.watchers.changed();

@@ -293,7 +293,8 @@ impl<'a> Session<'a> {
             if room && self.scan.is_some() && self.emit_scan(next_live)? {
                 continue;
             }
-            if room && now >= next_heartbeat && state.logged == self.sent {
+            // While blocks change that no log tells of, nothing is known to be complete up to now.
+            if room && now >= next_heartbeat && state.logged == self.sent && state.is_logging {
                 self.end_cut(OpenCut::new(), CutKind::Records, self.sent, wall, CutDetails::default())?;
                 next_heartbeat = now + self.limits().heartbeat;
                 continue;
@@ -309,6 +310,8 @@ impl<'a> Session<'a> {
     fn live_until(&self, state: &LogState) -> Option<Sequence> {
         let until = match self.mode() {
             ShipMode::Continuous => Some(state.logged),
+            // A cycle that was cut short by the end of the log gets no mark: the rest of it leaves as it is.
+            ShipMode::Interval if !state.is_logging => Some(state.logged),
             ShipMode::Interval => state.marked,
         };
         until.map(|until| until.sequence).filter(|until| *until > self.sent.sequence)

@@ -51,7 +51,13 @@ impl SlotTable {
         header[12..16].fill(0);
         header[16..32].copy_from_slice(&session.0);
         table.word(ACTIVITY_OFFSET).store(now.0, Ordering::Release);
+        table.sync()?;
         Ok(table)
+    }
+
+    /// Makes the header durable: whose slots these are, and when a write was last worked on.
+    pub fn sync(&self) -> io::Result<()> {
+        self.map.flush_range(0, HEADER_BYTES)
     }
 
     /// What is in the file, or `None` when it is not a slot table.

@@ -7,12 +7,12 @@ use tidemark_nbd::Export;
 use super::{Fixture, covers, records_after, replay, write};
 use crate::attach::{Decision, Why};
 use crate::capture::splitter::Splitter;
-use crate::source::{EpochReason, Located, Source};
+use crate::source::{EpochReason, Located, ScanReason, ScanRevision, Source};
 
 const DISK_BYTES: u64 = 64 << 20;
 const MIB: u64 = 1 << 20;
 
-fn reboot(fixture: &mut Fixture) {
+pub fn reboot(fixture: &mut Fixture) {
     fixture.boot.id = format!("after {}", fixture.boot.id);
     fixture.boot.started = fixture.clock.wall_now();
 }
@@ -238,4 +238,39 @@ fn times_never_decrease_across_a_crash() {
     drop((splitter, disk));
     let disk = fixture.attach().disk;
     assert!(disk.state().time >= ahead);
+}
+
+/// The agent did not run in the boot between, and somebody else used the disk.
+#[test]
+fn another_writer_between_a_power_loss_and_this_boot_is_noticed() {
+    let mut fixture = Fixture::new(DISK_BYTES);
+    let disk = fixture.attach_in_sync();
+    write(&Splitter::new(disk.clone()).unwrap(), 4096, &[1; 4096]).unwrap();
+    drop(disk);
+    let hour = 3_600_000_000_000;
+    let edited = std::time::SystemTime::now() + std::time::Duration::from_nanos(hour);
+    let file = std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap();
+    file.set_times(std::fs::FileTimes::new().set_modified(edited)).unwrap();
+    reboot(&mut fixture);
+    fixture.boot.started = Timestamp(fixture.boot.started.0 + 2 * hour);
+    assert_eq!(fixture.attach().decision, Decision::ScanWhole(Why::WrittenMeanwhile));
+}
+
+/// Its scan sent nothing yet, but records did: what they wrote does not read as zeroes there.
+#[test]
+fn a_consumer_that_got_records_is_not_taken_for_an_empty_one() {
+    let fixture = Fixture::new(DISK_BYTES);
+    let disk = fixture.attach().disk;
+    assert_eq!(disk.pending_scan(fixture.server, ScanRevision(0)).unwrap().reason, Some(ScanReason::Initial));
+    write(&Splitter::new(disk.clone()).unwrap(), 4096, &[1; 4096]).unwrap();
+    disk.acknowledged(fixture.server, disk.state().logged).unwrap();
+    disk.detach().unwrap();
+    drop(disk);
+    let file = std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0; 4096], 4096).unwrap();
+    let attached = fixture.attach();
+    assert_eq!(attached.decision, Decision::ScanWhole(Why::WrittenMeanwhile));
+    let pending = attached.disk.pending_scan(fixture.server, ScanRevision(0)).unwrap();
+    assert_eq!(pending.reason, Some(ScanReason::Unclean), "zeroes must be sent");
+    assert!(covers(&pending.extents, Extent::new(0, DISK_BYTES)));
 }

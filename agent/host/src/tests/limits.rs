@@ -1,7 +1,8 @@
 use tidemark_base::disk::DiskError;
 use tidemark_base::{Extent, ExtentSet};
 
-use super::{Fixture, covers, records_after, replay, write};
+use super::{Ahead, Fixture, covers, data_refs, records_after, replay, write};
+use crate::attach::Decision;
 use crate::capture::splitter::Splitter;
 use crate::error::HostError;
 use crate::log::LogLimits;
@@ -150,4 +151,71 @@ fn a_consumer_that_keeps_up_never_brings_the_log_to_its_limit() {
     }
     assert_eq!((disk.mode(), disk.state().logged.epoch), (Mode::Data, epoch));
     assert!(disk.log.allocated_bytes() < 4 * MIB, "{}", disk.log.allocated_bytes());
+}
+
+/// Steps down with a log that nobody acknowledged, in the middle of a run of writes.
+fn stepped_down(fixture: &mut Fixture) -> std::sync::Arc<crate::protected::ProtectedDisk> {
+    fixture.limits = LogLimits { limit_bytes: 4 * MIB, ..fixture.limits };
+    let disk = fixture.attach_in_sync();
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    for index in 0..8 {
+        write(&splitter, index * MIB, &[7; MIB as usize]).unwrap();
+    }
+    disk.tick();
+    assert!(matches!(disk.mode(), Mode::Bitmap { .. }));
+    assert!(!covers(&disk.dirty.extents(), Extent::new(0, MIB)), "the first of them were logged");
+    disk
+}
+
+#[test]
+fn what_the_log_holds_outlives_a_step_down_and_the_end_of_the_process() {
+    let mut fixture = Fixture::new(DISK_BYTES);
+    drop(stepped_down(&mut fixture));
+    let attached = fixture.attach();
+    assert_eq!(attached.decision, Decision::ScanDirty);
+    assert!(covers(&fixture.pending(&attached.disk), Extent::new(0, 8 * MIB)), "killed");
+
+    let mut fixture = Fixture::new(DISK_BYTES);
+    stepped_down(&mut fixture).detach().unwrap();
+    let attached = fixture.attach();
+    assert_eq!(attached.decision, Decision::ScanDirty);
+    assert!(covers(&fixture.pending(&attached.disk), Extent::new(0, 8 * MIB)), "left cleanly");
+}
+
+#[test]
+fn a_region_is_named_until_the_log_that_ended_is_on_the_media() {
+    let clock = Ahead::new();
+    let mut fixture = Fixture::new(DISK_BYTES);
+    fixture.clock = clock.clone();
+    let disk = stepped_down(&mut fixture);
+    disk.tick();
+    clock.go(std::time::Duration::from_secs(40));
+    disk.tick();
+    assert!(!disk.intent.is_any_set(), "idle and synced");
+    drop(disk);
+    super::crash::reboot(&mut fixture);
+    let attached = fixture.attach();
+    assert_eq!(attached.decision, Decision::ScanTouched);
+    assert!(covers(&fixture.pending(&attached.disk), Extent::new(0, 8 * MIB)));
+}
+
+#[test]
+fn a_log_that_was_removed_gives_its_room_back() {
+    let fixture = Fixture::new(DISK_BYTES);
+    let disk = fixture.attach_in_sync();
+    let start = disk.state().logged;
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    write(&splitter, 0, &[7; 2 * MIB as usize]).unwrap();
+    disk.tick();
+    write(&splitter, 0, &[8; 4096]).unwrap();
+    let refs = data_refs(&records_after(&disk, &start));
+    let mut buffer = vec![0; refs.iter().map(|data| data.length as usize).sum()];
+    disk.read_data(&refs, &mut buffer).unwrap();
+    fixture.settle(&disk);
+    disk.tick();
+    let first = fixture.folder.path().join("disk.img.00000001.hrl");
+    assert!(!first.exists());
+    let first = first.to_str().unwrap().to_owned();
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+    assert!(!open.into_iter().any(|path| path.to_string_lossy().starts_with(&first)), "removed and still open");
 }

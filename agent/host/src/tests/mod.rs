@@ -10,10 +10,12 @@ use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use tidemark_base::storage::RealStorage;
 use tidemark_base::{
-    Clock, DiskId, Extent, ExtentSet, Generation, MachineId, Position, Sequence, ServerId, SystemClock,
+    Clock, DiskId, Extent, ExtentSet, Generation, MachineId, Position, Sequence, ServerId, SystemClock, Timestamp,
 };
 use tidemark_nbd::{Export, WriteRequest};
 
@@ -32,6 +34,36 @@ pub struct Fixture {
     pub boot: Boot,
     pub limits: LogLimits,
     pub clock: Arc<dyn Clock>,
+}
+
+/// The system's clock, set ahead by a test.
+pub struct Ahead {
+    clock: SystemClock,
+    milliseconds: AtomicU64,
+}
+
+impl Ahead {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { clock: SystemClock::new(), milliseconds: AtomicU64::new(0) })
+    }
+
+    pub fn go(&self, by: Duration) {
+        self.milliseconds.fetch_add(by.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    fn ahead(&self) -> Duration {
+        Duration::from_millis(self.milliseconds.load(Ordering::SeqCst))
+    }
+}
+
+impl Clock for Ahead {
+    fn wall_now(&self) -> Timestamp {
+        Timestamp(self.clock.wall_now().0 + self.ahead().as_nanos() as u64)
+    }
+
+    fn monotonic_now(&self) -> Duration {
+        self.clock.monotonic_now() + self.ahead()
+    }
 }
 
 pub const LIMITS: LogLimits = LogLimits { rotate_bytes: 1 << 20, limit_bytes: 1 << 30, reserve_bytes: 0 };

@@ -85,6 +85,23 @@ fn a_cycle_larger_than_the_map_is_packed_in_several_passes() {
     bench.server.with(|state| assert!(state.image == bench.source.disk.content()));
 }
 
+/// The source returns to its log only when what the old one holds was taken, and no mark ends its last cycle.
+#[test]
+fn a_cycle_that_the_end_of_the_log_cut_short_leaves_without_a_mark() {
+    let mut bench = Bench::new(1 << 20, 6);
+    bench.config.policy.mode = ShipMode::Interval;
+    let sender = bench.start();
+    bench.settle(&sender);
+    let last = bench.source.write(4096, &[7; 4096]);
+    assert!(!sender.wait_durable(last, Duration::from_millis(60)), "the cycle is not over");
+    bench.source.step_down();
+    let is_sent = |cuts: &[tidemark_proto::replication::CutEnd]| cuts.last().is_some_and(|cut| cut.to == last);
+    assert!(bench.server.wait_until(LIMIT, |state| is_sent(&state.cuts)), "{:?}", sender.status());
+    // What is not logged now is unknown to the server, which must not be told that all is there up to now.
+    let cuts = bench.server.with(|state| state.cuts.len());
+    assert!(!bench.server.wait_until(Duration::from_millis(60), |state| state.cuts.len() > cuts));
+}
+
 #[test]
 fn an_idle_disk_beats_and_a_paused_one_does_not() {
     let bench = Bench::new(1 << 20, 4);

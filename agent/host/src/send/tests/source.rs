@@ -106,6 +106,7 @@ struct Log {
     data: Vec<u8>,
     logged: Position,
     marked: Option<Position>,
+    is_stepped_down: bool,
     time: Timestamp,
     revision: u64,
     pending: HashMap<ServerId, Pending>,
@@ -143,6 +144,7 @@ impl MemorySource {
                 data: Vec::new(),
                 logged: epoch.start(),
                 marked: None,
+                is_stepped_down: false,
                 time: SystemClock::new().wall_now(),
                 revision: 0,
                 pending: HashMap::new(),
@@ -183,6 +185,12 @@ impl MemorySource {
         self.disk.write_at(offset, data, Durability::Cached).unwrap();
         let extent = ExtentSet::from_iter([Extent::new(offset, data.len() as u64)]);
         self.require_scan(consumer, &extent, ScanReason::Dirty).unwrap();
+    }
+
+    /// Nothing is logged any more, and no mark is made.
+    pub fn step_down(&self) {
+        self.log.lock().unwrap().is_stepped_down = true;
+        self.watchers.changed();
     }
 
     pub fn mark(&self) -> Position {
@@ -239,6 +247,7 @@ impl Source for MemorySource {
             marked: log.marked,
             time: log.time,
             scan_revision: ScanRevision(log.revision),
+            is_logging: !log.is_stepped_down,
             closed: false,
         }
     }
