@@ -97,8 +97,6 @@ pub fn targets(to: &Path, disks: &[DiskId], format: ImageFormat) -> Result<Vec<P
 pub struct Image {
     pub path: PathBuf,
     pub bytes: u64,
-    /// BLAKE3 of a raw image's whole content, as `b3sum` shows it.
-    pub content_hash: Option<blake3::Hash>,
 }
 
 /// A file that is being made; removed unless it is finished.
@@ -137,13 +135,27 @@ impl Partial {
         }
     }
 
-    /// Synced and under its own name when this returns.
+    /// Synced and under its own name when this returns. What appeared under that name meanwhile is not replaced.
     fn finish(mut self) -> Result<u64, ExportError> {
         let file = self.folder.open(&self.partial, OpenMode::ReadWrite).map_err(|error| self.failed(error))?;
         file.sync().map_err(|error| self.failed(error))?;
         let bytes = file.bytes().map_err(|error| self.failed(error))?;
-        self.folder.rename(&self.partial, &self.name).map_err(|error| self.failed(error))?;
-        self.finished = true;
+        drop(file);
+        match std::fs::hard_link(self.partial_path(), &self.path) {
+            // The temporary name goes with `self`.
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(ExportError::Exists { path: self.path.clone() });
+            }
+            // A file system without hard links.
+            Err(_) if self.path.symlink_metadata().is_ok() => {
+                return Err(ExportError::Exists { path: self.path.clone() });
+            }
+            Err(_) => {
+                self.folder.rename(&self.partial, &self.name).map_err(|error| self.failed(error))?;
+                self.finished = true;
+            }
+        }
         self.folder.sync_folder("").map_err(|error| self.failed(error))?;
         Ok(bytes)
     }
@@ -158,14 +170,12 @@ impl Drop for Partial {
     }
 }
 
-/// Copies a disk to a sparse raw image. Blocks.
+/// Copies a disk to a sparse raw image, in time that its allocated parts take. Blocks.
 pub fn export_raw(disk: &dyn Disk, path: &Path, stop: &Stop) -> Result<Image, ExportError> {
     let partial = Partial::new(path)?;
     let file = partial.folder.open(&partial.partial, OpenMode::Create).map_err(|error| partial.failed(error))?;
     file.set_bytes(disk.bytes()).map_err(|error| partial.failed(error))?;
-    let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; BATCH_BYTES as usize];
-    let zeroes = vec![0; HOLE_BYTES];
     let mut at = 0;
     while at < disk.bytes() {
         if stop.is_stopped() {
@@ -173,20 +183,11 @@ pub fn export_raw(disk: &dyn Disk, path: &Path, stop: &Stop) -> Result<Image, Ex
         }
         let (run, kind) = disk.allocation(at).map_err(|source| ExportError::Read { source })?;
         if kind == Allocation::Hole {
-            // A long hole is hashed in parts, so that a stop is seen.
-            let run = run.min(BATCH_BYTES * 256);
-            let mut left = run;
-            while left > 0 {
-                let part = left.min(HOLE_BYTES as u64);
-                hasher.update(&zeroes[..part as usize]);
-                left -= part;
-            }
             at += run;
             continue;
         }
         let batch = &mut buffer[..run.min(BATCH_BYTES) as usize];
         disk.read_at(at, batch).map_err(|source| ExportError::Read { source })?;
-        hasher.update(batch);
         for (index, part) in batch.chunks(HOLE_BYTES).enumerate() {
             if !is_zero(part) {
                 let offset = at + (index * HOLE_BYTES) as u64;
@@ -197,7 +198,7 @@ pub fn export_raw(disk: &dyn Disk, path: &Path, stop: &Stop) -> Result<Image, Ex
     }
     drop(file);
     let bytes = partial.finish()?;
-    Ok(Image { path: path.to_owned(), bytes, content_hash: Some(hasher.finalize()) })
+    Ok(Image { path: path.to_owned(), bytes })
 }
 
 /// Has `qemu-img` copy what is served at `nbd` into an image of its formats.
@@ -238,7 +239,7 @@ pub async fn export_with_qemu(
     let bytes = finishing
         .await
         .unwrap_or_else(|error| Err(ExportError::Write { path: path.to_owned(), source: io::Error::other(error) }))?;
-    Ok(Image { path: path.to_owned(), bytes, content_hash: None })
+    Ok(Image { path: path.to_owned(), bytes })
 }
 
 #[cfg(test)]
@@ -266,11 +267,23 @@ mod tests {
         let image = export_raw(&disk, &path, &Stop::new()).unwrap();
         let (expected, found) = (std::fs::read(disk.path()).unwrap(), std::fs::read(&path).unwrap());
         assert!(expected == found);
-        assert_eq!(image.content_hash, Some(blake3::hash(&expected)));
+        assert_eq!(image.bytes, expected.len() as u64);
         assert!(std::fs::metadata(&path).unwrap().blocks() * 512 < 2 << 20, "zeroes take no room");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "nothing else is left");
         // What is there is never overwritten.
         assert!(matches!(export_raw(&disk, &path, &Stop::new()), Err(ExportError::Exists { .. })));
+    }
+
+    #[test]
+    fn what_appears_under_the_name_meanwhile_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.raw");
+        let partial = Partial::new(&path).unwrap();
+        std::fs::write(partial.partial_path(), b"image").unwrap();
+        std::fs::write(&path, b"somebody's").unwrap();
+        assert!(matches!(partial.finish(), Err(ExportError::Exists { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"somebody's");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the temporary file is gone");
     }
 
     #[test]

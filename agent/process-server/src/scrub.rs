@@ -4,6 +4,7 @@
 //! *Retries.* None: a finding is a finding. A file that cannot be read at all is one, too. *Cancellation.* Between segments and between pieces of the base; the report says so.
 //! *Crash.* Nothing is written, here or by [`inspect_folder`] and [`verify_folder`].
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -28,14 +29,21 @@ pub struct Finding {
     /// The part of the disk that is affected, where that is known.
     pub extent: Option<Extent>,
     pub what: String,
+    /// The first cut that it can show in.
+    #[serde(skip)]
+    pub from_cut: u64,
+    /// Only the extents of the cut `from_cut` are touched.
+    #[serde(skip)]
+    pub one_cut: bool,
 }
 
 impl From<ReadError> for Finding {
     fn from(error: ReadError) -> Self {
-        match error {
-            ReadError::Damaged { file, extent, what } => Self { file, extent, what },
-            ReadError::Io { file, source } => Self { file, extent: None, what: format!("cannot be read: {source}") },
-        }
+        let (file, extent, what) = match error {
+            ReadError::Damaged { file, extent, what } => (file, extent, what),
+            ReadError::Io { file, source } => (file, None, format!("cannot be read: {source}")),
+        };
+        Self { file, extent, what, from_cut: 0, one_cut: false }
     }
 }
 
@@ -68,7 +76,15 @@ impl ScrubReport {
         self
     }
 
-    fn segment(&mut self, name: &str, bytes: u64, inspected: Result<Inspection, ReadError>) {
+    /// `frames_end`: what is damaged behind it is the segment's index.
+    fn segment(
+        &mut self,
+        name: &str,
+        bytes: u64,
+        first_cut: u64,
+        frames_end: u64,
+        inspected: Result<Inspection, ReadError>,
+    ) {
         self.segments += 1;
         match inspected {
             Ok(inspection) => {
@@ -77,10 +93,12 @@ impl ScrubReport {
                 self.bytes += bytes;
                 for cut in inspection.damaged {
                     let what = format!("cut {} at {}: {}", cut.cut, cut.at, cut.what);
-                    self.find(Finding { file: name.to_owned(), extent: None, what });
+                    // Behind the last whole frame any number of cuts may be gone.
+                    let one_cut = cut.at < frames_end && cut.cut < first_cut + inspection.cuts;
+                    self.find(Finding { file: name.to_owned(), extent: None, what, from_cut: cut.cut, one_cut });
                 }
             }
-            Err(error) => self.find(error),
+            Err(error) => self.find(Finding { from_cut: first_cut, ..error.into() }),
         }
     }
 }
@@ -123,7 +141,66 @@ pub fn verify(replica: &Replica, cut: u64, stop: &Stop) -> Result<ScrubReport, R
 }
 
 fn finding_of(error: std::io::Error, extent: Extent) -> Finding {
-    Finding { file: String::new(), extent: Some(extent), what: error.to_string() }
+    Finding { file: String::new(), extent: Some(extent), what: error.to_string(), from_cut: 0, one_cut: false }
+}
+
+/// Of `cuts`, in ascending order, those at which the disk cannot be read whole any more because of what a scrub found.
+/// Only the places in question are read, past every cache. `None`: it was stopped.
+pub fn touched(replica: &Replica, findings: &[Finding], cuts: &[u64], stop: &Stop) -> Option<BTreeSet<u64>> {
+    let mut places: BTreeMap<u64, Vec<Extent>> = BTreeMap::new();
+    for finding in findings {
+        let whole = || vec![Extent::new(0, replica.disk_bytes())];
+        let extents = match finding.extent {
+            Some(extent) => vec![extent],
+            None if finding.one_cut => replica.cut_extents(finding.from_cut).unwrap_or_else(whole),
+            None => whole(),
+        };
+        places.entry(finding.from_cut).or_default().extend(extents);
+    }
+    let mut found = BTreeSet::new();
+    for (from, mut extents) in places {
+        extents.sort_by_key(|extent| extent.offset);
+        extents.dedup();
+        let later = &cuts[cuts.partition_point(|&cut| cut < from)..];
+        // What a later cut wrote over is whole again for good, so the first cut that can be read ends the search.
+        let (mut low, mut high) = (0, later.len());
+        while low < high {
+            if stop.is_stopped() {
+                return None;
+            }
+            let middle = low + (high - low) / 2;
+            if is_whole(replica, later[middle], &extents, stop) { high = middle } else { low = middle + 1 }
+        }
+        found.extend(&later[..low]);
+    }
+    Some(found)
+}
+
+fn is_whole(replica: &Replica, cut: u64, extents: &[Extent], stop: &Stop) -> bool {
+    let view = match replica.view_through(cut, &BlockCache::new(VERIFY_CACHE_BYTES)) {
+        Ok(view) => view,
+        // What is not there any more is not damaged.
+        Err(error) => return !matches!(error, ReplicaError::Read { .. }),
+    };
+    let mut buffer = vec![0; PIECE_BYTES as usize];
+    for extent in extents {
+        let end = extent.end().min(view.bytes());
+        let mut at = extent.offset;
+        while at < end && !stop.is_stopped() {
+            let Ok((length, kind)) = view.allocation(at) else { return false };
+            let length = length.min(end - at);
+            if kind == Allocation::Hole {
+                at += length;
+                continue;
+            }
+            let length = length.min(PIECE_BYTES);
+            if view.read(at, &mut buffer[..length as usize]).is_err() {
+                return false;
+            }
+            at += length;
+        }
+    }
+    true
 }
 
 /// Reads a piece; when it is damaged, block by block, so that each damaged block is named.
@@ -160,12 +237,15 @@ pub fn scrub(replica: &Replica, stop: &Stop) -> Result<ScrubReport, ReplicaError
             file: replica.storage().path("segments").display().to_string(),
             extent: None,
             what: what.clone(),
+            // No view opens at a cut that opening found to be damaged.
+            from_cut: u64::MAX,
+            one_cut: false,
         });
     }
     // The active one first: it may be sealed and folded while the others are read.
     if let Some(active) = replica.active() {
         let inspected = inspect(&active.segment, &active.header, &active.key, active.end);
-        report.segment(&active.segment.name, active.end, inspected);
+        report.segment(&active.segment.name, active.end, active.header.first_cut, active.end, inspected);
     }
     for part in replica.parts() {
         if stop.is_stopped() {
@@ -173,7 +253,8 @@ pub fn scrub(replica: &Replica, stop: &Stop) -> Result<ScrubReport, ReplicaError
         }
         // Broken ones were named when the replica was opened.
         if let Part::Sealed(sealed) = part {
-            report.segment(&sealed.segment.name, sealed.file_bytes, sealed.check());
+            let (name, bytes) = (&sealed.segment.name, sealed.file_bytes);
+            report.segment(name, bytes, sealed.first_cut(), sealed.data_end, sealed.check());
         }
     }
     let finished = scrub_base(replica, &mut report, stop)?;

@@ -176,7 +176,10 @@ impl Stream {
             let may_read = !self.closing && self.received.cuts - self.progress.acknowledged().0 < CUTS_PENDING_MAX;
             tokio::select! {
                 biased;
-                () = self.session.fence.cancelled() => return End::Refused(fenced(self.hello.disk)),
+                () = self.session.fence.cancelled() => {
+                    // Ended because the table changed, or by a newer stream: the host acts on which of them it was.
+                    return End::Refused(self.admit().err().unwrap_or_else(|| fenced(self.hello.disk)));
+                }
                 () = stop.cancelled() => return End::Refused(stopping()),
                 Ok(()) = authorisations.changed() => {
                     if let Err(refusal) = self.admit() {

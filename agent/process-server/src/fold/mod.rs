@@ -8,7 +8,7 @@ use tidemark_base::stop::Stop;
 use tidemark_base::storage::Storage;
 use tidemark_base::{Extent, ExtentMap, SECTOR_BYTES};
 
-use crate::journal::{Layer, Place, ReadError};
+use crate::journal::{Layer, Part, Place, ReadError};
 use crate::replica::manifest::Manifest;
 use crate::replica::{Replica, ReplicaError};
 use base::{BLOCK_BYTES, BaseStore, Block};
@@ -70,10 +70,22 @@ pub fn fold(replica: &Replica, target: u64, stop: &Stop) -> Result<Folded, Repli
     }
 }
 
-/// The end of a step of at most [`SEGMENTS_MAX`] segments that is consistent; the whole way when there is none.
+/// The end of a step of at most [`SEGMENTS_MAX`] segments that is consistent; the whole way when there is none. Where
+/// room is short, no more segments than the base has room to take: each gives its own back when it is done.
 fn step_target(replica: &Replica, base: u64, target: u64) -> u64 {
     let parts = replica.parts();
-    let Some(last) = parts.get(SEGMENTS_MAX - 1) else { return target };
+    let mut room = replica.storage().available_bytes().unwrap_or(u64::MAX);
+    let fits = |part: &&Part| {
+        let bytes = if let Part::Sealed(sealed) = part { sealed.file_bytes } else { 0 };
+        let fits = bytes <= room;
+        room = room.saturating_sub(bytes);
+        fits
+    };
+    let count = parts.iter().take_while(fits).count().clamp(1, SEGMENTS_MAX);
+    let Some(last) = parts.get(count - 1) else { return target };
+    if count == parts.len() {
+        return target;
+    }
     match replica.consistent_at_or_before(last.last().min(target)) {
         step if step > base => step,
         _ => target,

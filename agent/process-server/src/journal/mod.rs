@@ -11,6 +11,7 @@ mod segment;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use tidemark_base::storage::{OpenMode, Storage, StorageFile, os_error};
 use tidemark_base::{DiskId, Extent, ExtentMap, FRAME_BYTES_MAX, Generation, Position, Timestamp};
@@ -27,6 +28,9 @@ pub use segment::{
     Commit, FRAME_HEADER_BYTES, Fields, Frame, FrameKey, FrameKind, HEADER_BYTES, Header, SegmentName, decode_commit,
 };
 use tidemark_proto::replication::{CutEnd, CutKind, LABEL_BYTES_MAX, MARK_DISKS_MAX};
+
+/// How far a host's clock may be ahead of this one's: one hour.
+const CLOCK_AHEAD_MAX_NS: u64 = 3_600_000_000_000;
 
 /// When a segment is sealed, and how much one cut may hold. Bounds memory: an extent of the active segment is 40 bytes.
 #[derive(Clone, Copy, Debug)]
@@ -348,8 +352,12 @@ impl Journal {
             self.tip = Tip { cut: self.tip.cut, position: Some(position), time, commit };
         }
         self.tip.cut = first + found.commits.len() as u64 - 1;
-        if write && found.torn_bytes > 0 {
-            active.segment.file.set_bytes(found.data_end).and_then(|()| active.segment.file.sync()).map_err(io)?;
+        if write {
+            let file = &active.segment.file;
+            let truncated = if found.torn_bytes > 0 { file.set_bytes(found.data_end) } else { Ok(()) };
+            // After a kill the cuts behind the last sync are only in the page cache, and the host is told that it
+            // need not keep them.
+            truncated.and_then(|()| file.sync()).map_err(io)?;
         }
         report.torn_bytes += found.torn_bytes;
         for cut in &found.damaged {
@@ -426,6 +434,11 @@ impl Journal {
         JournalError::NoRoom { disk: self.info.disk, place, available_bytes }
     }
 
+    /// The failure that latched, if one did.
+    pub fn failure(&self) -> Option<&str> {
+        self.failed.as_deref()
+    }
+
     fn check_usable(&self) -> Result<(), JournalError> {
         match &self.failed {
             None => Ok(()),
@@ -445,7 +458,26 @@ impl Journal {
         }
     }
 
+    /// Ends a segment of an older generation: its key opens no chunk of this one. It is there after a crash, or a full
+    /// volume, in the middle of [`Journal::set_generation`].
+    fn leave_generation(&mut self) -> Result<(), JournalError> {
+        match &self.active {
+            Some(active) if active.header.generation == self.info.generation => Ok(()),
+            Some(active) if !active.commits.is_empty() => match self.seal() {
+                Ok(()) => Ok(()),
+                Err(SealError::Unsealed(error)) => Err(self.write_failed(error)),
+                Err(SealError::Failed(error)) => Err(self.store_failed(error)),
+            },
+            // A segment without a cut is made anew, over this one.
+            _ => {
+                self.active = None;
+                Ok(())
+            }
+        }
+    }
+
     fn ensure_active(&mut self) -> Result<&mut Active, JournalError> {
+        self.leave_generation()?;
         if self.active.is_none() {
             let header = Header {
                 disk: self.info.disk,
@@ -500,9 +532,11 @@ impl Journal {
         self.check_continuity(end)?;
         self.check_totals(end)?;
         let mut end = end.clone();
-        // A host whose clock went back still gets an ordered journal; the mark keeps the time it claims.
-        end.clock_stepped |= end.time < self.tip.time;
-        end.time = end.time.max(self.tip.time);
+        // A host whose clock went back still gets an ordered journal, and one whose clock is far ahead does not keep all
+        // that follows at its time; the mark keeps the time it claims.
+        let latest = Timestamp(Timestamp::from_system(SystemTime::now()).0.saturating_add(CLOCK_AHEAD_MAX_NS));
+        end.clock_stepped |= end.time < self.tip.time || end.time > latest;
+        end.time = end.time.min(latest).max(self.tip.time);
         let (durable, before) = (self.durable.cut, self.tip.commit);
         // The host was told that nothing is here, and sends no zeroes: what lies below must not show through.
         let wipes = end.kind == CutKind::ScanStart && self.history.needs_scan();
@@ -621,17 +655,8 @@ impl Journal {
     /// From here on chunks are sealed for another generation.
     pub fn set_generation(&mut self, generation: Generation) -> Result<(), JournalError> {
         self.discard_open()?;
-        match &self.active {
-            Some(active) if !active.commits.is_empty() => match self.seal() {
-                Ok(()) => {}
-                Err(SealError::Unsealed(error)) => return Err(self.write_failed(error)),
-                Err(SealError::Failed(error)) => return Err(self.store_failed(error)),
-            },
-            // A segment without a cut is made anew, over this one.
-            _ => self.active = None,
-        }
         self.info.generation = generation;
-        Ok(())
+        self.leave_generation()
     }
 
     /// The layers of the disk at `cut`, newest first; those at or before `base` are in the base.
@@ -670,6 +695,26 @@ impl Journal {
         match self.part_of(cut) {
             Some(Part::Sealed(sealed)) => sealed.commit(cut, &self.cache),
             _ => Ok(None),
+        }
+    }
+
+    /// The extents that a cut's own chunks cover.
+    pub fn extents_of(&self, cut: u64) -> Result<Vec<Extent>, ReadError> {
+        let start = |first: u64| -> Result<u64, ReadError> {
+            let before = if cut > first { self.commit_entry(cut - 1)? } else { None };
+            Ok(before.map_or(0, |entry| entry.log_end))
+        };
+        let extents = |entries: &[Entry]| entries.iter().map(|entry| entry.extent).collect();
+        if let Some(active) = self.active.as_ref().filter(|active| active.header.first_cut <= cut) {
+            let end = self.commit_entry(cut)?.map_or(0, |entry| entry.log_end);
+            return Ok(extents(&active.entries[start(active.header.first_cut)? as usize..end as usize]));
+        }
+        match self.part_of(cut) {
+            Some(Part::Sealed(sealed)) => {
+                let entries = sealed.entries_up_to(cut, &self.cache)?;
+                Ok(extents(&entries[start(sealed.first_cut())? as usize..]))
+            }
+            _ => Ok(Vec::new()),
         }
     }
 

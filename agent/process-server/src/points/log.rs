@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::MarkId;
-use tidemark_base::storage::{OpenMode, Storage, StorageFile, replace_file};
+use tidemark_base::storage::{OpenMode, Storage, StorageFile, os_error, replace_file};
 
 use super::Point;
 
@@ -87,7 +87,10 @@ impl PointLog {
                 Ok(())
             }
             Err(error) => {
-                self.failed = true;
+                // What a full volume left of the lines goes, and the next attempt begins anew. A sync that failed may
+                // have lost what it was for, and nothing after it may be believed.
+                let full = matches!(os_error(&error), Some(libc::ENOSPC | libc::EDQUOT));
+                self.failed = !full || self.file.set_bytes(self.end).is_err();
                 Err(error)
             }
         }

@@ -15,7 +15,7 @@ use tidemark_base::{DiskId, MachineId, MarkId, Position, Timestamp};
 use tidemark_proto::replication::{Consistency, Mark};
 
 use log::{PointLog, Record};
-pub use retention::Retention;
+pub use retention::{Retention, effective_times};
 
 /// Marks that wait for other disks of their machine. A disk that is away for longer loses points, not data.
 const PENDING_MAX: usize = 4096;
@@ -257,6 +257,21 @@ impl PointStore {
 
     pub fn flag_damaged(&self, id: MarkId, damaged: bool) -> Result<Point, PointError> {
         self.record(id, Record::Flag { id, damaged })
+    }
+
+    /// Marks points as damaged, durably. Those that are, or are gone, are left as they are.
+    pub fn flag_all_damaged(&self, ids: &[MarkId]) -> Result<usize, PointError> {
+        let mut state = self.state();
+        let whole = |id: &MarkId| state.points.iter().any(|point| point.id == *id && !point.damaged);
+        let records: Vec<Record> =
+            ids.iter().filter(|id| whole(id)).map(|&id| Record::Flag { id, damaged: true }).collect();
+        if records.is_empty() {
+            return Ok(0);
+        }
+        state.log.append(&records, true).map_err(|source| self.store_error(source))?;
+        let flagged = records.len();
+        records.into_iter().for_each(|record| state.apply(record));
+        Ok(flagged)
     }
 
     fn record(&self, id: MarkId, record: Record) -> Result<Point, PointError> {

@@ -31,6 +31,17 @@ fn before(now: Timestamp, age: Duration) -> Timestamp {
     Timestamp(now.0.saturating_sub(age.as_nanos().min(u128::from(u64::MAX)) as u64))
 }
 
+/// When each of the points, which are in order, was made, for telling their age: a host whose clock went back, or that
+/// claims a time to come, does not make its points any older or younger than the one before them.
+pub fn effective_times(points: &[Point], now: Timestamp) -> Vec<Timestamp> {
+    let known = points.iter().map(|point| point.time).find(|&time| time <= now).unwrap_or(now);
+    let times = points.iter().scan(known, |latest, point| {
+        *latest = (*latest).max(if point.time <= now { point.time } else { *latest });
+        Some(*latest)
+    });
+    times.collect()
+}
+
 impl Retention {
     pub fn window_start(&self, now: Timestamp) -> Timestamp {
         before(now, self.any_time_window)
@@ -43,7 +54,8 @@ impl Retention {
         let window_start = self.window_start(now);
         let newest_kept = points.iter().rposition(|point| point.keep && !point.damaged);
         let newest = points.iter().rposition(|point| !point.damaged);
-        let window_begin = points.iter().rposition(|point| point.time <= window_start);
+        let times = effective_times(points, now);
+        let window_begin = times.iter().rposition(|&time| time <= window_start);
         let mut kept_after = points.iter().filter(|point| point.keep && !point.locked).count();
         let mut expired = Vec::new();
         for (index, point) in points.iter().enumerate() {
@@ -54,9 +66,9 @@ impl Retention {
                 continue;
             }
             let goes = if point.keep {
-                point.time < oldest_kept || too_many
+                times[index] < oldest_kept || too_many
             } else {
-                point.time < window_start && Some(index) != window_begin
+                times[index] < window_start && Some(index) != window_begin
             };
             if goes {
                 expired.push(point.id);
@@ -89,6 +101,29 @@ mod tests {
         // Long after: everything but the locked, the pinned and the newest.
         let rest = [points[1].id, points[3].id, points[4].id];
         assert_eq!(gone(Retention { points_max: 0, ..retention }, Timestamp(1000 * hour)), rest);
+    }
+
+    #[test]
+    fn a_clock_that_steps_makes_no_point_older_or_younger() {
+        let hour = 3_600_000_000_000u64;
+        let points: Vec<Point> = [100, 101, 9999, 102, 3, 4, 103]
+            .iter()
+            .zip(0..)
+            .map(|(&time, number)| point(number, Timestamp(time * hour), true))
+            .collect();
+        let hours = |now: u64| -> Vec<u64> {
+            effective_times(&points, Timestamp(now * hour)).iter().map(|time| time.0 / hour).collect()
+        };
+        assert_eq!(hours(104), [100, 101, 101, 102, 102, 102, 103]);
+        let retention = Retention {
+            any_time_window: Duration::ZERO,
+            point_age_max: Duration::from_secs(24 * 3600),
+            points_max: 100,
+        };
+        assert_eq!(retention.expired(&points, Timestamp(104 * hour), |_| false), []);
+        // A day later the oldest go, and those of the wrong times with their neighbours.
+        let gone = retention.expired(&points, Timestamp(126 * hour), |_| false);
+        assert_eq!(gone, points[..3].iter().map(|point| point.id).collect::<Vec<_>>());
     }
 
     #[test]

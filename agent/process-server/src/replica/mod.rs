@@ -34,7 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::Serialize;
 use tidemark_base::storage::Storage;
-use tidemark_base::{DiskId, Generation, MachineId, Position, Timestamp};
+use tidemark_base::{DiskId, Extent, Generation, MachineId, Position, Timestamp};
 use tidemark_proto::replication::CutEnd;
 
 use crate::fold::{self, base::BaseStore};
@@ -419,18 +419,31 @@ impl Replica {
         self.state().position_of(cut).map_err(|error| self.read_error(error))
     }
 
+    /// Whether a point's cut is what the journal holds under this number, as far as that can be told: a journal whose
+    /// end was lost gives its numbers to other cuts.
+    pub(crate) fn may_hold(&self, held: &PointDisk) -> bool {
+        let state = self.state();
+        if held.cut > state.journal.durable().cut {
+            return false;
+        }
+        // A cut that cannot be read says so when it is opened.
+        !matches!(state.position_of(held.cut), Ok((Some(position), _)) if position != held.position)
+    }
+
     /// The oldest cut that can still be viewed, unless it is not consistent.
     pub fn floor(&self) -> u64 {
         self.state().manifest.floor()
     }
 
     /// Marks of durable, consistent cuts after `cut`, found in the journal's index: what a point store may have missed.
-    pub fn marks_after(&self, cut: u64) -> Result<Vec<HeldMark>, ReplicaError> {
+    /// Those that cannot be read are left out: the first failure is told, and how many cuts it was.
+    pub fn marks_after(&self, cut: u64) -> (Vec<HeldMark>, Option<(ReplicaError, u64)>) {
         let (mut cut, end) = {
             let state = self.state();
             (cut.max(state.manifest.floor()), state.journal.durable().cut)
         };
         let mut marks = Vec::new();
+        let mut failed: Option<(ReplicaError, u64)> = None;
         while cut < end {
             cut += 1;
             // The lock is taken for one cut at a time: appends go on.
@@ -438,7 +451,13 @@ impl Replica {
             if !state.journal.history().is_consistent(cut) {
                 continue;
             }
-            let found = state.marked_commit(cut).map_err(|error| self.read_error(error))?;
+            let found = match state.marked_commit(cut) {
+                Ok(found) => found,
+                Err(error) => {
+                    failed.get_or_insert_with(|| (self.read_error(error), 0)).1 += 1;
+                    continue;
+                }
+            };
             if let Some(commit) = found
                 && let Some(mark) = commit.end.mark
             {
@@ -451,7 +470,7 @@ impl Replica {
                 marks.push(HeldMark { mark, held });
             }
         }
-        Ok(marks)
+        (marks, failed)
     }
 
     /// Holds a cut against folding until [`Replica::unpin`], across restarts.
@@ -481,8 +500,21 @@ impl Replica {
         Ok(())
     }
 
+    /// Gives back the pins of everything whose name begins so.
+    pub fn unpin_all(&self, prefixes: &[&str]) -> Result<(), ReplicaError> {
+        let stale = self.durable_pins().into_iter().map(|pin| pin.holder);
+        let stale: Vec<String> =
+            stale.filter(|holder| prefixes.iter().any(|prefix| holder.starts_with(prefix))).collect();
+        stale.iter().try_for_each(|holder| self.unpin(holder))
+    }
+
     pub fn durable_pins(&self) -> Vec<Pin> {
         self.state().manifest.pins.clone()
+    }
+
+    /// Why nothing is appended until the replica is opened again; `None`: it works.
+    pub fn failure(&self) -> Option<String> {
+        self.state().journal.failure().map(str::to_owned)
     }
 
     pub fn statistics(&self) -> Statistics {
@@ -553,6 +585,11 @@ impl Replica {
             end,
             extents,
         })
+    }
+
+    /// The extents that a cut's own chunks cover; `None` when its index cannot be read.
+    pub(crate) fn cut_extents(&self, cut: u64) -> Option<Vec<Extent>> {
+        self.state().journal.extents_of(cut).ok()
     }
 
     /// The oldest cut that a pin or an open view stands on.

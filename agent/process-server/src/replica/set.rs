@@ -2,9 +2,9 @@
 //!
 //! `replicas/<disk-id>/` and `machines/<machine-id>/` beneath one root; names are made from ids only.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use serde::Serialize;
 use tidemark_base::stop::Stop;
@@ -14,7 +14,7 @@ use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
 use super::{DurableState, Replica, ReplicaError, ReplicaInfo};
 use crate::fold::{self, Folded, plan};
 use crate::journal::{JournalError, Limits, ReadError};
-use crate::points::{Point, PointConsistency, PointError, PointSelector, PointStore, Retention};
+use crate::points::{Point, PointConsistency, PointError, PointSelector, PointStore, Retention, effective_times};
 use crate::view::View;
 use crate::view::cache::{BlockCache, CACHE_BYTES};
 
@@ -91,7 +91,11 @@ pub struct ReplicaSet {
     replicas: RwLock<HashMap<DiskId, Arc<Replica>>>,
     machines: RwLock<HashMap<MachineId, Arc<PointStore>>>,
     /// One maintenance at a time; points are thinned and disks folded by it alone.
-    maintaining: std::sync::Mutex<()>,
+    maintaining: Mutex<()>,
+    /// Disks whose marks may not all be in their machine's points: these are found again in the journal.
+    unheld: Mutex<BTreeSet<DiskId>>,
+    /// Disks with marks that could not be read: the points that these would have been are gone.
+    unread: Mutex<BTreeMap<DiskId, String>>,
 }
 
 impl ReplicaSet {
@@ -106,7 +110,9 @@ impl ReplicaSet {
             limits,
             replicas: RwLock::default(),
             machines: RwLock::default(),
-            maintaining: std::sync::Mutex::new(()),
+            maintaining: Mutex::new(()),
+            unheld: Mutex::default(),
+            unread: Mutex::default(),
             storage: storage.clone(),
         };
         let mut failures = Vec::new();
@@ -124,10 +130,47 @@ impl ReplicaSet {
             }
         }
         for replica in set.replicas() {
-            let points = set.points(replica.machine())?;
-            points.hold(replica.marks_after(0)?)?;
+            // One machine's points must not keep the others' from being served.
+            if let Err(error) = set.hold_again(&replica) {
+                tracing::error!(disk = %replica.disk(), %error, "points could not be found again");
+            }
         }
         Ok((set, failures))
+    }
+
+    /// Gives the machine's points the marks that the journal holds. What fails is tried again by the next maintenance.
+    fn hold_again(&self, replica: &Replica) -> Result<(), PointError> {
+        let disk = replica.disk();
+        self.unheld.lock().expect("no panic while held").insert(disk);
+        let points = self.points(replica.machine())?;
+        let (marks, failed) = replica.marks_after(0);
+        if let Some((error, cuts)) = failed {
+            let mut message = format!("the marks of {cuts} cuts cannot be read: {error}");
+            let mut cause = std::error::Error::source(&error);
+            while let Some(error) = cause {
+                message = format!("{message}: {error}");
+                cause = error.source();
+            }
+            tracing::error!(%disk, message, "points are missing");
+            self.unread.lock().expect("no panic while held").insert(disk, message);
+        }
+        points.hold(marks)?;
+        let lost: Vec<MarkId> = points
+            .all()
+            .iter()
+            .filter(|point| point.disks.iter().any(|held| held.disk == disk && !replica.may_hold(held)))
+            .map(|point| point.id)
+            .collect();
+        if points.flag_all_damaged(&lost)? > 0 {
+            tracing::error!(%disk, points = lost.len(), "the journal lost what these points were of");
+        }
+        self.unheld.lock().expect("no panic while held").remove(&disk);
+        Ok(())
+    }
+
+    /// What is wrong with a disk's marks, when something is.
+    pub fn unread_marks(&self, disk: DiskId) -> Option<String> {
+        self.unread.lock().expect("no panic while held").get(&disk).cloned()
     }
 
     pub fn storage(&self) -> &Arc<dyn Storage> {
@@ -217,8 +260,27 @@ impl ReplicaSet {
         Ok(points)
     }
 
+    /// Removes the points of a machine that has no replica any more.
+    pub fn remove_points(&self, machine: MachineId) -> Result<(), SetError> {
+        let mut machines = self.machines.write().expect("no panic while held");
+        if let Some(replica) = self.of_machine(machine).first() {
+            let what = "it still has a replica of the machine whose points are to go".to_owned();
+            return Err(ReplicaError::Busy { disk: replica.disk(), what }.into());
+        }
+        machines.remove(&machine);
+        let name = format!("{MACHINES}/{machine}");
+        let remove = || {
+            if self.storage.exists(&name)? {
+                self.storage.remove_folder(&name)?;
+                self.storage.sync_folder(MACHINES)?;
+            }
+            Ok(())
+        };
+        remove().map_err(|source| PointError::Store { machine, source }.into())
+    }
+
     /// Makes a disk's cuts durable and its marks points. A failure to store points does not take the durability back:
-    /// they are found again in the journal when the server starts.
+    /// they are found again in the journal by the next maintenance.
     pub fn sync(&self, replica: &Replica) -> Result<(DurableState, Vec<Point>), JournalError> {
         let synced = replica.sync()?;
         if synced.marks.is_empty() {
@@ -227,6 +289,7 @@ impl ReplicaSet {
         let points = self.points(replica.machine()).and_then(|points| points.hold(synced.marks));
         let points = points.unwrap_or_else(|error| {
             tracing::error!(disk = %replica.disk(), %error, "points could not be stored");
+            self.unheld.lock().expect("no panic while held").insert(replica.disk());
             Vec::new()
         });
         Ok((synced.durable, points))
@@ -245,7 +308,15 @@ impl ReplicaSet {
             let cuts = vec![(replica.disk(), cut)];
             return Ok(Place { machine, id: None, time, consistency: PointConsistency::Crash, cuts });
         }
-        Ok(points.resolve(selector)?.into())
+        let point = points.resolve(selector)?;
+        for held in &point.disks {
+            // A disk that is not here any more has its own error, when it is opened.
+            if self.get(held.disk).is_ok_and(|replica| !replica.may_hold(held)) {
+                let what = format!("the journal lost what point {} was of", point.id);
+                return Err(ReplicaError::NotViewable { disk: held.disk, cut: held.cut, what }.into());
+            }
+        }
+        Ok(point.into())
     }
 
     /// Views of all disks at a place. All of them are pinned when this returns.
@@ -264,12 +335,24 @@ impl ReplicaSet {
         let _one = self.maintaining.lock().expect("no panic while held");
         let store = self.points(machine)?;
         let replicas = self.of_machine(machine);
+        for replica in &replicas {
+            if self.unheld.lock().expect("no panic while held").contains(&replica.disk()) {
+                self.hold_again(replica)?;
+            }
+        }
         let pinned: HashMap<DiskId, Vec<u64>> =
             replicas.iter().map(|replica| (replica.disk(), replica.pinned_cuts())).collect();
         let is_pinned = |point: &Point| {
             point.disks.iter().any(|held| pinned.get(&held.disk).is_some_and(|cuts| cuts.contains(&held.cut)))
         };
-        let dropped = retention.expired(&store.all(), now, is_pinned);
+        let points = store.all();
+        // The last state that all disks of the machine have in common, even where newer marks are of some disks alone.
+        let newest_common = points
+            .iter()
+            .rfind(|point| !point.damaged && replicas.iter().all(|replica| point.cut_of(replica.disk()).is_some()))
+            .cloned();
+        let is_common = |point: &Point| newest_common.as_ref().is_some_and(|common| common.id == point.id);
+        let dropped = retention.expired(&points, now, |point| is_pinned(point) || is_common(point));
         store.drop_points(&dropped)?;
         let points = store.all();
         let window_start = retention.window_start(now);
@@ -279,7 +362,12 @@ impl ReplicaSet {
                 break;
             }
             let disk = replica.disk();
-            let result = self.holds(replica, &points, replicas.len() == 1, window_start).and_then(|holds| {
+            let holds = self.holds(replica, &points, replicas.len() == 1, window_start, now).map(|mut holds| {
+                let common = newest_common.as_ref().and_then(|point| point.cut_of(disk));
+                holds.newest_complete = common.map_or(holds.newest_complete, Some);
+                holds
+            });
+            let result = holds.and_then(|holds| {
                 let manifest = replica.manifest();
                 match plan::target(manifest.base.cut, holds, |cut| replica.consistent_at_or_before(cut)) {
                     Some(target) => fold::fold(replica, target, stop).map(Some),
@@ -303,13 +391,16 @@ impl ReplicaSet {
         points: &[Point],
         alone: bool,
         window_start: Timestamp,
+        now: Timestamp,
     ) -> Result<plan::Holds, ReplicaError> {
         let disk = replica.disk();
         let newest_complete = points.iter().rev().filter(|point| !point.damaged).find_map(|point| point.cut_of(disk));
         let window_start = if alone {
             replica.cut_at(window_start)?
         } else {
-            points.iter().rev().filter(|point| point.time <= window_start).find_map(|point| point.cut_of(disk))
+            let times = effective_times(points, now);
+            let before = points.iter().zip(times).rev().filter(|(_, time)| *time <= window_start);
+            before.map(|(point, _)| point).find_map(|point| point.cut_of(disk))
         };
         Ok(plan::Holds {
             newest_complete,

@@ -65,6 +65,9 @@ struct World {
     name_changes: Vec<(String, Option<u64>)>,
     steps: u64,
     crash_at: Option<u64>,
+    /// What may still be written behind the ends of files; all of it when `None`.
+    room: Option<u64>,
+    syncs_fail: bool,
 }
 
 impl World {
@@ -96,6 +99,16 @@ impl SimStorage {
     /// The power goes after this many more steps (writes, syncs, renames).
     pub fn crash_at(&self, step: u64) {
         self.world.lock().unwrap().crash_at = Some(step);
+    }
+
+    /// Leaves this much room on the volume; `None`: as much as anybody wants.
+    pub fn set_room(&self, bytes: Option<u64>) {
+        self.world.lock().unwrap().room = bytes;
+    }
+
+    /// From now on every sync of a file fails.
+    pub fn fail_syncs(&self) {
+        self.world.lock().unwrap().syncs_fail = true;
     }
 
     pub fn is_off(&self) -> bool {
@@ -270,7 +283,7 @@ impl Storage for SimStorage {
     }
 
     fn available_bytes(&self) -> io::Result<u64> {
-        Ok(1 << 40)
+        Ok(self.world.lock().unwrap().room.unwrap_or(1 << 40))
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -293,10 +306,20 @@ impl SimFile {
         assert!(!self.read_only, "a file that was opened for reading is written");
         let mut world = self.world.lock().unwrap();
         world.step()?;
-        let file = world.inodes.get_mut(&self.inode).unwrap();
+        let World { inodes, room, .. } = &mut *world;
+        let file = inodes.get_mut(&self.inode).unwrap();
+        let mut full = false;
+        let mut change = change;
+        if let (Change::Write(at, data), Some(room)) = (&mut change, room) {
+            let fits = (file.now.len() as u64).saturating_sub(*at) + *room;
+            full = data.len() as u64 > fits;
+            // A full volume takes the first part of a write.
+            data.truncate(fits as usize);
+            *room -= (*at + data.len() as u64).saturating_sub(file.now.len() as u64);
+        }
         apply(&mut file.now, &change);
         file.changes.push(change);
-        Ok(())
+        if full { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
     }
 }
 
@@ -321,6 +344,9 @@ impl StorageFile for SimFile {
     fn sync(&self) -> io::Result<()> {
         let mut world = self.world.lock().unwrap();
         world.step()?;
+        if world.syncs_fail {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         let file = world.inodes.get_mut(&self.inode).unwrap();
         file.durable = file.now.clone();
         file.changes.clear();

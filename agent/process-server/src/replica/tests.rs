@@ -680,3 +680,186 @@ fn a_folder_is_inspected_and_verified_without_a_write() {
     let replica = Replica::open_read_only(folder, BlockCache::new(1 << 20)).unwrap();
     assert_eq!(replica.durable().position, run.host.position);
 }
+
+/// A replica that was scanned and has `cuts` more, each at a mark.
+fn scanned(storage: &SimStorage, cuts: u64) -> (ReplicaSet, Arc<Replica>, TestHost, Session, Chance) {
+    let set = open(storage);
+    let mut host = TestHost::new(DISK_BYTES);
+    let mut chance = Chance(11);
+    let replica = set.create(host.info).unwrap();
+    let stream = session(&replica);
+    host.send(&stream, CutKind::ScanStart, None, &mut chance).unwrap();
+    let mark = host.mark(true);
+    host.send(&stream, CutKind::ScanEnd, Some(mark), &mut chance).unwrap();
+    for _ in 0..cuts {
+        let mark = host.mark(true);
+        host.send(&stream, CutKind::Records, Some(mark), &mut chance).unwrap();
+    }
+    set.sync(&replica).unwrap();
+    (set, replica, host, stream, chance)
+}
+
+#[test]
+fn what_a_restart_acknowledges_outlives_the_power() {
+    let storage = SimStorage::default();
+    let (set, replica, mut host, stream, mut chance) = scanned(&storage, 1);
+    host.send(&stream, CutKind::Records, None, &mut chance).unwrap();
+    // Killed before the sync: the cut is in the page cache alone, the next process finds it and tells the host so.
+    drop((stream, replica, set));
+    let set = open(&storage);
+    let acknowledged = set.get(host.info.disk).unwrap().durable().cut;
+    for seed in 0..12 {
+        let found = open(&storage.after_crash(seed));
+        let durable = found.get(host.info.disk).unwrap().durable();
+        assert!(durable.cut >= acknowledged, "seed {seed}: {} of {acknowledged}", durable.cut);
+    }
+}
+
+#[test]
+fn a_change_of_generation_that_was_cut_short_does_not_stop_the_next() {
+    for step in 0..12 {
+        let storage = SimStorage::default();
+        let (_set, replica, mut host, stream, mut chance) = scanned(&storage, 1);
+        drop(stream);
+        storage.crash_at(storage.steps() + step);
+        let moved = replica.advance_generation(Generation::FIRST, Generation(2));
+        for seed in 0..6 {
+            let set = open(&storage.after_crash(seed));
+            let replica = set.get(host.info.disk).unwrap();
+            assert!(moved.is_err() || replica.generation() == Generation(2));
+            host.info.generation = replica.generation();
+            let (cut, position) = (host.cut, host.position);
+            let stream = session(&replica);
+            host.send(&stream, CutKind::Records, None, &mut chance).unwrap_or_else(|error| {
+                panic!("step {step} seed {seed}: generation {} is refused: {error}", host.info.generation)
+            });
+            set.sync(&replica).unwrap();
+            check(&replica, &host.contents);
+            host.contents.remove(&host.cut);
+            (host.cut, host.position, host.content) = (cut, position, host.contents[&cut].clone());
+        }
+    }
+}
+
+#[test]
+fn a_mark_that_cannot_be_read_keeps_nothing_else_from_being_served() {
+    let storage = SimStorage::default();
+    let (set, replica, host, stream, _) = scanned(&storage, 20);
+    let list = set.points(host.info.machine).unwrap().list();
+    drop((stream, replica, set));
+    let (name, at) = storage
+        .files()
+        .into_iter()
+        .filter(|(name, _)| name.ends_with(".sealed"))
+        .find_map(|(name, content)| {
+            let at = content.windows(16).position(|window| window == list[3].id.as_bytes())?;
+            Some((name, at))
+        })
+        .unwrap();
+    let (set, failures) = ReplicaSet::open(Arc::new(storage.with_flipped_bit(&name, at as u64 * 8)), small()).unwrap();
+    assert!(failures.is_empty());
+    assert!(set.unread_marks(host.info.disk).unwrap().contains("1 cuts"));
+    let replica = set.get(host.info.disk).unwrap();
+    let latest = set.resolve(host.info.machine, PointSelector::Latest).unwrap();
+    let mut read = vec![0; DISK_BYTES as usize];
+    replica.view(latest.cuts[0].1).unwrap().read_at(0, &mut read).unwrap();
+    assert!(read == host.content);
+}
+
+#[test]
+fn a_full_volume_refuses_loses_nothing_and_goes_on_when_there_is_room() {
+    let mut points_refused = 0;
+    for room in (0..150_000).step_by(2500) {
+        let storage = SimStorage::default();
+        let (set, replica, mut host, stream, mut chance) = scanned(&storage, 3);
+        let acknowledged = replica.durable();
+        storage.set_room(Some(room));
+        let refused = loop {
+            let mark = host.mark(true);
+            if let Err(error) = host.send(&stream, CutKind::Records, Some(mark), &mut chance) {
+                break error;
+            }
+        };
+        assert_eq!(refused.reason(), RefusalReason::NoRoom, "{refused}");
+        drop(stream);
+        // Points may not be stored either; the cuts are durable all the same.
+        let (durable, _) = set.sync(&replica).unwrap();
+        assert!(durable.cut >= acknowledged.cut && durable.cut == host.cut);
+        let points = set.points(host.info.machine).unwrap();
+        points_refused += u64::from((points.list().len() as u64) < host.cut - 1);
+        for seed in 0..3 {
+            let found = open(&storage.after_crash(seed));
+            let replica = found.get(host.info.disk).unwrap();
+            assert!(replica.durable().cut >= durable.cut && replica.open_report().damage.is_empty());
+            assert!(check(&replica, &host.contents) > 0);
+        }
+        storage.set_room(None);
+        let stream = session(&replica);
+        let mark = host.mark(true);
+        host.send(&stream, CutKind::Records, Some(mark.clone()), &mut chance).unwrap();
+        set.sync(&replica).unwrap();
+        let all = Retention { any_time_window: Duration::MAX, point_age_max: Duration::MAX, points_max: usize::MAX };
+        set.maintain(host.info.machine, &all, Timestamp(host.time), &Stop::new()).unwrap();
+        let points = points.list();
+        assert_eq!(points.len() as u64, host.cut - 1, "room {room}: every mark is a point in the end");
+        assert_eq!(points.last().unwrap().id, mark.id);
+        check(&replica, &host.contents);
+    }
+    assert!(points_refused > 5, "{points_refused}");
+}
+
+#[test]
+fn a_sync_that_failed_acknowledges_nothing_until_the_replica_is_opened_again() {
+    // With some of these numbers of cuts the sync that fails is the one that seals a segment.
+    for cuts in 1..9 {
+        let storage = SimStorage::default();
+        let (set, replica, mut host, stream, mut chance) = scanned(&storage, cuts);
+        let before = replica.durable();
+        storage.fail_syncs();
+        let sent = host.send(&stream, CutKind::Records, None, &mut chance);
+        let refused = sent.and_then(|()| set.sync(&replica).map(drop)).unwrap_err();
+        assert_eq!(refused.reason(), RefusalReason::StoreFailed);
+        assert_eq!(replica.durable(), before);
+        assert!(replica.failure().is_some());
+        let refused = host.send(&stream, CutKind::Records, None, &mut chance).unwrap_err();
+        assert_eq!(refused.reason(), RefusalReason::StoreFailed);
+        drop(stream);
+        let refused = replica.begin_session(host.info.generation, DISK_BYTES).err().unwrap();
+        assert_eq!(refused.reason(), RefusalReason::StoreFailed);
+        // What was acknowledged can be read, and is found again.
+        replica.view(before.cut).unwrap();
+        let set = open(&storage.after_crash(0));
+        assert!(set.get(host.info.disk).unwrap().durable().cut >= before.cut);
+    }
+}
+
+#[test]
+fn points_that_show_damage_are_told_from_those_that_do_not() {
+    let storage = SimStorage::default();
+    let (set, replica, host, stream, _) = scanned(&storage, 30);
+    drop((stream, replica, set));
+    let sealed: Vec<(String, Vec<u8>)> =
+        storage.files().into_iter().filter(|(name, _)| name.ends_with(".sealed")).collect();
+    let (mut some, mut chance) = (0, Chance(3));
+    for (name, content) in &sealed {
+        for _ in 0..20 {
+            let bit = chance.below(content.len() as u64 * 8);
+            let (set, _) = ReplicaSet::open(Arc::new(storage.with_flipped_bit(name, bit)), small()).unwrap();
+            let replica = set.get(host.info.disk).unwrap();
+            if !replica.open_report().damage.is_empty() {
+                continue;
+            }
+            let report = scrub::scrub(&replica, &Stop::new()).unwrap();
+            let cuts: Vec<u64> = (2..=host.cut).collect();
+            let touched = scrub::touched(&replica, &report.findings, &cuts, &Stop::new()).unwrap();
+            let mut read = vec![0; DISK_BYTES as usize];
+            for cut in cuts {
+                let whole = replica.view(cut).is_ok_and(|view| view.read_at(0, &mut read).is_ok());
+                assert!(whole || touched.contains(&cut), "{name} bit {bit}: damage at cut {cut} is not told");
+                assert!(!whole || !touched.contains(&cut), "{name} bit {bit}: cut {cut} is whole");
+            }
+            some += usize::from(!touched.is_empty() && touched.len() < host.cut as usize - 1);
+        }
+    }
+    assert!(some > 5, "{some}");
+}

@@ -66,6 +66,8 @@ pub struct ServedPoint {
     pub time: Timestamp,
     pub writable: bool,
     pub disks: Vec<(DiskId, Arc<dyn Disk>)>,
+    /// Dropped, with the time that it takes, when the serve ended.
+    pub held: Option<Box<dyn Send>>,
 }
 
 pub struct Serves {
@@ -81,6 +83,7 @@ struct Active {
     names: Vec<String>,
     /// Not shown: it belongs to an export that runs.
     internal: bool,
+    held: Option<Box<dyn Send>>,
 }
 
 impl Serves {
@@ -130,9 +133,9 @@ impl Serves {
             disks.push(AttachedDisk { id: disk, nbd: Some(self.uri(&name)), file: None, bytes });
             names.push(name);
         }
-        let ServedPoint { machine, point, time, writable, .. } = point;
+        let ServedPoint { machine, point, time, writable, held, .. } = point;
         let serving = Serving { serve: id, machine, point, time, writable, disks };
-        active.insert(id, Active { serving: serving.clone(), names, internal });
+        active.insert(id, Active { serving: serving.clone(), names, internal, held });
         Ok(serving)
     }
 
@@ -149,7 +152,8 @@ impl Serves {
         for name in &names {
             self.server.close_export(name).map_err(|source| ServeError::Busy { id, source })?;
         }
-        self.active().remove(&id);
+        let ended = self.active().remove(&id);
+        drop(ended.and_then(|active| active.held));
         self.discard(id)?;
         Ok(serving)
     }
@@ -213,6 +217,7 @@ mod tests {
             time: Timestamp(1),
             writable: false,
             disks: vec![(DiskId::random(), disk)],
+            held: None,
         }
     }
 

@@ -72,11 +72,14 @@ impl Worker {
                     if !maintenance.dropped.is_empty() {
                         tracing::debug!(%machine, points = maintenance.dropped.len(), "points thinned");
                     }
+                    let failed = |disk| maintenance.folds.iter().any(|fold| fold.disk == disk && fold.result.is_err());
+                    for replica in self.set.of_machine(machine).iter().filter(|replica| !failed(replica.disk())) {
+                        self.problems.lock().expect("no panic while held").remove(&replica.disk());
+                    }
                     for fold in maintenance.folds {
                         match fold.result {
                             Ok(folded) => {
                                 tracing::debug!(disk = %fold.disk, from = folded.from, to = folded.to, bytes = folded.bytes, "journal folded");
-                                self.problems.lock().expect("no panic while held").remove(&fold.disk);
                             }
                             Err(error) => self.note(fold.disk, &error, error.help()),
                         }
@@ -95,7 +98,7 @@ impl Worker {
 
     /// Said once in the log, and in the status until it is gone.
     fn note(&self, disk: DiskId, error: &dyn std::error::Error, help: &str) {
-        let mut message = format!("history cannot be folded: {error}");
+        let mut message = format!("history cannot be thinned and folded: {error}");
         let mut cause = error.source();
         while let Some(error) = cause {
             message = format!("{message}: {error}");

@@ -7,6 +7,7 @@
 //! found again.
 
 mod maintain;
+mod pins;
 mod recover;
 mod report;
 mod scrubber;
@@ -130,6 +131,7 @@ impl ProcessServer {
             tracing::error!(folder = failure.folder, error = %failure.error, "a replica cannot be opened");
         }
         let set = Arc::new(set);
+        pins::release_stale(&set);
         let authorisations = Arc::new(Authorisations::open(storage.clone()).map_err(authorise_failed)?);
         let settings = Arc::new(Settings::open(storage.clone()).map_err(|error| store_failed(&error))?);
         let serves = Serves::open(storage.clone(), &config.socket)?;
@@ -273,7 +275,9 @@ impl ProcessServer {
             for replica in inner.set.of_machine(machine) {
                 inner.set.remove(replica.disk()).map_err(set_failed)?;
             }
-            inner.settings.change(|machines| drop(machines.remove(&machine))).map_err(|error| store_failed(&error))
+            inner.settings.change(|machines| drop(machines.remove(&machine))).map_err(|error| store_failed(&error))?;
+            // Last: until it is done the command is repeated. What stays of it would name cuts of a later replica.
+            inner.set.remove_points(machine).map_err(set_failed)
         })
         .await
     }
@@ -303,6 +307,16 @@ impl ProcessServer {
     }
 }
 
+impl ProcessServer {
+    /// Every byte is read again now, instead of within the interval.
+    pub async fn scrub_now(&self) {
+        let inner = self.0.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || inner.scrubber.run_now()).await {
+            tracing::error!(%error, "scrubbing failed");
+        }
+    }
+}
+
 impl Inner {
     fn prepare_replica(&self, disk: DiskId, asked: Authorisation) -> Result<(), Failure> {
         let info =
@@ -321,6 +335,10 @@ impl Inner {
                 generation: replica.generation(),
             }));
         }
+        let current = replica.generation();
+        if current > asked.generation {
+            return Err(authorise_failed(AuthoriseError::Superseded { disk, asked: asked.generation, current }));
+        }
         if replica.machine() != asked.machine {
             return Err(Failure::new(
                 FailureKind::Conflict,
@@ -328,7 +346,6 @@ impl Inner {
                 "unprotect that machine first",
             ));
         }
-        let current = replica.generation();
         if current < asked.generation {
             replica.advance_generation(current, asked.generation).map_err(replica_failed)?;
         }

@@ -5,13 +5,15 @@ use std::sync::Arc;
 
 use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
-use tidemark_base::{DiskId, MachineId};
+use tidemark_base::{DiskId, MachineId, MarkId};
 use tidemark_proto::control::{
     Exported, ExportedFile, Failure, FailureKind, ImageFormat, PointInfo, Selector, ServeId, Serving, Verified,
 };
 
+use super::pins::DurablePins;
 use super::{Inner, ProcessServer, blocking, point_failed, replica_failed, set_failed, store_failed};
 use crate::export::{ExportError, export_raw, export_with_qemu, targets};
+use crate::replica::Place;
 use crate::scrub::{self, Finding};
 use crate::serve::ServedPoint;
 use crate::view::View;
@@ -33,7 +35,7 @@ impl ProcessServer {
     /// Serves a point's disks until [`ProcessServer::stop_serve`]: read-only, or each with a scratch layer of its own.
     pub async fn serve(&self, machine: MachineId, selector: Selector, writable: bool) -> Result<Serving, Failure> {
         let inner = self.0.clone();
-        blocking(move || inner.serve(ServeId::random(), machine, selector, writable, false)).await
+        blocking(move || inner.serve(ServeId::random(), machine, selector, writable)).await
     }
 
     /// Ends the connections to it and drops its scratch layers.
@@ -55,7 +57,13 @@ impl ProcessServer {
         format: ImageFormat,
     ) -> Result<Exported, Failure> {
         let inner = self.0.clone();
-        let (point, views) = blocking(move || inner.open_views(machine, selector)).await?;
+        let (point, views, pins) = blocking(move || {
+            let (point, views, place) = inner.open_views(machine, selector)?;
+            let pins = DurablePins::of_export(&inner.set, MarkId::random(), &place).map_err(set_failed)?;
+            Ok((point, views, pins))
+        })
+        .await?;
+        let _pins = ReleaseLater(Some(pins));
         let disks: Vec<DiskId> = views.iter().map(|(disk, _)| *disk).collect();
         let paths = targets(Path::new(to), &disks, format)?;
         let mut files = Vec::new();
@@ -82,8 +90,7 @@ impl ProcessServer {
         let path = path.to_owned();
         blocking(move || {
             let image = export_raw(&*view, &path, &stop)?;
-            let hash = image.content_hash.map(|hash| hash.to_hex().to_string());
-            tracing::info!(path = %path.display(), bytes = image.bytes, blake3 = hash, "point exported");
+            tracing::info!(path = %path.display(), bytes = image.bytes, "point exported");
             Ok(image.bytes)
         })
         .await
@@ -100,7 +107,7 @@ impl ProcessServer {
     ) -> Result<u64, Failure> {
         let id = ServeId::random();
         let disks: Vec<(DiskId, Arc<dyn Disk>)> = vec![(disk, view)];
-        let served = ServedPoint { machine, point: point.id, time: point.time, writable: false, disks };
+        let served = ServedPoint { machine, point: point.id, time: point.time, writable: false, disks, held: None };
         let serving = self.0.serves.start(id, served, true)?;
         let _ending = StopServing { inner: self.0.clone(), id };
         let nbd = serving.disks.first().and_then(|disk| disk.nbd.clone()).unwrap_or_default();
@@ -121,6 +128,16 @@ impl ProcessServer {
                 Err(Failure::new(FailureKind::Unavailable, "the process server stops", "verify again"))
             }
         }
+    }
+}
+
+/// Gives pins back beside the runtime: that waits for the disk.
+struct ReleaseLater(Option<DurablePins>);
+
+impl Drop for ReleaseLater {
+    fn drop(&mut self) {
+        let pins = self.0.take();
+        tokio::task::spawn_blocking(move || drop(pins));
     }
 }
 
@@ -147,22 +164,16 @@ impl Inner {
         &self,
         machine: MachineId,
         selector: Selector,
-    ) -> Result<(PointInfo, Vec<(DiskId, Arc<View>)>), Failure> {
+    ) -> Result<(PointInfo, Vec<(DiskId, Arc<View>)>, Place), Failure> {
         let (place, info) = self.resolve(machine, selector)?;
         let views = self.set.views(&place).map_err(set_failed)?;
-        Ok((info, views.into_iter().map(|(disk, view)| (disk, Arc::new(view))).collect()))
+        Ok((info, views.into_iter().map(|(disk, view)| (disk, Arc::new(view))).collect(), place))
     }
 
-    fn serve(
-        &self,
-        id: ServeId,
-        machine: MachineId,
-        selector: Selector,
-        writable: bool,
-        internal: bool,
-    ) -> Result<Serving, Failure> {
-        let (info, views) = self.open_views(machine, selector)?;
-        let result = self.start_serve(id, machine, &info, views, writable, internal);
+    fn serve(&self, id: ServeId, machine: MachineId, selector: Selector, writable: bool) -> Result<Serving, Failure> {
+        let (info, views, place) = self.open_views(machine, selector)?;
+        let pins = DurablePins::of_serve(&self.set, id, &place).map_err(set_failed)?;
+        let result = self.start_serve(id, machine, &info, views, pins, writable);
         if result.is_err()
             && let Err(error) = self.serves.discard(id)
         {
@@ -177,8 +188,8 @@ impl Inner {
         machine: MachineId,
         info: &PointInfo,
         views: Vec<(DiskId, Arc<View>)>,
+        pins: DurablePins,
         writable: bool,
-        internal: bool,
     ) -> Result<Serving, Failure> {
         let mut disks: Vec<(DiskId, Arc<dyn Disk>)> = Vec::new();
         for (disk, view) in views {
@@ -190,8 +201,9 @@ impl Inner {
                 disks.push((disk, view));
             }
         }
-        let point = ServedPoint { machine, point: info.id, time: info.time, writable, disks };
-        Ok(self.serves.start(id, point, internal)?)
+        let held: Option<Box<dyn Send>> = Some(Box::new(pins));
+        let point = ServedPoint { machine, point: info.id, time: info.time, writable, disks, held };
+        Ok(self.serves.start(id, point, false)?)
     }
 
     fn verify(&self, machine: MachineId, selector: Selector, stop: &Stop) -> Result<Verified, Failure> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidemark_base::{MachineId, MarkId};
+use tidemark_base::{DiskId, MachineId, MarkId};
 use tidemark_proto::control::{
     Consistency, Failure, FailureKind, PointInfo, Problem, ReplicaDisk, ReplicaMachine, Selector, ServerReport,
 };
@@ -88,7 +88,18 @@ impl ProcessServer {
             disks.extend(inner.open_failures.iter().filter_map(unopened_disk));
             let mut machines = Vec::new();
             for machine in inner.settings.all().into_keys() {
-                let points = inner.set.points(machine).map_err(point_failed)?.list();
+                let points = match inner.set.points(machine) {
+                    Ok(points) => points.list(),
+                    Err(error) => {
+                        let help = error.help().to_owned();
+                        let message = point_failed(error).message;
+                        for disk in disks.iter_mut().filter(|disk| inner.is_of(disk.disk, machine)) {
+                            let (message, help) = (message.clone(), help.clone());
+                            disk.problems.push(Problem { critical: true, message, help });
+                        }
+                        Vec::new()
+                    }
+                };
                 let latest = points.last().map(point_info);
                 machines.push(ReplicaMachine { machine, points: points.len() as u64, latest });
             }
@@ -123,10 +134,24 @@ impl Inner {
         Ok((place, info))
     }
 
+    fn is_of(&self, disk: DiskId, machine: MachineId) -> bool {
+        self.set.get(disk).is_ok_and(|replica| replica.machine() == machine)
+    }
+
     fn replica_disk(&self, replica: &Arc<Replica>) -> ReplicaDisk {
         let (durable, statistics) = (replica.durable(), replica.statistics());
         let mut problems: Vec<Problem> = self.maintainer.problem(replica.disk()).into_iter().collect();
         problems.extend(self.scrubber.problem(replica.disk()));
+        problems.extend(self.set.unread_marks(replica.disk()).map(|message| Problem {
+            critical: true,
+            message: format!("disk {}: {message}", replica.disk()),
+            help: "the recovery points at these marks are lost, others are whole; check the volume, and `tidemark point verify` them".to_owned(),
+        }));
+        problems.extend(replica.failure().map(|message| Problem {
+            critical: true,
+            message: format!("disk {}: the journal failed and takes nothing more: {message}", replica.disk()),
+            help: "check the process server's volume (see its kernel log), then restart the process server".to_owned(),
+        }));
         if durable.needs_scan {
             problems.push(Problem {
                 critical: true,

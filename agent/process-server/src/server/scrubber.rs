@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::{Storage, read_file, replace_file};
 use tidemark_base::{DiskId, Timestamp};
@@ -17,7 +18,7 @@ use tidemark_proto::control::Problem;
 use super::now;
 use super::recover::describe;
 use crate::replica::{Replica, ReplicaSet};
-use crate::scrub::scrub;
+use crate::scrub::{Finding, scrub, touched};
 
 const FILE: &str = "scrubs.json";
 const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -34,19 +35,30 @@ struct Worker {
     storage: Arc<dyn Storage>,
     interval: Duration,
     stop: Stop,
-    /// What the last scrub found, by disk.
-    problems: Mutex<BTreeMap<DiskId, Problem>>,
+    /// By disk; as it is in the file.
+    scrubbed: Mutex<BTreeMap<DiskId, Scrubbed>>,
+    /// One scrub at a time.
+    running: Mutex<()>,
+}
+
+/// When a replica was last scrubbed, and what was found: that outlives a restart, because the damage does.
+#[derive(Clone, Serialize, Deserialize)]
+struct Scrubbed {
+    time: Timestamp,
+    problem: Option<Problem>,
 }
 
 impl Scrubber {
     pub fn start(set: Arc<ReplicaSet>, storage: Arc<dyn Storage>, interval: Duration) -> io::Result<Self> {
-        let worker = Arc::new(Worker { set, storage, interval, stop: Stop::new(), problems: Mutex::default() });
+        let scrubbed = Mutex::new(load(&*storage));
+        let worker =
+            Arc::new(Worker { set, storage, interval, stop: Stop::new(), scrubbed, running: Mutex::default() });
         let thread = std::thread::Builder::new().name("scrub".to_owned()).spawn({
             let worker = worker.clone();
             move || {
                 give_way();
                 while !worker.stop.wait_for(CHECK_INTERVAL.min(worker.interval)) {
-                    worker.run();
+                    worker.run(false);
                 }
             }
         })?;
@@ -54,7 +66,12 @@ impl Scrubber {
     }
 
     pub fn problem(&self, disk: DiskId) -> Option<Problem> {
-        self.worker.problems.lock().expect("no panic while held").get(&disk).cloned()
+        self.worker.scrubbed().get(&disk).and_then(|scrubbed| scrubbed.problem.clone())
+    }
+
+    /// Reads every replica now, due or not. Blocks until it is done.
+    pub fn run_now(&self) {
+        self.worker.run(true);
     }
 
     pub fn stop(&self) {
@@ -77,55 +94,78 @@ fn give_way() {
     }
 }
 
+/// A file that cannot be read only makes scrubs come later.
+fn load(storage: &dyn Storage) -> BTreeMap<DiskId, Scrubbed> {
+    let read = read_file(storage, FILE, FILE_BYTES_MAX);
+    read.ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
+}
+
 impl Worker {
-    fn run(&self) {
-        let mut last = self.load();
+    fn scrubbed(&self) -> MutexGuard<'_, BTreeMap<DiskId, Scrubbed>> {
+        self.scrubbed.lock().expect("no panic while held")
+    }
+
+    fn run(&self, all: bool) {
+        let _one = self.running.lock().expect("no panic while held");
         let replicas = self.set.replicas();
-        last.retain(|disk, _| replicas.iter().any(|replica| replica.disk() == *disk));
+        self.scrubbed().retain(|disk, _| replicas.iter().any(|replica| replica.disk() == *disk));
         for replica in replicas {
             // A new replica was verified as it came; it is due one interval from now.
-            let since = now().saturating_since(*last.entry(replica.disk()).or_insert_with(now));
-            if since < self.interval {
+            let fresh = || Scrubbed { time: now(), problem: None };
+            let last = self.scrubbed().entry(replica.disk()).or_insert_with(fresh).time;
+            if !all && now().saturating_since(last) < self.interval {
                 continue;
             }
-            if !self.scrub(&replica) {
-                return;
-            }
-            last.insert(replica.disk(), now());
+            let Some(problem) = self.scrub(&replica) else { break };
+            self.scrubbed().insert(replica.disk(), Scrubbed { time: now(), problem });
         }
-        let stored = serde_json::to_vec_pretty(&last).map_err(io::Error::other);
+        let stored = serde_json::to_vec_pretty(&*self.scrubbed()).map_err(io::Error::other);
         if let Err(error) = stored.and_then(|text| replace_file(&*self.storage, FILE, &text)) {
             tracing::warn!(%error, "when replicas were scrubbed cannot be stored");
         }
     }
 
-    /// A file that cannot be read only makes scrubs come later.
-    fn load(&self) -> BTreeMap<DiskId, Timestamp> {
-        let read = read_file(&*self.storage, FILE, FILE_BYTES_MAX);
-        read.ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
-    }
-
-    /// False when it was stopped.
-    fn scrub(&self, replica: &Replica) -> bool {
+    /// What was found; `None` when it was stopped.
+    fn scrub(&self, replica: &Replica) -> Option<Option<Problem>> {
         let disk = replica.disk();
         let (message, help) = match scrub(replica, &self.stop) {
-            Ok(report) if !report.finished => return false,
+            Ok(report) if !report.finished => return None,
             Ok(report) if report.sound => {
                 tracing::info!(%disk, bytes = report.bytes, "replica scrubbed");
-                self.problems.lock().expect("no panic while held").remove(&disk);
-                return true;
+                return Some(None);
             }
             Ok(report) => {
+                let points = self.flag(replica, &report.findings)?;
                 let first = report.findings.first().map_or(String::new(), describe);
                 let count = report.findings.len() as u64 + report.findings_left_off;
-                let help = "check the volume; run `tidemark point verify` to see which points are touched, and `tidemark resync`";
-                (format!("the replica of disk {disk} has {count} damaged places; the first: {first}"), help)
+                let help = "check the volume; points flagged as damaged cannot be used whole, others can; `tidemark resync` makes later points whole";
+                let message = format!(
+                    "the replica of disk {disk} has {count} damaged places, {points} recovery points are touched; the first: {first}"
+                );
+                (message, help)
             }
             Err(error) => (format!("the replica of disk {disk} cannot be read: {error}"), error.help()),
         };
         tracing::error!(%disk, message, "scrub found damage");
-        let problem = Problem { critical: true, message, help: help.to_owned() };
-        self.problems.lock().expect("no panic while held").insert(disk, problem);
-        true
+        Some(Some(Problem { critical: true, message, help: help.to_owned() }))
+    }
+
+    /// Flags the points that show what was found, and says how many kept ones there are. `None` when it was stopped.
+    fn flag(&self, replica: &Replica, findings: &[Finding]) -> Option<usize> {
+        let disk = replica.disk();
+        let flagged = self.set.points(replica.machine()).and_then(|store| {
+            let points: Vec<_> =
+                store.all().into_iter().filter_map(|point| Some((point.cut_of(disk)?, point))).collect();
+            let mut cuts: Vec<u64> = points.iter().map(|(cut, _)| *cut).collect();
+            cuts.sort_unstable();
+            let Some(touched) = touched(replica, findings, &cuts, &self.stop) else { return Ok(None) };
+            let hit: Vec<_> = points.iter().filter(|(cut, _)| touched.contains(cut)).map(|(_, point)| point).collect();
+            store.flag_all_damaged(&hit.iter().map(|point| point.id).collect::<Vec<_>>())?;
+            Ok(Some(hit.iter().filter(|point| point.keep).count()))
+        });
+        flagged.unwrap_or_else(|error| {
+            tracing::error!(%disk, %error, "damaged points cannot be flagged");
+            Some(0)
+        })
     }
 }

@@ -324,10 +324,19 @@ async fn a_machine_can_be_taken_away() {
     assert_eq!(site.server.execute(command).await, Ok(Reply::Done));
     host.refused_for(RefusalReason::UnknownDisk).await;
     assert_eq!(site.server.points(site.machine).await.unwrap().len(), 1, "the points stay");
+    let grant = site.grant(&[disk]);
+    let folder = site.folder.path().join(format!("ps/machines/{}", site.machine));
+    assert!(folder.exists());
     site.server.deauthorise(site.machine, true).await.unwrap();
+    assert!(!folder.exists(), "points of cuts that are gone");
     assert_eq!(site.server.points(site.machine).await.unwrap_err().kind, FailureKind::NotFound);
     let refusal = TestHost::open_with(&site.endpoint(), &site.agent(), hello(disk)).await.err();
     assert!(matches!(refusal, Some(Refusal { reason: RefusalReason::UnknownDisk, .. })), "{refusal:?}");
+    // Protected again it begins anew.
+    site.server.authorise(grant).await.unwrap();
+    assert!(site.server.points(site.machine).await.unwrap().is_empty());
+    let (_host, content, _) = site.replicated(disk).await;
+    assert!(exported(&site, Selector::Latest).await == content);
     site.server.stop().await;
 }
 
@@ -352,7 +361,7 @@ async fn a_newer_generation_ends_the_stream_of_the_old() {
     grant.disks[0].generation = Generation(2);
     site.server.authorise(grant.clone()).await.unwrap();
     let refusal = host.refused().await;
-    assert!(matches!(refusal.reason, RefusalReason::Generation | RefusalReason::Fenced), "{refusal:?}");
+    assert_eq!(refusal.reason, RefusalReason::Generation, "{refusal:?}");
     grant.disks[0].generation = Generation(1);
     assert_eq!(site.server.authorise(grant).await.unwrap_err().kind, FailureKind::Conflict);
     site.server.stop().await;
@@ -386,5 +395,73 @@ async fn damage_on_the_media_is_found_and_named() {
     let failure = site.server.export(site.machine, Selector::Point(mark.id), &to, ImageFormat::Raw).await.unwrap_err();
     assert_eq!(failure.kind, FailureKind::Damaged, "{failure:?}");
     assert!(!std::path::Path::new(&to).exists());
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_scrub_finds_flags_points_and_is_told_after_a_restart() {
+    let mut site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (mut host, content, first) = site.replicated(disk).await;
+    site.server.scrub_now().await;
+    assert!(site.server.status().await.unwrap().disks[0].problems.is_empty());
+    damage_segments(&site.folder.path().join(format!("ps/replicas/{disk}/segments")));
+    // Written over: the point at this mark does not need what is damaged.
+    host.write(0, &content[..65536]).await;
+    let second = host.mark(site.machine, vec![disk], true);
+    host.end(CutKind::Records, Some(second.clone())).await;
+    host.durable().await;
+    drop(host);
+    site.server.scrub_now().await;
+    for restarted in [false, true] {
+        if restarted {
+            site.restart().await;
+        }
+        let points = site.server.points(site.machine).await.unwrap();
+        let flags: Vec<(MarkId, bool)> = points.iter().map(|point| (point.id, !point.flags.is_empty())).collect();
+        assert_eq!(flags, [(first.id, true), (second.id, false)], "restarted: {restarted}");
+        let problems = site.server.status().await.unwrap().disks[0].problems.clone();
+        assert!(problems.iter().any(|problem| problem.critical), "restarted: {restarted}, {problems:?}");
+    }
+    site.server.stop().await;
+}
+
+fn pins(site: &Site, disk: DiskId) -> Vec<String> {
+    let folder = RealStorage::open_folder(site.folder.path().join(format!("ps/replicas/{disk}")));
+    let manifest = crate::replica::manifest::Manifest::load(&*folder).unwrap();
+    manifest.pins.into_iter().map(|pin| pin.holder).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_served_is_pinned_for_as_long_as_it_is_served() {
+    let mut site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (mut host, content, mark) = site.replicated(disk).await;
+    let serving = site.server.serve(site.machine, Selector::Point(mark.id), false).await.unwrap();
+    assert_eq!(pins(&site, disk), [format!("serve {}", serving.serve)]);
+    let nothing = Retention { any_time: Duration::ZERO, age: Some(Duration::ZERO), count: Some(1) };
+    site.server.set_retention(site.machine, nothing).await.unwrap();
+    host.write(0, &[8; 4096]).await;
+    let later = host.mark(site.machine, vec![disk], true);
+    host.end(CutKind::Records, Some(later.clone())).await;
+    host.durable().await;
+    site.server.maintain_now().await;
+    assert!(exported(&site, Selector::Point(mark.id)).await == content, "retention let go of a served point");
+    site.server.stop_serve(serving.serve).await.unwrap();
+    // A pin that a killed process left.
+    site.server.serve(site.machine, Selector::Point(mark.id), false).await.unwrap();
+    let folder = RealStorage::open_folder(site.folder.path().join(format!("ps/replicas/{disk}")));
+    let left = crate::replica::manifest::Manifest::load(&*folder).unwrap();
+    assert_eq!(left.pins.iter().filter(|pin| pin.holder.starts_with("serve")).count(), 1);
+    site.server.stop().await;
+    left.store(&*folder).unwrap();
+    drop(host);
+    site.server = Site::start_server(site.folder.path().join("ps"), &site.identity).await;
+    assert!(pins(&site, disk).is_empty(), "{:?}", pins(&site, disk));
+    site.server.maintain_now().await;
+    let points = site.server.points(site.machine).await.unwrap();
+    assert_eq!(points.iter().map(|point| point.id).collect::<Vec<_>>(), [later.id]);
     site.server.stop().await;
 }
