@@ -39,7 +39,7 @@ pub fn measure(options: &Options, folder: &Path, report: &mut Report) -> Result<
         report.seconds("making a point of a 1 TiB disk", round, start.elapsed().as_secs_f64());
         let start = Instant::now();
         let served = ours.site.serve(NAME, "latest", &[]);
-        let mut client = Client::connect(&served.nbd[0])?;
+        let mut client = Client::connect(served.nbd())?;
         let mut block = vec![0; BLOCK];
         client.read(last.offset, &mut block)?;
         report.seconds("serving a point of a 1 TiB disk, to the first byte", round, start.elapsed().as_secs_f64());

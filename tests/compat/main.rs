@@ -155,12 +155,12 @@ fn a_served_point_is_read_by_everybody() {
     let reference = site.path("reference.img");
     image::copy(&machine.disks[0].path, &reference);
     let served = site.serve("web", "latest", &[]);
-    let map = tools::run("nbdinfo", &["--map", "--totals", &served.nbd[0]]);
+    let map = tools::run("nbdinfo", &["--map", "--totals", served.nbd()]);
     assert!(map.contains("hole"), "holes of {disk} are holes of the point: {map}");
     let reference = reference.to_str().unwrap();
-    tools::run("qemu-img", &["compare", "-f", "raw", "-F", "raw", reference, &served.nbd[0]]);
+    tools::run("qemu-img", &["compare", "-f", "raw", "-F", "raw", reference, served.nbd()]);
     let copied = site.path("copied.raw");
-    tools::run("nbdcopy", &["--connections=4", &served.nbd[0], copied.to_str().unwrap()]);
+    tools::run("nbdcopy", &["--connections=4", served.nbd(), copied.to_str().unwrap()]);
     image::assert_same(std::path::Path::new(reference), &copied);
 }
 

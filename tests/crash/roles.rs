@@ -86,7 +86,7 @@ fn a_process_server_that_is_killed_in_the_initial_replication_begins_no_other() 
 #[test]
 fn without_its_configuration_server_replication_goes_on() {
     let (mut site, machine) = protected(4);
-    let load = Load::start(machine.nbd(), 0, DISK_BYTES, 40);
+    let load = Load::start(machine.nbd(), 0, DISK_BYTES - MIB, 40);
     wait_load(&site);
     site.kill_role("config-server");
     // Nobody can be asked now. What is written arrives all the same: with the agent gone too, only what the process

@@ -75,11 +75,11 @@ fn a_served_point_reads_as_the_mark_and_refuses_writes() {
 
     let served = site.serve("web", &text(&point["id"]), &[]);
     let copied = site.path("copied.raw");
-    tools::run("nbdcopy", &[&served.nbd[0], copied.to_str().unwrap()]);
+    tools::run("nbdcopy", &[served.nbd(), copied.to_str().unwrap()]);
     image::assert_same(&reference, &copied);
-    let info = tools::run("nbdinfo", &[&served.nbd[0]]);
+    let info = tools::run("nbdinfo", &[served.nbd()]);
     assert!(info.contains("is_read_only: true"), "{info}");
-    let refused = Client::connect(&served.nbd[0]).unwrap().write(0, &[1; 512]).unwrap_err();
+    let refused = Client::connect(served.nbd()).unwrap().write(0, &[1; 512]).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EPERM), "{refused}");
 }
 
@@ -92,7 +92,7 @@ fn a_writable_serve_changes_nothing_but_its_own_layer() {
     let id = text(&point["id"]);
 
     let served = site.serve("web", &id, &["--writable"]);
-    let mut client = Client::connect(&served.nbd[0]).unwrap();
+    let mut client = Client::connect(served.nbd()).unwrap();
     let mut old = vec![0; 64 << 10];
     client.read(2 * MIB, &mut old).unwrap();
     client.write(2 * MIB + 512, &vec![0xee; 4096]).unwrap();

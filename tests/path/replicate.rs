@@ -97,7 +97,7 @@ fn holes_and_zeroes_are_not_sent() {
     let sent = number(&status["sent_bytes"]);
     assert!((1 << 20..3 << 20).contains(&sent), "1 MiB of data cost {sent} bytes: {status}");
     let served = site.serve("sparse", "latest", &[]);
-    let mut client = Client::connect(&served.nbd[0]).unwrap();
+    let mut client = Client::connect(served.nbd()).unwrap();
     assert_eq!(client.bytes, 1 << 40);
     let mut back = vec![0; 1 << 20];
     client.read(3 << 38, &mut back).unwrap();

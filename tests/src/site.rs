@@ -290,7 +290,8 @@ impl Site {
             panic!("point serve says nothing; its log ends with\n{}", process.log_tail());
         };
         let served: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("serve line {line:?}: {error}"));
-        let nbd = served["disks"].as_array().expect("disks is a list").iter().map(|disk| text(&disk["nbd"])).collect();
+        let disks = served["disks"].as_array().expect("disks is a list");
+        let nbd = disks.iter().map(|disk| (text(&disk["id"]), text(&disk["nbd"]))).collect();
         Served { nbd, process }
     }
 }
@@ -308,9 +309,25 @@ impl Drop for Site {
 
 /// A point being served.
 pub struct Served {
-    /// One address per disk.
-    pub nbd: Vec<String>,
+    /// An address per disk, with the disk's id.
+    nbd: Vec<(String, String)>,
     pub process: Owned,
+}
+
+impl Served {
+    /// Of a machine with one disk.
+    #[track_caller]
+    pub fn nbd(&self) -> &str {
+        assert_eq!(self.nbd.len(), 1, "one disk");
+        &self.nbd[0].1
+    }
+
+    /// Of one of several disks.
+    #[track_caller]
+    pub fn nbd_of(&self, disk: &AttachedDisk) -> &str {
+        let found = self.nbd.iter().find(|(id, _)| *id == disk.id);
+        &found.unwrap_or_else(|| panic!("disk {} is not served", disk.id)).1
+    }
 }
 
 impl Machine {
