@@ -280,6 +280,12 @@ impl Disk for FileDisk {
                             self.file.write_all_at(&data[written..], offset + written as u64)?;
                             return self.flush();
                         }
+                        // The system tells a failed writeback once, to whoever syncs first, also of data that others wrote
+                        // before: a later flush that knows nothing of it must not say that all is well.
+                        Some(libc::EIO) => {
+                            self.flush_failed.store(true, Ordering::Release);
+                            return Err(error);
+                        }
                         _ => return Err(error),
                     }
                 }

@@ -382,12 +382,20 @@ impl DiskLog {
         if bytes > rotate_bytes { self.rotate() } else { Ok(()) }
     }
 
+    /// The log to go on in. Numbers grow along the chain, also when a new epoch began after a log was prepared.
+    fn next_log(&self) -> Result<PreparedLog, LogError> {
+        let active = self.appender().log.as_ref().map(|log| log.name().number);
+        match self.prepared.lock().expect("no panic while held").take() {
+            Some(next) if active.is_none_or(|active| active < next.name().number) => return Ok(next),
+            Some(stale) => stale.discard()?,
+            None => {}
+        }
+        self.prepare()
+    }
+
     /// Goes on in a new log, if anything is in this one. The old one is closed, which syncs it.
     pub fn rotate(&self) -> Result<(), Unlogged> {
-        let next = match self.prepared.lock().expect("no panic while held").take() {
-            Some(next) => next,
-            None => self.prepare()?,
-        };
+        let next = self.next_log()?;
         let old = {
             let mut appender = self.appender();
             let newest = appender.newest;
@@ -395,7 +403,7 @@ impl DiskLog {
                 drop(appender);
                 return next.discard().map_err(Unlogged::from);
             };
-            if log.reader().start() == log.position() {
+            if log.reader().start() == log.position() || next.name().number < log.name().number {
                 drop(appender);
                 *self.prepared.lock().expect("no panic while held") = Some(next);
                 return Ok(());
@@ -440,6 +448,16 @@ impl DiskLog {
         let name = self.new_name();
         let log = ActiveLog::create(self.storage.clone(), name, self.disk, self.disk_bytes, epoch.start(), None, now)?;
         Ok(NewEpoch { entry: Entry::live(log.reader()), log })
+    }
+
+    /// Removes the log of an epoch that does not begin after all: a stranger in the folder would make the next attach
+    /// doubt the whole chain.
+    pub fn discard(&self, new: NewEpoch) {
+        let NewEpoch { log, entry } = new;
+        drop(log);
+        if let Err(error) = self.remove(&[entry]) {
+            tracing::warn!(disk = %self.disk, %error, "a log that is not needed could not be removed");
+        }
     }
 
     /// Goes over to the new epoch. The disk must be held and drained. Returns the old logs, to be removed.

@@ -287,69 +287,82 @@ impl ProtectedDisk {
     /// 5. the new log takes over and the disk is released
     /// 6. the old logs and the dirty bits go
     ///
-    /// Crash before 4: the old epoch stands, the new log is a stranger and is removed at attach. After 4: the new one
-    /// stands, what the old logs held is in the scans.
+    /// Failure before 4: the new log is removed again. Crash between 1 and 4: the old epoch stands, with a log in the
+    /// folder that does not belong to its chain, so the next attach scans the whole disk. After 4: the new one stands,
+    /// what the old logs held is in the scans.
     fn begin_epoch(&self, reason: EpochReason) -> Result<Position, SourceError> {
         let _changing = self.changing_epoch.lock().expect("no panic while held");
         if self.closed.load(Ordering::Acquire) {
             return Err(SourceError::Closed { disk: self.identity.disk });
         }
+        // Most of it is gathered before the new log is made and the disk is held.
+        let mut behind: Vec<Behind> =
+            self.consumers().iter().map(|consumer| Behind::of(&self.log, consumer.clone())).collect();
+        behind.iter_mut().for_each(Behind::gather);
         let new = self.log.create_epoch(Epoch::random()).map_err(|error| {
             let source = io::Error::other(format!("{error}: {}", source_of(&error)));
             SourceError::Io { disk: self.identity.disk, what: "begin a log", source }
         })?;
         let start = new.position();
-        // Most of it is gathered before the disk is held.
-        let consumers = self.consumers();
-        let mut behind: Vec<Behind> =
-            consumers.iter().map(|consumer| Behind::of(&self.log, consumer.clone())).collect();
-        behind.iter_mut().for_each(Behind::gather);
-        {
-            let _hold = self.hold_drained()?;
-            let dirty = self.dirty.extents();
-            for behind in &mut behind {
-                behind.gather();
-                for extent in dirty.iter() {
-                    behind.changed.insert(extent);
-                }
-                if !behind.is_readable {
-                    behind.changed = self.whole();
-                }
-                let reason = match reason {
-                    _ if !behind.is_readable => ScanReason::LogDamaged,
-                    _ if !dirty.is_empty() => ScanReason::Dirty,
-                    EpochReason::Diverged => ScanReason::Diverged,
-                    EpochReason::LogDamaged => ScanReason::LogDamaged,
-                    EpochReason::NewConsumer | EpochReason::Unclean => ScanReason::Unclean,
-                };
-                if !behind.changed.is_empty() {
-                    self.add_for(&behind.consumer, &behind.changed, reason).map_err(self.io_error("mark blocks"))?;
-                }
+        let hold = match self.announce_epoch(start.epoch, reason, &mut behind) {
+            Ok(hold) => hold,
+            Err(error) => {
+                self.log.discard(new);
+                return Err(error);
             }
-            {
-                let mut session = self.session.lock().expect("no panic while held");
-                let mut next = session.clone();
-                push_epoch(&mut next.epochs, start.epoch);
-                next.mode = Mode::Data;
-                next.newest = self.log.time_now();
-                next.store(&*self.state).map_err(self.io_error("store the session"))?;
-                *session = next;
-            }
-            // Whoever ends the new log at once steps down after us, not before.
-            let mut mode = self.mode.lock().expect("no panic while held");
-            let old = self.log.install(new);
-            self.dirty.clear_all();
-            *mode = Mode::Data;
-            drop(mode);
-            drop(_hold);
-            if let Err(error) = self.log.remove(&old) {
-                tracing::warn!(disk = %self.identity.disk, %error, "an old log could not be removed");
-            }
+        };
+        // Whoever ends the new log at once steps down after us, not before.
+        let mut mode = self.mode.lock().expect("no panic while held");
+        let old = self.log.install(new);
+        self.dirty.clear_all();
+        *mode = Mode::Data;
+        drop(mode);
+        drop(hold);
+        if let Err(error) = self.log.remove(&old) {
+            tracing::warn!(disk = %self.identity.disk, %error, "an old log could not be removed");
         }
         self.alarms().remove("log");
         tracing::info!(disk = %self.identity.disk, epoch = %start.epoch, ?reason, "new epoch");
         self.watchers.changed();
         Ok(start)
+    }
+
+    /// Steps 2 to 4 of [`Self::begin_epoch`].
+    fn announce_epoch(
+        &self,
+        epoch: Epoch,
+        reason: EpochReason,
+        behind: &mut [Behind],
+    ) -> Result<Hold<'_>, SourceError> {
+        let hold = self.hold_drained()?;
+        let dirty = self.dirty.extents();
+        for behind in behind {
+            behind.gather();
+            for extent in dirty.iter() {
+                behind.changed.insert(extent);
+            }
+            if !behind.is_readable {
+                behind.changed = self.whole();
+            }
+            let reason = match reason {
+                _ if !behind.is_readable => ScanReason::LogDamaged,
+                _ if !dirty.is_empty() => ScanReason::Dirty,
+                EpochReason::Diverged => ScanReason::Diverged,
+                EpochReason::LogDamaged => ScanReason::LogDamaged,
+                EpochReason::NewConsumer | EpochReason::Unclean => ScanReason::Unclean,
+            };
+            if !behind.changed.is_empty() {
+                self.add_for(&behind.consumer, &behind.changed, reason).map_err(self.io_error("mark blocks"))?;
+            }
+        }
+        let mut session = self.session.lock().expect("no panic while held");
+        let mut next = session.clone();
+        push_epoch(&mut next.epochs, epoch);
+        next.mode = Mode::Data;
+        next.newest = self.log.time_now();
+        next.store(&*self.state).map_err(self.io_error("store the session"))?;
+        *session = next;
+        Ok(hold)
     }
 
     // ---- the keeper

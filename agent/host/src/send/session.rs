@@ -1,6 +1,6 @@
 //! One stream: from Hello to its end.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::task::Poll;
 use std::time::Instant;
 
@@ -838,9 +838,16 @@ fn next_batch(
 ) -> Result<Vec<(Extent, Piece)>, SourceError> {
     let mut batch = Vec::new();
     let mut raw = 0;
-    while raw < raw_max && batch.len() < BATCH_PIECES_MAX {
+    let mut read = 0;
+    let mut records = HashSet::new();
+    while raw < raw_max && read < BATCH_READ_BYTES_MAX && batch.len() < BATCH_PIECES_MAX {
         let Some((extent, piece)) = pieces.next_within(source, span, raw_max - raw)? else { break };
         raw += data_bytes(extent, &piece);
+        if let Content::Data { data, .. } = piece.content
+            && records.insert((data.log, data.offset))
+        {
+            read += u64::from(data.length);
+        }
         batch.push((extent, piece));
     }
     Ok(batch)
@@ -848,6 +855,9 @@ fn next_batch(
 
 /// Bounds a batch of zeroes, which have no data.
 const BATCH_PIECES_MAX: usize = 2048;
+/// Bounds what a worker reads for a batch, but for one record: a record is verified as a whole, however little of it
+/// later ones left.
+pub(super) const BATCH_READ_BYTES_MAX: u64 = 4 << 20;
 
 fn data_bytes(extent: Extent, piece: &Piece) -> u64 {
     if piece.content == Content::Zeroes { 0 } else { extent.length }

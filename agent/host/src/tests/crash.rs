@@ -7,7 +7,7 @@ use tidemark_nbd::Export;
 use super::{Fixture, covers, records_after, replay, write};
 use crate::attach::{Decision, Why};
 use crate::capture::splitter::Splitter;
-use crate::source::{EpochReason, Located, ScanReason, ScanRevision, Source};
+use crate::source::{EpochReason, Located, ScanReason, ScanRevision, Source, SourceError};
 
 const DISK_BYTES: u64 = 64 << 20;
 const MIB: u64 = 1 << 20;
@@ -273,4 +273,38 @@ fn a_consumer_that_got_records_is_not_taken_for_an_empty_one() {
     let pending = attached.disk.pending_scan(fixture.server, ScanRevision(0)).unwrap();
     assert_eq!(pending.reason, Some(ScanReason::Unclean), "zeroes must be sent");
     assert!(covers(&pending.extents, Extent::new(0, DISK_BYTES)));
+}
+
+/// A log that was prepared before a new epoch began has a lower number than that epoch's first.
+#[test]
+fn the_logs_of_a_new_epoch_are_in_the_order_of_their_numbers() {
+    let fixture = Fixture::new(DISK_BYTES);
+    let disk = fixture.attach_in_sync();
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    write(&splitter, 0, &[1; 600 << 10]).unwrap();
+    disk.tick();
+    assert!(fixture.folder.path().join("disk.img.00000002.hrl").exists(), "the next log is prepared");
+    disk.new_epoch(EpochReason::Diverged).unwrap();
+    write(&splitter, 0, &[2; 2 * MIB as usize]).unwrap();
+    disk.tick();
+    write(&splitter, 0, &[3; 4096]).unwrap();
+    assert!(fixture.folder.path().join("disk.img.00000004.hrl").exists(), "rotated");
+    let logged = disk.state().logged;
+    disk.detach().unwrap();
+    drop((splitter, disk));
+    let attached = fixture.attach();
+    assert_eq!((attached.decision, attached.disk.state().logged), (Decision::Continue, logged));
+}
+
+#[test]
+fn an_epoch_that_cannot_begin_leaves_no_log_behind() {
+    let fixture = Fixture::new(DISK_BYTES);
+    let disk = fixture.attach_in_sync();
+    write(&Splitter::new(disk.clone()).unwrap(), 0, &[1; 4096]).unwrap();
+    let extents = [Extent::new(MIB, 4096)];
+    let stuck = disk.in_flight.admit(&extents).unwrap();
+    assert!(matches!(disk.new_epoch(EpochReason::Diverged), Err(SourceError::Busy { .. })));
+    drop((stuck, disk));
+    let attached = fixture.attach();
+    assert_eq!(attached.decision, Decision::ReadSlots);
 }

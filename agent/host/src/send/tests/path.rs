@@ -9,7 +9,7 @@ use super::{Bench, LIMIT, Random};
 use crate::pack::CompressionPolicy;
 use crate::send::link::Traffic;
 use crate::send::{Phase, SendPolicy, ShipMode};
-use crate::source::Source;
+use crate::source::{RECORD_BYTES_MAX, Source};
 
 #[test]
 fn an_initial_scan_skips_holes_and_zeroes_and_ends_at_the_barrier() {
@@ -83,6 +83,24 @@ fn a_cycle_larger_than_the_map_is_packed_in_several_passes() {
     }
     bench.settle(&sender);
     bench.server.with(|state| assert!(state.image == bench.source.disk.content()));
+}
+
+/// Of each record a sector is left, and still each is read as a whole.
+#[test]
+fn what_is_read_for_a_frame_is_bounded() {
+    let mut bench = Bench::new(1 << 20, 7);
+    bench.config.policy.mode = ShipMode::Interval;
+    let sender = bench.start();
+    bench.settle(&sender);
+    let mut random = Random(7);
+    let mut data = random.bytes(256 << 10);
+    for number in 0..160u8 {
+        data.fill(number + 1);
+        bench.source.write(u64::from(number) * 512, &data);
+    }
+    bench.settle(&sender);
+    let read = bench.source.read_bytes_max.load(std::sync::atomic::Ordering::SeqCst) as u64;
+    assert!(read <= crate::send::session::BATCH_READ_BYTES_MAX + RECORD_BYTES_MAX, "{read} bytes at once");
 }
 
 /// The source returns to its log only when what the old one holds was taken, and no mark ends its last cycle.

@@ -125,6 +125,8 @@ pub struct MemorySource {
     pub points: Mutex<HashMap<MarkId, Vec<u8>>>,
     /// Where the log's data is damaged.
     pub damaged: Mutex<HashSet<u64>>,
+    /// The most that was read from the log at once.
+    pub read_bytes_max: std::sync::atomic::AtomicUsize,
 }
 
 impl MemorySource {
@@ -155,6 +157,7 @@ impl MemorySource {
             clock: SystemClock::new(),
             points: Mutex::default(),
             damaged: Mutex::default(),
+            read_bytes_max: Default::default(),
         })
     }
 
@@ -285,6 +288,7 @@ impl Source for MemorySource {
     }
 
     fn read_data(&self, data: &[DataRef], buffer: &mut [u8]) -> Result<(), ReadDataError> {
+        self.read_bytes_max.fetch_max(buffer.len(), std::sync::atomic::Ordering::SeqCst);
         let log = self.log.lock().unwrap();
         if data.iter().any(|data| data.log != log.epochs.len() as u64) {
             return Err(ReadDataError::Gone);
