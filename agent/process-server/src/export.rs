@@ -279,8 +279,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out.raw");
         let partial = Partial::new(&path).unwrap();
-        std::fs::write(partial.partial_path(), b"image").unwrap();
-        std::fs::write(&path, b"somebody's").unwrap();
+        let put = |name: &str, content: &[u8]| {
+            partial.folder.open(name, OpenMode::Create).unwrap().write_at(0, content).unwrap();
+        };
+        put(&partial.partial, b"image");
+        put("out.raw", b"somebody's");
         assert!(matches!(partial.finish(), Err(ExportError::Exists { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"somebody's");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the temporary file is gone");

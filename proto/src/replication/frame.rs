@@ -51,7 +51,8 @@ pub struct Hello {
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Welcome {
-    /// What the journal holds; none when it holds nothing of this disk.
+    /// What the journal holds; none when it holds nothing of this disk, or lost some of it: then the whole disk is
+    /// scanned, in cuts that count on from those that there were.
     pub durable: Option<Position>,
     /// A scan began and its end never became durable.
     pub scan_open: bool,
@@ -176,10 +177,8 @@ impl TryFrom<wire::Welcome> for Welcome {
 
     fn try_from(wire: wire::Welcome) -> Result<Self, WireError> {
         let durable = wire.durable.map(Position::try_from).transpose()?;
-        if durable.is_some() != (wire.cut > 0) {
-            return Err(WireError::Contradiction(
-                "a journal has a position without a cut, or a cut without a position",
-            ));
+        if durable.is_some() && wire.cut == 0 {
+            return Err(WireError::Contradiction("a journal has a position without a cut"));
         }
         Ok(Self { durable, scan_open: wire.scan_open, credit_bytes: wire.credit_bytes, cut: CutOrdinal(wire.cut) })
     }
@@ -276,7 +275,10 @@ mod tests {
         assert!(Data::try_from(wire::Data { cut: 1, chunks: Bytes::new() }).is_err());
         let long = Bytes::from(vec![0; FRAME_BYTES_MAX + 1]);
         assert!(Data::try_from(wire::Data { cut: 1, chunks: long }).is_err());
-        let welcome = wire::Welcome { durable: None, scan_open: false, credit_bytes: 1, cut: 3 };
-        assert!(Welcome::try_from(welcome).is_err());
+        // A journal that lost cuts has no position to go on from, and counts on all the same.
+        let welcome = wire::Welcome { durable: None, scan_open: true, credit_bytes: 1, cut: 3 };
+        assert!(Welcome::try_from(welcome.clone()).is_ok());
+        let durable = Some(tidemark_base::Epoch([3; 16]).start().into());
+        assert!(Welcome::try_from(wire::Welcome { durable, cut: 0, ..welcome }).is_err());
     }
 }

@@ -423,7 +423,7 @@ impl Replica {
     /// end was lost gives its numbers to other cuts.
     pub(crate) fn may_hold(&self, held: &PointDisk) -> bool {
         let state = self.state();
-        if held.cut > state.journal.durable().cut {
+        if held.cut > state.journal.durable().cut || !state.journal.history().is_consistent(held.cut) {
             return false;
         }
         // A cut that cannot be read says so when it is opened.
