@@ -111,7 +111,9 @@ fn ours(options: &Options, folder: &Path, file: &Path, paused: bool) -> Result<V
     let results = LOADS.iter().map(|(_, load)| fio(options, machine.nbd(), load)).collect();
     let status = ours.status();
     if status["mode"] != "data" {
-        eprintln!("the log did not hold all of it: mode {}", status["mode"]);
+        return Err(
+            format!("the log did not hold what was written: mode {}, {}", status["mode"], status["problems"]).into()
+        );
     }
     ours.site.json(&["unprotect", crate::ours::NAME]);
     ours.site.down();

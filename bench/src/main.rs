@@ -64,6 +64,10 @@ fn measure(options: &Options) -> Result<(), Failure> {
     let isolated = isolate::enter();
     let mut report = Report::new(options, isolated);
     let folder = tempfile::Builder::new().prefix("tidemark-bench-").tempdir_in(&options.dir)?;
+    if !options.quick {
+        eprintln!("touching the machine's memory");
+        isolate::touch_memory(folder.path())?;
+    }
     if options.wants("initial") || options.wants("delta") || options.wants("append") {
         let source = folder.path().join("source.img");
         eprintln!("making the disk: {} MiB", options.bytes >> 20);

@@ -30,8 +30,11 @@ const SAMPLE: Duration = Duration::from_millis(25);
 pub fn measure(servers: &[i32], client: impl FnOnce() -> Result<(), Failure>) -> Result<Cost, Failure> {
     let stop = Stop::new();
     let peak = Mutex::new(0);
+    // Of what runs already, only these servers are measured.
+    let mut others = children(std::process::id() as i32);
+    others.retain(|other| !servers.contains(other));
     std::thread::scope(|scope| {
-        scope.spawn(|| sample_memory(&stop, &peak));
+        scope.spawn(|| sample_memory(&others, &stop, &peak));
         let sampling = StopOnDrop(&stop);
         let before = Counters::read(servers);
         let start = Instant::now();
@@ -125,9 +128,9 @@ fn machine_busy_seconds() -> f64 {
     (numbers.iter().sum::<f64>() - idle) / ticks_per_second()
 }
 
-fn sample_memory(stop: &Stop, peak: &Mutex<u64>) {
+fn sample_memory(others: &[i32], stop: &Stop, peak: &Mutex<u64>) {
     loop {
-        let now = descendants(std::process::id() as i32).into_iter().map(anonymous_bytes).sum::<u64>();
+        let now = descendants(std::process::id() as i32, others).into_iter().map(anonymous_bytes).sum::<u64>();
         let mut peak = peak.lock().expect("no panic while held");
         *peak = now.max(*peak);
         drop(peak);
@@ -154,12 +157,12 @@ fn has_children(pid: i32) -> bool {
     !children(pid).is_empty()
 }
 
-/// Children, their children, and so on, without the process itself.
-fn descendants(pid: i32) -> BTreeSet<i32> {
+/// Children, their children, and so on, without the process itself and without those of `others`.
+fn descendants(pid: i32, others: &[i32]) -> BTreeSet<i32> {
     let mut found = BTreeSet::new();
     let mut next = children(pid);
     while let Some(pid) = next.pop() {
-        if found.insert(pid) {
+        if !others.contains(&pid) && found.insert(pid) {
             next.extend(children(pid));
         }
     }

@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 
 pub const USAGE: &str = "\
-usage: tidemark-bench WHAT… [--size 4G] [--rounds 3] [--seconds 3] [--dir /dev/shm] [--json FILE] [--only TOOL,TOOL…]
+usage: tidemark-bench WHAT… [--size 4G] [--rounds 3] [--seconds 3] [--dir /dev/shm] [--json FILE] [--only TOOL,TOOL…] [--quick]
 
 WHAT: all, initial, delta, append, frontend, rpo, serve
 --size     of the disk that is replicated
 --rounds   how often each is measured; tools alternate within a round, and medians are compared
 --seconds  of each load at the front end; the RPO is measured for ten times as long
 --dir      where the disks lie: a tmpfs, so that the media is not the limit
---only     tools to measure, by the beginnings of their names; goals that need others are not judged";
+--only     tools to measure, by the beginnings of their names; goals that need others are not judged
+--quick    does not touch the machine's memory beforehand: for a try, not for numbers";
 
 /// What can be measured, in the order it is.
 const KINDS: [&str; 6] = ["initial", "delta", "append", "frontend", "rpo", "serve"];
@@ -23,6 +24,7 @@ pub struct Options {
     pub dir: PathBuf,
     pub json: Option<PathBuf>,
     pub only: Vec<String>,
+    pub quick: bool,
     /// As it was typed, for the report.
     pub command: String,
 }
@@ -37,6 +39,7 @@ impl Options {
             dir: "/dev/shm".into(),
             json: None,
             only: Vec::new(),
+            quick: false,
             command: arguments.join(" "),
         };
         let mut rest = arguments.iter();
@@ -49,6 +52,7 @@ impl Options {
                 "--dir" => options.dir = value()?.into(),
                 "--json" => options.json = Some(value()?.into()),
                 "--only" => options.only = value()?.split(',').map(str::to_owned).collect(),
+                "--quick" => options.quick = true,
                 "all" => options.what = KINDS.map(str::to_owned).to_vec(),
                 kind if KINDS.contains(&kind) => options.what.push(kind.to_owned()),
                 other => return Err(format!("{other} is nothing to measure and no option")),

@@ -38,23 +38,24 @@ impl Compression {
 pub struct Ours {
     pub site: Site,
     pub api: Api,
-    policy: Vec<&'static str>,
 }
 
 impl Ours {
     pub fn start(folder: &Path, compression: Compression) -> Self {
         let site = Site::start_in(folder);
         let api = Api::connect(&site.ready);
-        let mut policy = Vec::new();
+        // A log that holds all that is written while sending is paused: else the mode steps down, and what is measured
+        // would no longer be the log's cost.
+        let mut policy = vec!["policy", "create", "measured", "--log-limit", "1T"];
         if compression == Compression::Off {
-            site.json(&["policy", "create", "uncompressed", "--compression", "0"]);
-            policy = vec!["--policy", "uncompressed"];
+            policy.extend(["--compression", "0"]);
         }
-        Self { site, api, policy }
+        site.json(&policy);
+        Self { site, api }
     }
 
     pub fn protect(&self, disk: &Path) -> Machine {
-        self.site.protect(NAME, &[disk], &self.policy)
+        self.site.protect(NAME, &[disk], &["--policy", "measured"])
     }
 
     pub fn status(&mut self) -> Value {

@@ -121,9 +121,11 @@ impl Report {
                 image.compressed as f64 / 1e6
             );
         }
-        for (what, title) in
-            [("initial", "Initial replication"), ("delta", "1 % of all 4 KiB blocks"), ("append", "64 MiB appended")]
-        {
+        for (what, title) in [
+            ("initial", "Initial replication"),
+            ("delta", "1 % of all 4 KiB blocks"),
+            ("append", "Appended in one piece"),
+        ] {
             self.cost_table(&mut text, what, title);
         }
         self.load_table(&mut text);
