@@ -19,7 +19,7 @@ use crate::capture::in_flight::InFlight;
 use crate::capture::splitter::log_from_disk;
 use crate::consumer::Consumer;
 use crate::error::HostError;
-use crate::log::{DiskLog, Found, LogLimits, LogPlace, logs_in, remove_log};
+use crate::log::{ClosedLog, DiskLog, Found, LogLimits, LogPlace, logs_in, remove_log};
 use crate::protected::{ProtectedDisk, insert_granules, intent_lost_file, push_epoch};
 use crate::source::{ScanReason, ScanRevision, SourceIdentity, Watchers};
 use crate::state::dirty::DirtyBitmap;
@@ -190,7 +190,8 @@ struct Remains {
     intent: Option<ExtentSet>,
     dirty: Option<DirtyBitmap>,
     /// Closed logs of the session's epoch, oldest first; without a gap.
-    logs: Vec<LogReader>,
+    logs: Vec<ClosedLog>,
+    last: Option<LogReader>,
     newest: Timestamp,
     marked: Option<Position>,
     lost_marks: usize,
@@ -263,7 +264,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
             if decision == Decision::ScanTouched {
                 remains.intent.iter().flat_map(ExtentSet::iter).for_each(|extent| scan.insert(extent));
             }
-            if let Err(error) = unacknowledged(&remains.logs, consumer.cursor().as_ref(), &mut scan) {
+            if let Err(error) = remains.unacknowledged(&places, &request, consumer.cursor().as_ref(), &mut scan) {
                 tracing::warn!(disk = %request.disk, error = %error, "the old log cannot be read; the whole disk is scanned");
                 decision = Decision::ScanWhole(Why::LogUnusable);
             }
@@ -284,14 +285,15 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     let mut epochs = remains.session.as_ref().map(|session| session.epochs.clone()).unwrap_or_default();
     let old_logs = logs_in(&*places.logs, &places.stem).map_err(places.failed("list the logs"))?;
     let start = if is_same_epoch {
-        remains.logs.last().map(LogReader::end).unwrap_or_else(|| epochs[epochs.len() - 1].start())
+        remains.logs.last().map(|log| log.end).unwrap_or_else(|| epochs[epochs.len() - 1].start())
     } else {
         push_epoch(&mut epochs, Epoch::random());
         remains.logs.clear();
+        remains.last = None;
         remains.marked = None;
         epochs[epochs.len() - 1].start()
     };
-    let kept: Vec<u64> = remains.logs.iter().map(|log| log.name().number).collect();
+    let kept: Vec<u64> = remains.logs.iter().map(|log| log.name.number).collect();
     let newest = remains.newest.max(remains.session.as_ref().map_or(Timestamp(0), |session| session.newest));
     let log = DiskLog::start(
         LogPlace {
@@ -305,6 +307,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         start,
         Found {
             closed: remains.logs,
+            last: remains.last,
             newest,
             marked: remains.marked,
             next_number: old_logs.last().map_or(1, |name| name.number + 1),
@@ -461,7 +464,17 @@ impl Remains {
         let intent = intent.and_then(|file| Intent::read(&*file, source.disk_bytes).ok().flatten());
         let dirty = open("dirty").map_err(&failed)?;
         let dirty = dirty.and_then(|file| DirtyBitmap::open(file, source.disk_bytes).ok().flatten());
-        Ok(Self { session, slots, intent, dirty, logs: Vec::new(), newest: Timestamp(0), marked: None, lost_marks: 0 })
+        Ok(Self {
+            session,
+            slots,
+            intent,
+            dirty,
+            logs: Vec::new(),
+            last: None,
+            newest: Timestamp(0),
+            marked: None,
+            lost_marks: 0,
+        })
     }
 
     /// Judges the logs, and closes those that can be kept.
@@ -503,7 +516,10 @@ impl Remains {
             match LogReader::open(places.logs.clone(), &name, disk) {
                 // Of an epoch that did not begin, or that ended: not needed any more.
                 Ok(reader) if reader.start().epoch != epoch => {}
-                Ok(reader) => self.logs.push(reader),
+                Ok(reader) => {
+                    self.logs.push(ClosedLog::from(&reader));
+                    self.last = Some(reader);
+                }
                 Err(error @ LogError::Io { .. }) if error.os_error() != Some(libc::ENOENT) => return Err(error.into()),
                 Err(error) => {
                     tracing::warn!(%disk, error = %error, "log cannot be read");
@@ -511,8 +527,8 @@ impl Remains {
                 }
             }
         }
-        let is_whole = self.logs.windows(2).all(|pair| pair[0].end() == pair[1].start());
-        let end = self.logs.last().map(LogReader::end);
+        let is_whole = self.logs.windows(2).all(|pair| pair[0].end == pair[1].start);
+        let end = self.logs.last().map(|log| log.end);
         // Where logging ended with an error, records that nobody was told of may follow; their blocks are dirty as well.
         let is_promised = session.clean.as_ref().is_none_or(|clean| match end {
             Some(end) if !evidence.was_logging => {
@@ -520,7 +536,7 @@ impl Remains {
             }
             end => end == Some(clean.position),
         });
-        let Some(last) = self.logs.last() else { return Ok(LogFound::Unusable) };
+        let Some(last) = &self.last else { return Ok(LogFound::Unusable) };
         if !is_whole || !is_promised {
             return Ok(LogFound::Unusable);
         }
@@ -542,28 +558,39 @@ impl Remains {
             }
         }
     }
-}
 
-/// Adds what the logs changed after the cursor; everything, if the cursor is of another epoch.
-fn unacknowledged(logs: &[LogReader], cursor: Option<&Position>, into: &mut ExtentSet) -> Result<(), LogError> {
-    for log in logs {
-        let (start, end) = (log.start(), log.end());
-        let mut records = match cursor.filter(|cursor| cursor.epoch == start.epoch) {
-            Some(cursor) if cursor.sequence >= end.sequence => continue,
-            Some(cursor) if cursor.sequence > start.sequence => log.records_after(cursor)?,
-            _ => log.records(),
-        };
-        while let Some(record) = records.next()? {
-            if let Some(extent) = record.extent() {
-                insert_granules(into, extent);
+    /// Adds what the logs changed after the cursor; everything, if the cursor is of another epoch.
+    fn unacknowledged(
+        &self,
+        places: &Places,
+        request: &AttachRequest,
+        cursor: Option<&Position>,
+        into: &mut ExtentSet,
+    ) -> Result<(), LogError> {
+        for log in &self.logs {
+            let cursor = cursor.filter(|cursor| cursor.epoch == log.start.epoch);
+            if cursor.is_some_and(|cursor| cursor.sequence >= log.end.sequence) {
+                continue;
+            }
+            let reader = LogReader::open(places.logs.clone(), &log.name, request.disk)?;
+            let mut records = match cursor {
+                Some(cursor) if cursor.sequence > log.start.sequence => reader.records_after(cursor)?,
+                _ => reader.records(),
+            };
+            while let Some(record) = records.next()? {
+                if let Some(extent) = record.extent() {
+                    insert_granules(into, extent);
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Removes the logs and the state of a disk that is not protected any more. The disk is not attached.
 pub fn remove_state(path: &Path, device_folder: &Path, disk: DiskId) -> io::Result<()> {
+    // As at attach: beside the file itself, not beside a link to it.
+    let path = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let device = device_folder.join(disk.to_string());
     if device.exists() {
         return RealStorage::open_folder(device_folder).remove_folder(&disk.to_string());

@@ -115,8 +115,8 @@ pub struct Entry {
 }
 
 impl Entry {
-    fn closed(reader: &LogReader) -> Arc<Self> {
-        Arc::new(Self { name: reader.name().clone(), start: reader.start(), live: Mutex::new(None) })
+    fn closed(log: &ClosedLog) -> Arc<Self> {
+        Arc::new(Self { name: log.name.clone(), start: log.start, live: Mutex::new(None) })
     }
 
     fn live(reader: LogReader) -> Arc<Self> {
@@ -150,10 +150,26 @@ pub struct LogPlace {
     pub clock: Arc<dyn Clock>,
 }
 
+/// A log that grows no more, by name: many of them may wait for a process server, and files are few.
+#[derive(Clone, Debug)]
+pub struct ClosedLog {
+    pub name: LogName,
+    pub start: Position,
+    pub end: Position,
+}
+
+impl From<&LogReader> for ClosedLog {
+    fn from(reader: &LogReader) -> Self {
+        Self { name: reader.name().clone(), start: reader.start(), end: reader.end() }
+    }
+}
+
 /// What is taken over from the sessions before.
 pub struct Found {
     /// Closed logs of the current epoch, oldest first, each beginning where the one before it ends.
-    pub closed: Vec<LogReader>,
+    pub closed: Vec<ClosedLog>,
+    /// The last of them.
+    pub last: Option<LogReader>,
     pub newest: Timestamp,
     pub marked: Option<Position>,
     /// The number of the next log: higher than that of any file in the folder.
@@ -165,7 +181,7 @@ impl DiskLog {
     pub fn start(place: LogPlace, limits: LogLimits, start: Position, found: Found) -> Result<Self, LogError> {
         let LogPlace { storage, stem, disk, disk_bytes, clock } = place;
         let mut chain: Vec<Arc<Entry>> = found.closed.iter().map(Entry::closed).collect();
-        let previous = found.closed.last().map(|reader| reader.id());
+        let previous = found.last.as_ref().map(LogReader::id);
         let now = clock.wall_now().max(found.newest);
         let name = LogName::new(stem.as_str(), found.next_number);
         let log = ActiveLog::create(storage.clone(), name, disk, disk_bytes, start, previous, now)?;
@@ -421,7 +437,14 @@ impl DiskLog {
                 }
             }
         };
+        let number = old.name().number;
         let closed = old.close(self.clock.wall_now());
+        if closed.is_ok()
+            && let Some(entry) = self.chain().iter().find(|entry| entry.number() == number)
+        {
+            // Whoever reads it opens it again: the files of a long backlog are not kept open.
+            *entry.live.lock().expect("no panic while held") = None;
+        }
         self.measure_closed();
         closed.map(drop).map_err(|error| {
             // The next log leans on this one; nothing after it would ever be durable.

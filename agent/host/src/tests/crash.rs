@@ -308,3 +308,14 @@ fn an_epoch_that_cannot_begin_leaves_no_log_behind() {
     let attached = fixture.attach();
     assert_eq!(attached.decision, Decision::ReadSlots);
 }
+
+#[test]
+fn the_state_of_a_disk_behind_a_link_is_removed() {
+    let fixture = Fixture::new(DISK_BYTES);
+    let links = tempfile::tempdir().unwrap();
+    let link = links.path().join("link.img");
+    std::os::unix::fs::symlink(fixture.path(), &link).unwrap();
+    fixture.attach_in_sync().detach().unwrap();
+    crate::attach::remove_state(&link, &fixture.folder.path().join("devices"), fixture.disk).unwrap();
+    assert!(!fixture.folder.path().join("disk.img.tidemark").exists());
+}

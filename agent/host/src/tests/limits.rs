@@ -219,3 +219,33 @@ fn a_log_that_was_removed_gives_its_room_back() {
     let open = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
     assert!(!open.into_iter().any(|path| path.to_string_lossy().starts_with(&first)), "removed and still open");
 }
+
+/// A server that is away for long, and a log for each cycle: their files must not use up those of the process.
+#[test]
+fn a_long_backlog_of_logs_needs_few_open_files() {
+    const NAME: &str = "tests::limits::a_long_backlog_of_logs_needs_few_open_files";
+    if std::env::var_os("TIDEMARK_FEW_FILES").is_none() {
+        let status = std::process::Command::new("sh")
+            .args(["-c", "ulimit -n 64 && exec \"$0\" --exact \"$1\""])
+            .arg(std::env::current_exe().unwrap())
+            .arg(NAME)
+            .env("TIDEMARK_FEW_FILES", "1")
+            .status();
+        assert!(status.unwrap().success());
+        return;
+    }
+    let fixture = Fixture::new(DISK_BYTES);
+    let disk = fixture.attach_in_sync();
+    let start = disk.state().logged;
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    for index in 0..50 {
+        write(&splitter, index * 4096, &[7; 4096]).unwrap();
+        disk.log.rotate().unwrap();
+    }
+    assert_eq!(records_after(&disk, &start).len(), 50);
+    disk.detach().unwrap();
+    drop((splitter, disk));
+    let attached = fixture.attach();
+    assert_eq!(attached.decision, Decision::Continue);
+    assert_eq!(records_after(&attached.disk, &start).len(), 50);
+}
