@@ -310,7 +310,9 @@ impl State {
         pending.held.insert(held.disk, held);
         if pending.held.len() < disks {
             if self.pending.len() > PENDING_MAX {
-                let oldest = self.pending.iter().min_by_key(|(_, pending)| pending.arrival).map(|(&id, _)| id);
+                // Places of any-time recovery go before points that somebody asked for.
+                let rank = |pending: &Pending| (pending.mark.keep, pending.arrival);
+                let oldest = self.pending.iter().min_by_key(|(_, pending)| rank(pending)).map(|(&id, _)| id);
                 oldest.and_then(|id| self.pending.remove(&id));
             }
             return None;
@@ -433,6 +435,20 @@ mod tests {
         let (store, damaged) = open(&folder);
         assert_eq!((store.all().len(), damaged), (2, 0));
         assert!(store.get(first.id).unwrap().locked);
+    }
+
+    #[test]
+    fn a_disk_that_was_away_for_long_still_completes_the_points_that_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let (store, _) = open(&folder);
+        let disks = [DiskId::from_bytes([1; 16]), DiskId::from_bytes([2; 16])];
+        let kept = mark(&disks, true, 1);
+        store.hold([held(&kept, disks[0], 1)]).unwrap();
+        let others =
+            (0..2 * PENDING_MAX as u64).map(|number| held(&mark(&disks, false, 2 + number), disks[0], 2 + number));
+        store.hold(others).unwrap();
+        assert_eq!(store.state().pending.len(), PENDING_MAX);
+        assert_eq!(store.hold([held(&kept, disks[1], 1)]).unwrap()[0].id, kept.id);
     }
 
     #[test]
