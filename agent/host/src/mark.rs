@@ -181,6 +181,10 @@ impl Marker {
             time,
         };
         let body = mark.to_bytes();
+        // What nobody can read back must not get into a log: its history would end there.
+        if let Err(error) = Mark::from_bytes(&body) {
+            return Err(HostError::Io { what: "make this mark", source: std::io::Error::other(error) });
+        }
         if let Some(disk) = self.disks.iter().find(|disk| !disk.log.is_logging()) {
             return Err(not_logging(disk, &Unlogged::NotLogging));
         }

@@ -138,3 +138,16 @@ fn without_a_log_there_is_no_mark_and_without_scripts_no_quiet_application() {
     // Nobody is held after a failed mark.
     write(&Splitter::new(disk).unwrap(), 0, &[1; 512]).unwrap();
 }
+
+/// It is refused where marks are asked for; in a log it would make everything after it unreadable.
+#[test]
+fn a_mark_that_cannot_be_read_back_is_not_logged() {
+    let fixture = Fixture::new(DISK_BYTES);
+    let disk = fixture.attach().disk;
+    let marker = Marker::new(MachineId::random(), "web".into(), vec![disk.clone()], None, Duration::from_secs(1));
+    let logged = disk.state().logged;
+    assert!(matches!(marker.mark(Consistency::Crash, &"x".repeat(300), true), Err(HostError::Io { .. })));
+    assert_eq!(disk.state().logged, logged);
+    marker.mark(Consistency::Crash, "before the upgrade", true).unwrap();
+    assert_eq!(super::records_after(&disk, &logged).len(), 1);
+}
