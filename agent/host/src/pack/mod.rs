@@ -1,8 +1,10 @@
 //! Records of one cut, or blocks of the disk, become frames of sealed chunks.
 //!
-//!     records → gather (extent map: later replaces earlier) → pieces in disk order ┐
-//!                                                                                  ├→ jobs → workers (read, verify, seal) → frames in order
-//!     scan: blocks of the disk ────────────────────────────────────────────────────┘
+//! ```text
+//! records → gather (extent map: later replaces earlier) → pieces in disk order ┐
+//!                                                                              ├→ jobs → workers (read, verify, seal) → frames in order
+//! scan: blocks of the disk ────────────────────────────────────────────────────┘
+//! ```
 //!
 //! One job makes one frame: 256 or 512 KiB of raw data, read on the worker that seals it, so that a disk's data crosses
 //! no thread before it is sealed. A job runs only with a [`Permit`] for the memory that it needs; the permit rides with

@@ -1,7 +1,9 @@
 //! The sender: the one emitter of a (disk, consumer). It alone decides in what order cuts and scan chunks leave.
 //!
-//!     source ──→ emitter (one thread) ──→ link (gRPC, or a simulation) ──→ process server
-//!                   ↑  inbox: frames of the server, finished jobs, new records, stop
+//! ```text
+//! source ──→ emitter (one thread) ──→ link (gRPC, or a simulation) ──→ process server
+//!               ↑  inbox: frames of the server, finished jobs, new records, stop
+//! ```
 //!
 //! In continuous mode a cut is what was logged while the one before it was sent; in interval mode it is one cycle, which
 //! ends at a mark. Every mark ends a cut. While a scan is pending, live cuts go out between its cuts, live first.
