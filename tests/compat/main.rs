@@ -138,8 +138,15 @@ fn fio_verifies_its_own_writes_with_flushes_and_trims() {
     let (site, machine) = front_end();
     let uri = format!("--uri={}", machine.nbd());
     let common = ["--thread", "--ioengine=nbd", "--size=32m", "--iodepth=32", &uri];
-    let write_read =
-        ["--name=verify", "--rw=randwrite", "--bs=4k", "--verify=crc32c", "--verify_backlog=256", "--fsync=64"];
+    let write_read = [
+        "--name=verify",
+        "--rw=randwrite",
+        "--bs=4k",
+        "--verify=crc32c",
+        "--verify_state_save=0",
+        "--verify_backlog=256",
+        "--fsync=64",
+    ];
     tools::run("fio", &[&write_read[..], &common].concat());
     let trims = ["--name=trim", "--rw=randtrimwrite", "--bs=16k", "--number_ios=512"];
     tools::run("fio", &[&trims[..], &common].concat());

@@ -111,30 +111,30 @@ fn a_disk_that_shrinks_under_us_fails_its_io_and_says_so() {
     assert_eq!(site.run(&["point", "verify", "web", id]).code, 0);
 }
 
-#[test]
-fn a_full_log_folder_does_not_stop_the_guest() {
-    need_root!("a small file system of its own");
+/// A machine whose log folder is full: sending is paused, and more was written than fits. `None`: skipped.
+fn full_log_folder(test: &str) -> Option<(Site, Mounted, std::path::PathBuf)> {
     let site = Site::start();
     let folder = site.path("small");
     std::fs::create_dir(&folder).unwrap();
-    let mount = tools::outcome("mount", &["-t", "tmpfs", "-o", "size=24m", "tidemark-test", folder.to_str().unwrap()]);
+    let mount = tools::outcome("mount", &["-t", "tmpfs", "-o", "size=320m", "tidemark-test", folder.to_str().unwrap()]);
     if !mount.status.success() {
-        tools::skipped("a_full_log_folder_does_not_stop_the_guest", "no tmpfs can be mounted here");
-        return;
+        tools::skipped(test, "no tmpfs can be mounted here");
+        return None;
     }
-    let _mounted = Mounted(folder.to_str().unwrap().to_owned());
+    let mounted = Mounted(folder.to_str().unwrap().to_owned());
     let disk = folder.join("disk.img");
     let file = std::fs::File::create(&disk).unwrap();
     // All of the disk is allocated, so that only the log runs out of room.
-    file.write_all_at(&vec![1; 8 << 20], 0).unwrap();
-    let machine = site.protect("web", &[&disk], &[]);
+    file.write_all_at(&vec![1; 32 << 20], 0).unwrap();
+    site.json(&["policy", "create", "roomy", "--log-limit", "8G"]);
+    let machine = site.protect("web", &[&disk], &["--policy", "roomy"]);
     site.wait_protected("web");
     site.json(&["pause", "web"]);
     let mut client = Client::connect(machine.nbd()).unwrap();
     let mut data = vec![0; 64 << 10];
     let mut seeded = image::Seeded(1);
-    for round in 0..5 {
-        for block in 0..128 {
+    for round in 0..10 {
+        for block in 0..512 {
             seeded.fill(&mut data);
             client.write(block * data.len() as u64, &data).unwrap_or_else(|error| {
                 panic!("the guest's write {block} of round {round} failed: {error}\n{}", site.log_tail())
@@ -142,12 +142,28 @@ fn a_full_log_folder_does_not_stop_the_guest() {
         }
     }
     client.flush().unwrap();
+    Some((site, mounted, disk))
+}
+
+#[test]
+fn a_full_log_folder_does_not_stop_the_guest() {
+    need_root!("a small file system of its own");
+    let Some((site, _mounted, _)) = full_log_folder("a_full_log_folder_does_not_stop_the_guest") else { return };
     let status = site.status("web");
-    assert_ne!(status["mode"], "data", "40 MiB of log do not fit in 24 MiB: {status}");
-    // With room again, and sending again, everything arrives.
+    assert_eq!(status["mode"], "bitmap", "320 MiB of log do not fit beside the disk: {status}");
+    let problems = status["problems"].as_array().unwrap();
+    assert!(problems.iter().any(|problem| problem.to_string().contains("room")), "the status says why: {status}");
+}
+
+#[test]
+fn a_full_log_folder_is_emptied_by_sending() {
+    need_root!("a small file system of its own");
+    let Some((site, _mounted, disk)) = full_log_folder("a_full_log_folder_is_emptied_by_sending") else { return };
     site.json(&["resume", "web"]);
-    site.wait_protected("web");
-    site.wait_sent("web");
+    wait::until("everything arrived and is logged again", LIMIT, || {
+        let status = site.status("web");
+        (status["state"] == "protected" && status["mode"] == "data" && status["pending_bytes"] == 0).then_some(())
+    });
     site.point("web");
     image::assert_same(&disk, &site.export("web", "latest", "recovered.raw", "raw"));
 }

@@ -36,7 +36,7 @@ fn fio_verifies_at_the_replica_what_it_wrote_at_the_source() {
     site.wait_protected("db");
 
     let job = ["--name=job", "--thread", "--rw=randwrite", "--bs=4k"];
-    let pattern = ["--size=48m", "--randseed=11", "--verify=crc32c", "--iodepth=16"];
+    let pattern = ["--size=48m", "--randseed=11", "--verify=crc32c", "--verify_state_save=0", "--iodepth=16"];
     let uri = format!("--uri={}", machine.nbd());
     let write: Vec<&str> = [&job[..], &pattern, &["--ioengine=nbd", "--do_verify=0", &uri]].concat();
     tools::run("fio", &write);

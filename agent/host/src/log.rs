@@ -342,9 +342,13 @@ impl DiskLog {
     }
 
     /// Whether a new log may begin: with some distance to the reserve, so that the mode does not change every second.
+    /// The logs of the old epoch go when it begins, so what they occupy is room.
     pub fn has_room(&self) -> bool {
         let reserve_bytes = self.limits().reserve_bytes;
-        self.storage.available_bytes().is_ok_and(|available| available >= reserve_bytes.saturating_mul(2))
+        self.measure_closed();
+        let freed = self.closed_bytes.load(Ordering::Acquire);
+        let available = self.storage.available_bytes();
+        available.is_ok_and(|available| available.saturating_add(freed) >= reserve_bytes.saturating_mul(2))
     }
 
     /// What the logs occupy on the media.

@@ -161,8 +161,9 @@ impl Emitter {
                 let problem = Problem { message: chain(&error), help: error.help().to_owned(), refusal: None };
                 match self.heal(error) {
                     Ok(()) => Next::Retry(self.backoff.wait(), problem),
+                    // Someone must act first, or time must pass. A scan that cannot end would otherwise begin again at once.
                     Err(error) => Next::Retry(
-                        self.backoff.wait(),
+                        self.backoff.wait().max(self.config.limits.backoff_max / 4),
                         Problem { message: chain(&error), help: error.help().to_owned(), refusal: None },
                     ),
                 }
