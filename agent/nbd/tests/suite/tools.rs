@@ -178,7 +178,6 @@ fn fio_verifies_what_it_wrote() {
                 &depth,
                 "--size=32M",
                 "--verify=crc32c",
-                "--verify_state_save=0",
                 "--verify_fatal=1",
                 "--fsync=512",
                 "--verify_state_save=0",
