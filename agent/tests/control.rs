@@ -186,6 +186,7 @@ fn source_disk(disk: DiskId) -> SourceDisk {
         disk,
         state: SourceState::Replicating,
         mode: SourceMode::Data,
+        mode_reason: String::new(),
         logged: "e:3".into(),
         sent: "e:2".into(),
         durable: "e:1".into(),

@@ -22,6 +22,8 @@ pub struct MachineStatus {
     pub state: State,
     pub health: Health,
     pub mode: Option<SourceMode>,
+    /// Why a disk's mode is not `data`.
+    pub mode_reason: Option<String>,
     pub policy: String,
     pub host: PeerStatus,
     pub process_server: PeerStatus,
@@ -194,6 +196,7 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
         state: machine_state,
         health,
         mode: sources.iter().flatten().map(|disk| disk.mode).max_by_key(|mode| *mode as u8),
+        mode_reason: sources.iter().flatten().map(|disk| &disk.mode_reason).find(|reason| !reason.is_empty()).cloned(),
         policy: machine.policy.clone(),
         host,
         process_server,

@@ -27,6 +27,7 @@ use tokio::runtime::Handle;
 use crate::capture::CaptureProvider;
 use crate::capture::nbd::NbdSplitter;
 use crate::error::HostError;
+use crate::events::{EventKind, Events, News, Severity};
 use crate::freeze::{Freezer, ScriptFreezer};
 use crate::machine::{Machine, send_policy};
 use crate::mark::MarkOutcome;
@@ -56,6 +57,8 @@ pub struct HostConfig {
     pub limits: HostLimits,
     pub boot: Boot,
     pub clock: Arc<dyn Clock>,
+    /// What happens is told here; whoever wants to miss nothing subscribes before the host starts.
+    pub events: Arc<Events>,
 }
 
 #[derive(Clone, Debug)]
@@ -106,6 +109,7 @@ impl HostConfig {
             };
             Arc::new(links.entry(key).or_insert_with(make).clone())
         });
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
         Ok(Self {
             state_folder,
             run_folder,
@@ -114,7 +118,8 @@ impl HostConfig {
             freezer: freeze_folder.map(|folder| Arc::new(ScriptFreezer::new(folder)) as Arc<dyn Freezer>),
             limits: HostLimits::default(),
             boot: Boot::current().map_err(|source| HostError::Io { what: "find out which boot this is", source })?,
-            clock: Arc::new(SystemClock::new()),
+            events: Events::new(clock.clone()),
+            clock,
         })
     }
 
@@ -210,6 +215,11 @@ impl Host {
         Ok(Self { shared, stop, retry: Mutex::new(Some(retry)) })
     }
 
+    /// What happened on this host.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.shared.config.events
+    }
+
     /// Protects a machine. The same again gives the same addresses, and takes over a changed policy.
     pub fn protect(&self, spec: MachineSpec) -> Result<Vec<AttachedDisk>, HostError> {
         if self.stop.is_stopped() {
@@ -234,6 +244,7 @@ impl Host {
             return Err(error);
         }
         let attachments = machine.attachments();
+        self.shared.tell(&spec, Severity::Information, EventKind::MachineProtected, "is protected from now on", "");
         machines.insert(spec.machine, Entry::Running(machine));
         Ok(attachments)
     }
@@ -265,6 +276,7 @@ impl Host {
                 tracing::warn!(path = %disk.path, %error, "state of a disk could not be removed");
             }
         }
+        self.shared.tell(&spec, Severity::Information, EventKind::MachineUnprotected, "is not protected any more", "");
         Ok(())
     }
 
@@ -281,16 +293,30 @@ impl Host {
         let entry = machines.get_mut(&id).ok_or(HostError::UnknownMachine { machine: id })?;
         let spec = MachineSpec { paused: is_paused, ..entry.spec() };
         self.shared.store(&spec)?;
+        let was_paused = entry.spec().paused;
         match entry {
             Entry::Running(machine) => machine.set_paused(is_paused),
-            Entry::Failed(failed) => failed.spec = spec,
+            Entry::Failed(failed) => failed.spec = spec.clone(),
+        }
+        match (was_paused, is_paused) {
+            (false, true) => {
+                self.shared.tell(&spec, Severity::Information, EventKind::MachinePaused, "sends nothing now", "")
+            }
+            (true, false) => {
+                self.shared.tell(&spec, Severity::Information, EventKind::MachineResumed, "sends again", "")
+            }
+            _ => {}
         }
         Ok(())
     }
 
     /// Reads every block again and sends it.
     pub fn resync(&self, machine: MachineId) -> Result<(), HostError> {
-        self.machine(machine)?.resync().map_err(|source| HostError::Io { what: "mark blocks", source })
+        let machine = self.machine(machine)?;
+        machine.resync().map_err(|source| HostError::Io { what: "mark blocks", source })?;
+        let message = "is compared with its replica, because somebody asked for it";
+        self.shared.tell(&machine.spec(), Severity::Information, EventKind::ResyncRequested, message, "");
+        Ok(())
     }
 
     /// Makes a mark on all disks of a machine. It becomes a recovery point once the process server holds it on each. One
@@ -385,11 +411,20 @@ impl Shared {
         Machine::start(spec, &self.config, self.provider.clone(), &sender)
     }
 
+    /// An event of a machine.
+    fn tell(&self, spec: &MachineSpec, severity: Severity, kind: EventKind, message: &str, help: &str) {
+        let message = format!("machine {} {message}", spec.name);
+        let (machine, help) = (Some(spec.machine), help.to_owned());
+        self.config.events.publish(News { severity, kind, machine, disk: None, message, help });
+    }
+
     fn try_start(&self, spec: MachineSpec) -> Entry {
         match self.start(spec.clone()) {
             Ok(machine) => Entry::Running(machine),
             Err(error) => {
                 tracing::warn!(machine = %spec.name, error = %error, help = error.help(), "machine cannot be attached");
+                let message = format!("cannot be attached: {error}");
+                self.tell(&spec, Severity::Critical, EventKind::AttachFailed, &message, &error.help());
                 Entry::Failed(Box::new(FailedMachine { failure: Failure::from(&error), spec }))
             }
         }
@@ -495,6 +530,7 @@ fn failed_disk(disk: DiskId, failure: &Failure) -> SourceDisk {
         disk,
         state: SourceState::Failed,
         mode: SourceMode::Compare,
+        mode_reason: failure.message.clone(),
         logged: String::new(),
         sent: String::new(),
         durable: String::new(),

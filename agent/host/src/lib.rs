@@ -4,6 +4,7 @@ pub mod attach;
 pub mod capture;
 pub mod consumer;
 pub mod error;
+pub mod events;
 pub mod freeze;
 pub mod host;
 pub mod log;

@@ -308,6 +308,7 @@ impl Machine {
                 Mode::Data => SourceMode::Data,
                 Mode::Bitmap { .. } => SourceMode::Bitmap,
             },
+            mode_reason: disk.mode().reason().unwrap_or_default().to_owned(),
             logged: logged.logged.to_string(),
             sent: sender.as_ref().and_then(|sender| sender.sent).map(|at| at.to_string()).unwrap_or_default(),
             durable: durable.map(|at| at.to_string()).unwrap_or_default(),

@@ -704,6 +704,7 @@ impl From<&SourceDisk> for wire::SourceDisk {
             scan_done_bytes,
             scan_total_bytes,
             problems: wire_problems(&from.problems),
+            mode_reason: from.mode_reason.clone(),
         }
     }
 }
@@ -731,6 +732,7 @@ impl TryFrom<wire::SourceDisk> for SourceDisk {
             disk: disk(&from.disk)?,
             state,
             mode,
+            mode_reason: text(from.mode_reason, "mode_reason")?,
             logged: text(from.logged, "logged")?,
             sent: text(from.sent, "sent")?,
             durable: text(from.durable, "durable")?,
@@ -912,7 +914,8 @@ mod tests {
                 disks: vec![SourceDisk {
                     disk: DiskId::random(),
                     state: SourceState::InitialReplication,
-                    mode: SourceMode::Data,
+                    mode: SourceMode::Bitmap,
+                    mode_reason: "the log is full".into(),
                     logged: "a:1".into(),
                     sent: String::new(),
                     durable: String::new(),

@@ -413,6 +413,8 @@ pub struct SourceDisk {
     pub disk: DiskId,
     pub state: SourceState,
     pub mode: SourceMode,
+    /// Why it is not [`SourceMode::Data`]; empty when it is.
+    pub mode_reason: String,
     /// Positions as people read them; empty where there is none.
     pub logged: String,
     pub sent: String,

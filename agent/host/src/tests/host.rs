@@ -11,6 +11,7 @@ use tidemark_proto::replication::HostFrame;
 
 use crate::capture::splitter::Splitter;
 use crate::error::HostError;
+use crate::events::Events;
 use crate::host::{Host, HostConfig, HostLimits};
 use crate::pack::Permit;
 use crate::send::link::{Link, LinkError, LinkEvents, LinkStream, Traffic};
@@ -47,6 +48,7 @@ fn config(folder: &Path) -> HostConfig {
         limits: HostLimits { log_reserve_bytes: 0, mark_scan_wait: Duration::ZERO, ..HostLimits::default() },
         boot: Boot::current().unwrap(),
         clock: Arc::new(SystemClock::new()),
+        events: Events::new(Arc::new(SystemClock::new())),
     }
 }
 
