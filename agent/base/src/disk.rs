@@ -100,11 +100,31 @@ pub struct FileDisk {
     bytes: u64,
     is_block_device: bool,
     flush_failed: AtomicBool,
+    #[cfg(feature = "simulation")]
+    simulated: Option<std::sync::Arc<dyn crate::seam::SimulatedDisk>>,
+}
+
+/// Lets the simulated disk behind a [`FileDisk`] do it, if that is what it is.
+macro_rules! simulated {
+    ($disk:expr, $method:ident ( $($argument:expr),* )) => {
+        #[cfg(feature = "simulation")]
+        if let Some(disk) = &$disk.simulated {
+            return disk.$method($($argument),*);
+        }
+    };
 }
 
 impl FileDisk {
     pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
         let named = || path.to_owned();
+        #[cfg(feature = "simulation")]
+        if let Some(world) = crate::seam::current() {
+            let disk = world.open_disk(path, access)?;
+            let file = File::open("/dev/null").map_err(|source| DiskError::Open { path: named(), source })?;
+            let (bytes, is_block_device) = (disk.bytes(), false);
+            let flush_failed = AtomicBool::new(false);
+            return Ok(Self { file, path: named(), bytes, is_block_device, flush_failed, simulated: Some(disk) });
+        }
         let is_block_device = match std::fs::metadata(path) {
             Ok(metadata) if metadata.file_type().is_block_device() => true,
             Ok(metadata) if metadata.is_file() => false,
@@ -141,7 +161,15 @@ impl FileDisk {
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskError::OddSize { path: named(), bytes });
         }
-        Ok(Self { file, path: named(), bytes, is_block_device, flush_failed: AtomicBool::new(false) })
+        Ok(Self {
+            file,
+            path: named(),
+            bytes,
+            is_block_device,
+            flush_failed: AtomicBool::new(false),
+            #[cfg(feature = "simulation")]
+            simulated: None,
+        })
     }
 
     pub fn path(&self) -> &Path {
@@ -150,10 +178,15 @@ impl FileDisk {
 
     /// The size as the system says it now; differs from [`Disk::bytes`] once someone resized the disk.
     pub fn current_bytes(&self) -> io::Result<u64> {
+        #[cfg(feature = "simulation")]
+        if let Some(disk) = &self.simulated {
+            return Ok(disk.bytes());
+        }
         size_of(&self.file, self.is_block_device)
     }
 
     pub fn identity(&self) -> io::Result<DiskIdentity> {
+        simulated!(self, identity());
         let metadata = self.file.metadata()?;
         let ns = |seconds: i64, nanoseconds: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
         Ok(DiskIdentity {
@@ -172,6 +205,11 @@ impl FileDisk {
 
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        simulated!(self, flush());
+        self.file.sync_data()
     }
 
     fn make_durable(&self, durability: Durability) -> io::Result<()> {
@@ -254,10 +292,22 @@ impl Disk for FileDisk {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        simulated!(self, read_at(offset, buffer));
         self.file.read_exact_at(buffer, offset)
     }
 
     fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> io::Result<()> {
+        #[cfg(feature = "simulation")]
+        if let Some(disk) = &self.simulated {
+            let result = disk.write_at(offset, data, durability);
+            // As below: the only error of a durable write that means lost data.
+            if durability == Durability::Durable
+                && result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EIO))
+            {
+                self.flush_failed.store(true, Ordering::Release);
+            }
+            return result;
+        }
         if durability == Durability::Cached {
             return self.file.write_all_at(data, offset);
         }
@@ -295,6 +345,11 @@ impl Disk for FileDisk {
     }
 
     fn zero(&self, extent: Extent, discard: bool, durability: Durability) -> io::Result<()> {
+        #[cfg(feature = "simulation")]
+        if let Some(disk) = &self.simulated {
+            disk.zero(extent, discard, Durability::Cached)?;
+            return self.make_durable(durability);
+        }
         let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let flags = if discard {
             FallocateFlags::FALLOC_FL_PUNCH_HOLE | keep
@@ -314,7 +369,10 @@ impl Disk for FileDisk {
         if self.flush_failed.load(Ordering::Acquire) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        let result = self.file.sync_data();
+        if crate::sabotage::is("disk-flush") {
+            return Ok(());
+        }
+        let result = self.sync_data();
         if result.is_err() {
             self.flush_failed.store(true, Ordering::Release);
         }
@@ -322,6 +380,7 @@ impl Disk for FileDisk {
     }
 
     fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)> {
+        simulated!(self, allocation(offset));
         if self.is_block_device {
             return Ok((self.bytes - offset, Allocation::Data));
         }

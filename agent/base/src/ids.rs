@@ -16,7 +16,7 @@ macro_rules! id {
         impl $name {
             /// A new random id.
             pub fn random() -> Self {
-                Self(Uuid::new_v4())
+                Self(crate::random::uuid())
             }
 
             pub fn from_bytes(bytes: [u8; 16]) -> Self {

@@ -9,8 +9,13 @@ pub mod disk;
 pub mod extent;
 pub mod ids;
 pub mod position;
+pub mod random;
+pub mod sabotage;
+pub mod seam;
 pub mod stop;
 pub mod storage;
+pub mod sync;
+pub mod thread;
 pub mod time;
 
 pub use extent::{Extent, ExtentMap, ExtentSet};

@@ -19,7 +19,7 @@ pub struct Epoch(#[serde(with = "hex_array")] pub [u8; 16]);
 
 impl Epoch {
     pub fn random() -> Self {
-        Self(*uuid::Uuid::new_v4().as_bytes())
+        Self(*crate::random::uuid().as_bytes())
     }
 
     /// The hash that the first record of this epoch follows.

@@ -1,7 +1,10 @@
 //! Stopping threads: a [`Stop`] says *started to stop*, a [`Gate`] says *finished*.
 
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::sync::{Condvar, Mutex};
+use crate::time::Instant;
 
 /// A signal that can be waited for. Clones share it.
 #[derive(Clone, Default)]

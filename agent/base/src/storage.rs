@@ -81,7 +81,9 @@ pub fn replace_file(storage: &dyn Storage, name: &str, content: &[u8]) -> io::Re
     let file = storage.open(&new, OpenMode::OpenOrCreate)?;
     file.set_bytes(0)?;
     file.write_at(0, content)?;
-    file.sync()?;
+    if !crate::sabotage::is("replace-sync") {
+        file.sync()?;
+    }
     drop(file);
     storage.rename(&new, name)?;
     storage.sync_folder(name.rsplit_once('/').map_or("", |(folder, _)| folder))
@@ -110,7 +112,12 @@ pub struct RealStorage {
 impl RealStorage {
     /// The folder must exist.
     pub fn open_folder(root: impl Into<PathBuf>) -> Arc<dyn Storage> {
-        Arc::new(Self { root: root.into() })
+        let root = root.into();
+        #[cfg(feature = "simulation")]
+        if let Some(world) = crate::seam::current() {
+            return world.folder(&root);
+        }
+        Arc::new(Self { root })
     }
 
     /// Makes the folder, readable to its owner alone, when it is missing.
@@ -135,8 +142,21 @@ impl RealStorage {
 
 /// Makes a folder, and those above it, with mode 0700.
 pub fn create_private_folder(path: &Path) -> io::Result<()> {
+    #[cfg(feature = "simulation")]
+    if let Some(world) = crate::seam::current() {
+        return world.create_folder(path);
+    }
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// The path without links and relative parts. In a simulation there are none.
+pub fn canonical(path: &Path) -> io::Result<PathBuf> {
+    #[cfg(feature = "simulation")]
+    if crate::seam::current().is_some() {
+        return Ok(path.to_owned());
+    }
+    path.canonicalize()
 }
 
 /// Adds the path to an error, which the system leaves out.

@@ -3,7 +3,10 @@
 //! Order is never decided by a wall clock: sequences do that. Wall times only label positions for people.
 
 use std::fmt;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+#[cfg(not(feature = "simulation"))]
+pub use std::time::Instant;
 
 use serde::{Deserialize, Serialize, de::Error};
 
@@ -17,6 +20,15 @@ const HRL_EPOCH_SECONDS: u64 = 946_684_800;
 impl Timestamp {
     pub fn from_system(time: SystemTime) -> Self {
         Self(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64)
+    }
+
+    /// The wall clock's time, of the simulation if this is one.
+    pub fn now() -> Self {
+        #[cfg(feature = "simulation")]
+        if let Some(world) = crate::seam::current() {
+            return Self::from_system(world.wall_now());
+        }
+        Self::from_system(SystemTime::now())
     }
 
     pub fn to_system(self) -> SystemTime {
@@ -92,11 +104,89 @@ impl Default for SystemClock {
 
 impl Clock for SystemClock {
     fn wall_now(&self) -> Timestamp {
-        Timestamp::from_system(SystemTime::now())
+        Timestamp::now()
     }
 
     fn monotonic_now(&self) -> Duration {
         self.start.elapsed()
+    }
+}
+
+#[cfg(feature = "simulation")]
+pub use simulated::Instant;
+
+#[cfg(feature = "simulation")]
+mod simulated {
+    use std::ops::{Add, AddAssign, Sub};
+    use std::sync::OnceLock;
+    use std::time::Duration;
+
+    use crate::seam;
+
+    /// As [`std::time::Instant`], of the simulated machine if this is one.
+    #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+    pub struct Instant(Duration);
+
+    /// Real instants count from the first that was asked for, a day ahead so that they can be subtracted from.
+    fn real_now() -> Duration {
+        static START: OnceLock<std::time::Instant> = OnceLock::new();
+        START.get_or_init(std::time::Instant::now).elapsed() + Duration::from_secs(86_400)
+    }
+
+    impl Instant {
+        pub fn now() -> Self {
+            Self(seam::current().map_or_else(real_now, |world| world.now()))
+        }
+
+        pub fn elapsed(&self) -> Duration {
+            Self::now().saturating_duration_since(*self)
+        }
+
+        pub fn duration_since(&self, earlier: Instant) -> Duration {
+            self.saturating_duration_since(earlier)
+        }
+
+        pub fn saturating_duration_since(&self, earlier: Instant) -> Duration {
+            self.0.saturating_sub(earlier.0)
+        }
+
+        pub fn checked_add(&self, duration: Duration) -> Option<Self> {
+            self.0.checked_add(duration).map(Self)
+        }
+
+        pub fn checked_sub(&self, duration: Duration) -> Option<Self> {
+            self.0.checked_sub(duration).map(Self)
+        }
+    }
+
+    impl Add<Duration> for Instant {
+        type Output = Instant;
+
+        fn add(self, duration: Duration) -> Self {
+            Self(self.0 + duration)
+        }
+    }
+
+    impl AddAssign<Duration> for Instant {
+        fn add_assign(&mut self, duration: Duration) {
+            self.0 += duration;
+        }
+    }
+
+    impl Sub<Duration> for Instant {
+        type Output = Instant;
+
+        fn sub(self, duration: Duration) -> Self {
+            Self(self.0 - duration)
+        }
+    }
+
+    impl Sub for Instant {
+        type Output = Duration;
+
+        fn sub(self, earlier: Instant) -> Duration {
+            self.saturating_duration_since(earlier)
+        }
     }
 }
 

@@ -8,10 +8,11 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use tidemark_base::disk::{Access, Disk, DiskIdentity, FileDisk};
 use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile, create_private_folder};
+use tidemark_base::sync::Mutex;
 use tidemark_base::{Clock, DiskId, Epoch, Extent, ExtentSet, Generation, MachineId, Position, ServerId, Timestamp};
 use tidemark_hrl::{Cause, Examination, LogError, LogReader, RecordKind, Verdict};
 
@@ -166,8 +167,8 @@ impl Places {
             })?;
             (folder, "disk".to_owned())
         } else {
-            let path =
-                request.path.canonicalize().map_err(|source| HostError::Io { what: "resolve the disk", source })?;
+            let path = tidemark_base::storage::canonical(&request.path)
+                .map_err(|source| HostError::Io { what: "resolve the disk", source })?;
             let folder = path.parent().ok_or_else(no_name)?.to_owned();
             let stem = path.file_name().and_then(|name| name.to_str()).ok_or_else(no_name)?.to_owned();
             (folder, stem)

@@ -5,11 +5,13 @@
 //! The cursor is stored about every second ([`Consumer::store`]); an older one only means that more is kept and sent again.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::storage::{OpenMode, Storage};
+use tidemark_base::sync::{Mutex, MutexGuard};
+use tidemark_base::time::Instant;
 use tidemark_base::{Extent, ExtentSet, Position, ServerId};
 
 use crate::source::{PendingScan, ScanReason, ScanRevision};

@@ -7,14 +7,15 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use prost::Message;
 use tidemark_base::disk::{Access, Disk, FileDisk};
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::{RealStorage, Storage, read_file, replace_file};
+use tidemark_base::sync::{Mutex, MutexGuard};
+use tidemark_base::thread::JoinHandle;
 use tidemark_base::{Clock, DiskId, MachineId, ServerId, SystemClock};
 use tidemark_proto::control::{
     AgentReport, AttachedDisk, Consistency as Requested, Endpoint, Failure, MachineSpec, MarkRequest, ProbedDisk,
@@ -180,13 +181,18 @@ impl Entry {
 impl Host {
     /// Attaches again whatever was protected. Machines that cannot be attached now show in the status and are tried again.
     pub fn start(config: HostConfig) -> Result<Self, HostError> {
+        let provider = Arc::new(NbdSplitter::start(&config.run_folder, &config.allowed_uids)?);
+        Self::start_with(config, provider)
+    }
+
+    /// As [`Host::start`], with another way to catch changes.
+    pub fn start_with(config: HostConfig, provider: Arc<dyn CaptureProvider>) -> Result<Self, HostError> {
         let storage = config.storage()?;
         let failed = |source| HostError::Io { what: "read what is protected", source };
         if !storage.exists("machines").map_err(failed)? {
             storage.create_folder("machines").map_err(failed)?;
             storage.sync_folder("").map_err(failed)?;
         }
-        let provider = Arc::new(NbdSplitter::start(&config.run_folder, &config.allowed_uids)?);
         let workers = Workers::start().map_err(|source| HostError::Io { what: "start threads", source })?;
         let shared = Arc::new(Shared {
             config,
@@ -202,7 +208,7 @@ impl Host {
             shared.machines().insert(machine, entry);
         }
         let stop = Stop::new();
-        let retry = std::thread::Builder::new().name("host".to_owned()).spawn({
+        let retry = tidemark_base::thread::Builder::new().name("host".to_owned()).spawn({
             let (shared, stop): (Weak<Shared>, Stop) = (Arc::downgrade(&shared), stop.clone());
             move || {
                 while !stop.wait_for(RETRY_INTERVAL) {
@@ -444,7 +450,7 @@ impl Shared {
 
     /// What can be refused before a disk is touched.
     fn check(&self, machines: &BTreeMap<MachineId, Entry>, spec: &MachineSpec) -> Result<(), HostError> {
-        let canonical = |path: &str| PathBuf::from(path).canonicalize().unwrap_or_else(|_| path.into());
+        let canonical = |path: &str| tidemark_base::storage::canonical(path.as_ref()).unwrap_or_else(|_| path.into());
         let mut paths = Vec::new();
         for disk in &spec.disks {
             let path = canonical(&disk.path);

@@ -8,11 +8,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::thread::Thread;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
+use tidemark_base::sync::{Mutex, MutexGuard};
+use tidemark_base::thread::Thread;
 use tidemark_base::{Clock, DiskId, Epoch, Extent, Position, Sequence, Timestamp};
 use tidemark_hrl::{ActiveLog, Append, DataHasher, LogError, LogName, LogReader, LogSync, PreparedLog};
 use tidemark_hrl::{Record as LogRecord, RecordKind, Records};

@@ -5,12 +5,14 @@
 //! each disk cleanly. *Crash.* Dropping a machine without stopping it is what a crash is: the next attach finds out.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, Weak};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
+use tidemark_base::sync::Mutex;
+use tidemark_base::thread::JoinHandle;
+use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId};
 use tidemark_proto::control::{
     AttachedDisk, MachineSpec, Problem, ReplicationPolicy, SourceDisk, SourceMode, SourceState,
@@ -139,11 +141,11 @@ impl Machine {
         let mut threads = self.threads.lock().expect("no panic while held");
         for disk in &self.disks {
             let (disk, stop) = (disk.disk.clone(), self.stop.clone());
-            threads.push(std::thread::Builder::new().name("keeper".to_owned()).spawn(move || {
-                disk.log.set_keeper(std::thread::current());
+            threads.push(tidemark_base::thread::Builder::new().name("keeper".to_owned()).spawn(move || {
+                disk.log.set_keeper(tidemark_base::thread::current());
                 let mut next = Instant::now() + KEEPER_INTERVAL;
                 while !stop.is_stopped() {
-                    std::thread::park_timeout(next.saturating_duration_since(Instant::now()));
+                    tidemark_base::thread::park_timeout(next.saturating_duration_since(Instant::now()));
                     if Instant::now() >= next {
                         next = Instant::now() + KEEPER_INTERVAL;
                         disk.tick();
@@ -154,7 +156,7 @@ impl Machine {
             })?);
         }
         let (machine, stop) = (Arc::downgrade(self), self.stop.clone());
-        threads.push(std::thread::Builder::new().name("marks".to_owned()).spawn(move || {
+        threads.push(tidemark_base::thread::Builder::new().name("marks".to_owned()).spawn(move || {
             let mut marked = Instant::now();
             while !stop.wait_for(MARK_INTERVAL) {
                 let Some(machine) = machine.upgrade() else { break };
@@ -345,7 +347,7 @@ impl Machine {
 
     fn stop_threads(&self) {
         self.stop.stop();
-        let this = std::thread::current().id();
+        let this = tidemark_base::thread::current().id();
         for thread in std::mem::take(&mut *self.threads.lock().expect("no panic while held")) {
             thread.thread().unpark();
             // The thread of marks may be the last to let go of the machine.

@@ -7,9 +7,12 @@
 //! hold lets everybody go on. *Crash.* A mark that is not in the log of every disk never becomes a point: it names them all.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
+use tidemark_base::seam::{Event, observe};
+use tidemark_base::sync::{Mutex, MutexGuard};
+use tidemark_base::time::Instant;
 use tidemark_base::{DiskId, MachineId, MarkId, Position, Timestamp};
 use tidemark_proto::replication::{Consistency, Mark};
 
@@ -198,6 +201,9 @@ impl Marker {
                     return Err(not_logging(disk, &reason));
                 }
             }
+        }
+        for (disk, position) in &positions {
+            observe(Event::Marked { disk: *disk, mark: mark.id, position: *position });
         }
         Ok(MarkOutcome { id: mark.id, time, consistency, positions })
     }

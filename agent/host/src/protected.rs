@@ -9,11 +9,13 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
 
 use tidemark_base::disk::{Disk, FileDisk};
 use tidemark_base::storage::Storage;
+use tidemark_base::sync::{Mutex, MutexGuard};
+use tidemark_base::time::Instant;
 use tidemark_base::{Clock, Epoch, Extent, ExtentSet, Position, ServerId, Timestamp};
 use tidemark_proto::control::Problem;
 

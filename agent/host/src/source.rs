@@ -15,10 +15,11 @@
 //! was scanned, may be forgotten (it is sent again), but a log is deleted only once the cursor that allows it is durable.
 
 use std::io;
+use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Mutex, Weak};
 
 use tidemark_base::disk::Disk;
+use tidemark_base::sync::Mutex;
 use tidemark_base::{DiskId, Epoch, Extent, ExtentSet, Generation, HistoryHash, MachineId, Position, Sequence};
 use tidemark_base::{ServerId, Timestamp};
 use tidemark_proto::replication::Mark;

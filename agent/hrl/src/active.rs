@@ -62,7 +62,7 @@ impl PreparedLog {
         disk_bytes: u64,
         now: Timestamp,
     ) -> Result<Self> {
-        let identity = Identity { disk, disk_bytes, log: Uuid::new_v4(), created: now };
+        let identity = Identity { disk, disk_bytes, log: tidemark_base::random::uuid(), created: now };
         let result = create_files(&*storage, &name, &identity);
         if let Err(error) = &result
             && error.kind() != io::ErrorKind::AlreadyExists

@@ -6,9 +6,10 @@
 //! alone is recognised as a leftover.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tidemark_base::storage::Storage;
+use tidemark_base::sync::Mutex;
 use tidemark_base::{DiskId, Position};
 use uuid::Uuid;
 

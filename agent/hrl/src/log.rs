@@ -1,8 +1,9 @@
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 
 use tidemark_base::storage::{Storage, StorageFile};
+use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::{Position, Timestamp};
 
 use crate::companion::{Durable, End, Identity, Reached, Slot, Start, control_at, seal};

@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::MachineId;
 use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_base::sync::{Mutex, MutexGuard};
 
 use crate::points::Retention;
 

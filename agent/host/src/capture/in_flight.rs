@@ -4,9 +4,10 @@
 //! the log. While a hold is in force nobody is admitted and nobody's finished write is acknowledged. *Retries.* None.
 //! *Cancellation.* A hold that is dropped lets everybody go on. *Crash.* The slots name what was in flight.
 
-use std::sync::{Condvar, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use tidemark_base::sync::{Condvar, Mutex, MutexGuard};
+use tidemark_base::time::Instant;
 use tidemark_base::{Extent, Timestamp};
 
 use crate::state::slots::{SLOTS, SlotTable};

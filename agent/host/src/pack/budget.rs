@@ -1,6 +1,8 @@
 //! Bytes under way, limited; the permit rides with the data and returns when it is dropped.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+
+use tidemark_base::sync::Mutex;
 
 #[derive(Clone)]
 pub struct Budget(Arc<Shared>);

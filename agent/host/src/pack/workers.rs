@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 use std::task::Poll;
-use std::thread::JoinHandle;
 
 use tidemark_base::chunk::{ChunkKey, Compression, Sealer};
+use tidemark_base::sync::{Condvar, Mutex};
+use tidemark_base::thread::JoinHandle;
 
 /// More threads than this do not help: the link and the other end need processors, too.
 const THREADS_MAX: usize = 4;
@@ -62,7 +63,7 @@ struct Queue {
 impl Workers {
     /// A pool with one thread a processor.
     pub fn start() -> std::io::Result<Arc<Self>> {
-        let processors = std::thread::available_parallelism().map_or(2, usize::from);
+        let processors = tidemark_base::thread::available_parallelism().map_or(2, usize::from);
         Self::with_threads(processors.min(THREADS_MAX))
     }
 
@@ -71,7 +72,7 @@ impl Workers {
         let threads = (0..count.max(1))
             .map(|index| {
                 let shared = shared.clone();
-                std::thread::Builder::new().name(format!("pack-{index}")).spawn(move || shared.run())
+                tidemark_base::thread::Builder::new().name(format!("pack-{index}")).spawn(move || shared.run())
             })
             .collect::<Result<_, _>>()?;
         Ok(Arc::new(Self { shared, threads }))

@@ -1,9 +1,10 @@
 //! The emitter's thread: one stream after another, and what to do when one ends.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tidemark_base::chunk::ChunkKey;
+use tidemark_base::time::Instant;
 use tidemark_base::{Extent, ExtentSet, Timestamp};
 use tidemark_proto::replication::{Refusal, RefusalReason};
 

@@ -1,8 +1,10 @@
 //! Everything that an emitter waits for, in one place.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::Instant;
+use std::sync::Arc;
+
+use tidemark_base::sync::{Condvar, Mutex};
+use tidemark_base::time::Instant;
 
 use tidemark_proto::replication::ServerFrame;
 

@@ -34,10 +34,12 @@ mod status;
 mod tests;
 mod throttle;
 
-use std::sync::{Arc, Condvar, Mutex};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
+use tidemark_base::sync::{Condvar, Mutex};
+use tidemark_base::thread::JoinHandle;
+use tidemark_base::time::Instant;
 use tidemark_base::{Clock, Position, ServerId};
 use tidemark_proto::replication::SessionId;
 
@@ -189,7 +191,7 @@ impl Sender {
             status_changed: Condvar::new(),
         });
         let emitter = Emitter::new(source, config, shared.clone());
-        let thread = std::thread::Builder::new().name("send".to_owned()).spawn(move || emitter.run())?;
+        let thread = tidemark_base::thread::Builder::new().name("send".to_owned()).spawn(move || emitter.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
 

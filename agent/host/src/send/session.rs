@@ -2,8 +2,8 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::task::Poll;
-use std::time::Instant;
 
+use tidemark_base::time::Instant;
 use tidemark_base::{Extent, ExtentSet, Position, Sequence, Timestamp};
 use tidemark_proto::replication::{
     Close, Credit, CutEnd, CutKind, CutOrdinal, Data, Durable, Hello, HostFrame, PROTOCOL_VERSION, Refusal,

@@ -1,6 +1,8 @@
 //! A limit on bytes per second.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tidemark_base::time::Instant;
 
 /// What may leave at once after a pause.
 const BURST: Duration = Duration::from_millis(250);

@@ -7,10 +7,11 @@
 //! to its end. *Crash.* A torn block counts as all ones; a clear that did not reach the media leaves a bit too many.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
 use tidemark_base::storage::StorageFile;
+use tidemark_base::sync::Mutex;
 use tidemark_base::{Extent, ExtentSet};
 
 pub const BLOCK_BYTES: usize = 4096;
@@ -215,7 +216,7 @@ impl Intent {
         self.given_up.load(Ordering::Acquire)
     }
 
-    fn image(&self) -> std::sync::MutexGuard<'_, Image> {
+    fn image(&self) -> tidemark_base::sync::MutexGuard<'_, Image> {
         self.file.lock().expect("no panic while held")
     }
 

@@ -60,6 +60,9 @@ pub struct MountIdentity {
 impl MountIdentity {
     pub fn of(folder: &Path) -> io::Result<Self> {
         use std::os::unix::ffi::OsStrExt;
+        if let Some((device, mount)) = tidemark_base::seam::mount_of(folder) {
+            return Ok(Self { device, mount });
+        }
         let name = std::ffi::CString::new(folder.as_os_str().as_bytes())?;
         let device = std::fs::metadata(folder)?.dev();
         // SAFETY: `name` is a terminated string and `found` is as large as the call wants; all zeroes is a valid statx.

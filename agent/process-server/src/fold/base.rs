@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 use nix::unistd::Whence;
 use tidemark_base::disk::{Allocation, is_zero};
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
+use tidemark_base::sync::RwLock;
 use tidemark_base::{DiskId, Extent};
 
 use crate::journal::ReadError;

@@ -11,7 +11,6 @@ mod segment;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use tidemark_base::storage::{OpenMode, Storage, StorageFile, os_error};
 use tidemark_base::{DiskId, Extent, ExtentMap, FRAME_BYTES_MAX, Generation, Position, Timestamp};
@@ -534,7 +533,7 @@ impl Journal {
         let mut end = end.clone();
         // A host whose clock went back still gets an ordered journal, and one whose clock is far ahead does not keep all
         // that follows at its time; the mark keeps the time it claims.
-        let latest = Timestamp(Timestamp::from_system(SystemTime::now()).0.saturating_add(CLOCK_AHEAD_MAX_NS));
+        let latest = Timestamp(Timestamp::now().0.saturating_add(CLOCK_AHEAD_MAX_NS));
         end.clock_stepped |= end.time < self.tip.time || end.time > latest;
         end.time = end.time.min(latest).max(self.tip.time);
         let (durable, before) = (self.durable.cut, self.tip.commit);

@@ -7,10 +7,11 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::io;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::storage::Storage;
+use tidemark_base::sync::Mutex;
 use tidemark_base::{DiskId, MachineId, MarkId, Position, Timestamp};
 use tidemark_proto::replication::{Consistency, Mark};
 
@@ -195,7 +196,7 @@ impl PointStore {
         self.machine
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> tidemark_base::sync::MutexGuard<'_, State> {
         self.state.lock().expect("no panic while held")
     }
 

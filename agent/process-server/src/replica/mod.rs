@@ -30,10 +30,11 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use serde::Serialize;
 use tidemark_base::storage::Storage;
+use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::{DiskId, Extent, Generation, MachineId, Position, Timestamp};
 use tidemark_proto::replication::CutEnd;
 

@@ -4,11 +4,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::Arc;
 
 use serde::Serialize;
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::Storage;
+use tidemark_base::sync::{Mutex, RwLock};
 use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
 
 use super::{DurableState, Replica, ReplicaError, ReplicaInfo};

@@ -7,10 +7,11 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use tidemark_base::disk::Disk;
 use tidemark_base::storage::Storage;
+use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
 use tidemark_nbd::server::{ListenError, Server, StillBusy};
 use tidemark_nbd::{DiskExport, Exports, Limits};

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tidemark_base::stop::Stop;
+use tidemark_base::sync::Mutex;
+use tidemark_base::thread::JoinHandle;
 use tidemark_base::{DiskId, MachineId};
 use tidemark_proto::control::Problem;
 
@@ -31,7 +32,7 @@ struct Worker {
 impl Maintainer {
     pub fn start(set: Arc<ReplicaSet>, settings: Arc<Settings>, interval: Duration) -> io::Result<Self> {
         let worker = Arc::new(Worker { set, settings, stop: Stop::new(), problems: Mutex::default() });
-        let thread = std::thread::Builder::new().name("maintain".to_owned()).spawn({
+        let thread = tidemark_base::thread::Builder::new().name("maintain".to_owned()).spawn({
             let worker = worker.clone();
             move || {
                 while !worker.stop.wait_for(interval) {

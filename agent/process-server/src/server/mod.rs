@@ -18,10 +18,11 @@ use std::fs::TryLockError;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::Duration;
 
 use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile};
+use tidemark_base::sync::Mutex;
 use tidemark_base::{DiskId, MachineId, Timestamp};
 use tidemark_proto::control::{Failure, FailureKind, MachineGrant, Reply, Retention, ServerCommand};
 use tidemark_transport::{Identity, TlsListener, serve, tls};
@@ -376,7 +377,7 @@ fn retention_of(retention: Retention) -> points::Retention {
 }
 
 fn now() -> Timestamp {
-    Timestamp::from_system(SystemTime::now())
+    Timestamp::now()
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {

@@ -5,13 +5,14 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_base::sync::{Mutex, MutexGuard};
+use tidemark_base::thread::JoinHandle;
 use tidemark_base::{DiskId, Timestamp};
 use tidemark_proto::control::Problem;
 
@@ -53,7 +54,7 @@ impl Scrubber {
         let scrubbed = Mutex::new(load(&*storage));
         let worker =
             Arc::new(Worker { set, storage, interval, stop: Stop::new(), scrubbed, running: Mutex::default() });
-        let thread = std::thread::Builder::new().name("scrub".to_owned()).spawn({
+        let thread = tidemark_base::thread::Builder::new().name("scrub".to_owned()).spawn({
             let worker = worker.clone();
             move || {
                 give_way();

@@ -1,8 +1,10 @@
 //! What was read and verified lately: decoded chunks and index pages, of all replicas of a server, in bounded memory.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+
+use tidemark_base::sync::Mutex;
 
 /// The cache of one process server, unless told otherwise.
 pub const CACHE_BYTES: usize = 16 << 20;

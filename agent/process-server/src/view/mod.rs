@@ -13,9 +13,10 @@ pub mod scratch;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tidemark_base::disk::{Allocation, Disk, Durability};
+use tidemark_base::sync::Mutex;
 use tidemark_base::{Extent, Position, Timestamp};
 
 use crate::fold::base::BaseStore;

@@ -8,12 +8,13 @@
 //! *Retries.* A failed FLUSH fails for ever. *Cancellation.* Removing the folder drops the layer.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, RwLock};
 
 use tidemark_base::Extent;
 use tidemark_base::disk::{Allocation, Disk, Durability};
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
+use tidemark_base::sync::RwLock;
 
 use super::View;
 

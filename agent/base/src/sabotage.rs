@@ -1,0 +1,63 @@
+//! Negative controls: one safeguard taken out at a time, by name, to see that the tests notice (feature `sabotage`, never
+//! part of a release). Without the feature every question here is answered with a constant *no*.
+
+/// Every safeguard that can be taken out.
+pub const NAMES: [&str; 14] = [
+    // The replica's journal is not synced before an acknowledgement leaves.
+    "journal-sync",
+    // Chunks are stored without a look at their hashes.
+    "chunk-hash",
+    // Chunks read back from a segment are believed.
+    "view-hash",
+    // The host says that a flush was done without doing it.
+    "disk-flush",
+    // A write goes to the disk before its intent bit is durable.
+    "intent-wait",
+    // An intent bit is cleared although log and disk were not synced since.
+    "intent-clear",
+    // Ranges in flight are not read again after a kill.
+    "slots-read",
+    // Records that left before a chunk of a scan are not cut out of it.
+    "scan-cut-out",
+    // A chunk of a scan does not wait for the records that were logged before its read.
+    "scan-wait",
+    // What cannot be logged is not marked dirty.
+    "dirty-mark",
+    // A mark does not wait for writes in flight.
+    "mark-hold",
+    // The base is not synced before the manifest says that it was folded.
+    "fold-sync",
+    // A scan is taken off the list when it was sent, not when it is durable.
+    "scan-acknowledged",
+    // A file is replaced without syncing its new content.
+    "replace-sync",
+];
+
+/// Whether this safeguard is taken out. The choice is per thread, as simulations are.
+#[cfg(not(feature = "sabotage"))]
+#[inline(always)]
+pub const fn is(_name: &str) -> bool {
+    false
+}
+
+#[cfg(feature = "sabotage")]
+pub use chosen::{choose, is};
+
+#[cfg(feature = "sabotage")]
+mod chosen {
+    use std::cell::RefCell;
+
+    thread_local! {
+        static CHOSEN: RefCell<Option<String>> = const { RefCell::new(None) };
+    }
+
+    /// Takes out one safeguard, for this thread.
+    pub fn choose(name: Option<&str>) {
+        CHOSEN.with(|chosen| *chosen.borrow_mut() = name.map(str::to_owned));
+    }
+
+    pub fn is(name: &str) -> bool {
+        debug_assert!(super::NAMES.contains(&name), "{name} is no known safeguard");
+        CHOSEN.with(|chosen| chosen.borrow().as_deref() == Some(name))
+    }
+}
