@@ -6,6 +6,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         // Payloads are slices of the message that carried them, never copies.
         .bytes(".tidemark.replication.v1.Data.chunks")
+        .bytes(".tidemark.replication.v1.HashedRun.hashes")
+        .bytes(".tidemark.replication.v1.DifferingRun.hashes")
         .compile_fds(files)?;
     Ok(())
 }

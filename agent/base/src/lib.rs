@@ -5,6 +5,7 @@
 //! a seed.
 
 pub mod chunk;
+pub mod compare;
 pub mod disk;
 pub mod extent;
 pub mod ids;

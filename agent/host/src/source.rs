@@ -124,6 +124,8 @@ pub enum ScanReason {
     Diverged,
     /// An operator asked for it.
     Requested,
+    /// The consumer cannot read back what it stored, and asked for it.
+    Repair,
 }
 
 /// What must be read from the disk for one consumer.

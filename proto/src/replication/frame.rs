@@ -3,9 +3,10 @@
 use bytes::Bytes;
 use tidemark_base::{DiskId, Extent, FRAME_BYTES_MAX, Generation, Position};
 
-use super::{CutEnd, CutOrdinal, Refusal, WireError, array, id, positive, wire};
+use super::{CutEnd, CutOrdinal, Differing, Hashes, Need, Refusal, WireError, array, id, positive, wire};
 
-pub const PROTOCOL_VERSION: u32 = 1;
+/// 2: scans are compared, and the server asks for what it cannot read.
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// One run of an agent; a newer one fences an older one of the same identity.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -25,6 +26,7 @@ pub enum HostFrame {
     Data(Data),
     CutEnd(CutEnd),
     Want(u64),
+    Hashes(Hashes),
     Close(Close),
 }
 
@@ -34,6 +36,8 @@ pub enum ServerFrame {
     Welcome(Welcome),
     Grant(u64),
     Durable(Durable),
+    Differing(Differing),
+    Need(Need),
     Refusal(Refusal),
     Close(Close),
 }
@@ -60,6 +64,8 @@ pub struct Welcome {
     pub credit_bytes: u64,
     /// The last durable cut.
     pub cut: CutOrdinal,
+    /// There is content that a scan may be compared with. Otherwise the replica reads as zeroes.
+    pub comparable: bool,
 }
 
 /// Sealed chunks of one cut, whole, back to back.
@@ -91,6 +97,7 @@ impl TryFrom<wire::HostFrame> for HostFrame {
             Body::Data(data) => HostFrame::Data(data.try_into()?),
             Body::CutEnd(cut) => HostFrame::CutEnd(cut.try_into()?),
             Body::Want(want) => HostFrame::Want(positive("wanted bytes", want.bytes)?),
+            Body::Hashes(hashes) => HostFrame::Hashes(hashes.try_into()?),
             Body::Close(close) => HostFrame::Close(close.into()),
         })
     }
@@ -104,6 +111,7 @@ impl From<HostFrame> for wire::HostFrame {
             HostFrame::Data(data) => Body::Data(wire::Data { cut: data.cut.0, chunks: data.chunks }),
             HostFrame::CutEnd(cut) => Body::CutEnd(cut.into()),
             HostFrame::Want(bytes) => Body::Want(wire::Want { bytes }),
+            HostFrame::Hashes(hashes) => Body::Hashes(hashes.into()),
             HostFrame::Close(close) => Body::Close(close.into()),
         };
         Self { body: Some(body) }
@@ -119,6 +127,8 @@ impl TryFrom<wire::ServerFrame> for ServerFrame {
             Body::Welcome(welcome) => ServerFrame::Welcome(welcome.try_into()?),
             Body::Grant(grant) => ServerFrame::Grant(positive("granted bytes", grant.bytes)?),
             Body::Durable(durable) => ServerFrame::Durable(durable.try_into()?),
+            Body::Differing(differing) => ServerFrame::Differing(differing.try_into()?),
+            Body::Need(need) => ServerFrame::Need(need.try_into()?),
             Body::Refusal(refusal) => ServerFrame::Refusal(refusal.try_into()?),
             Body::Close(close) => ServerFrame::Close(close.into()),
         })
@@ -134,6 +144,8 @@ impl From<ServerFrame> for wire::ServerFrame {
             ServerFrame::Durable(durable) => {
                 Body::Durable(wire::Durable { cut: durable.cut.0, position: Some(durable.position.into()) })
             }
+            ServerFrame::Differing(differing) => Body::Differing(differing.into()),
+            ServerFrame::Need(need) => Body::Need(need.into()),
             ServerFrame::Refusal(refusal) => Body::Refusal(refusal.into()),
             ServerFrame::Close(close) => Body::Close(close.into()),
         };
@@ -180,7 +192,16 @@ impl TryFrom<wire::Welcome> for Welcome {
         if durable.is_some() && wire.cut == 0 {
             return Err(WireError::Contradiction("a journal has a position without a cut"));
         }
-        Ok(Self { durable, scan_open: wire.scan_open, credit_bytes: wire.credit_bytes, cut: CutOrdinal(wire.cut) })
+        if durable.is_some() && !wire.comparable {
+            return Err(WireError::Contradiction("a journal has a position and nothing to compare with"));
+        }
+        Ok(Self {
+            durable,
+            scan_open: wire.scan_open,
+            credit_bytes: wire.credit_bytes,
+            cut: CutOrdinal(wire.cut),
+            comparable: wire.comparable,
+        })
     }
 }
 
@@ -191,6 +212,7 @@ impl From<Welcome> for wire::Welcome {
             scan_open: welcome.scan_open,
             credit_bytes: welcome.credit_bytes,
             cut: welcome.cut.0,
+            comparable: welcome.comparable,
         }
     }
 }
@@ -276,9 +298,10 @@ mod tests {
         let long = Bytes::from(vec![0; FRAME_BYTES_MAX + 1]);
         assert!(Data::try_from(wire::Data { cut: 1, chunks: long }).is_err());
         // A journal that lost cuts has no position to go on from, and counts on all the same.
-        let welcome = wire::Welcome { durable: None, scan_open: true, credit_bytes: 1, cut: 3 };
+        let welcome = wire::Welcome { durable: None, scan_open: true, credit_bytes: 1, cut: 3, comparable: true };
         assert!(Welcome::try_from(welcome.clone()).is_ok());
         let durable = Some(tidemark_base::Epoch([3; 16]).start().into());
-        assert!(Welcome::try_from(wire::Welcome { durable, cut: 0, ..welcome }).is_err());
+        assert!(Welcome::try_from(wire::Welcome { durable: durable.clone(), cut: 0, ..welcome.clone() }).is_err());
+        assert!(Welcome::try_from(wire::Welcome { durable, comparable: false, ..welcome }).is_err());
     }
 }

@@ -3,6 +3,7 @@
 //! [`wire`] is generated from `replication.proto`. What arrives is untrusted until a `TryFrom` made it one of the
 //! types here: lengths hold, enumerations are known, ids are not zero, labels are bounded. What leaves is made by `From`.
 
+mod compare;
 mod credit;
 mod cut;
 mod frame;
@@ -13,6 +14,10 @@ pub mod wire {
     tonic::include_proto!("tidemark.replication.v1");
 }
 
+pub use compare::{
+    Claim, DIFFERING_RUNS_MAX, Differing, DifferingRun, Found, HashedRun, Hashes, NEED_EXTENTS_MAX, Need, NeedReason,
+    QUESTION_BLOCKS_MAX, QUESTION_RUNS_MAX, QUESTIONS_MAX,
+};
 pub use credit::Credit;
 pub use cut::{CutEnd, CutKind, CutOrdinal};
 pub use frame::{Close, Data, Durable, Hello, HostFrame, PROTOCOL_VERSION, ServerFrame, SessionId, Welcome};

@@ -6,7 +6,7 @@ use std::task::Poll;
 use tidemark_base::time::Instant;
 use tidemark_base::{Extent, ExtentSet, Position, Sequence, Timestamp};
 use tidemark_proto::replication::{
-    Close, Credit, CutEnd, CutKind, CutOrdinal, Data, Durable, Hello, HostFrame, PROTOCOL_VERSION, Refusal,
+    Close, Credit, CutEnd, CutKind, CutOrdinal, Data, Durable, Hello, HostFrame, Need, PROTOCOL_VERSION, Refusal,
     ServerFrame, Welcome,
 };
 
@@ -721,12 +721,30 @@ impl<'a> Session<'a> {
                 Ok(())
             }
             ServerFrame::Durable(durable) => self.acknowledged(durable),
+            ServerFrame::Need(need) => self.needed(need),
+            ServerFrame::Differing(_) => Err(protocol("an answer came that nobody asked for")),
             ServerFrame::Refusal(refusal) => Err(End::Refused(refusal)),
             ServerFrame::Close(_) => {
                 Err(End::Link(LinkError::Cut { reason: "the process server closed it".to_owned() }))
             }
             ServerFrame::Welcome(_) => Err(protocol("a second Welcome came")),
         }
+    }
+
+    /// The server lost blocks of its replica. What is pending already is not asked for again.
+    fn needed(&mut self, need: Need) -> Result<(), End> {
+        let source = &self.emitter.source;
+        let (consumer, disk_bytes) = (self.emitter.config.consumer, source.identity().disk_bytes);
+        if need.extents.iter().any(|extent| !extent.is_valid_on(disk_bytes)) {
+            return Err(protocol("it needs what does not lie on the disk"));
+        }
+        let pending = source.pending_scan(consumer, ScanRevision(0))?.extents;
+        let missing: ExtentSet = need.extents.iter().flat_map(|extent| pending.gaps(*extent)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        tracing::warn!(bytes = missing.total_bytes(), why = ?need.why, "the process server asks for blocks that it lost");
+        Ok(source.require_scan(consumer, &missing, ScanReason::Repair)?)
     }
 
     fn acknowledged(&mut self, durable: Durable) -> Result<(), End> {

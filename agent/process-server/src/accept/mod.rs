@@ -38,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::replica::Needs;
 use authorise::{Authorisation, Authorisations};
 use commit::Committer;
 use pool::CreditPool;
@@ -59,6 +60,8 @@ pub struct Held {
     pub durable: Option<Position>,
     pub cut: CutOrdinal,
     pub scan_open: bool,
+    /// There is content that a scan may be compared with.
+    pub comparable: bool,
 }
 
 /// One disk's journal as the receiving end sees it. Every call may block.
@@ -67,6 +70,10 @@ pub trait Store: Send + Sync + 'static {
     fn attach(&self, hello: &Hello) -> Result<(Box<dyn Writer>, Held), Refusal>;
     /// Makes every cut that ended before this call durable, and says which was the last.
     fn sync(&self) -> Result<Option<Durable>, Refusal>;
+    /// What the host is to send again.
+    fn needs(&self) -> Option<Arc<Needs>> {
+        None
+    }
 }
 
 /// Appends the frames of one stream; used by one thread at a time. Dropped in the middle of a cut, it discards the cut.

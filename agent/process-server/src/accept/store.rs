@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use super::authorise::Authorisation;
 use super::{Held, Store, Stores, Writer, refusal};
 use crate::journal::JournalError;
-use crate::replica::{DurableState, Replica, ReplicaSet, Session};
+use crate::replica::{DurableState, Needs, Replica, ReplicaSet, Session};
 
 pub struct ReplicaStores {
     set: Arc<ReplicaSet>,
@@ -61,13 +61,22 @@ impl Store for ReplicaStore {
         let session = self.replica.begin_session(hello.generation, hello.disk_bytes).map_err(refused)?;
         // Cuts that the stream before this one ended are part of what the host continues after.
         let state = self.sync_state()?;
-        let held = Held { durable: state.position, cut: CutOrdinal(state.cut), scan_open: state.scan_open };
+        let held = Held {
+            durable: state.position,
+            cut: CutOrdinal(state.cut),
+            scan_open: state.scan_open,
+            comparable: state.position.is_some(),
+        };
         Ok((Box::new(SessionWriter(session)), held))
     }
 
     fn sync(&self) -> Result<Option<Durable>, Refusal> {
         let state = self.sync_state()?;
         Ok(state.position.map(|position| Durable { cut: CutOrdinal(state.cut), position }))
+    }
+
+    fn needs(&self) -> Option<Arc<Needs>> {
+        Some(self.replica.needs().clone())
     }
 }
 

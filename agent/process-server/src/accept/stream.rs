@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use tidemark_base::DiskId;
 use tidemark_proto::replication::{
-    Close, Credit, CutOrdinal, Data, Durable, Hello, HostFrame, PROTOCOL_VERSION, Refusal, RefusalReason, ServerFrame,
-    Welcome, wire,
+    Close, Credit, CutOrdinal, Data, Durable, Hello, HostFrame, NEED_EXTENTS_MAX, Need, NeedReason, PROTOCOL_VERSION,
+    Refusal, RefusalReason, ServerFrame, Welcome, wire,
 };
 use tidemark_transport::PeerInfo;
 use tokio::sync::mpsc;
@@ -20,6 +20,7 @@ use super::lane::{CutGate, Lane, Work};
 use super::pool::{STANDING_BYTES, Share};
 use super::progress::Progress;
 use super::{Disk, Inner, SessionGuard, fenced, refusal};
+use crate::replica::Needs;
 
 /// A stream whose first frame is not there by then is ended.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -98,6 +99,7 @@ struct Stream {
     peer: PeerInfo,
     hello: Hello,
     disk: Arc<Disk>,
+    needs: Option<Arc<Needs>>,
     lane: Lane,
     progress: Arc<Progress>,
     session: SessionGuard,
@@ -134,6 +136,7 @@ impl Stream {
         let session = disk.take_over(hello.session).await?;
         // Asked again: the table may have changed while the stream before this one ended.
         inner.admit(&peer, hello.disk, hello.generation, hello.disk_bytes)?;
+        let needs = store.needs();
         let (writer, held) = blocking(hello.disk, {
             let hello = hello.clone();
             move || store.attach(&hello)
@@ -141,12 +144,22 @@ impl Stream {
         .await?;
         let progress = Arc::new(Progress::default());
         disk.pending.set_listener(Some(progress.clone()));
+        if let Some(needs) = &needs {
+            let notify = progress.notify.clone();
+            needs.begin(Arc::new(move || notify.notify_one()));
+        }
         let gate = Gate { inner: inner.clone(), peer, hello: hello.clone(), disk: disk.clone() };
-        let welcome =
-            Welcome { durable: held.durable, scan_open: held.scan_open, credit_bytes: STANDING_BYTES, cut: held.cut };
+        let welcome = Welcome {
+            durable: held.durable,
+            scan_open: held.scan_open,
+            credit_bytes: STANDING_BYTES,
+            cut: held.cut,
+            comparable: held.comparable,
+        };
         Ok(Self {
             inner: inner.clone(),
             peer,
+            needs,
             lane: Lane::new(writer, progress.clone(), Box::new(gate), inner.workers.clone()),
             share: inner.pool.join(peer.address, progress.notify.clone()),
             progress,
@@ -229,6 +242,10 @@ impl Stream {
             let Durable { cut, position } = acknowledgement.durable;
             self.outbox.push_back(ServerFrame::Durable(Durable { cut, position }));
         }
+        let needed = self.needs.as_ref().map(|needs| needs.take(NEED_EXTENTS_MAX)).unwrap_or_default();
+        if !needed.is_empty() {
+            self.outbox.push_back(ServerFrame::Need(Need { extents: needed, why: NeedReason::Damaged }));
+        }
         let done = self.closing && self.outbox.is_empty() && self.lane.is_idle();
         let (cuts, bytes) = self.progress.acknowledged();
         (done && cuts == self.received.cuts).then_some(End::Closed(Close { cuts, bytes }))
@@ -268,6 +285,7 @@ impl Stream {
                 close.cuts, close.bytes, self.received.cuts, self.received.bytes
             ))),
             HostFrame::Hello(_) => Err(self.protocol("a second hello".to_owned())),
+            HostFrame::Hashes(_) => Err(self.protocol("a question where nothing is compared".to_owned())),
         }
     }
 
@@ -304,6 +322,9 @@ impl Stream {
     async fn finish(self) {
         self.lane.close().await;
         self.disk.pending.set_listener(None);
+        if let Some(needs) = &self.needs {
+            needs.end();
+        }
     }
 }
 

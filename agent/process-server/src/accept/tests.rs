@@ -79,6 +79,7 @@ impl Store for MemoryStore {
                 durable: journal.durable().map(|durable| durable.position),
                 cut: CutOrdinal(journal.cuts.len() as u64),
                 scan_open: journal.scan_open,
+                comparable: journal.durable().is_some(),
             }
         });
         let store = MemoryStore { memory: self.memory.clone(), disk: self.disk };

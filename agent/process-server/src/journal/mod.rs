@@ -397,6 +397,12 @@ impl Journal {
         self.active.as_ref().map(|active| (&active.segment, &active.header, &active.frame_key))
     }
 
+    /// What the cut that has not ended covers so far.
+    pub fn open_extents(&self) -> Vec<Extent> {
+        let open = self.active.as_ref().and_then(|active| active.open.as_ref());
+        open.map(|open| open.entries.iter().map(|entry| entry.extent).collect()).unwrap_or_default()
+    }
+
     /// The end of the active segment's last commit, and its extents.
     pub fn active_end(&self) -> Option<(u64, u64)> {
         self.active.as_ref().map(|active| (active.data_end, active.entries.len() as u64))

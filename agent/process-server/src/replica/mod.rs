@@ -22,6 +22,7 @@
 //! *Crash.* See the journal's and the fold's numbered lists; opening a replica does what they say.
 
 pub mod manifest;
+mod needs;
 mod set;
 #[cfg(test)]
 mod testing;
@@ -46,6 +47,7 @@ use crate::points::{HeldMark, PointDisk};
 use crate::view::cache::BlockCache;
 use crate::view::{Pins, View};
 use manifest::{Manifest, Pin};
+pub use needs::Needs;
 pub use set::{FoldOutcome, Maintenance, OpenFailure, Place, ReplicaSet, SetError};
 
 /// How far back opening looks for the kept point before, to count what changed since.
@@ -144,6 +146,7 @@ pub struct Replica {
     base: Arc<BaseStore>,
     pins: Arc<Pins>,
     open_report: OpenReport,
+    needs: Arc<Needs>,
     syncing: Mutex<()>,
     folding: Mutex<()>,
     state: Mutex<State>,
@@ -187,7 +190,10 @@ impl Session {
     /// Ends a cut. It exists from now on, and is durable after the next [`Replica::sync`].
     pub fn end_cut(&self, end: &CutEnd) -> Result<(), JournalError> {
         let mut state = self.state()?;
+        let needs = &self.replica.needs;
+        let came = if needs.is_empty() { Vec::new() } else { state.journal.open_extents() };
         state.journal.end_cut(end)?;
+        came.into_iter().for_each(|extent| needs.came(extent));
         state.changed_bytes += end.written_bytes;
         if let Some(mark) = &end.mark {
             let changed_bytes = state.changed_bytes;
@@ -261,6 +267,7 @@ impl Replica {
             base: Arc::new(base),
             pins: Arc::default(),
             open_report,
+            needs: Needs::new(disk_bytes),
             syncing: Mutex::new(()),
             folding: Mutex::new(()),
             state: Mutex::new(state),
@@ -307,6 +314,17 @@ impl Replica {
 
     pub fn generation(&self) -> Generation {
         self.state().manifest.generation
+    }
+
+    /// What the disk's host is asked for: see [`Needs`].
+    pub fn needs(&self) -> &Arc<Needs> {
+        &self.needs
+    }
+
+    /// Has the host send these blocks again: what is stored of them is damaged. To be asked again after the replica was
+    /// opened, for as long as it is.
+    pub fn ask_for(&self, extents: impl IntoIterator<Item = Extent>) {
+        self.needs.ask(extents);
     }
 
     /// Moves the generation from `expected` to `to`, durably. Chunks sealed for the old one are refused from now on.

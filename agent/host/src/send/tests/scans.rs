@@ -90,6 +90,28 @@ fn a_dirty_range_is_drained() {
     assert_eq!(bench.source.pending_bytes(bench.consumer), 0);
 }
 
+/// What the server cannot read any more is sent again, zeroes included, and nothing else is.
+#[test]
+fn what_the_server_lost_is_sent_again() {
+    let bench = Bench::new(8 << 20, 19);
+    bench.fill(&mut Random(19));
+    bench.source.zero(Extent::new(1 << 20, 128 << 10));
+    let sender = bench.start();
+    bench.settle(&sender);
+    let before = bench.server.with(|state| (state.raw_bytes, state.zero_bytes));
+    bench.server.lose(&[Extent::new((1 << 20) + (64 << 10), 128 << 10), Extent::new(6 << 20, 64 << 10)]);
+    assert!(bench.server.wait_until(LIMIT, |state| {
+        state.cuts.iter().filter(|cut| cut.kind == CutKind::ScanEnd).count() >= 2 && !state.scan_open
+    }));
+    bench.settle(&sender);
+    assert_eq!(
+        bench.server.with(|state| (state.raw_bytes - before.0, state.zero_bytes - before.1)),
+        (128 << 10, 64 << 10)
+    );
+    bench.server.with(|state| assert!(state.image == bench.source.disk.content()));
+    assert_eq!(bench.source.pending_bytes(bench.consumer), 0);
+}
+
 /// A range that became dirty again after its read was submitted stays pending, and is read again.
 #[test]
 fn what_was_dirtied_since_its_read_is_read_again() {

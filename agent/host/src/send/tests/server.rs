@@ -63,6 +63,8 @@ pub struct State {
     pub queued_bytes: u64,
     pub queued_bytes_max: u64,
     pub closes: u64,
+    /// Of the present stream.
+    events: Option<Arc<dyn LinkEvents>>,
 }
 
 #[derive(Clone)]
@@ -103,6 +105,7 @@ impl MemoryServer {
             queued_bytes: 0,
             queued_bytes_max: 0,
             closes: 0,
+            events: None,
         };
         Self(Arc::new((Mutex::new(state), Condvar::new())))
     }
@@ -117,6 +120,19 @@ impl MemoryServer {
         let state = self.0.0.lock().unwrap();
         let (_state, result) = self.0.1.wait_timeout_while(state, limit, |state| !is(state)).unwrap();
         !result.timed_out()
+    }
+
+    /// Asks the host for blocks, as a server does that cannot read them; what it has there is gone.
+    pub fn lose(&self, extents: &[Extent]) {
+        self.with(|state| {
+            for extent in extents {
+                state.image[extent.offset as usize..extent.end() as usize].fill(0xEE);
+            }
+            let need = Need { extents: extents.to_vec(), why: NeedReason::Damaged };
+            if let Some(events) = &state.events {
+                events.frame(ServerFrame::Need(need));
+            }
+        });
     }
 
     /// Forgets everything: as if restored from nothing.
@@ -138,6 +154,7 @@ impl Link for MemoryServer {
         let (id, frames_left) = self.with(|state| {
             state.stream += 1;
             state.streams.push(traffic);
+            state.events = Some(events.clone());
             let frames = state.behaviour.cut_after_frames.map(|max| state.behaviour.random.below(max) + 3);
             (state.stream, frames)
         });
@@ -267,12 +284,14 @@ impl MemoryStream {
                     scan_open: state.scan_open,
                     credit_bytes: state.behaviour.standing_credit,
                     cut: state.durable_cut,
+                    comparable: state.durable.is_some(),
                 }));
             }
             HostFrame::Want(bytes) => {
                 self.wanted = bytes;
                 self.grant(state);
             }
+            HostFrame::Hashes(_) => self.violation(state, "a question".into()),
             HostFrame::Data(data) => self.data(state, data),
             HostFrame::CutEnd(end) => self.cut_end(state, end),
             HostFrame::Close(close) => {
