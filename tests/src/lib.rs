@@ -7,13 +7,17 @@
 //! * [`nbd`]: a client of our own, because only a client that notes when each write was sent and acknowledged can say
 //!   what a mark must hold. It shares no code with the product.
 //! * [`image`]: disks with content, and the comparison of two of them.
+//! * [`block`]: loop devices, mounts, and programs that show a disk as a file, all gone with their test.
+//! * [`postgres`]: a database as a judge of disks.
 //! * [`tools`]: programs that a test needs; a test without them says `SKIPPED` and why.
 //! * [`wait`]: waiting for a condition with a limit.
 
 pub mod api;
 pub mod binary;
+pub mod block;
 pub mod image;
 pub mod nbd;
+pub mod postgres;
 pub mod process;
 pub mod site;
 pub mod tools;

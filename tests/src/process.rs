@@ -76,7 +76,8 @@ impl Owned {
         status
     }
 
-    fn wait(&mut self) {
+    /// Waits for its end.
+    pub fn wait(&mut self) {
         self.child.wait().expect("a child can be waited for");
         self.ended = true;
     }

@@ -97,3 +97,20 @@ pub fn qemu_io(target: &str, commands: &[&str]) -> String {
     assert!(!text.contains("failed:"), "qemu-io {target}: {text}");
     text
 }
+
+/// Whether this is a long run: sweeps take every step then, not some of them.
+pub fn is_long() -> bool {
+    std::env::var_os("TIDEMARK_LONG").is_some()
+}
+
+/// Notes how many of something a test did, such as kills. `tests/run` gathers these lines from the file that
+/// `TIDEMARK_COUNTS` names and adds them up.
+pub fn counted(what: &str, count: u64) {
+    let line = format!("{count} {what}");
+    println!("COUNTED {line}");
+    if let Some(file) = std::env::var_os("TIDEMARK_COUNTS")
+        && let Ok(mut file) = std::fs::OpenOptions::new().create(true).append(true).open(file)
+    {
+        file.write_all(format!("{line}\n").as_bytes()).expect("the list of counts can be written");
+    }
+}

@@ -1,0 +1,3 @@
+//! Real faults under the real command, judged by programs that others wrote.
+
+mod database;
