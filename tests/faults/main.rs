@@ -1,3 +1,4 @@
 //! Real faults under the real command, judged by programs that others wrote.
 
+mod calls;
 mod database;

@@ -208,9 +208,7 @@ impl StorageDaemon {
         };
         answer();
         let mut returned = Value::Null;
-        for request in
-            [json!({"execute": "qmp_capabilities"}), json!({"execute": command, "arguments": arguments})]
-        {
+        for request in [json!({"execute": "qmp_capabilities"}), json!({"execute": command, "arguments": arguments})] {
             (&stream).write_all(format!("{request}\n").as_bytes()).expect("it takes a command");
             returned = answer();
             assert!(returned.get("error").is_none(), "{request}: {returned}");

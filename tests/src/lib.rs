@@ -10,6 +10,7 @@
 //! * [`block`]: loop devices, mounts, and programs that show a disk as a file, all gone with their test.
 //! * [`postgres`]: a database as a judge of disks.
 //! * [`tools`]: programs that a test needs; a test without them says `SKIPPED` and why.
+//! * [`trace`]: system calls that fail, or that a process does not survive.
 //! * [`wait`]: waiting for a condition with a limit.
 
 pub mod api;
@@ -21,6 +22,7 @@ pub mod postgres;
 pub mod process;
 pub mod site;
 pub mod tools;
+pub mod trace;
 pub mod wait;
 
 pub use site::{Machine, Site};

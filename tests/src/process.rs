@@ -51,6 +51,13 @@ impl Owned {
         !self.ended && matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// How it ended, when it did.
+    pub fn ending(&mut self) -> Option<ExitStatus> {
+        let status = self.child.try_wait().ok().flatten();
+        self.ended |= status.is_some();
+        status
+    }
+
     /// `kill -9`, then waits for the end.
     pub fn kill_9(&mut self) {
         self.signal(Signal::SIGKILL);

@@ -80,37 +80,56 @@ impl Site {
 
     /// Starts one role and does not wait for it.
     pub fn start_role(&mut self, role: &str) {
-        let mut command = Command::new(binary::tidemark());
+        self.start_role_as(role, Command::new(binary::tidemark()));
+    }
+
+    /// Starts one role by a command that runs `tidemark` with the arguments that it is given here.
+    pub fn start_role_as(&mut self, role: &str, mut command: Command) {
         command.args([role, "run", "--dir"]).arg(self.state()).stdin(Stdio::null()).stdout(Stdio::null());
         self.processes.push(Owned::start(role, command, Some(&self.path("site.log"))));
+    }
+
+    /// The process of a role that runs, or ran until it was killed by something else.
+    #[track_caller]
+    pub fn role(&mut self, role: &str) -> &mut Owned {
+        let found = self.processes.iter_mut().find(|process| process.name == role);
+        found.unwrap_or_else(|| panic!("{role} does not run"))
+    }
+
+    /// Takes a role's process, to be ended or waited for.
+    #[track_caller]
+    pub fn take_role(&mut self, role: &str) -> Owned {
+        let index = self.processes.iter().position(|process| process.name == role);
+        self.processes.remove(index.unwrap_or_else(|| panic!("{role} does not run")))
     }
 
     /// `kill -9` of one role.
     #[track_caller]
     pub fn kill_role(&mut self, role: &str) {
-        let index = self.processes.iter().position(|process| process.name == role);
-        let mut process = self.processes.remove(index.unwrap_or_else(|| panic!("{role} does not run")));
-        process.kill_9();
+        self.take_role(role).kill_9();
     }
 
     /// Waits until agent and process server have found the configuration server.
     #[track_caller]
     pub fn wait_connected(&self) {
-        let host = self.state().join("run/config-server.json");
-        let connected = wait::until("the roles find each other", LIMIT, || {
-            let addresses: Value = serde_json::from_slice(&std::fs::read(&host).ok()?).ok()?;
-            let ready = serde_json::json!({
-                "api": format!("https://{}/api/v1", addresses["api"].as_str()?),
-                "token_file": self.state().join("config-server/token"),
-                "ca_file": self.state().join("ca.pem"),
-            });
-            // An address from before a restart may be there before its server is.
-            std::net::TcpStream::connect(addresses["api"].as_str()?).ok()?;
-            let peers = crate::api::Api::connect(&ready).get("peers");
-            let connected = peers["connected"].as_array()?.len();
-            (connected >= 2).then_some(connected)
-        });
+        let connected =
+            wait::until("the roles find each other", LIMIT, || self.connected().filter(|connected| *connected >= 2));
         assert_eq!(connected, 2, "one agent and one process server");
+    }
+
+    /// How many roles have a stream to the configuration server; `None` while that cannot be asked.
+    pub fn connected(&self) -> Option<usize> {
+        let host = self.state().join("run/config-server.json");
+        let addresses: Value = serde_json::from_slice(&std::fs::read(&host).ok()?).ok()?;
+        let ready = serde_json::json!({
+            "api": format!("https://{}/api/v1", addresses["api"].as_str()?),
+            "token_file": self.state().join("config-server/token"),
+            "ca_file": self.state().join("ca.pem"),
+        });
+        // An address from before a restart may be there before its server is.
+        std::net::TcpStream::connect(addresses["api"].as_str()?).ok()?;
+        let peers = crate::api::Api::connect(&ready).get("peers");
+        Some(peers["connected"].as_array()?.len())
     }
 
     /// Where the site and its disks are.
