@@ -90,7 +90,13 @@ pub struct DiskIdentity {
     pub bytes: u64,
     pub changed_ns: i128,
     pub modified_ns: i128,
+    /// When the file was made, where the file system remembers that: an inode number is used again.
+    #[serde(default)]
+    pub born_ns: Option<i128>,
     pub is_block_device: bool,
+    /// Of a VHDX file: changes with the first write of each program that opens it. Its place; a raw image has none.
+    #[serde(default)]
+    pub data_write_guid: Option<[u8; 16]>,
 }
 
 /// A raw disk image or a block device of this machine.
@@ -195,7 +201,9 @@ impl FileDisk {
             bytes: self.current_bytes()?,
             changed_ns: ns(metadata.ctime(), metadata.ctime_nsec()),
             modified_ns: ns(metadata.mtime(), metadata.mtime_nsec()),
+            born_ns: metadata.created().ok().map(|time| i128::from(crate::Timestamp::from_system(time).0)),
             is_block_device: self.is_block_device,
+            data_write_guid: None,
         })
     }
 

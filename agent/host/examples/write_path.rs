@@ -12,6 +12,7 @@ use tidemark_base::storage::RealStorage;
 use tidemark_base::{DiskId, Generation, MachineId, ServerId, SystemClock};
 use tidemark_host::attach::{AttachRequest, attach};
 use tidemark_host::capture::splitter::Splitter;
+use tidemark_host::events::Events;
 use tidemark_host::log::LogLimits;
 use tidemark_host::state::session::Boot;
 use tidemark_nbd::{Export, WriteRequest};
@@ -46,6 +47,7 @@ fn main() {
         limits: LogLimits { rotate_bytes: 256 << 20, limit_bytes: u64::MAX, reserve_bytes: 0 },
         boot: Boot::current().expect("a boot id"),
         clock: Arc::new(SystemClock::new()),
+        events: Events::new(Arc::new(SystemClock::new())),
     })
     .expect("the disk attaches");
     let splitter = Arc::new(Splitter::new(attached.disk.clone()).expect("a splitter"));

@@ -1,127 +1,37 @@
-//! What an attach may take over from the session before it: one table, every row tested.
+//! What an attach takes over from the session before it: one table ([`decide()`]), every row tested.
 //!
 //! After a crash the disk is the truth. The question is only where the replica may differ from it: nowhere beyond the log
-//! (the log goes on), in what was in flight (slots), in what the log or the page cache may have lost (intent bitmap), or
-//! anywhere (the whole disk).
+//! (the log goes on), in what was in flight (slots), in what the log or the page cache may have lost (intent regions), in
+//! what a log held that cannot be read back (as its companion names it, or the unshipped regions), or anywhere (the whole disk).
 
-use std::fmt;
+mod decide;
+mod remains;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, OnceLock};
 
-use tidemark_base::disk::{Access, Disk, DiskIdentity, FileDisk};
-use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile, create_private_folder};
+use tidemark_base::disk::{Access, Disk, FileDisk};
+use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile};
 use tidemark_base::sync::Mutex;
-use tidemark_base::{Clock, DiskId, Epoch, Extent, ExtentSet, Generation, MachineId, Position, ServerId, Timestamp};
-use tidemark_hrl::{Cause, Examination, LogError, LogReader, RecordKind, Verdict};
+use tidemark_base::{Clock, DiskId, Epoch, Extent, ExtentSet, Generation, MachineId, ServerId, Timestamp};
 
 use crate::capture::in_flight::InFlight;
 use crate::capture::splitter::log_from_disk;
 use crate::consumer::Consumer;
 use crate::error::HostError;
-use crate::log::{ClosedLog, DiskLog, Found, LogLimits, LogPlace, logs_in, remove_log};
-use crate::protected::{ProtectedDisk, insert_granules, intent_lost_file, push_epoch};
+use crate::events::{DiskEvents, EventKind, Events, Severity};
+use crate::log::{DiskLog, Found, LogLimits, LogPlace, Unlogged, logs_in, remove_log};
+use crate::protected::{Lost, ProtectedDisk, insert_granules, lost_file, push_epoch};
 use crate::source::{ScanReason, ScanRevision, SourceIdentity, Watchers};
 use crate::state::dirty::DirtyBitmap;
-use crate::state::intent::Intent;
-use crate::state::session::{self, Boot, Mode, MountIdentity, Session, SessionId};
-use crate::state::slots::{self, SlotTable, SlotsFound};
-
-/// How the session before this one ended, as far as its files tell.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Before {
-    /// No session file, or one that cannot be trusted, or of another disk.
-    Nothing,
-    /// Left by a clean detach.
-    Clean,
-    /// Not left cleanly; same boot, same mount, and the slot table is of that session: the page cache has everything.
-    Killed,
-    /// Not left cleanly, and the page cache may be lost.
-    PowerLost,
-}
-
-/// What became of the log of the session before.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum LogFound {
-    /// Everything that the session says it had (clean), or everything that reached the page cache (killed), or
-    /// everything up to its last sync (power lost).
-    Sound,
-    /// Absent, damaged, or shorter than what was promised.
-    Unusable,
-}
-
-/// Everything that the decision depends on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Evidence {
-    pub before: Before,
-    /// Device, inode and size are those of the session before.
-    pub is_same_disk: bool,
-    /// Someone else may have written: for a clean detach, any difference in times; after a kill, a change later than
-    /// our last step; after a power loss, a change well after our last step, or in this boot. Block devices have no times, so they always may.
-    pub may_have_been_written: bool,
-    /// The session was in data mode.
-    pub was_logging: bool,
-    pub log: LogFound,
-    /// The dirty bitmap can be read.
-    pub has_dirty: bool,
-    /// The intent bitmap can be read, and nobody stored that it could not be kept.
-    pub has_intent: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Decision {
-    /// The same epoch goes on where it was left.
-    Continue,
-    /// The same epoch goes on; what was in flight is read from the disk and logged as new records.
-    ReadSlots,
-    /// A new epoch. To be scanned: the dirty bitmap, what was in flight, and what the old log holds and nobody acknowledged.
-    ScanDirty,
-    /// The same, and the regions of the intent bitmap.
-    ScanTouched,
-    /// A new epoch; the whole disk is scanned.
-    ScanWhole(Why),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Why {
-    First,
-    OtherDisk,
-    WrittenMeanwhile,
-    StateDamaged,
-    LogUnusable,
-}
-
-impl fmt::Display for Why {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Why::First => "the disk was not protected before, or nothing is known of it",
-            Why::OtherDisk => "the disk was replaced or resized",
-            Why::WrittenMeanwhile => "another program may have written to the disk while it was not attached",
-            Why::StateDamaged => "the state beside the disk is damaged",
-            Why::LogUnusable => "the log is missing or damaged",
-        })
-    }
-}
-
-/// The first row that fits decides.
-pub fn decide(evidence: &Evidence) -> Decision {
-    use Before::*;
-    match *evidence {
-        Evidence { before: Nothing, .. } => Decision::ScanWhole(Why::First),
-        Evidence { is_same_disk: false, .. } => Decision::ScanWhole(Why::OtherDisk),
-        Evidence { may_have_been_written: true, .. } => Decision::ScanWhole(Why::WrittenMeanwhile),
-        Evidence { has_dirty: false, .. } => Decision::ScanWhole(Why::StateDamaged),
-        Evidence { before: PowerLost, has_intent: false, .. } => Decision::ScanWhole(Why::StateDamaged),
-        // Which records nobody acknowledged is known from the log alone, also where it ended and the dirty bitmap went on.
-        Evidence { log: LogFound::Unusable, .. } => Decision::ScanWhole(Why::LogUnusable),
-        Evidence { before: PowerLost, was_logging: false, .. } => Decision::ScanTouched,
-        Evidence { was_logging: false, .. } => Decision::ScanDirty,
-        Evidence { before: Clean, .. } => Decision::Continue,
-        Evidence { before: Killed, .. } => Decision::ReadSlots,
-        Evidence { before: PowerLost, .. } => Decision::ScanTouched,
-    }
-}
+use crate::state::intent::{Intent, IntentFound};
+use crate::state::sealed::SealedFile;
+use crate::state::session::{self, Boot, Mode, MountIdentity, Session, SessionFile, SessionId};
+use crate::state::slots::{self, SlotTable};
+pub use decide::{Before, Decision, DiskFound, Evidence, LogFound, Why, Written, decide};
+use remains::{Places, Remains};
 
 /// Everything that an attach needs to know.
 pub struct AttachRequest {
@@ -137,73 +47,25 @@ pub struct AttachRequest {
     pub limits: LogLimits,
     pub boot: Boot,
     pub clock: Arc<dyn Clock>,
+    pub events: Arc<Events>,
 }
 
 /// A disk that is attached, and what the attach found.
 pub struct Attached {
     pub disk: Arc<ProtectedDisk>,
     pub decision: Decision,
+    /// What was added to the scans for it.
+    pub scan_bytes: u64,
     /// Marks that a power loss took: they never become recovery points.
     pub lost_marks: usize,
 }
 
-/// Where the logs of a disk lie, what they are called, and where its other state lies.
-struct Places {
-    logs: Arc<dyn Storage>,
-    stem: String,
-    state: Arc<dyn Storage>,
-    folder: PathBuf,
-}
-
-impl Places {
-    fn of(request: &AttachRequest, is_block_device: bool) -> Result<Self, HostError> {
-        let no_name = || HostError::NoName { path: request.path.clone() };
-        let (folder, stem) = if is_block_device {
-            let folder = request.device_folder.join(request.disk.to_string());
-            create_private_folder(&folder).map_err(|source| HostError::State {
-                what: "make a folder",
-                folder: request.device_folder.clone(),
-                source,
-            })?;
-            (folder, "disk".to_owned())
-        } else {
-            let path = tidemark_base::storage::canonical(&request.path)
-                .map_err(|source| HostError::Io { what: "resolve the disk", source })?;
-            let folder = path.parent().ok_or_else(no_name)?.to_owned();
-            let stem = path.file_name().and_then(|name| name.to_str()).ok_or_else(no_name)?.to_owned();
-            (folder, stem)
-        };
-        let state = RealStorage::create(folder.join(format!("{stem}.tidemark")))
-            .map_err(|source| HostError::State { what: "make a folder", folder: folder.clone(), source })?;
-        Ok(Self { logs: RealStorage::open_folder(folder.clone()), stem, state, folder })
-    }
-
-    fn failed(&self, what: &'static str) -> impl Fn(io::Error) -> HostError {
-        let folder = self.folder.clone();
-        move |source| HostError::State { what, folder: folder.clone(), source }
-    }
-}
-
-/// What the session before left.
-struct Remains {
-    session: Option<Session>,
-    slots: Option<SlotsFound>,
-    intent: Option<ExtentSet>,
-    dirty: Option<DirtyBitmap>,
-    /// Closed logs of the session's epoch, oldest first; without a gap.
-    logs: Vec<ClosedLog>,
-    last: Option<LogReader>,
-    newest: Timestamp,
-    marked: Option<Position>,
-    lost_marks: usize,
-}
-
-/// Opens a disk and takes over what the session before left, by the table of [`decide`].
+/// Opens a disk and takes over what the session before left, by the table of [`decide()`].
 ///
 /// 1. the disk is locked
 /// 2. the remains are read, and logs that were not closed are cut and closed
 /// 3. by the decision: what must be scanned is added to each consumer's scan, durably, or ranges in flight are logged
-///    again, in a new log
+///    again, in a new log (where none can be made, they are marked dirty)
 /// 4. the slots begin anew
 /// 5. the session is stored
 /// 6. the intent bitmap begins anew
@@ -223,80 +85,63 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         generation: request.generation,
         disk_bytes: disk.bytes(),
     };
+    let events = DiskEvents { events: request.events.clone(), machine: request.machine, disk: request.disk };
 
-    let mut evidence_of = Evidence {
+    let consumer = open_consumer(&places, &request, disk.bytes())?;
+    let (lost_file, lost) = open_lost(&request)?;
+    let mut remains = Remains::read(&places, &source)?;
+    let mut evidence = Evidence {
         before: Before::Nothing,
-        is_same_disk: false,
-        may_have_been_written: true,
+        disk: DiskFound::Same,
+        written: Written::Unwitnessed,
         was_logging: false,
-        log: LogFound::Unusable,
+        has_history: false,
+        log: LogFound::Unknown,
         has_dirty: false,
         has_intent: false,
     };
-    let mut remains = Remains::read(&places, &source)?;
     if let Some(session) = remains.session.take() {
-        evidence_of = examine(&session, &remains, &identity, mount, &request.boot, now);
-        evidence_of.has_intent &=
-            !session.intent_lost && !exists(&*request.elsewhere, &intent_lost_file(&source)).unwrap_or(true);
-        evidence_of.log = remains.read_logs(&places, &session, &evidence_of, now)?;
+        evidence = remains.examine(&session, &identity, mount, &request.boot, now);
+        evidence.has_intent &= !lost.intent;
+        evidence.log = remains.read_logs(&places, &session, &evidence, consumer.cursor().as_ref(), now)?;
+        evidence.has_history = remains.end().is_some_and(|end| consumer.wants_records_of(&end));
         remains.session = Some(session);
     }
-    let mut decision = decide(&evidence_of);
-    if let (Before::Nothing, Decision::ScanWhole(why)) = (evidence_of.before, &mut decision) {
-        // A consumer's file may tell that this disk was fed before; then it is not the first time.
-        *why = Why::First;
+    let mut decision = decide(&evidence);
+    if decision == Decision::ScanWhole(Why::First) && consumer.cursor().is_some() {
+        // A consumer's file tells that this disk was fed before.
+        decision = Decision::ScanWhole(Why::StateDamaged);
     }
 
     // What must be scanned, before anything is forgotten.
-    let consumer = open_consumer(&places, &request, disk.bytes())?;
-    let mut scan = ExtentSet::new();
-    let slots = remains.slots.as_ref().map(|slots| slots.in_flight.clone()).unwrap_or_default();
-    let slots: Vec<Extent> = slots.into_iter().filter(|extent| extent.is_valid_on(disk.bytes())).collect();
-    let dirty = remains.dirty.as_ref().map(DirtyBitmap::extents).unwrap_or_default();
-    let mut reason = ScanReason::Unclean;
-    match decision {
-        Decision::Continue | Decision::ReadSlots => {
-            reason = ScanReason::Dirty;
-            dirty.iter().for_each(|extent| scan.insert(extent));
-        }
-        Decision::ScanDirty | Decision::ScanTouched => {
-            dirty.iter().for_each(|extent| scan.insert(extent));
-            slots.iter().for_each(|extent| insert_granules(&mut scan, *extent));
-            if decision == Decision::ScanTouched {
-                remains.intent.iter().flat_map(ExtentSet::iter).for_each(|extent| scan.insert(extent));
-            }
-            if let Err(error) = remains.unacknowledged(&places, &request, consumer.cursor().as_ref(), &mut scan) {
-                tracing::warn!(disk = %request.disk, error = %error, "the old log cannot be read; the whole disk is scanned");
-                decision = Decision::ScanWhole(Why::LogUnusable);
-            }
-        }
-        Decision::ScanWhole(_) => {}
-    }
-    if let Decision::ScanWhole(_) = decision {
-        scan.insert(Extent::new(0, disk.bytes()));
-    }
+    let in_flight = remains.in_flight(disk.bytes());
+    let scan = what_to_scan(&mut decision, &remains, &places, &request, &consumer, &source, &evidence);
     // A consumer that holds nothing is to be scanned whole already, and its reason is worth keeping: zeroes need not be sent.
-    let holds_nothing = consumer.holds_nothing();
-    if !scan.is_empty() && !holds_nothing {
-        consumer.add(&scan, reason, ScanRevision(1)).map_err(places.failed("mark blocks"))?;
+    if !scan.is_empty() && !consumer.holds_nothing() {
+        consumer.add(&scan, reason_of(decision, &evidence), ScanRevision(1)).map_err(places.failed("mark blocks"))?;
     }
+    let dirty = match remains.dirty.take() {
+        Some(dirty) => dirty,
+        None => {
+            let file = emptied(&*places.state, "dirty").map_err(places.failed("make the dirty bitmap"))?;
+            DirtyBitmap::create(file, disk.bytes()).map_err(places.failed("make the dirty bitmap"))?
+        }
+    };
 
     // The log.
-    let is_same_epoch = matches!(decision, Decision::Continue | Decision::ReadSlots);
     let mut epochs = remains.session.as_ref().map(|session| session.epochs.clone()).unwrap_or_default();
     let old_logs = logs_in(&*places.logs, &places.stem).map_err(places.failed("list the logs"))?;
-    let start = if is_same_epoch {
-        remains.logs.last().map(|log| log.end).unwrap_or_else(|| epochs[epochs.len() - 1].start())
-    } else {
+    let is_same_epoch = decision.is_same_epoch();
+    if !is_same_epoch {
         push_epoch(&mut epochs, Epoch::random());
         remains.logs.clear();
         remains.last = None;
         remains.marked = None;
-        epochs[epochs.len() - 1].start()
-    };
+    }
+    let start = remains.end().unwrap_or_else(|| epochs[epochs.len() - 1].start());
     let kept: Vec<u64> = remains.logs.iter().map(|log| log.name.number).collect();
     let newest = remains.newest.max(remains.session.as_ref().map_or(Timestamp(0), |session| session.newest));
-    let log = DiskLog::start(
+    let (log, no_log) = DiskLog::start(
         LogPlace {
             storage: places.logs.clone(),
             stem: places.stem.clone(),
@@ -307,16 +152,28 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         request.limits,
         start,
         Found {
-            closed: remains.logs,
-            last: remains.last,
+            closed: std::mem::take(&mut remains.logs),
+            last: remains.last.take(),
             newest,
             marked: remains.marked,
             next_number: old_logs.last().map_or(1, |name| name.number + 1),
+            is_ended: decision == Decision::StayInBitmap,
         },
-    )?;
-    if decision == Decision::ReadSlots {
-        log_from_disk(&*disk, &log, &slots).map_err(places.failed("log again what was in flight"))?;
+    );
+    let mut unlogged = no_log;
+    if is_same_epoch && !in_flight.is_empty() {
+        if unlogged.is_none() {
+            unlogged = log_from_disk(&*disk, &log, &in_flight).err();
+        }
+        if unlogged.is_some() {
+            in_flight.iter().for_each(|extent| dirty.mark(*extent));
+        }
     }
+    let mode = match (&unlogged, &remains.session) {
+        (None, _) => Mode::Data,
+        (Some(Unlogged::NotLogging), Some(Session { mode: mode @ Mode::Bitmap { .. }, .. })) => mode.clone(),
+        (Some(reason), _) => Mode::Bitmap { reason: reason.text() },
+    };
 
     // This session.
     let session = Session {
@@ -326,7 +183,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         boot: request.boot,
         mount,
         epochs,
-        mode: Mode::Data,
+        mode: mode.clone(),
         identity,
         newest,
         clean: None,
@@ -334,13 +191,6 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     };
     let slots_file =
         preallocated(&*places.state, "slots", slots::FILE_BYTES).map_err(places.failed("make the slots"))?;
-    let dirty = match remains.dirty {
-        Some(dirty) => dirty,
-        None => {
-            let file = emptied(&*places.state, "dirty").map_err(places.failed("make the dirty bitmap"))?;
-            DirtyBitmap::create(file, disk.bytes()).map_err(places.failed("make the dirty bitmap"))?
-        }
-    };
     let intent_file = preallocated(&*places.state, "intent", Intent::file_bytes(disk.bytes()))
         .map_err(places.failed("make the intent bitmap"))?;
     places.state.sync_folder("").map_err(places.failed("sync the folder"))?;
@@ -349,33 +199,28 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         .ok_or_else(|| io::Error::other("the slot table needs a file that can be mapped"))
         .and_then(|file| SlotTable::start(file, session.session, now))
         .map_err(places.failed("map the slots"))?;
-    session.store(&*places.state).map_err(places.failed("store the session"))?;
-    // Regions whose sync is still owed keep their bits; where a new epoch begins they are in the scans.
-    let kept_intent = match decision {
-        Decision::ReadSlots => remains.intent.filter(|_| evidence_of.has_intent).unwrap_or_else(|| {
-            let mut all = ExtentSet::new();
-            all.insert(Extent::new(0, disk.bytes()));
-            all
-        }),
-        _ => ExtentSet::new(),
-    };
-    let intent =
-        Intent::start(intent_file, disk.bytes(), &kept_intent).map_err(places.failed("make the intent bitmap"))?;
-    dirty.clear_all();
-    if exists(&*request.elsewhere, &intent_lost_file(&source)).unwrap_or(false) {
-        request.elsewhere.remove(&intent_lost_file(&source)).map_err(places.failed("forget a lost intent bitmap"))?;
+    let session = SessionFile::begin(places.state.clone(), session).map_err(places.failed("store the session"))?;
+    let intent = begin_intent(intent_file, &source, decision, &evidence, remains.intent.take())
+        .map_err(places.failed("make the intent bitmap"))?;
+    if mode == Mode::Data && is_same_epoch {
+        intent.kept_reach(log.published().logged.sequence);
     }
+    if decision != Decision::StayInBitmap && (mode == Mode::Data || !is_same_epoch) {
+        dirty.clear_all();
+    }
+    let lost_file = Lost::settle(lost_file, lost).map_err(places.failed("forget a lost intent bitmap"))?;
     for name in old_logs.iter().filter(|name| !kept.contains(&name.number)) {
         remove_log(&*places.logs, name).map_err(places.failed("remove an old log"))?;
     }
     tracing::info!(disk = %request.disk, path = %request.path.display(), ?decision, epoch = %start.epoch, "disk attached");
+    let scan_bytes = scan.total_bytes();
+    tell(&events, &request.path, decision, &evidence, &remains, in_flight.len(), scan_bytes);
     let attached = request.clock.monotonic_now();
     let disk = Arc::new(ProtectedDisk {
         identity: source,
         path: request.path,
         disk,
-        state: places.state,
-        elsewhere: request.elsewhere,
+        lost: Mutex::new(lost_file),
         log: Arc::new(log),
         in_flight: InFlight::new(slot_table),
         intent,
@@ -394,202 +239,179 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         written_bytes: AtomicU64::new(0),
         keeper: Mutex::default(),
         alarms: Mutex::default(),
+        events,
+        write_failures: AtomicBool::new(false),
         barrier: OnceLock::new(),
     });
-    Ok(Attached { disk, decision, lost_marks: remains.lost_marks })
+    if let Some(reason) = unlogged {
+        disk.begin_in_bitmap(&reason, mode);
+    }
+    Ok(Attached { disk, decision, scan_bytes, lost_marks: remains.lost_marks })
 }
 
-/// What the session file, the slots and the disk say about each other.
-fn examine(
-    session: &Session,
+/// What a new epoch leaves to the scans. A log that cannot be read back after all makes the decision a graver one.
+fn what_to_scan(
+    decision: &mut Decision,
     remains: &Remains,
-    identity: &DiskIdentity,
-    mount: MountIdentity,
-    boot: &Boot,
-    now: Timestamp,
-) -> Evidence {
-    let slots = remains.slots.as_ref().filter(|slots| slots.session == session.session);
-    let is_same_disk = session.identity.device == identity.device
-        && session.identity.inode == identity.inode
-        && session.identity.bytes == identity.bytes;
-    let is_same_boot = session.boot.id == boot.id && session.mount == mount;
-    let changed = Timestamp(identity.changed_ns.max(identity.modified_ns).clamp(0, i128::from(u64::MAX)) as u64);
-    let (before, may_have_been_written) = match (&session.clean, slots) {
-        (Some(clean), _) => (Before::Clean, clean.identity != *identity || clean.at > now),
-        (None, Some(slots)) if is_same_boot => {
-            // A write in flight may have touched the disk a little after we last looked at the clock.
-            let slack = if slots.in_flight.is_empty() { 0 } else { IN_FLIGHT_SLACK_NS };
-            let last = Timestamp(slots.activity.0.saturating_add(slack));
-            (Before::Killed, changed > last || slots.activity > now)
+    places: &Places,
+    request: &AttachRequest,
+    consumer: &Consumer,
+    source: &SourceIdentity,
+    evidence: &Evidence,
+) -> ExtentSet {
+    let whole = Extent::new(0, source.disk_bytes);
+    let mut scan = ExtentSet::new();
+    let dirty = remains.dirty.iter().flat_map(|dirty| dirty.extents().iter().collect::<Vec<_>>());
+    match *decision {
+        // Their log goes on, and so does their bitmap.
+        Decision::StayInBitmap => return scan,
+        Decision::Continue | Decision::ReadSlots => {
+            dirty.for_each(|extent| scan.insert(extent));
+            return scan;
         }
-        // The disk's own file system was unmounted, which wrote everything, or the machine went down.
-        (None, Some(slots)) if session.boot.id == boot.id => (Before::PowerLost, changed > slots.activity),
-        // Not only this boot counts: there may have been others in between, in which the agent did not run.
-        (None, Some(slots)) => {
-            let last = Timestamp(slots.activity.0.saturating_add(POWER_LOST_SLACK_NS));
-            (Before::PowerLost, changed > boot.started || changed > last)
+        Decision::ScanWhole(_) => {
+            scan.insert(whole);
+            return scan;
         }
-        (None, _) => (Before::PowerLost, changed > boot.started || session.boot.id == boot.id),
-    };
-    Evidence {
-        before,
-        is_same_disk,
-        may_have_been_written: may_have_been_written || identity.is_block_device,
-        was_logging: session.mode == Mode::Data,
-        log: LogFound::Unusable,
-        has_dirty: remains.dirty.is_some(),
-        has_intent: remains.intent.is_some(),
+        Decision::ScanDirty | Decision::ScanTouched | Decision::ScanUnshipped => {}
+    }
+    dirty.for_each(|extent| scan.insert(extent));
+    let in_flight = remains.in_flight(source.disk_bytes);
+    in_flight.iter().for_each(|extent| insert_granules(&mut scan, *extent));
+    remains.held.iter().for_each(|extent| insert_granules(&mut scan, extent));
+    if let Err(error) = remains.unacknowledged(places, request, consumer.cursor().as_ref(), &mut scan) {
+        tracing::warn!(disk = %request.disk, error = %error, "the old log cannot be read");
+        *decision = match evidence.has_intent {
+            true => Decision::ScanUnshipped,
+            false => Decision::ScanWhole(Why::LogUnusable),
+        };
+    }
+    let intent = remains.intent.iter().flat_map(|found| found.intent.iter());
+    let unshipped = remains.intent.iter().flat_map(|found| found.unshipped.iter());
+    match decision {
+        Decision::ScanTouched => intent.for_each(|extent| scan.insert(extent)),
+        Decision::ScanUnshipped => intent.chain(unshipped).for_each(|extent| scan.insert(extent)),
+        Decision::ScanWhole(_) => scan.insert(whole),
+        _ => {}
+    }
+    // Granules reach past the end of a disk that does not end with one.
+    scan.remove(Extent::new(source.disk_bytes, u64::MAX - source.disk_bytes));
+    scan
+}
+
+fn reason_of(decision: Decision, evidence: &Evidence) -> ScanReason {
+    match decision {
+        Decision::Continue | Decision::ReadSlots | Decision::StayInBitmap => ScanReason::Dirty,
+        Decision::ScanDirty if evidence.log == LogFound::Sound => ScanReason::Dirty,
+        Decision::ScanDirty | Decision::ScanUnshipped => ScanReason::LogDamaged,
+        Decision::ScanTouched | Decision::ScanWhole(_) => ScanReason::Unclean,
     }
 }
 
-/// How long the system may take from our look at the clock to its change of the disk's times.
-const IN_FLIGHT_SLACK_NS: u64 = 1_000_000_000;
-/// How much later than the last step that was synced the last write before a power loss may have been: the keeper syncs
-/// about every second, and a sync may take long.
-const POWER_LOST_SLACK_NS: u64 = 60_000_000_000;
+/// Regions whose sync is still owed keep their bits; where a new epoch begins they are in the scans.
+fn begin_intent(
+    file: Arc<dyn StorageFile>,
+    source: &SourceIdentity,
+    decision: Decision,
+    evidence: &Evidence,
+    found: Option<IntentFound>,
+) -> io::Result<Intent> {
+    let all = || ExtentSet::from_iter([Extent::new(0, source.disk_bytes)]);
+    let found =
+        found.filter(|_| evidence.has_intent).unwrap_or_else(|| IntentFound { intent: all(), unshipped: all() });
+    let kept = match (decision.is_same_epoch(), evidence.before) {
+        (false, _) => IntentFound::default(),
+        (true, Before::Clean) => IntentFound { intent: ExtentSet::new(), unshipped: found.unshipped },
+        (true, _) => found,
+    };
+    Intent::start(file, source.disk_bytes, &kept)
+}
 
-impl Remains {
-    fn read(places: &Places, source: &SourceIdentity) -> Result<Self, HostError> {
-        let state = &*places.state;
-        let failed = places.failed("read the state");
-        let session = Session::load(state).map_err(&failed)?.filter(|session| session.disk == source.disk);
-        let open = |name: &str| -> io::Result<Option<Arc<dyn StorageFile>>> {
-            Ok(if state.exists(name)? { Some(state.open(name, OpenMode::ReadWrite)?) } else { None })
-        };
-        let slots = match open("slots").map_err(&failed)? {
-            Some(file) => file.as_file().map(SlotTable::read).transpose().map_err(&failed)?.flatten(),
-            None => None,
-        };
-        // A medium that cannot read them back has no bitmaps.
-        let intent = open("intent").map_err(&failed)?;
-        let intent = intent.and_then(|file| Intent::read(&*file, source.disk_bytes).ok().flatten());
-        let dirty = open("dirty").map_err(&failed)?;
-        let dirty = dirty.and_then(|file| DirtyBitmap::open(file, source.disk_bytes).ok().flatten());
-        Ok(Self {
-            session,
-            slots,
-            intent,
-            dirty,
-            logs: Vec::new(),
-            last: None,
-            newest: Timestamp(0),
-            marked: None,
-            lost_marks: 0,
-        })
+/// Says what was found and decided, once.
+fn tell(
+    events: &DiskEvents,
+    path: &Path,
+    decision: Decision,
+    evidence: &Evidence,
+    remains: &Remains,
+    in_flight: usize,
+    scan_bytes: u64,
+) {
+    let path = path.display();
+    let log = remains.defect.as_deref().unwrap_or("the log cannot be read");
+    let was = match evidence.before {
+        Before::Killed => "after its agent was killed",
+        _ => "where it was left",
+    };
+    let (severity, kind, message, help) = match decision {
+        Decision::Continue => {
+            (Severity::Information, EventKind::DiskContinued, format!("disk {path} goes on where it was left"), "")
+        }
+        Decision::ReadSlots => (
+            Severity::Warning,
+            EventKind::AgentWasKilled,
+            format!(
+                "disk {path} goes on after its agent was killed: {in_flight} writes in flight were logged again, nothing is compared"
+            ),
+            "",
+        ),
+        Decision::StayInBitmap => (
+            Severity::Warning,
+            EventKind::DiskContinued,
+            format!("disk {path} goes on {was}, without a log until the process server took what the old one holds"),
+            "",
+        ),
+        Decision::ScanDirty if evidence.log == LogFound::Sound => (
+            Severity::Warning,
+            EventKind::DiskContinued,
+            format!("disk {path} goes on {was}: {scan_bytes} bytes that changed without a log are read again"),
+            "",
+        ),
+        Decision::ScanTouched => (
+            Severity::Warning,
+            EventKind::PowerWasLost,
+            format!(
+                "the power was lost, or something like it, while disk {path} was in use: {scan_bytes} bytes of regions that may differ are compared"
+            ),
+            "",
+        ),
+        Decision::ScanDirty | Decision::ScanUnshipped => (
+            Severity::Warning,
+            if evidence.has_dirty { EventKind::LogDamaged } else { EventKind::StateDamaged },
+            format!("{log}: {scan_bytes} bytes of disk {path} that it may have held are compared"),
+            Why::LogUnusable.help(),
+        ),
+        Decision::ScanWhole(why) => {
+            (why.severity(), why.event(), format!("the whole of disk {path} is compared: {why}"), why.help())
+        }
+    };
+    events.publish(severity, kind, message, help);
+    if remains.lost_marks > 0 {
+        let message = format!(
+            "{} marks of disk {path} that were made shortly before the machine went down are lost",
+            remains.lost_marks
+        );
+        let help = "recovery points of that time may be missing; later ones are not affected";
+        events.publish(Severity::Warning, EventKind::MarksLost, message, help);
     }
+}
 
-    /// Judges the logs, and closes those that can be kept.
-    fn read_logs(
-        &mut self,
-        places: &Places,
-        session: &Session,
-        evidence: &Evidence,
-        now: Timestamp,
-    ) -> Result<LogFound, HostError> {
-        let cause = if evidence.before == Before::PowerLost { Cause::PowerLoss } else { Cause::ProcessKilled };
-        let disk = session.disk;
-        let examination = match Examination::examine(places.logs.clone(), &places.stem, disk, cause) {
-            Ok(examination) => examination,
-            Err(error @ LogError::Io { .. }) => return Err(error.into()),
-            Err(error) => {
-                tracing::warn!(%disk, error = %error, "log cannot be recovered");
-                return Ok(LogFound::Unusable);
-            }
-        };
-        match examination.verdict() {
-            Verdict::Damaged { path, offset, what, .. } => {
-                tracing::warn!(%disk, path = %path.display(), offset, what, "log is damaged");
-                return Ok(LogFound::Unusable);
-            }
-            Verdict::NeedsCompare { path, what } => {
-                tracing::warn!(%disk, path = %path.display(), what, "log cannot be trusted");
-                return Ok(LogFound::Unusable);
-            }
-            Verdict::Cut { discarded_records, lost_marks, .. } => {
-                self.lost_marks = lost_marks.len();
-                tracing::warn!(%disk, discarded_records, lost_marks = lost_marks.len(), "log lost its tail");
-            }
-            Verdict::NothingOpen | Verdict::Kept { .. } => {}
-        }
-        examination.finish(now)?;
-        let epoch = session.epochs[session.epochs.len() - 1];
-        for name in logs_in(&*places.logs, &places.stem).map_err(places.failed("list the logs"))? {
-            match LogReader::open(places.logs.clone(), &name, disk) {
-                // Of an epoch that did not begin, or that ended: not needed any more.
-                Ok(reader) if reader.start().epoch != epoch => {}
-                Ok(reader) => {
-                    self.logs.push(ClosedLog::from(&reader));
-                    self.last = Some(reader);
-                }
-                Err(error @ LogError::Io { .. }) if error.os_error() != Some(libc::ENOENT) => return Err(error.into()),
-                Err(error) => {
-                    tracing::warn!(%disk, error = %error, "log cannot be read");
-                    return Ok(LogFound::Unusable);
-                }
-            }
-        }
-        let is_whole = self.logs.windows(2).all(|pair| pair[0].end == pair[1].start);
-        let end = self.logs.last().map(|log| log.end);
-        // Where logging ended with an error, records that nobody was told of may follow; their blocks are dirty as well.
-        let is_promised = session.clean.as_ref().is_none_or(|clean| match end {
-            Some(end) if !evidence.was_logging => {
-                end.epoch == clean.position.epoch && end.sequence >= clean.position.sequence
-            }
-            end => end == Some(clean.position),
-        });
-        let Some(last) = &self.last else { return Ok(LogFound::Unusable) };
-        if !is_whole || !is_promised {
-            return Ok(LogFound::Unusable);
-        }
-        // The newest time and mark: at most one log is read for them.
-        let mut records = last.records();
-        loop {
-            match records.next() {
-                Ok(Some(record)) => {
-                    self.newest = self.newest.max(record.time);
-                    if let RecordKind::Mark { .. } = record.kind {
-                        self.marked = Some(records.position());
-                    }
-                }
-                Ok(None) => return Ok(LogFound::Sound),
-                Err(error) => {
-                    tracing::warn!(%disk, error = %error, "log cannot be read");
-                    return Ok(LogFound::Unusable);
-                }
-            }
-        }
-    }
-
-    /// Adds what the logs changed after the cursor; everything, if the cursor is of another epoch.
-    fn unacknowledged(
-        &self,
-        places: &Places,
-        request: &AttachRequest,
-        cursor: Option<&Position>,
-        into: &mut ExtentSet,
-    ) -> Result<(), LogError> {
-        for log in &self.logs {
-            let cursor = cursor.filter(|cursor| cursor.epoch == log.start.epoch);
-            if cursor.is_some_and(|cursor| cursor.sequence >= log.end.sequence) {
-                continue;
-            }
-            let reader = LogReader::open(places.logs.clone(), &log.name, request.disk)?;
-            let mut records = match cursor {
-                Some(cursor) if cursor.sequence > log.start.sequence => reader.records_after(cursor)?,
-                _ => reader.records(),
-            };
-            while let Some(record) = records.next()? {
-                if let Some(extent) = record.extent() {
-                    insert_granules(into, extent);
-                }
-            }
-        }
-        Ok(())
-    }
+/// The file on another volume that says whether the intent bitmap is kept.
+fn open_lost(request: &AttachRequest) -> Result<(SealedFile<Lost>, Lost), HostError> {
+    let opened = SealedFile::open(request.elsewhere.clone(), &lost_file(request.disk), Lost::SLOT_BYTES);
+    let (file, found) = opened.map_err(|source| HostError::State {
+        what: "keep a file",
+        folder: request.elsewhere.path(""),
+        source,
+    })?;
+    Ok((file, found.unwrap_or_default()))
 }
 
 /// Removes the logs and the state of a disk that is not protected any more. The disk is not attached.
-pub fn remove_state(path: &Path, device_folder: &Path, disk: DiskId) -> io::Result<()> {
+pub fn remove_state(path: &Path, device_folder: &Path, elsewhere: &dyn Storage, disk: DiskId) -> io::Result<()> {
+    if elsewhere.exists(&lost_file(disk))? {
+        elsewhere.remove(&lost_file(disk))?;
+    }
     // As at attach: beside the file itself, not beside a link to it.
     let path = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let device = device_folder.join(disk.to_string());
@@ -632,10 +454,6 @@ fn open_consumer(places: &Places, request: &AttachRequest, disk_bytes: u64) -> R
     }
 }
 
-fn exists(storage: &dyn Storage, name: &str) -> io::Result<bool> {
-    storage.exists(name)
-}
-
 fn emptied(state: &dyn Storage, name: &str) -> io::Result<Arc<dyn StorageFile>> {
     let file = state.open(name, OpenMode::OpenOrCreate)?;
     file.set_bytes(0)?;
@@ -653,90 +471,4 @@ fn preallocated(state: &dyn Storage, name: &str, bytes: u64) -> io::Result<Arc<d
     }
     file.sync()?;
     Ok(file)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn every_evidence() -> impl Iterator<Item = Evidence> {
-        let flags = 0..32u32;
-        [Before::Nothing, Before::Clean, Before::Killed, Before::PowerLost].into_iter().flat_map(move |before| {
-            flags.clone().flat_map(move |flags| {
-                [LogFound::Sound, LogFound::Unusable].into_iter().map(move |log| Evidence {
-                    before,
-                    is_same_disk: flags & 1 != 0,
-                    may_have_been_written: flags & 2 != 0,
-                    was_logging: flags & 4 != 0,
-                    log,
-                    has_dirty: flags & 8 != 0,
-                    has_intent: flags & 16 != 0,
-                })
-            })
-        })
-    }
-
-    /// What each kind of harm demands at least, said apart from the table.
-    fn least(evidence: &Evidence) -> u32 {
-        let mut least = 0;
-        let mut need = |condition: bool, rank: u32| {
-            if condition {
-                least = least.max(rank);
-            }
-        };
-        need(evidence.before == Before::Nothing, 4);
-        need(!evidence.is_same_disk || evidence.may_have_been_written || !evidence.has_dirty, 4);
-        need(evidence.log == LogFound::Unusable, 4);
-        need(!evidence.was_logging, 2);
-        need(evidence.before == Before::Killed, 1);
-        need(evidence.before == Before::PowerLost, if evidence.has_intent { 3 } else { 4 });
-        least
-    }
-
-    #[test]
-    fn every_row_does_exactly_what_the_evidence_demands() {
-        let mut rows = 0;
-        for evidence in every_evidence() {
-            let rank = match decide(&evidence) {
-                Decision::Continue => 0,
-                Decision::ReadSlots => 1,
-                Decision::ScanDirty => 2,
-                Decision::ScanTouched => 3,
-                Decision::ScanWhole(_) => 4,
-            };
-            assert_eq!(rank, least(&evidence), "{evidence:?}");
-            rows += 1;
-        }
-        assert_eq!(rows, 256);
-    }
-
-    #[test]
-    fn the_rows_as_they_are_named() {
-        let sound = Evidence {
-            before: Before::Clean,
-            is_same_disk: true,
-            may_have_been_written: false,
-            was_logging: true,
-            log: LogFound::Sound,
-            has_dirty: true,
-            has_intent: true,
-        };
-        let whole = Decision::ScanWhole;
-        for (evidence, decision) in [
-            (sound, Decision::Continue),
-            (Evidence { before: Before::Nothing, ..sound }, whole(Why::First)),
-            (Evidence { before: Before::Killed, ..sound }, Decision::ReadSlots),
-            (Evidence { before: Before::PowerLost, ..sound }, Decision::ScanTouched),
-            (Evidence { before: Before::Killed, was_logging: false, ..sound }, Decision::ScanDirty),
-            (Evidence { before: Before::PowerLost, was_logging: false, ..sound }, Decision::ScanTouched),
-            (Evidence { is_same_disk: false, ..sound }, whole(Why::OtherDisk)),
-            (Evidence { may_have_been_written: true, ..sound }, whole(Why::WrittenMeanwhile)),
-            (Evidence { log: LogFound::Unusable, ..sound }, whole(Why::LogUnusable)),
-            (Evidence { before: Before::PowerLost, has_intent: false, ..sound }, whole(Why::StateDamaged)),
-            (Evidence { before: Before::Killed, has_intent: false, ..sound }, Decision::ReadSlots),
-            (Evidence { has_dirty: false, ..sound }, whole(Why::StateDamaged)),
-        ] {
-            assert_eq!(decide(&evidence), decision, "{evidence:?}");
-        }
-    }
 }

@@ -16,13 +16,14 @@ use tidemark_base::{Extent, ExtentSet, Position, ServerId};
 
 use crate::source::{PendingScan, ScanReason, ScanRevision};
 use crate::state::dirty::{DirtyBitmap, GRANULE_BYTES};
-use crate::state::session::{load_sealed, store_sealed};
+use crate::state::sealed::SealedFile;
 
 /// Additions that are told apart; older ones are merged, which only means that more of them is scanned twice.
 const RECENT_MAX: usize = 16;
 /// Parts of granules that were scanned and are remembered; past it they are forgotten and scanned again.
 const PARTIAL_MAX: usize = 1 << 16;
-const STORED_BYTES_MAX: u64 = 64 << 10;
+const VERSION: u32 = 2;
+const SLOT_BYTES: usize = 4096;
 
 pub struct Consumer {
     server: ServerId,
@@ -42,6 +43,7 @@ pub struct Stored {
 }
 
 struct State {
+    file: SealedFile<Stored>,
     current: Stored,
     stored: Option<Stored>,
     /// Additions of this run, in whole granules, with the revision that made them.
@@ -51,6 +53,10 @@ struct State {
     /// What the scan that goes on began with.
     total_bytes: u64,
     asked: Option<Instant>,
+    /// Its sender was told to send nothing.
+    is_paused: bool,
+    /// A stream to it is open.
+    is_connected: bool,
 }
 
 impl Consumer {
@@ -64,44 +70,72 @@ impl Consumer {
 
     /// A consumer that holds nothing yet: the whole disk is to be scanned. Durable when it returns.
     pub fn create(storage: Arc<dyn Storage>, server: ServerId, disk_bytes: u64) -> io::Result<Self> {
+        let scan = Self::full_scan(&storage, server, disk_bytes)?;
+        let (file, _) = SealedFile::open(storage.clone(), &Self::state_file(server), SLOT_BYTES)?;
+        let current = Stored { version: VERSION, server, cursor: None, reason: Some(ScanReason::Initial) };
+        let consumer = Self::new(storage, file, scan, current, None);
+        consumer.store()?;
+        Ok(consumer)
+    }
+
+    fn full_scan(storage: &Arc<dyn Storage>, server: ServerId, disk_bytes: u64) -> io::Result<DirtyBitmap> {
         let file = storage.open(&Self::scan_file(server), OpenMode::OpenOrCreate)?;
         file.set_bytes(0)?;
         let scan = DirtyBitmap::create(file, disk_bytes)?;
         scan.mark_all();
         scan.sync()?;
         storage.sync_folder("")?;
-        let current = Stored { version: 1, server, cursor: None, reason: Some(ScanReason::Initial) };
-        let consumer = Self::new(storage, scan, current, None);
-        consumer.store()?;
-        Ok(consumer)
+        Ok(scan)
     }
 
-    /// What an earlier session left; `None` when there is nothing, or nothing that can be trusted.
+    /// What an earlier session left; `None` when there is nothing, or nothing that can be trusted. A bitmap that is damaged,
+    /// or of a disk of another size, is begun anew with the whole disk in it: what was acknowledged is still known.
     pub fn open(storage: Arc<dyn Storage>, server: ServerId, disk_bytes: u64) -> io::Result<Option<Self>> {
-        let Some(stored) = load_sealed::<Stored>(&*storage, &Self::state_file(server), STORED_BYTES_MAX)? else {
-            return Ok(None);
-        };
-        if stored.version != 1 || stored.server != server || !storage.exists(&Self::scan_file(server))? {
+        let name = Self::state_file(server);
+        if !storage.exists(&name)? {
             return Ok(None);
         }
-        let file = storage.open(&Self::scan_file(server), OpenMode::ReadWrite)?;
-        let Some(scan) = DirtyBitmap::open(file, disk_bytes)? else { return Ok(None) };
+        let (file, stored) = SealedFile::<Stored>::open(storage.clone(), &name, SLOT_BYTES)?;
+        let Some(stored) = stored.filter(|stored| stored.version == VERSION && stored.server == server) else {
+            return Ok(None);
+        };
         let mut current = stored.clone();
+        let found = match storage.exists(&Self::scan_file(server))? {
+            true => DirtyBitmap::open(storage.open(&Self::scan_file(server), OpenMode::ReadWrite)?, disk_bytes)?,
+            false => None,
+        };
+        let scan = match found {
+            Some(scan) => scan,
+            None => {
+                // It may hold anything by now: zeroes must be sent as well.
+                current.reason = Some(ScanReason::Unclean);
+                Self::full_scan(&storage, server, disk_bytes)?
+            }
+        };
         match (scan.is_empty(), current.reason) {
             (true, _) => current.reason = None,
             (false, None) => current.reason = Some(ScanReason::Unclean),
             (false, Some(_)) => {}
         }
-        Ok(Some(Self::new(storage, scan, current, Some(stored))))
+        Ok(Some(Self::new(storage, file, scan, current, Some(stored))))
     }
 
-    fn new(storage: Arc<dyn Storage>, scan: DirtyBitmap, current: Stored, stored: Option<Stored>) -> Self {
+    fn new(
+        storage: Arc<dyn Storage>,
+        file: SealedFile<Stored>,
+        scan: DirtyBitmap,
+        current: Stored,
+        stored: Option<Stored>,
+    ) -> Self {
         let state = State {
+            file,
             stored,
             recent: Vec::new(),
             partial: ExtentSet::new(),
             total_bytes: scan.bytes(),
             asked: None,
+            is_paused: false,
+            is_connected: false,
             current,
         };
         Self { server: state.current.server, storage, scan, state: Mutex::new(state) }
@@ -130,9 +164,33 @@ impl Consumer {
         state.asked = Some(Instant::now());
     }
 
-    /// Whether its sender asked for anything lately.
+    /// Whether it is there: it took something lately or a stream to it is open, and its sender may go on.
     pub fn is_active(&self, within: Duration) -> bool {
-        self.state().asked.is_some_and(|asked| asked.elapsed() < within)
+        let state = self.state();
+        !state.is_paused && (state.is_connected || state.asked.is_some_and(|asked| asked.elapsed() < within))
+    }
+
+    /// Whether a stream to it is open, as its sender says.
+    pub fn set_connected(&self, is_connected: bool) {
+        self.state().is_connected = is_connected;
+    }
+
+    /// Its sender sends nothing until this is taken back: nobody waits for it.
+    pub fn set_paused(&self, is_paused: bool) {
+        self.state().is_paused = is_paused;
+    }
+
+    /// Everything up to `end` was acknowledged, or what was not is in its scan.
+    pub fn has_passed(&self, end: &Position) -> bool {
+        let state = self.state();
+        state.current.cursor.as_ref() == Some(end) || state.current.reason.is_some()
+    }
+
+    /// What it did not acknowledge can be sent as records after its cursor, and leave it consistent.
+    pub fn wants_records_of(&self, end: &Position) -> bool {
+        let state = self.state();
+        let cursor = state.current.cursor.filter(|cursor| cursor.epoch == end.epoch);
+        state.current.reason.is_none() && cursor.is_some_and(|cursor| cursor.sequence < end.sequence)
     }
 
     /// Adds to what must be scanned. Durable when it returns.
@@ -174,7 +232,10 @@ impl Consumer {
 
     pub fn pending(&self, newer_than: ScanRevision, revision: ScanRevision) -> PendingScan {
         let mut state = self.state();
-        state.asked = Some(Instant::now());
+        if newer_than >= ScanRevision(1) {
+            // Whoever asks for everything may not have reached the consumer yet.
+            state.asked = Some(Instant::now());
+        }
         // Revision 1 is what the attach found.
         let extents = if newer_than < ScanRevision(1) {
             self.scan.extents()
@@ -245,7 +306,7 @@ impl Consumer {
 
     fn store_locked(&self, state: &mut State) -> io::Result<()> {
         if state.stored.as_ref() != Some(&state.current) {
-            store_sealed(&*self.storage, &Self::state_file(self.server), &state.current)?;
+            state.file.store(&state.current)?;
             state.stored = Some(state.current.clone());
         }
         Ok(())

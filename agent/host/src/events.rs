@@ -9,10 +9,12 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tidemark_base::sync::{Condvar, Mutex, MutexGuard};
+use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId, MachineId, Timestamp};
 
 /// Older events are forgotten.

@@ -278,7 +278,8 @@ impl Host {
         }
         for disk in &spec.disks {
             let devices = self.shared.config.state_folder.join("devices");
-            if let Err(error) = crate::attach::remove_state(disk.path.as_ref(), &devices, disk.disk) {
+            let elsewhere = &*self.shared.storage;
+            if let Err(error) = crate::attach::remove_state(disk.path.as_ref(), &devices, elsewhere, disk.disk) {
                 tracing::warn!(path = %disk.path, %error, "state of a disk could not be removed");
             }
         }

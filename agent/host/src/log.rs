@@ -19,6 +19,7 @@ use tidemark_hrl::{ActiveLog, Append, DataHasher, LogError, LogName, LogReader, 
 use tidemark_hrl::{Record as LogRecord, RecordKind, Records};
 use tidemark_proto::replication::Mark;
 
+use crate::ledger::Ledger;
 use crate::source::{DataRef, Located, ReadDataError, Record, RecordBody, RecordReader, SourceError};
 
 /// A wall clock that moved by this much more or less than the monotonic one was set.
@@ -58,6 +59,19 @@ pub enum Unlogged {
     NotLogging,
 }
 
+impl Unlogged {
+    /// With its cause, for people.
+    pub fn text(&self) -> String {
+        match self {
+            Unlogged::Failed(error) => match std::error::Error::source(error) {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            },
+            _ => self.to_string(),
+        }
+    }
+}
+
 pub struct DiskLog {
     storage: Arc<dyn Storage>,
     stem: String,
@@ -79,6 +93,8 @@ pub struct DiskLog {
     keeper: OnceLock<Thread>,
     /// Of the logs that were read last.
     data_files: Mutex<VecDeque<(u64, Arc<dyn StorageFile>)>>,
+    /// The bytes between a cursor and the ledger's begin.
+    earlier: Mutex<Option<(Position, Sequence, u64)>>,
 }
 
 struct Appender {
@@ -97,6 +113,7 @@ struct Published {
     logged: Position,
     marked: Option<Position>,
     time: Timestamp,
+    ledger: Ledger,
     steps: VecDeque<Sequence>,
 }
 
@@ -175,18 +192,30 @@ pub struct Found {
     pub marked: Option<Position>,
     /// The number of the next log: higher than that of any file in the folder.
     pub next_number: u64,
+    /// What the closed logs hold is still to be sent, and no more can be logged until it was: no log is begun.
+    pub is_ended: bool,
 }
 
 impl DiskLog {
-    /// Goes on at `start`, in a new log. Durable when it returns.
-    pub fn start(place: LogPlace, limits: LogLimits, start: Position, found: Found) -> Result<Self, LogError> {
+    /// Goes on at `start`, in a new log, durable when it returns. Where none can be made, the disk begins without, and
+    /// the second value says why.
+    pub fn start(place: LogPlace, limits: LogLimits, start: Position, found: Found) -> (Self, Option<Unlogged>) {
         let LogPlace { storage, stem, disk, disk_bytes, clock } = place;
         let mut chain: Vec<Arc<Entry>> = found.closed.iter().map(Entry::closed).collect();
         let previous = found.last.as_ref().map(LogReader::id);
         let now = clock.wall_now().max(found.newest);
         let name = LogName::new(stem.as_str(), found.next_number);
-        let log = ActiveLog::create(storage.clone(), name, disk, disk_bytes, start, previous, now)?;
-        chain.push(Entry::live(log.reader()));
+        let created = match found.is_ended {
+            true => Err(Unlogged::NotLogging),
+            false => {
+                ActiveLog::create(storage.clone(), name, disk, disk_bytes, start, previous, now).map_err(Unlogged::from)
+            }
+        };
+        let (log, reason) = match created {
+            Ok(log) => (Some(log), None),
+            Err(reason) => (None, Some(reason)),
+        };
+        chain.extend(log.as_ref().map(|log| Entry::live(log.reader())));
         let log = Self {
             storage: storage.clone(),
             stem,
@@ -197,23 +226,30 @@ impl DiskLog {
             rotate_bytes: AtomicU64::new(limits.rotate_bytes),
             hasher: DataHasher::new(disk),
             appender: Mutex::new(Appender {
-                log: Some(log),
+                log,
                 ended: None,
                 newest: found.newest,
                 clocks: None,
                 unmeasured_bytes: 0,
                 uncalled_bytes: 0,
             }),
-            published: Mutex::new(Published { logged: start, marked: found.marked, time: now, steps: VecDeque::new() }),
+            published: Mutex::new(Published {
+                logged: start,
+                marked: found.marked,
+                time: now,
+                ledger: Ledger::begin(start.sequence),
+                steps: VecDeque::new(),
+            }),
             chain: Mutex::new(chain),
             closed_bytes: AtomicU64::new(0),
             next_number: AtomicU64::new(found.next_number + 1),
             prepared: Mutex::new(None),
             keeper: OnceLock::new(),
             data_files: Mutex::new(VecDeque::new()),
+            earlier: Mutex::default(),
         };
         log.measure_closed();
-        Ok(log)
+        (log, reason)
     }
 
     pub fn hasher(&self) -> &DataHasher {
@@ -294,6 +330,7 @@ impl DiskLog {
         let mut published = self.published.lock().expect("no panic while held");
         published.logged = position;
         published.time = time;
+        published.ledger.push(position.sequence, batch.iter().map(changed_bytes).sum());
         if is_mark {
             published.marked = Some(position);
         }
@@ -470,6 +507,16 @@ impl DiskLog {
         Ok(position)
     }
 
+    /// What was to be logged cannot be read from the disk.
+    pub fn failed_at_disk(&self, source: io::Error) -> Unlogged {
+        Unlogged::Failed(LogError::Io { verb: "read the disk for", path: self.storage.path(&self.stem), source })
+    }
+
+    /// Ends logging before its time.
+    pub fn end(&self) {
+        self.appender().end();
+    }
+
     /// Makes the first log of a new epoch, durable.
     pub fn create_epoch(&self, epoch: Epoch) -> Result<NewEpoch, LogError> {
         let now = self.time_now();
@@ -496,6 +543,7 @@ impl DiskLog {
             logged: new.log.position(),
             marked: None,
             time: self.clock.wall_now().max(appender.newest),
+            ledger: Ledger::begin(new.log.position().sequence),
             steps: VecDeque::new(),
         };
         appender.log = Some(new.log);
@@ -516,9 +564,14 @@ impl DiskLog {
         if entries.is_empty() { Ok(()) } else { self.storage.sync_folder("") }
     }
 
-    /// Removes the closed logs that every consumer has passed.
-    pub fn remove_before(&self, cursor: &Position) -> io::Result<()> {
-        let passed: Vec<Arc<Entry>> = {
+    /// Removes the closed logs that every consumer has passed; a log that ended before its time as well, once everything
+    /// in it was acknowledged.
+    pub fn remove_before(&self, cursor: &Position, and_ended: bool) -> io::Result<()> {
+        self.published.lock().expect("no panic while held").ledger.forget_before(cursor.sequence);
+        let passed: Vec<Arc<Entry>> = if and_ended && self.is_drained(cursor) {
+            self.appender().ended = None;
+            std::mem::take(&mut *self.chain())
+        } else {
             let mut chain = self.chain();
             // A log ends where the next one begins; the last one may grow, and one that is being closed stays.
             let count = (1..chain.len())
@@ -539,10 +592,72 @@ impl DiskLog {
         Ok(())
     }
 
+    /// Nothing is logged any more, and all that was is behind the cursor.
+    fn is_drained(&self, cursor: &Position) -> bool {
+        !self.is_logging() && *cursor == self.published().logged
+    }
+
+    /// Bytes of the records after a cursor. A cursor of another epoch has passed nothing of this one.
+    pub fn bytes_after(self: &Arc<Self>, cursor: Option<&Position>) -> Result<u64, SourceError> {
+        let (logged, total, first) = {
+            let published = self.published.lock().expect("no panic while held");
+            (published.logged, published.ledger.total(), published.ledger.first())
+        };
+        let cursor = cursor.filter(|cursor| cursor.epoch == logged.epoch).copied();
+        let oldest = || self.chain().first().map_or(logged, |entry| entry.start);
+        let cursor = cursor.unwrap_or_else(oldest);
+        if cursor.sequence >= logged.sequence {
+            return Ok(0);
+        }
+        let entry = self.published.lock().expect("no panic while held").ledger.at_or_before(cursor.sequence);
+        match entry {
+            Some((at, bytes)) if at == cursor.sequence => Ok(total - bytes),
+            // Between two entries: what was passed since the first of them is read.
+            Some((_, bytes)) => {
+                let next = self.published.lock().expect("no panic while held").ledger.after(cursor.sequence);
+                let (until, bytes_until) = next.unwrap_or((logged.sequence, total));
+                debug_assert!(bytes_until >= bytes);
+                Ok(total - bytes_until.min(total) + self.bytes_between(&cursor, until)?)
+            }
+            None => Ok(total + self.bytes_of_earlier_sessions(&cursor, first)?),
+        }
+    }
+
+    /// Bytes after a cursor that lies before the ledger: read once, and again only as far as the cursor moves.
+    fn bytes_of_earlier_sessions(self: &Arc<Self>, cursor: &Position, until: Sequence) -> Result<u64, SourceError> {
+        let mut known = self.earlier.lock().expect("no panic while held");
+        let moved = match &*known {
+            Some((at, end, bytes)) if *end == until && at.epoch == cursor.epoch && at.sequence <= cursor.sequence => {
+                self.bytes_between(at, cursor.sequence).ok().map(|passed| bytes.saturating_sub(passed))
+            }
+            _ => None,
+        };
+        let bytes = match moved {
+            Some(bytes) => bytes,
+            None => self.bytes_between(cursor, until)?,
+        };
+        *known = Some((*cursor, until, bytes));
+        Ok(bytes)
+    }
+
+    fn bytes_between(self: &Arc<Self>, after: &Position, until: Sequence) -> Result<u64, SourceError> {
+        let mut reader = self.read_after(after)?;
+        let mut bytes = 0;
+        while reader.at.sequence < until {
+            let Some(record) = reader.next_record()? else { break };
+            bytes += record.extent().map_or(0, |extent| extent.length);
+        }
+        Ok(bytes)
+    }
+
     pub fn locate(&self, position: &Position) -> Result<Located, LogError> {
         let logged = self.published().logged;
         if position.epoch != logged.epoch {
             return Ok(Located::Unknown);
+        }
+        if *position == logged {
+            // Nothing follows it, so that no log is needed.
+            return Ok(Located::Here);
         }
         if position.sequence > logged.sequence {
             return Ok(Located::Ahead);
@@ -566,13 +681,16 @@ impl DiskLog {
 
     pub fn read_after(self: &Arc<Self>, position: &Position) -> Result<ChainReader, SourceError> {
         let gone = || SourceError::Gone { disk: self.disk, after: *position };
-        let entry = self.entry_with(position.sequence).ok_or_else(gone)?;
+        let Some(entry) = self.entry_with(position.sequence) else {
+            let is_end = *position == self.published().logged;
+            return if is_end { Ok(ChainReader { log: self.clone(), open: None, at: *position }) } else { Err(gone()) };
+        };
         if entry.start.epoch != position.epoch {
             return Err(gone());
         }
         let reader = entry.reader(&self.storage, self.disk).map_err(|error| self.read_error(error, *position))?;
         let records = reader.records_after(position).map_err(|error| self.read_error(error, *position))?;
-        Ok(ChainReader { log: self.clone(), number: entry.number(), reader, records, at: *position })
+        Ok(ChainReader { log: self.clone(), open: Some((entry.number(), reader, records)), at: *position })
     }
 
     fn read_error(&self, error: LogError, after: Position) -> SourceError {
@@ -682,6 +800,15 @@ impl NewEpoch {
     }
 }
 
+/// What a record changes on the disk.
+fn changed_bytes(append: &Append<'_>) -> u64 {
+    match append {
+        Append::Write { data, .. } => data.len() as u64,
+        Append::Zeroes { extent } => extent.length,
+        Append::Mark { .. } => 0,
+    }
+}
+
 /// Removes both files of a log, the companion last: an `.hrl` file without one looks robbed.
 pub fn remove_log(storage: &dyn Storage, name: &LogName) -> io::Result<()> {
     for file in [name.hrl(), name.companion()] {
@@ -696,16 +823,16 @@ pub fn remove_log(storage: &dyn Storage, name: &LogName) -> io::Result<()> {
 /// Reads the records of a chain of logs, also while the last one grows.
 pub struct ChainReader {
     log: Arc<DiskLog>,
-    number: u64,
-    reader: LogReader,
-    records: Records,
+    /// The number of the log that is read; none when it began where no log is and nothing follows.
+    open: Option<(u64, LogReader, Records)>,
     at: Position,
 }
 
 impl ChainReader {
     pub fn next_record(&mut self) -> Result<Option<LogRecord>, SourceError> {
         loop {
-            let record = self.records.next().map_err(|error| self.log.read_error(error, self.at))?;
+            let Some((number, reader, records)) = &mut self.open else { return Ok(None) };
+            let record = records.next().map_err(|error| self.log.read_error(error, self.at))?;
             if let Some(record) = record {
                 self.at.sequence = record.sequence;
                 self.at.hash = record.history;
@@ -713,23 +840,23 @@ impl ChainReader {
             }
             let next = {
                 let chain = self.log.chain();
-                match chain.iter().position(|entry| entry.number() == self.number) {
+                match chain.iter().position(|entry| entry.number() == *number) {
                     Some(index) => chain.get(index + 1).cloned(),
                     None => chain.iter().find(|entry| entry.start == self.at).cloned(),
                 }
             };
             let Some(next) = next else { return Ok(None) };
             // The log ended before the next one was made, but perhaps after we came to what was its end then.
-            if self.reader.end() != self.at {
+            if reader.end() != self.at {
                 continue;
             }
             if next.start != self.at {
                 return Err(SourceError::History { disk: self.log.disk, after: self.at });
             }
-            self.number = next.number();
-            self.reader =
+            let reader =
                 next.reader(&self.log.storage, self.log.disk).map_err(|error| self.log.read_error(error, self.at))?;
-            self.records = self.reader.records();
+            let records = reader.records();
+            self.open = Some((next.number(), reader, records));
         }
     }
 
@@ -737,7 +864,12 @@ impl ChainReader {
         let body = match record.kind {
             RecordKind::Write { extent, data_offset, digest, .. } => RecordBody::Write {
                 extent,
-                data: DataRef { log: self.number, offset: data_offset, length: extent.length as u32, hash: digest },
+                data: DataRef {
+                    log: self.open.as_ref().map_or(0, |(number, ..)| *number),
+                    offset: data_offset,
+                    length: extent.length as u32,
+                    hash: digest,
+                },
             },
             RecordKind::Zeroes { extent } => RecordBody::Zeroes { extent },
             RecordKind::Mark { body } => match Mark::from_bytes(&body) {

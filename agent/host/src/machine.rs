@@ -4,6 +4,8 @@
 //! be made are tried again a second later. *Cancellation.* [`Machine::stop`] ends exports, marks and senders, then leaves
 //! each disk cleanly. *Crash.* Dropping a machine without stopping it is what a crash is: the next attach finds out.
 
+mod watch;
+
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -19,7 +21,7 @@ use tidemark_proto::control::{
 };
 use tidemark_proto::replication::Consistency;
 
-use crate::attach::{AttachRequest, Decision, attach};
+use crate::attach::{AttachRequest, attach};
 use crate::capture::{Address, CaptureProvider};
 use crate::error::HostError;
 use crate::log::LogLimits;
@@ -30,6 +32,7 @@ use crate::send::{Phase, SendPolicy, Sender, SenderConfig, SenderStatus, ShipMod
 use crate::source::ScanReason;
 use crate::state::session::Mode;
 use crate::{HostConfig, HostLimits};
+use watch::SenderSeen;
 
 const KEEPER_INTERVAL: Duration = Duration::from_secs(1);
 /// The places of any-time recovery are so far apart in continuous mode.
@@ -53,6 +56,7 @@ struct MachineDisk {
     export: String,
     address: Address,
     sender: Mutex<Option<Sender>>,
+    seen: Mutex<SenderSeen>,
 }
 
 impl Machine {
@@ -77,11 +81,12 @@ impl Machine {
                 limits: log_limits(&config.limits, &spec.policy, u64::MAX),
                 boot: config.boot.clone(),
                 clock: config.clock.clone(),
+                events: config.events.clone(),
             };
             match attach(request) {
                 Ok(found) => {
                     found.disk.set_log_limits(log_limits(&config.limits, &spec.policy, found.disk.disk.bytes()));
-                    report(&found.disk, &found.decision, found.lost_marks);
+                    report(&found.disk, found.lost_marks);
                     attached.push(found.disk);
                 }
                 Err(error) => {
@@ -108,12 +113,14 @@ impl Machine {
                 }
                 Ok((address, sender))
             });
+            disk.consumers().iter().for_each(|consumer| consumer.set_paused(spec.paused));
             match result {
                 Ok((address, sender)) => disks.push(MachineDisk {
                     disk: disk.clone(),
                     export: named.export.clone(),
                     address,
                     sender: Mutex::new(Some(sender)),
+                    seen: Mutex::default(),
                 }),
                 Err(source) => {
                     spec.disks.iter().for_each(|named| drop(provider.detach(&named.export)));
@@ -160,6 +167,7 @@ impl Machine {
             let mut marked = Instant::now();
             while !stop.wait_for(MARK_INTERVAL) {
                 let Some(machine) = machine.upgrade() else { break };
+                machine.disks.iter().for_each(MachineDisk::watch_sender);
                 machine.mark_by_policy(&mut marked);
             }
         })?);
@@ -232,6 +240,7 @@ impl Machine {
         }
         spec.paused = is_paused;
         for disk in &self.disks {
+            disk.disk.consumers().iter().for_each(|consumer| consumer.set_paused(is_paused));
             if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
                 if is_paused { sender.pause() } else { sender.resume() }
             }
@@ -301,7 +310,7 @@ impl Machine {
         }
         let scan_left = progress.map_or(0, |(done, total, _)| total - done);
         let durable_time = sender.as_ref().and_then(|sender| sender.durable_time);
-        let since = durable_time.unwrap_or_else(|| disk.session.lock().expect("no panic while held").newest);
+        let since = durable_time.unwrap_or_else(|| disk.session.lock().expect("no panic while held").current().newest);
         SourceDisk {
             disk: disk.identity.disk,
             state: state_of(sender.as_ref(), progress.map(|(_, _, reason)| reason)),
@@ -314,7 +323,7 @@ impl Machine {
             logged: logged.logged.to_string(),
             sent: sender.as_ref().and_then(|sender| sender.sent).map(|at| at.to_string()).unwrap_or_default(),
             durable: durable.map(|at| at.to_string()).unwrap_or_default(),
-            pending_bytes: scan_left + disk.pending_bytes(durable.as_ref()) + disk.dirty.bytes(),
+            pending_bytes: scan_left + disk.pending_bytes(durable.as_ref()),
             written_bytes: disk.written_bytes(),
             sent_bytes: sender.as_ref().map_or(0, |sender| sender.chunk_bytes_sent),
             log_bytes: disk.log.allocated_bytes(),
@@ -376,10 +385,7 @@ fn leave(disks: &[Arc<ProtectedDisk>]) {
 }
 
 /// Says what an attach found, where people look for it.
-fn report(disk: &ProtectedDisk, decision: &Decision, lost_marks: usize) {
-    if let Decision::ScanWhole(why) = decision {
-        tracing::info!(disk = %disk.identity.disk, %why, "the whole disk is scanned");
-    }
+fn report(disk: &ProtectedDisk, lost_marks: usize) {
     if lost_marks > 0 {
         disk.alarm(
             "lost",

@@ -21,7 +21,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
-use tidemark_base::{DiskId, Extent, ExtentSet, Position, Sequence, Timestamp};
+use tidemark_base::{DiskId, Epoch, Extent, ExtentSet, Position, Sequence, Timestamp};
 
 use crate::companion::{RECORDS_OFFSET, Reached};
 use crate::error::{LogError, Result};
@@ -92,6 +92,8 @@ pub struct Examination {
     remove: Vec<String>,
     /// The logs at and after damage.
     set_aside: Vec<LogName>,
+    /// What is intact of the first of them.
+    intact: Option<Keep>,
 }
 
 /// A log, or its beginning, that is to be closed.
@@ -118,6 +120,18 @@ enum Found {
 
 impl Examination {
     pub fn examine(storage: Arc<dyn Storage>, stem: &str, disk: DiskId, cause: Cause) -> Result<Self> {
+        Self::examine_epoch(storage, stem, disk, cause, None)
+    }
+
+    /// The same, for an epoch that stands for certain: a log of another one that was not closed never counted, or what it held is
+    /// known elsewhere. It is removed.
+    pub fn examine_epoch(
+        storage: Arc<dyn Storage>,
+        stem: &str,
+        disk: DiskId,
+        cause: Cause,
+        epoch: Option<Epoch>,
+    ) -> Result<Self> {
         let mut this = Self {
             storage,
             stem: stem.to_owned(),
@@ -125,6 +139,7 @@ impl Examination {
             keep: Vec::new(),
             remove: Vec::new(),
             set_aside: Vec::new(),
+            intact: None,
         };
         for (name, files) in logs_in(&*this.storage, stem)? {
             match this.look_at(&name, files, disk)? {
@@ -139,6 +154,9 @@ impl Examination {
                     this.verdict = Verdict::NeedsCompare { path, what };
                     this.set_aside.push(name);
                 }
+                Found::Open(open) if epoch.is_some_and(|epoch| open.log.start.position.epoch != epoch) => {
+                    this.remove.extend([name.hrl(), name.companion()]);
+                }
                 Found::Open(open) => this.judge(*open, cause)?,
             }
         }
@@ -147,6 +165,23 @@ impl Examination {
 
     pub fn verdict(&self) -> &Verdict {
         &self.verdict
+    }
+
+    /// What the intact records of logs that were not closed changed, after a position of theirs (`None`: all of them): for
+    /// whoever cannot keep these logs and looks at the disk instead.
+    pub fn extents(&self, after: Option<&Position>) -> Result<ExtentSet> {
+        let mut extents = ExtentSet::new();
+        for keep in self.keep.iter().chain(&self.intact) {
+            let epoch = keep.log.start.position.epoch;
+            let after = after.filter(|after| after.epoch == epoch).map_or(Sequence(0), |after| after.sequence);
+            let mut scan = Scan::new(keep.log.clone());
+            while let Step::Record(record) = scan.step(keep.reached.companion_bytes, u64::MAX)? {
+                if record.sequence > after {
+                    extents.insert(record.extent().unwrap_or(Extent::new(0, 0)));
+                }
+            }
+        }
+        Ok(extents)
     }
 
     fn look_at(&self, name: &LogName, files: Files, disk: DiskId) -> Result<Found> {
@@ -295,6 +330,7 @@ impl Examination {
                     None => Held::Unknown,
                 };
                 self.set_aside.push(open.log.name.clone());
+                self.intact = Some(Keep { log: open.log, reached: walk.intact });
                 self.verdict = Verdict::Damaged { end, from, held, path, offset, what: walk.what };
             }
         }

@@ -18,7 +18,7 @@ use tidemark_hrl::{Append, DataHash};
 use tidemark_nbd::{CachedReader, Export, WriteRequest};
 
 use super::in_flight::{Admitted, Closed};
-use crate::log::record_parts;
+use crate::log::{DiskLog, Unlogged, record_parts};
 use crate::protected::ProtectedDisk;
 use crate::source::RECORD_BYTES_MAX;
 
@@ -194,13 +194,13 @@ impl Export for Splitter {
 
 /// Reads ranges from the disk and logs them as they are now: what was in flight when the process was killed. The disk
 /// is not served yet.
-pub(crate) fn log_from_disk(disk: &dyn Disk, log: &crate::log::DiskLog, extents: &[Extent]) -> io::Result<()> {
+pub(crate) fn log_from_disk(disk: &dyn Disk, log: &DiskLog, extents: &[Extent]) -> Result<(), Unlogged> {
     let mut buffer = vec![0; RECORD_BYTES_MAX as usize];
     for part in extents.iter().copied().flat_map(record_parts) {
         let data = &mut buffer[..part.length as usize];
-        disk.read_at(part.offset, data)?;
+        disk.read_at(part.offset, data).map_err(|source| log.failed_at_disk(source))?;
         let hash = log.hasher().hash(data);
-        log.append(&[Append::Write { offset: part.offset, data, hash }], part.length).map_err(io::Error::other)?;
+        log.append(&[Append::Write { offset: part.offset, data, hash }], part.length)?;
     }
     Ok(())
 }

@@ -1,8 +1,10 @@
-//! The write-intent bitmap: coarse regions that a power cut may have left unlike the log.
+//! The write-intent bitmap: coarse regions that a power cut may have left unlike the log, and beside it those whose writes
+//! some process server has not acknowledged.
 //!
-//! *Consistency.* A region's bit is durable before [`Intent::declare`] returns, and that is before a write to it is given
-//! to the disk. [`Intent::clear_idle`] clears bits of regions in which nothing is in flight and which were idle since
-//! before a completed sync of disk and log. *Retries.* None: a file whose sync failed refuses everything; the caller
+//! *Consistency.* A region's bits are durable before [`Intent::declare`] returns, and that is before a write to it is given
+//! to the disk. [`Intent::clear_idle`] clears the intent bits of regions in which nothing is in flight and which were idle since
+//! before a completed sync of disk and log; [`Intent::clear_shipped`] clears the unshipped bits of regions without intent
+//! whose last record every consumer has passed. *Retries.* None: a file whose sync failed refuses everything; the caller
 //! stores elsewhere that the whole disk must be compared and calls [`Intent::give_up`]. *Cancellation.* Every call runs
 //! to its end. *Crash.* A torn block counts as all ones; a clear that did not reach the media leaves a bit too many.
 
@@ -12,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tidemark_base::storage::StorageFile;
 use tidemark_base::sync::Mutex;
-use tidemark_base::{Extent, ExtentSet};
+use tidemark_base::{Extent, ExtentSet, Sequence};
 
 pub const BLOCK_BYTES: usize = 4096;
 const HEADER_BYTES: usize = 48;
@@ -22,6 +24,11 @@ const REGIONS_PER_BLOCK: u64 = (WORDS_PER_BLOCK * 64) as u64;
 const REGION_BYTES_MIN: u64 = 4 << 20;
 /// At most about this many regions: two blocks of bitmap for any disk.
 const REGIONS_MAX: u64 = 1 << 16;
+/// The two maps, in the order of their blocks.
+const INTENT: usize = 0;
+const UNSHIPPED: usize = 1;
+/// Two blocks a map (REGIONS_MAX), or three when the last region is partial.
+const BLOCKS_MAX: usize = 6;
 
 /// Time in a coarse unit since the disk was attached. The keeper of the clock chooses the unit (milliseconds).
 pub type Tick = u64;
@@ -33,6 +40,8 @@ pub struct Intent {
     bits: Box<[AtomicU64]>,
     /// When the last write to the region ended.
     last_write: Box<[AtomicU64]>,
+    /// Up to which sequence its records may reach: known once the region lost its intent bit.
+    last_sequence: Box<[AtomicU64]>,
     file: Mutex<Image>,
     /// Set once another place says durably that the whole disk must be compared; bits mean nothing from then on.
     given_up: AtomicBool,
@@ -40,9 +49,21 @@ pub struct Intent {
 
 struct Image {
     file: Arc<dyn StorageFile>,
-    /// What the file holds, or will when its blocks are written next.
+    /// What the file holds, or will when its blocks are written next: the intent bits, then the unshipped ones.
     words: Vec<u64>,
 }
+
+/// What an earlier session's file names.
+#[derive(Clone, Debug, Default)]
+pub struct IntentFound {
+    /// What a power cut may have left unlike the log.
+    pub intent: ExtentSet,
+    /// Everything that was written and that some consumer did not acknowledge, unless it is in a scan.
+    pub unshipped: ExtentSet,
+}
+
+/// Nobody knows up to which record the region's writes reach: it stays.
+const NEVER: u64 = u64::MAX;
 
 fn region_shift(disk_bytes: u64) -> u32 {
     disk_bytes.div_ceil(REGIONS_MAX).next_power_of_two().max(REGION_BYTES_MIN).trailing_zeros()
@@ -55,30 +76,38 @@ fn blocks(disk_bytes: u64) -> usize {
 impl Intent {
     /// The size of the file for a disk.
     pub fn file_bytes(disk_bytes: u64) -> u64 {
-        (blocks(disk_bytes) * BLOCK_BYTES) as u64
+        (2 * blocks(disk_bytes) * BLOCK_BYTES) as u64
     }
 
-    /// Writes the bitmap over the whole file and syncs it. `kept` names regions of an earlier session that are neither
-    /// synced nor to be scanned.
-    pub fn start(file: Arc<dyn StorageFile>, disk_bytes: u64, kept: &ExtentSet) -> io::Result<Self> {
+    /// Writes both maps over the whole file and syncs it. `kept` names regions of an earlier session that are not synced,
+    /// and those whose writes are neither acknowledged nor in a scan.
+    pub fn start(file: Arc<dyn StorageFile>, disk_bytes: u64, kept: &IntentFound) -> io::Result<Self> {
         let words = blocks(disk_bytes) * WORDS_PER_BLOCK;
         let regions = disk_bytes.div_ceil(1 << region_shift(disk_bytes)) as usize;
         let intent = Self {
             region_shift: region_shift(disk_bytes),
             disk_bytes,
-            bits: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            bits: (0..2 * words).map(|_| AtomicU64::new(0)).collect(),
             last_write: (0..regions).map(|_| AtomicU64::new(0)).collect(),
-            file: Mutex::new(Image { file, words: vec![0; words] }),
+            last_sequence: (0..regions).map(|_| AtomicU64::new(NEVER)).collect(),
+            file: Mutex::new(Image { file, words: vec![0; 2 * words] }),
             given_up: AtomicBool::new(false),
         };
         {
             let mut image = intent.image();
-            for region in kept.iter().flat_map(|extent| intent.regions(extent)) {
-                let (word, bit) = place(region);
-                image.words[word] |= bit;
-                intent.bits[word].fetch_or(bit, Ordering::Release);
+            // A region with intent may hold writes that are in no record yet.
+            let kept_intent = kept.intent.iter().map(|extent| (extent, [INTENT, UNSHIPPED].as_slice()));
+            let kept_unshipped = kept.unshipped.iter().map(|extent| (extent, [UNSHIPPED].as_slice()));
+            for (extent, maps) in kept_intent.chain(kept_unshipped) {
+                for region in intent.regions(extent) {
+                    for map in maps {
+                        let (word, bit) = intent.place(*map, region);
+                        image.words[word] |= bit;
+                        intent.bits[word].fetch_or(bit, Ordering::Release);
+                    }
+                }
             }
-            for block in 0..blocks(disk_bytes) {
+            for block in 0..2 * blocks(disk_bytes) {
                 intent.write_block(&image, block)?;
             }
             image.file.sync()?;
@@ -87,27 +116,30 @@ impl Intent {
     }
 
     /// The regions that an earlier session's file names; `None` when the file is of another disk's size. Blocks that
-    /// do not match their checksum count as all ones.
-    pub fn read(file: &dyn StorageFile, disk_bytes: u64) -> io::Result<Option<ExtentSet>> {
+    /// do not match their checksum, or cannot be read, count as all ones.
+    pub fn read(file: &dyn StorageFile, disk_bytes: u64) -> io::Result<Option<IntentFound>> {
         if file.bytes()? != Self::file_bytes(disk_bytes) {
             return Ok(None);
         }
         let region_bytes = 1u64 << region_shift(disk_bytes);
-        let mut found = ExtentSet::new();
+        let mut found = IntentFound::default();
         let mut content = [0; BLOCK_BYTES];
-        for block in 0..blocks(disk_bytes) {
-            file.read_at((block * BLOCK_BYTES) as u64, &mut content)?;
-            let is_sound = content[..16] == blake3::hash(&content[16..]).as_bytes()[..16]
+        for (map, block) in [INTENT, UNSHIPPED].iter().flat_map(|map| (0..blocks(disk_bytes)).map(move |at| (*map, at)))
+        {
+            let number = map * blocks(disk_bytes) + block;
+            let is_sound = file.read_at((number * BLOCK_BYTES) as u64, &mut content).is_ok()
+                && content[..16] == blake3::hash(&content[16..]).as_bytes()[..16]
                 && &content[16..24] == MAGIC
                 && content[24..32] == region_bytes.to_le_bytes()
                 && content[32..40] == disk_bytes.to_le_bytes()
-                && content[40..44] == (block as u32).to_le_bytes();
+                && content[40..44] == (number as u32).to_le_bytes();
+            let into = if map == INTENT { &mut found.intent } else { &mut found.unshipped };
             for region in 0..REGIONS_PER_BLOCK {
                 let byte = content[HEADER_BYTES + (region / 8) as usize];
                 if !is_sound || byte & (1 << (region % 8)) != 0 {
                     let offset = (block as u64 * REGIONS_PER_BLOCK + region) * region_bytes;
                     if offset < disk_bytes {
-                        found.insert(Extent::new(offset, region_bytes.min(disk_bytes - offset)));
+                        into.insert(Extent::new(offset, region_bytes.min(disk_bytes - offset)));
                     }
                 }
             }
@@ -115,48 +147,38 @@ impl Intent {
         Ok(Some(found))
     }
 
-    /// Makes the bits of these writes durable. Costs two loads for a region that was declared before.
+    /// Makes the bits of these writes durable. Costs four loads for a region that was declared before.
     ///
     /// The writes must be in the in-flight table already: that is what keeps [`Self::clear_idle`] from clearing behind us.
     pub fn declare(&self, writes: &[Extent]) -> io::Result<()> {
-        if writes.iter().all(|write| self.regions(*write).all(|region| self.is_set(region)))
-            || self.given_up.load(Ordering::Acquire)
-        {
+        let is_declared = |region| self.is_set(INTENT, region) && self.is_set(UNSHIPPED, region);
+        if writes.iter().all(|write| self.regions(*write).all(is_declared)) || self.given_up.load(Ordering::Acquire) {
             return Ok(());
         }
         let mut image = self.image();
-        let mut changed = [usize::MAX; 2];
-        for write in writes {
-            for region in self.regions(*write) {
-                let (word, bit) = place(region);
-                if image.words[word] & bit != 0 && self.is_set(region) {
-                    continue;
-                }
+        let mut changed = [false; BLOCKS_MAX];
+        for (map, region) in self.bits_of(writes) {
+            let (word, bit) = self.place(map, region);
+            if image.words[word] & bit == 0 || !self.is_set(map, region) {
                 image.words[word] |= bit;
-                let block = word / WORDS_PER_BLOCK;
-                // There are at most two blocks (REGIONS_MAX), or three when the last region is partial.
-                if !changed.contains(&block) {
-                    match changed.iter_mut().find(|changed| **changed == usize::MAX) {
-                        Some(free) => *free = block,
-                        None => self.write_block(&image, block)?,
-                    }
-                }
+                changed[word / WORDS_PER_BLOCK] = true;
             }
         }
-        for block in changed {
-            if block != usize::MAX {
-                self.write_block(&image, block)?;
-            }
+        for (block, _) in changed.iter().enumerate().filter(|(_, changed)| **changed) {
+            self.write_block(&image, block)?;
         }
         image.file.sync()?;
         // Only now may a writer rely on them.
-        for write in writes {
-            for region in self.regions(*write) {
-                let (word, bit) = place(region);
-                self.bits[word].fetch_or(bit, Ordering::Release);
-            }
+        for (map, region) in self.bits_of(writes) {
+            let (word, bit) = self.place(map, region);
+            self.bits[word].fetch_or(bit, Ordering::Release);
         }
         Ok(())
+    }
+
+    fn bits_of(&self, writes: &[Extent]) -> impl Iterator<Item = (usize, u64)> {
+        let regions = writes.iter().flat_map(|write| self.regions(*write));
+        regions.flat_map(|region| [(INTENT, region), (UNSHIPPED, region)])
     }
 
     /// Says that a write ended, before it leaves the in-flight table.
@@ -166,14 +188,16 @@ impl Intent {
         }
     }
 
-    /// Clears the bits of regions whose last write ended before `synced` (when the last completed sync of disk and log
+    /// Clears the intent bits of regions whose last write ended before `synced` (when the last completed sync of disk and log
     /// began) and is at least `idle` ticks ago. `none_in_flight` is asked with the extent of a region, runs its second
-    /// argument under the in-flight lock if nothing is in flight there, and says whether it did.
+    /// argument under the in-flight lock if nothing is in flight there, and says whether it did. `logged` is up to where the
+    /// log tells of every write; `None` when it does not.
     pub fn clear_idle(
         &self,
         now: Tick,
         synced: Tick,
         idle: Tick,
+        logged: Option<Sequence>,
         none_in_flight: impl Fn(Extent, &mut dyn FnMut()),
     ) -> io::Result<()> {
         if self.given_up.load(Ordering::Acquire) {
@@ -182,14 +206,17 @@ impl Intent {
         let mut image = self.image();
         let mut changed = vec![false; blocks(self.disk_bytes)];
         for region in 0..self.last_write.len() as u64 {
-            if !self.is_set(region) {
+            if !self.is_set(INTENT, region) {
                 continue;
             }
             let offset = region << self.region_shift;
-            let (word, bit) = place(region);
+            let (word, bit) = self.place(INTENT, region);
             none_in_flight(Extent::new(offset, 1 << self.region_shift), &mut || {
                 let last = self.last_write[region as usize].load(Ordering::Acquire);
                 if last < synced && last.saturating_add(idle) <= now {
+                    // Nothing is in flight here, so all of the region's records are logged.
+                    let reached = logged.map_or(NEVER, |logged| logged.0);
+                    self.last_sequence[region as usize].store(reached, Ordering::Release);
                     self.bits[word].fetch_and(!bit, Ordering::Release);
                     image.words[word] &= !bit;
                     changed[word / WORDS_PER_BLOCK] = true;
@@ -202,9 +229,65 @@ impl Intent {
         Ok(())
     }
 
+    /// Clears the unshipped bits of regions without intent whose records every consumer has acknowledged durably.
+    pub fn clear_shipped(&self, acknowledged: Sequence) -> io::Result<()> {
+        if self.given_up.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut image = self.image();
+        let mut changed = [false; BLOCKS_MAX];
+        for region in 0..self.last_sequence.len() as u64 {
+            // Under the lock that a declaration takes before it makes a bit durable.
+            let (intent_word, intent_bit) = self.place(INTENT, region);
+            let (word, bit) = self.place(UNSHIPPED, region);
+            let reached = self.last_sequence[region as usize].load(Ordering::Acquire);
+            if image.words[word] & bit != 0
+                && image.words[intent_word] & intent_bit == 0
+                && reached != NEVER
+                && reached <= acknowledged.0
+            {
+                self.bits[word].fetch_and(!bit, Ordering::Release);
+                image.words[word] &= !bit;
+                changed[word / WORDS_PER_BLOCK] = true;
+            }
+        }
+        for (block, _) in changed.iter().enumerate().filter(|(_, changed)| **changed) {
+            self.write_block(&image, block)?;
+        }
+        Ok(())
+    }
+
+    /// A new epoch began: what no consumer acknowledged of the old one is in their scans. Its sequences say nothing
+    /// any more.
+    pub fn forget_sequences(&self) {
+        for region in 0..self.last_sequence.len() as u64 {
+            if !self.is_set(INTENT, region) {
+                self.last_sequence[region as usize].store(0, Ordering::Release);
+            }
+        }
+    }
+
+    /// Records of an earlier session reach up to here: for the regions that were kept.
+    pub fn kept_reach(&self, logged: Sequence) {
+        self.last_sequence.iter().for_each(|reached| reached.store(logged.0, Ordering::Release));
+    }
+
+    /// Everything that was written and that some consumer did not acknowledge, unless it is in a scan: the whole disk, when
+    /// that is not kept.
+    pub fn unshipped(&self) -> ExtentSet {
+        let mut found = ExtentSet::new();
+        for region in 0..self.last_sequence.len() as u64 {
+            if self.has_given_up() || self.is_set(UNSHIPPED, region) || self.is_set(INTENT, region) {
+                let offset = region << self.region_shift;
+                found.insert(Extent::new(offset, (1 << self.region_shift).min(self.disk_bytes - offset)));
+            }
+        }
+        found
+    }
+
     /// Whether any region has its bit set, and so the disk and the log want a sync now and then.
     pub fn is_any_set(&self) -> bool {
-        self.bits.iter().any(|word| word.load(Ordering::Acquire) != 0)
+        self.bits[..self.bits.len() / 2].iter().any(|word| word.load(Ordering::Acquire) != 0)
     }
 
     /// The whole disk is to be compared after a crash, and that is durable elsewhere: bits are no longer kept.
@@ -220,9 +303,14 @@ impl Intent {
         self.file.lock().expect("no panic while held")
     }
 
-    fn is_set(&self, region: u64) -> bool {
-        let (word, bit) = place(region);
+    fn is_set(&self, map: usize, region: u64) -> bool {
+        let (word, bit) = self.place(map, region);
         self.bits[word].load(Ordering::Acquire) & bit != 0
+    }
+
+    /// Where the bit of a region lies among all words.
+    fn place(&self, map: usize, region: u64) -> (usize, u64) {
+        (map * self.bits.len() / 2 + (region / 64) as usize, 1 << (region % 64))
     }
 
     fn regions(&self, extent: Extent) -> std::ops::Range<u64> {
@@ -245,10 +333,6 @@ impl Intent {
     }
 }
 
-fn place(region: u64) -> (usize, u64) {
-    ((region / 64) as usize, 1 << (region % 64))
-}
-
 const _: () = assert!(REGIONS_PER_BLOCK == 32_384 && HEADER_BYTES + WORDS_PER_BLOCK * 8 == BLOCK_BYTES);
 
 #[cfg(test)]
@@ -265,13 +349,13 @@ mod tests {
     }
 
     fn read(file: &Arc<dyn StorageFile>) -> Vec<Extent> {
-        Intent::read(&**file, DISK_BYTES).unwrap().unwrap().iter().collect()
+        Intent::read(&**file, DISK_BYTES).unwrap().unwrap().intent.iter().collect()
     }
 
     #[test]
     fn declared_regions_are_read_back() {
         let (_folder, file) = file();
-        let intent = Intent::start(file.clone(), DISK_BYTES, &ExtentSet::new()).unwrap();
+        let intent = Intent::start(file.clone(), DISK_BYTES, &IntentFound::default()).unwrap();
         assert!(read(&file).is_empty() && !intent.is_any_set());
         intent.declare(&[Extent::new(5 << 20, 4096), Extent::new((12 << 20) - 512, 1024)]).unwrap();
         assert_eq!(read(&file), [Extent::new(4 << 20, 12 << 20)]);
@@ -283,7 +367,7 @@ mod tests {
     #[test]
     fn only_idle_and_synced_regions_are_cleared() {
         let (_folder, file) = file();
-        let intent = Intent::start(file.clone(), DISK_BYTES, &ExtentSet::new()).unwrap();
+        let intent = Intent::start(file.clone(), DISK_BYTES, &IntentFound::default()).unwrap();
         let write = |region: u64| Extent::new(region << 22, 512);
         for region in 0..4 {
             intent.declare(&[write(region)]).unwrap();
@@ -293,7 +377,7 @@ mod tests {
         intent.ended(write(2), 55); // not synced since
         intent.ended(write(3), 10); // in flight again
         intent
-            .clear_idle(100, 50, 30, |region, clear| {
+            .clear_idle(100, 50, 30, Some(Sequence(7)), |region, clear| {
                 if region.offset != 3 << 22 {
                     clear()
                 }
@@ -304,17 +388,83 @@ mod tests {
         assert_eq!(read(&file), [Extent::new(0, 16 << 20)]);
     }
 
+    fn unshipped(file: &Arc<dyn StorageFile>) -> Vec<Extent> {
+        Intent::read(&**file, DISK_BYTES).unwrap().unwrap().unshipped.iter().collect()
+    }
+
+    #[test]
+    fn a_region_is_unshipped_until_its_last_record_is_acknowledged() {
+        let (_folder, file) = file();
+        let intent = Intent::start(file.clone(), DISK_BYTES, &IntentFound::default()).unwrap();
+        let write = |region: u64| Extent::new(region << 22, 512);
+        let clear = |logged: Option<u64>, below: u64| {
+            let logged = logged.map(Sequence);
+            intent
+                .clear_idle(100, 100, 0, logged, |region, clear| {
+                    if region.offset < below << 22 {
+                        clear()
+                    }
+                })
+                .unwrap();
+        };
+        intent.declare(&[write(0), write(1), write(2)]).unwrap();
+        intent.clear_shipped(Sequence(100)).unwrap();
+        assert_eq!(unshipped(&file), [Extent::new(0, 12 << 20)], "all of them may be written to");
+        clear(Some(7), 1); // region 0: its records end at 7
+        clear(None, 2); // region 1: what was written is in no log
+        intent.clear_shipped(Sequence(6)).unwrap();
+        assert_eq!(unshipped(&file), [Extent::new(0, 12 << 20)]);
+        intent.clear_shipped(Sequence(7)).unwrap();
+        assert_eq!(
+            (read(&file), unshipped(&file)),
+            (vec![Extent::new(8 << 20, 4 << 20)], vec![Extent::new(4 << 20, 8 << 20)])
+        );
+        // In a new epoch everything older is in the scans, but for what is written to now.
+        intent.forget_sequences();
+        intent.clear_shipped(Sequence(0)).unwrap();
+        assert_eq!(unshipped(&file), [Extent::new(8 << 20, 4 << 20)]);
+        intent.declare(&[write(1)]).unwrap();
+        assert_eq!(unshipped(&file), [Extent::new(4 << 20, 8 << 20)]);
+        assert_eq!(intent.unshipped().iter().collect::<Vec<_>>(), unshipped(&file));
+        // The next session keeps them, without knowing up to which record they reach.
+        let found = Intent::read(&*file, DISK_BYTES).unwrap().unwrap();
+        let kept = IntentFound { intent: ExtentSet::new(), unshipped: found.unshipped };
+        let next = Intent::start(file.clone(), DISK_BYTES, &kept).unwrap();
+        next.clear_shipped(Sequence(1000)).unwrap();
+        assert_eq!(unshipped(&file), [Extent::new(4 << 20, 8 << 20)]);
+        next.kept_reach(Sequence(1000));
+        next.clear_shipped(Sequence(1000)).unwrap();
+        assert!(unshipped(&file).is_empty());
+    }
+
+    /// Each bit of the file in turn: never fewer regions than were named.
     #[test]
     fn a_damaged_block_counts_as_all_ones() {
         let (_folder, file) = file();
-        let kept = [Extent::new(8 << 20, 512)].into_iter().fold(ExtentSet::new(), |mut set, extent| {
-            set.insert(extent);
-            set
-        });
+        let named = Extent::new(8 << 20, 4 << 20);
+        let kept = IntentFound { intent: [named].into_iter().collect(), unshipped: [named].into_iter().collect() };
         Intent::start(file.clone(), DISK_BYTES, &kept).unwrap();
-        assert_eq!(read(&file), [Extent::new(8 << 20, 4 << 20)]);
-        file.write_at(3000, &[1]).unwrap();
-        assert_eq!(read(&file), [Extent::new(0, DISK_BYTES)]);
+        assert_eq!((read(&file), unshipped(&file)), (vec![named], vec![named]));
+        let whole = vec![Extent::new(0, DISK_BYTES)];
+        for bit in 0..2 * BLOCK_BYTES as u64 * 8 {
+            let mut byte = [0];
+            file.read_at(bit / 8, &mut byte).unwrap();
+            file.write_at(bit / 8, &[byte[0] ^ (1 << (bit % 8))]).unwrap();
+            let expected =
+                if bit / 8 < BLOCK_BYTES as u64 { (whole.clone(), vec![named]) } else { (vec![named], whole.clone()) };
+            if bit % 97 == 0 || bit / 8 % (BLOCK_BYTES as u64) < 64 {
+                assert_eq!((read(&file), unshipped(&file)), expected, "bit {bit}");
+            }
+            file.write_at(bit / 8, &byte).unwrap();
+        }
+        // Blocks that changed places.
+        let mut blocks = [[0; BLOCK_BYTES]; 2];
+        for (at, block) in blocks.iter_mut().enumerate() {
+            file.read_at((at * BLOCK_BYTES) as u64, block).unwrap();
+        }
+        file.write_at(0, &blocks[1]).unwrap();
+        file.write_at(BLOCK_BYTES as u64, &blocks[0]).unwrap();
+        assert_eq!((read(&file), unshipped(&file)), (whole.clone(), whole));
     }
 
     #[test]

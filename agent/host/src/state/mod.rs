@@ -2,5 +2,6 @@
 
 pub mod dirty;
 pub mod intent;
+pub mod sealed;
 pub mod session;
 pub mod slots;

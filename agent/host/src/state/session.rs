@@ -4,11 +4,14 @@ use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::disk::DiskIdentity;
-use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_base::storage::Storage;
 use tidemark_base::{DiskId, Epoch, Position, Timestamp};
+
+use super::sealed::SealedFile;
 
 /// One attachment of one disk by one run of the agent.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -129,60 +132,58 @@ pub struct Session {
     pub intent_lost: bool,
 }
 
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Older epochs are forgotten; a consumer that comes back from one is scanned whole.
 pub const EPOCHS_MAX: usize = 64;
 pub const FILE: &str = "session";
-const FILE_BYTES_MAX: u64 = 64 << 10;
+/// 64 epochs, a reason and the identity fit many times.
+pub const SLOT_BYTES: usize = 16 << 10;
+/// A longer reason is cut.
+const REASON_BYTES_MAX: usize = 1024;
 
-impl Session {
-    /// Durable when it returns.
-    pub fn store(&self, storage: &dyn Storage) -> io::Result<()> {
-        store_sealed(storage, FILE, self)
-    }
+/// The session file, open, with what it holds.
+pub struct SessionFile {
+    file: SealedFile<Session>,
+    current: Session,
+}
 
-    /// `None` when there is none, or when what is there cannot be trusted.
-    pub fn load(storage: &dyn Storage) -> io::Result<Option<Self>> {
-        let session = load_sealed::<Self>(storage, FILE, FILE_BYTES_MAX)?;
+impl SessionFile {
+    /// What the session before left; `None` when there is none, or when what is there cannot be trusted.
+    pub fn peek(storage: &Arc<dyn Storage>) -> io::Result<Option<Session>> {
+        let session = SealedFile::<Session>::peek(storage, FILE, SLOT_BYTES)?;
         Ok(session.filter(|session| session.version == VERSION && !session.epochs.is_empty()))
     }
-}
 
-/// Writes a small JSON file with its BLAKE3 in the line before.
-pub fn store_sealed<T: Serialize>(storage: &dyn Storage, name: &str, content: &T) -> io::Result<()> {
-    let json = serde_json::to_string(content).map_err(io::Error::other)?;
-    let text = format!("{}\n{json}\n", blake3::hash(json.as_bytes()).to_hex());
-    replace_file(storage, name, text.as_bytes())
-}
+    /// Durable when it returns.
+    pub fn begin(storage: Arc<dyn Storage>, session: Session) -> io::Result<Self> {
+        let (file, _) = SealedFile::open(storage, FILE, SLOT_BYTES)?;
+        let mut this = Self { file, current: session.clone() };
+        this.store(session)?;
+        Ok(this)
+    }
 
-/// Reads what [`store_sealed`] wrote; `None` when the file is absent, damaged or of another shape.
-pub fn load_sealed<T: for<'de> Deserialize<'de>>(
-    storage: &dyn Storage,
-    name: &str,
-    bytes_max: u64,
-) -> io::Result<Option<T>> {
-    if !storage.exists(name)? {
-        return Ok(None);
+    pub fn current(&self) -> &Session {
+        &self.current
     }
-    let content = match read_file(storage, name, bytes_max) {
-        Ok(content) => content,
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let Some((hash, json)) = std::str::from_utf8(&content).ok().and_then(|text| text.split_once('\n')) else {
-        return Ok(None);
-    };
-    let json = json.trim_end();
-    if *hash != *blake3::hash(json.as_bytes()).to_hex() {
-        return Ok(None);
+
+    /// Durable when it returns; after an error the session before holds.
+    pub fn store(&mut self, mut session: Session) -> io::Result<()> {
+        if let Mode::Bitmap { reason } = &mut session.mode
+            && reason.len() > REASON_BYTES_MAX
+        {
+            let end = (0..=REASON_BYTES_MAX).rev().find(|at| reason.is_char_boundary(*at)).unwrap_or(0);
+            reason.truncate(end);
+        }
+        self.file.store(&session)?;
+        self.current = session;
+        Ok(())
     }
-    Ok(serde_json::from_str(json).ok())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tidemark_base::storage::{OpenMode, RealStorage};
+    use tidemark_base::storage::RealStorage;
 
     fn session() -> Session {
         Session {
@@ -199,7 +200,9 @@ mod tests {
                 bytes: 3,
                 changed_ns: 4,
                 modified_ns: 5,
+                born_ns: Some(6),
                 is_block_device: false,
+                data_write_guid: None,
             },
             newest: Timestamp(7_000_000_000),
             clean: None,
@@ -208,17 +211,17 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_read_back_and_damage_is_seen() {
+    fn the_largest_session_fits_and_is_read_back() {
         let folder = tempfile::tempdir().unwrap();
         let storage = RealStorage::open_folder(folder.path());
-        assert_eq!(Session::load(&*storage).unwrap(), None);
-        let session = session();
-        session.store(&*storage).unwrap();
-        assert_eq!(Session::load(&*storage).unwrap(), Some(session));
-        let file = storage.open(FILE, OpenMode::ReadWrite).unwrap();
-        let mut byte = [0];
-        file.read_at(100, &mut byte).unwrap();
-        file.write_at(100, &[byte[0] ^ 1]).unwrap();
-        assert_eq!(Session::load(&*storage).unwrap(), None);
+        assert_eq!(SessionFile::peek(&storage).unwrap(), None);
+        let mut session = session();
+        session.epochs = (0..EPOCHS_MAX).map(|_| Epoch::random()).collect();
+        // Each needs six bytes in JSON.
+        session.mode = Mode::Bitmap { reason: "\u{1}".repeat(3000) };
+        let file = SessionFile::begin(storage.clone(), session.clone()).unwrap();
+        session.mode = Mode::Bitmap { reason: "\u{1}".repeat(REASON_BYTES_MAX) };
+        assert_eq!(SessionFile::peek(&storage).unwrap().as_ref(), Some(&session));
+        assert_eq!(*file.current(), session);
     }
 }

@@ -114,7 +114,7 @@ fn a_power_loss_scans_the_touched_regions_and_what_was_not_acknowledged() {
     disk.log.sync().unwrap();
     // The intent bit of this region is cleared (as after 30 s idle), so only the log knows of it.
     disk.disk.flush().unwrap();
-    disk.intent.clear_idle(u64::MAX, u64::MAX, 0, |_, clear| clear()).unwrap();
+    disk.intent.clear_idle(u64::MAX, u64::MAX, 0, None, |_, clear| clear()).unwrap();
     assert!(!disk.intent.is_any_set());
     write(&splitter, 41 * MIB, &[2; 4096]).unwrap();
     drop((splitter, disk));
@@ -168,30 +168,39 @@ fn a_disk_that_was_replaced_or_resized_is_another() {
     fixture.attach_in_sync().detach().unwrap();
     std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap().set_len(DISK_BYTES + MIB).unwrap();
     let attached = fixture.attach();
-    assert_eq!(attached.decision, Decision::ScanWhole(Why::OtherDisk));
+    assert_eq!(attached.decision, Decision::ScanWhole(Why::Resized { from: DISK_BYTES, to: DISK_BYTES + MIB }));
     assert!(covers(&fixture.pending(&attached.disk), Extent::new(0, DISK_BYTES + MIB)));
     attached.disk.detach().unwrap();
     drop(attached);
     std::fs::remove_file(fixture.path()).unwrap();
     std::fs::File::create(fixture.path()).unwrap().set_len(DISK_BYTES + MIB).unwrap();
-    // Inode numbers are used again at once, so this may be seen by the times instead.
-    assert!(matches!(fixture.attach().decision, Decision::ScanWhole(Why::OtherDisk | Why::WrittenMeanwhile)));
+    // Inode numbers are used again at once; the time of birth tells them apart, where there is one.
+    assert!(matches!(fixture.attach().decision, Decision::ScanWhole(Why::Replaced | Why::WrittenMeanwhile)));
 }
 
 #[test]
 fn damaged_files_are_noticed() {
-    for (name, expected) in [
-        ("disk.img.tidemark/session", Why::First),
-        ("disk.img.tidemark/dirty", Why::StateDamaged),
-        ("disk.img.00000001.companion", Why::LogUnusable),
+    let slot = crate::state::session::SLOT_BYTES as u64;
+    for (name, places, expected) in [
+        ("disk.img.tidemark/session", vec![60, slot + 60], Decision::ScanWhole(Why::StateDamaged)),
+        ("disk.img.tidemark/dirty", vec![40], Decision::ScanUnshipped),
+        ("disk.img.00000001.companion", vec![40], Decision::ScanUnshipped),
     ] {
         let fixture = Fixture::new(DISK_BYTES);
         let disk = fixture.attach_in_sync();
-        write(&Splitter::new(disk.clone()).unwrap(), 0, &[1; 4096]).unwrap();
+        write(&Splitter::new(disk.clone()).unwrap(), 20 * MIB, &[1; 4096]).unwrap();
         drop(disk);
         let file = std::fs::OpenOptions::new().write(true).open(fixture.folder.path().join(name)).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&file, &[0xa5], 40).unwrap();
-        assert_eq!(fixture.attach().decision, Decision::ScanWhole(expected), "{name}");
+        for place in places {
+            std::os::unix::fs::FileExt::write_all_at(&file, &[0xa5], place).unwrap();
+        }
+        let attached = fixture.attach();
+        assert_eq!(attached.decision, expected, "{name}");
+        let pending = fixture.pending(&attached.disk);
+        assert!(covers(&pending, Extent::new(20 * MIB, 4096)));
+        if expected == Decision::ScanUnshipped {
+            assert_eq!(pending.total_bytes(), 4 * MIB, "never a full resync: {name}");
+        }
     }
 }
 
@@ -316,6 +325,8 @@ fn the_state_of_a_disk_behind_a_link_is_removed() {
     let link = links.path().join("link.img");
     std::os::unix::fs::symlink(fixture.path(), &link).unwrap();
     fixture.attach_in_sync().detach().unwrap();
-    crate::attach::remove_state(&link, &fixture.folder.path().join("devices"), fixture.disk).unwrap();
+    let elsewhere = fixture.elsewhere();
+    crate::attach::remove_state(&link, &fixture.folder.path().join("devices"), &*elsewhere, fixture.disk).unwrap();
+    assert!(elsewhere.list("").unwrap().is_empty());
     assert!(!fixture.folder.path().join("disk.img.tidemark").exists());
 }

@@ -5,8 +5,9 @@ use super::{Ahead, Fixture, covers, data_refs, records_after, replay, write};
 use crate::attach::Decision;
 use crate::capture::splitter::Splitter;
 use crate::error::HostError;
+use crate::events::EventKind;
 use crate::log::LogLimits;
-use crate::source::{ScanReason, ScanRevision, Source};
+use crate::source::{EpochReason, ScanReason, ScanRevision, Source};
 use crate::state::session::Mode;
 
 const MIB: u64 = 1 << 20;
@@ -36,13 +37,23 @@ fn a_full_log_steps_down_and_comes_back_with_a_scan() {
     assert!(matches!(disk.mode(), Mode::Bitmap { .. }), "nobody took what the log holds");
     assert!(fixture.pending(&disk).is_empty());
 
-    // A killed process comes back to the same.
+    // A killed process comes back to the same: what the log holds can still be sent as history.
     drop((splitter, disk));
-    let disk = fixture.attach().disk;
-    assert!(covers(&fixture.pending(&disk), Extent::new(20 * MIB, MIB)));
+    let attached = fixture.attach();
+    assert_eq!(attached.decision, Decision::StayInBitmap);
+    let disk = attached.disk;
+    assert_eq!(disk.state().logged, logged);
+    assert!(covers(&disk.dirty.extents(), Extent::new(20 * MIB, MIB)) && fixture.pending(&disk).is_empty());
+    assert!(matches!(disk.mode(), Mode::Bitmap { .. }));
+    disk.tick();
+    assert!(matches!(disk.mode(), Mode::Bitmap { .. }), "nobody is there to take it");
+    fixture.settle(&disk);
+    disk.tick();
+    disk.tick();
     assert_eq!(disk.mode(), Mode::Data);
-    drop(disk);
-    let disk = fixture.attach_in_sync();
+    assert!(covers(&fixture.pending(&disk), Extent::new(20 * MIB, MIB)));
+    fixture.settle(&disk);
+    assert!(fixture.kinds().contains(&EventKind::SteppedDown) && fixture.kinds().contains(&EventKind::SteppedUp));
 
     // And without a crash: when the consumer took the rest of the log, a new epoch and a scan of what was not logged.
     let splitter = Splitter::new(disk.clone()).unwrap();
@@ -171,15 +182,27 @@ fn stepped_down(fixture: &mut Fixture) -> std::sync::Arc<crate::protected::Prote
 fn what_the_log_holds_outlives_a_step_down_and_the_end_of_the_process() {
     let mut fixture = Fixture::new(DISK_BYTES);
     drop(stepped_down(&mut fixture));
-    let attached = fixture.attach();
-    assert_eq!(attached.decision, Decision::ScanDirty);
-    assert!(covers(&fixture.pending(&attached.disk), Extent::new(0, 8 * MIB)), "killed");
-
+    assert_all_is_known(&fixture, "killed");
     let mut fixture = Fixture::new(DISK_BYTES);
     stepped_down(&mut fixture).detach().unwrap();
+    assert_all_is_known(&fixture, "left cleanly");
+}
+
+/// What was written before and after the step down is in the log and the dirty bitmap, and later in the scan.
+fn assert_all_is_known(fixture: &Fixture, how: &str) {
     let attached = fixture.attach();
-    assert_eq!(attached.decision, Decision::ScanDirty);
-    assert!(covers(&fixture.pending(&attached.disk), Extent::new(0, 8 * MIB)), "left cleanly");
+    assert_eq!(attached.decision, Decision::StayInBitmap, "{how}");
+    let disk = attached.disk;
+    let mut image = vec![0; DISK_BYTES as usize];
+    let cursor = disk.cursor(fixture.server).unwrap();
+    replay(&disk, &records_after(&disk, &cursor), &mut image);
+    for extent in disk.dirty.extents().iter() {
+        disk.disk().read_at(extent.offset, &mut image[extent.offset as usize..extent.end() as usize]).unwrap();
+    }
+    assert!(image == fixture.content(), "{how}");
+    // Somebody begins a new epoch before it was sent.
+    disk.new_epoch(EpochReason::Diverged).unwrap();
+    assert!(covers(&fixture.pending(&disk), Extent::new(0, 8 * MIB)), "{how}");
 }
 
 #[test]

@@ -4,6 +4,9 @@ mod crash;
 mod host;
 mod limits;
 mod marks;
+#[allow(dead_code, reason = "the tests of logs use the rest")]
+#[path = "../../../hrl/tests/support/memory.rs"]
+pub mod memory;
 mod write_path;
 
 use std::fs::File;
@@ -13,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tidemark_base::storage::RealStorage;
+use tidemark_base::storage::{RealStorage, Storage};
 use tidemark_base::{
     Clock, DiskId, Extent, ExtentSet, Generation, MachineId, Position, Sequence, ServerId, SystemClock, Timestamp,
 };
@@ -22,6 +25,7 @@ use tidemark_nbd::{Export, WriteRequest};
 use crate::attach::{AttachRequest, Attached, attach};
 use crate::capture::splitter::Splitter;
 use crate::error::HostError;
+use crate::events::{EventKind, Events};
 use crate::log::LogLimits;
 use crate::protected::ProtectedDisk;
 use crate::source::{DataRef, Record, RecordBody, ScanRevision, Source};
@@ -34,6 +38,7 @@ pub struct Fixture {
     pub boot: Boot,
     pub limits: LogLimits,
     pub clock: Arc<dyn Clock>,
+    pub events: Arc<Events>,
 }
 
 /// The system's clock, set ahead by a test.
@@ -79,6 +84,7 @@ impl Fixture {
             boot: Boot::current().unwrap(),
             limits: LIMITS,
             clock: Arc::new(SystemClock::new()),
+            events: Events::new(Arc::new(SystemClock::new())),
         }
     }
 
@@ -90,6 +96,15 @@ impl Fixture {
         std::fs::read(self.path()).unwrap()
     }
 
+    pub fn elsewhere(&self) -> Arc<dyn Storage> {
+        RealStorage::create(self.folder.path().join("elsewhere")).unwrap()
+    }
+
+    /// The kinds of the events so far.
+    pub fn kinds(&self) -> Vec<EventKind> {
+        self.events.after(0).iter().map(|event| event.kind).collect()
+    }
+
     pub fn try_attach(&self) -> Result<Attached, HostError> {
         attach(AttachRequest {
             disk: self.disk,
@@ -97,11 +112,12 @@ impl Fixture {
             generation: Generation::FIRST,
             path: self.path(),
             device_folder: self.folder.path().join("devices"),
-            elsewhere: RealStorage::create(self.folder.path().join("elsewhere")).unwrap(),
+            elsewhere: self.elsewhere(),
             consumer: self.server,
             limits: self.limits,
             boot: self.boot.clone(),
             clock: self.clock.clone(),
+            events: self.events.clone(),
         })
     }
 

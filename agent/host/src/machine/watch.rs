@@ -1,0 +1,62 @@
+//! What a sender says of itself, turned into events and into what the disk must know of its consumer.
+
+use super::MachineDisk;
+use crate::events::{EventKind, Severity};
+use crate::send::resume::Alarm;
+use crate::send::{Phase, Sender, SenderStatus};
+
+/// What was told of a sender, so that it is told once.
+#[derive(Default)]
+pub(super) struct SenderSeen {
+    alarm: Option<Alarm>,
+    is_scan_open: bool,
+    is_halted: bool,
+}
+
+impl MachineDisk {
+    /// To be called about every second.
+    pub(super) fn watch_sender(&self) {
+        let Some(status) = self.sender.lock().expect("no panic while held").as_ref().map(Sender::status) else {
+            return;
+        };
+        let is_connected = matches!(status.phase, Phase::Live | Phase::Scanning);
+        self.disk.consumers().iter().for_each(|consumer| consumer.set_connected(is_connected));
+        self.tell(&status);
+    }
+
+    fn tell(&self, status: &SenderStatus) {
+        let path = self.disk.path().display();
+        let events = &self.disk.events;
+        let mut seen = self.seen.lock().expect("no panic while held");
+        if let Some(alarm) = status.alarm
+            && seen.alarm.replace(alarm) != Some(alarm)
+        {
+            let kind = match alarm {
+                Alarm::Diverged => EventKind::HistoryDiverged,
+                Alarm::ReplicaLost => EventKind::ReplicaLost,
+            };
+            events.publish(Severity::Critical, kind, format!("disk {path}: {}", alarm.message()), alarm.help());
+        }
+        if status.scan_open != seen.is_scan_open {
+            seen.is_scan_open = status.scan_open;
+            let (kind, message) = match status.scan_open {
+                true => {
+                    let bytes = status.scan.map_or(0, |scan| scan.total_bytes);
+                    let message = format!("{bytes} bytes of disk {path} are read and brought in line with the replica");
+                    (EventKind::CompareStarted, message)
+                }
+                false => (EventKind::CompareEnded, format!("the replica of disk {path} is consistent again")),
+            };
+            events.publish(Severity::Information, kind, message, "");
+        }
+        let is_halted = status.phase == Phase::Halted;
+        if is_halted != std::mem::replace(&mut seen.is_halted, is_halted) && is_halted {
+            let (message, help) = match &status.problem {
+                Some(problem) => (problem.message.as_str(), problem.help.as_str()),
+                None => ("the process server refuses", ""),
+            };
+            let message = format!("nothing of disk {path} is sent any more: {message}");
+            events.publish(Severity::Critical, EventKind::SendingHalted, message, help);
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! What is done about every second while a disk is attached, and at the end.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tidemark_base::disk::Disk;
+use tidemark_base::{Position, Sequence};
+
+use super::ProtectedDisk;
+use crate::log::Unlogged;
+use crate::source::EpochReason;
+use crate::state::intent::Tick;
+use crate::state::session::{CleanDetach, Mode, Session};
+
+/// A region without writes for so long loses its intent bit.
+const IDLE_TICKS: Tick = 30_000;
+/// A consumer that took nothing for so long is not waited for, and not scanned for, in bitmap mode.
+const CONSUMER_ACTIVE: Duration = Duration::from_secs(60);
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// What the keeper remembers from one second to the next.
+#[derive(Default)]
+pub(crate) struct Keeper {
+    /// When the last completed sync began, and how many writes had ended by then.
+    synced: Tick,
+    synced_writes: Option<u64>,
+}
+
+impl ProtectedDisk {
+    /// To be called about every second: syncs, clears idle intent bits, rotates, removes, watches the disk's size, and
+    /// returns to the log when it can.
+    pub fn tick(&self) {
+        self.watch_size();
+        self.sync_and_clear();
+        self.make_room();
+        self.store_mode();
+        self.return_to_log();
+    }
+
+    /// Rotates a log that is long enough and removes those that are not needed: each second, and sooner under load.
+    pub fn make_room(&self) {
+        let rotated = self.log.rotate_when_long();
+        // What was acknowledged goes first: it must not count against the limit.
+        self.store_consumers();
+        if let Err(error) = rotated.and_then(|()| self.log.enforce_limits()) {
+            self.step_down(&error);
+        }
+    }
+
+    fn watch_size(&self) {
+        match self.disk.current_bytes() {
+            Ok(bytes) if bytes == self.identity.disk_bytes => {}
+            Ok(bytes) => self.alarm(
+                "size",
+                true,
+                format!(
+                    "disk {} changed its size from {} to {bytes} bytes while it was attached",
+                    self.path.display(),
+                    self.identity.disk_bytes
+                ),
+                "detach it (unprotect, or stop the agent) and attach it again: the whole disk is then compared",
+            ),
+            Err(error) => self.alarm(
+                "size",
+                true,
+                format!("disk {} cannot be examined: {error}", self.path.display()),
+                "check the medium",
+            ),
+        }
+    }
+
+    /// While intent bits are set, what they stand for is synced, so that they can be cleared and little is lost.
+    fn sync_and_clear(&self) {
+        if !self.intent.is_any_set() {
+            return;
+        }
+        let mut keeper = self.keeper.lock().expect("no panic while held");
+        let began = self.tick_now();
+        let writes = self.writes.load(Ordering::Acquire);
+        if keeper.synced_writes == Some(writes) {
+            // Each write is counted before the time of its end is noted.
+            keeper.synced = began;
+        } else {
+            match self.sync() {
+                Ok(true) => (keeper.synced, keeper.synced_writes) = (began, Some(writes)),
+                // What the log holds may be lost with the power, so the regions stay named.
+                Ok(false) => {}
+                Err(error) => {
+                    let help = "check the medium; flushes of the guest fail until the disk is attached again";
+                    self.alarm("sync", true, format!("{} cannot be synced: {error}", self.path.display()), help);
+                }
+            }
+        }
+        let logged = self.logged_all();
+        let cleared = self.intent.clear_idle(self.tick_now(), keeper.synced, IDLE_TICKS, logged, |region, clear| {
+            self.in_flight.if_none_in(region, clear)
+        });
+        if let Err(error) = cleared
+            && let Err(error) = self.intent_failed(&error)
+        {
+            tracing::error!(disk = %self.identity.disk, %error, "the intent bitmap is lost and that cannot be stored");
+        }
+    }
+
+    /// Up to where the log tells of every write; `None` while blocks change that it does not tell of.
+    fn logged_all(&self) -> Option<Sequence> {
+        let is_logging = *self.mode.lock().expect("no panic while held") == Mode::Data && self.dirty.is_empty();
+        is_logging.then(|| self.log.published().logged.sequence)
+    }
+
+    /// The disk, and whatever says what was written to it. False when the log cannot be synced any more.
+    fn sync(&self) -> io::Result<bool> {
+        if let Err(error) = self.in_flight.sync() {
+            tracing::warn!(disk = %self.identity.disk, %error, "the slots cannot be synced");
+        }
+        self.disk.flush()?;
+        if !self.dirty.is_empty() {
+            self.dirty.sync()?;
+        }
+        if let Err(error) = self.log.sync() {
+            // Records that may not be on the media are no proof any more: their blocks are read from the disk instead.
+            self.step_down(&Unlogged::Failed(error));
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    fn store_consumers(&self) {
+        let consumers = self.consumers();
+        let mut stored = Ok(());
+        for consumer in &consumers {
+            stored = consumer.store().and(stored);
+        }
+        match stored {
+            Ok(()) => drop(self.alarms().remove("cursor")),
+            Err(error) => {
+                let message = format!("what was acknowledged of {} cannot be stored: {error}", self.path.display());
+                self.alarm("cursor", false, message, "check the medium that holds the folder beside the disk");
+            }
+        }
+        let cursors: Option<Vec<Position>> = consumers.iter().map(|consumer| consumer.durable_cursor()).collect();
+        let epoch = self.log.published().logged.epoch;
+        let lowest = cursors.into_iter().flatten().min_by_key(|cursor| (cursor.epoch == epoch, cursor.sequence));
+        let Some(cursor) = lowest.filter(|cursor| cursor.epoch == epoch) else { return };
+        // An ended log goes only when it is known that it ended: a session in data mode misses it otherwise.
+        let is_mode_stored = self.session.lock().expect("no panic while held").current().mode != Mode::Data;
+        if let Err(error) = self.log.remove_before(&cursor, is_mode_stored) {
+            tracing::warn!(disk = %self.identity.disk, %error, "logs that are not needed cannot be removed");
+        }
+        if let Err(error) = self.intent.clear_shipped(cursor.sequence)
+            && let Err(error) = self.intent_failed(&error)
+        {
+            tracing::error!(disk = %self.identity.disk, %error, "the intent bitmap is lost and that cannot be stored");
+        }
+    }
+
+    fn store_mode(&self) {
+        let mode = self.mode.lock().expect("no panic while held").clone();
+        let mut session = self.session.lock().expect("no panic while held");
+        if session.current().mode.name() != mode.name() {
+            let next = Session { mode, newest: self.log.time_now(), ..session.current().clone() };
+            if let Err(error) = session.store(next) {
+                tracing::warn!(disk = %self.identity.disk, %error, "the mode cannot be stored");
+            }
+        }
+    }
+
+    /// In bitmap mode: a new epoch begins once each consumer that is there has taken what the old log holds, or has no use for
+    /// it because it is being scanned. One that is away or paused finds the log as it was: what can still be sent as
+    /// history is not turned into a scan for want of patience.
+    fn return_to_log(&self) {
+        if *self.mode.lock().expect("no panic while held") == Mode::Data || !self.log.has_room() {
+            return;
+        }
+        let logged = self.log.published().logged;
+        let consumers = self.consumers();
+        let mut active = consumers.iter().filter(|consumer| consumer.is_active(CONSUMER_ACTIVE)).peekable();
+        let is_drained = active.peek().is_some() && active.all(|consumer| consumer.has_passed(&logged));
+        if (is_drained || consumers.is_empty())
+            && let Err(error) = self.begin_epoch(EpochReason::Unclean)
+        {
+            tracing::debug!(disk = %self.identity.disk, error = %error, "still no log");
+        }
+    }
+
+    /// Drains, syncs disk and log, and proves that nobody needs to look again.
+    pub fn detach(&self) -> io::Result<()> {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let is_drained = self.in_flight.close(DRAIN_LIMIT);
+        self.watchers.changed();
+        if !is_drained {
+            return Err(io::Error::other(format!("writes to {} do not end", self.path.display())));
+        }
+        let _changing = self.changing_epoch.lock().expect("no panic while held");
+        self.disk.flush()?;
+        // With its times: they are the proof.
+        self.disk.file().sync_all()?;
+        let is_logging = self.log.is_logging();
+        let position = match self.log.close() {
+            Ok(position) => position,
+            Err(Unlogged::NotLogging) => self.log.published().logged,
+            Err(error) => return Err(io::Error::other(error)),
+        };
+        self.dirty.sync()?;
+        for consumer in self.consumers() {
+            consumer.sync_scan()?;
+            consumer.store()?;
+        }
+        let mut session = self.session.lock().expect("no panic while held");
+        let mut last = session.current().clone();
+        last.newest = self.log.published().time;
+        last.mode = self.mode.lock().expect("no panic while held").clone();
+        if self.alarms().contains_key("size") {
+            return Err(io::Error::other(format!("{} changed its size", self.path.display())));
+        }
+        debug_assert!(is_logging || last.mode != Mode::Data);
+        last.clean = Some(CleanDetach { identity: self.disk.identity()?, position, at: self.clock.wall_now() });
+        session.store(last)
+    }
+}
