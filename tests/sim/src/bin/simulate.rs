@@ -1,0 +1,175 @@
+//! `simulate --seed N [--trace]` replays one run; `--seeds A..B [--jobs N]` runs a range and sums up.
+//!
+//! A range is run by child processes, a few seeds each: what a killed process of the simulation owned is never given back
+//! (that is what being killed means), so a process that simulates is not kept for long.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use tidemark_sim::counts::Counts;
+use tidemark_sim::{Options, run};
+
+const SEEDS_PER_PROCESS: u64 = 16;
+
+fn usage() -> ExitCode {
+    eprintln!("usage: simulate --seed N [--trace] | --seeds A..B [--jobs N] [--sabotage NAME] [--until-failure]");
+    ExitCode::from(2)
+}
+
+#[derive(Default)]
+struct Arguments {
+    seed: Option<u64>,
+    seeds: Option<(u64, u64)>,
+    trace: bool,
+    child: bool,
+    twice: bool,
+    jobs: Option<u64>,
+    sabotage: Option<String>,
+    until_failure: bool,
+}
+
+fn arguments() -> Option<Arguments> {
+    let mut found = Arguments::default();
+    let mut rest = std::env::args().skip(1);
+    while let Some(argument) = rest.next() {
+        match argument.as_str() {
+            "--seed" => found.seed = Some(rest.next()?.parse().ok()?),
+            "--seeds" => {
+                let range = rest.next()?;
+                let (from, to) = range.split_once("..")?;
+                found.seeds = Some((from.parse().ok()?, to.parse().ok()?));
+            }
+            "--jobs" => found.jobs = Some(rest.next()?.parse().ok()?),
+            "--sabotage" => found.sabotage = Some(rest.next()?),
+            "--trace" => found.trace = true,
+            "--child" => found.child = true,
+            "--twice" => found.twice = true,
+            "--until-failure" => found.until_failure = true,
+            _ => return None,
+        }
+    }
+    Some(found)
+}
+
+fn main() -> ExitCode {
+    let Some(arguments) = arguments() else { return usage() };
+    if let Some(name) = &arguments.sabotage {
+        #[cfg(feature = "sabotage")]
+        tidemark_base::sabotage::choose(Some(name));
+        #[cfg(not(feature = "sabotage"))]
+        {
+            eprintln!("error: {name}: built without safeguards that can be taken out; help: add --features sabotage");
+            return ExitCode::from(2);
+        }
+    }
+    match (arguments.seed, arguments.seeds) {
+        (Some(seed), None) => one(seed, &arguments),
+        (None, Some((from, to))) if arguments.child => child(from, to),
+        (None, Some((from, to))) => range(from, to, &arguments),
+        _ => usage(),
+    }
+}
+
+fn one(seed: u64, arguments: &Arguments) -> ExitCode {
+    let options = Options { trace: arguments.trace, ..Options::default() };
+    if arguments.trace {
+        tidemark_sim::print_events();
+    }
+    let started = Instant::now();
+    let outcome = run(seed, &options);
+    println!("{}", outcome.counts);
+    println!(
+        "seed {seed}: {} steps, {:.1} s simulated in {:.3} s, fingerprint {:016x}",
+        outcome.steps,
+        outcome.simulated.as_secs_f64(),
+        started.elapsed().as_secs_f64(),
+        outcome.fingerprint
+    );
+    if arguments.twice {
+        let again = run(seed, &options);
+        println!("again: {} steps, fingerprint {:016x}", again.steps, again.fingerprint);
+        if again.fingerprint != outcome.fingerprint {
+            println!("FAILED: the same seed ran differently");
+            return ExitCode::FAILURE;
+        }
+    }
+    match outcome.failure {
+        None => ExitCode::SUCCESS,
+        Some(failure) => {
+            println!("FAILED: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Some seeds, one line each, for the process that sums up.
+fn child(from: u64, to: u64) -> ExitCode {
+    for seed in from..to {
+        let outcome = run(seed, &Options::default());
+        println!("{seed}\t{}\t{}\t{}", outcome.steps, outcome.counts, outcome.failure.unwrap_or_default().replace('\n', " "));
+    }
+    ExitCode::SUCCESS
+}
+
+fn range(from: u64, to: u64, arguments: &Arguments) -> ExitCode {
+    let jobs = arguments.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(2, |found| found.get() as u64));
+    let next = AtomicU64::new(from);
+    let total = Mutex::new((Counts::default(), 0u64, 0u64, Vec::new()));
+    let started = Instant::now();
+    let program = std::env::current_exe().expect("this program is somewhere");
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                loop {
+                    let first = next.fetch_add(SEEDS_PER_PROCESS, Ordering::SeqCst);
+                    if first >= to || (arguments.until_failure && !total.lock().expect("no panic").3.is_empty()) {
+                        return;
+                    }
+                    let last = (first + SEEDS_PER_PROCESS).min(to);
+                    let mut command = Command::new(&program);
+                    command.args(["--child", "--seeds", &format!("{first}..{last}")]);
+                    if let Some(name) = &arguments.sabotage {
+                        command.args(["--sabotage", name]);
+                    }
+                    let mut child = command.stdout(Stdio::piped()).spawn().expect("this program can be started");
+                    let output = BufReader::new(child.stdout.take().expect("it is piped"));
+                    let mut done = first;
+                    for line in output.lines().map_while(Result::ok) {
+                        let mut parts = line.split('\t');
+                        let seed = parts.next().and_then(|seed| seed.parse::<u64>().ok());
+                        let steps = parts.next().and_then(|steps| steps.parse::<u64>().ok());
+                        let (Some(seed), Some(steps)) = (seed, steps) else { continue };
+                        let counts = Counts::parse(parts.next().unwrap_or_default());
+                        let failure = parts.next().unwrap_or_default();
+                        done = seed + 1;
+                        let mut total = total.lock().expect("no panic");
+                        total.0.merge(&counts);
+                        total.1 += 1;
+                        total.2 += steps;
+                        if !failure.is_empty() {
+                            println!("seed {seed} FAILED: {failure}");
+                            total.3.push(seed);
+                        }
+                    }
+                    let status = child.wait().expect("it was started");
+                    if done != last {
+                        println!("seed {done} FAILED: the process that ran it ended ({status})");
+                        total.lock().expect("no panic").3.push(done);
+                    }
+                }
+            });
+        }
+    });
+    let (counts, runs, steps, failures) = total.into_inner().expect("no panic");
+    let seconds = started.elapsed().as_secs_f64();
+    println!("{counts}");
+    println!(
+        "{runs} seeds from {from}: {} failed, {steps} steps, {seconds:.1} s, {:.1} seeds/s",
+        failures.len(),
+        runs as f64 / seconds
+    );
+    if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

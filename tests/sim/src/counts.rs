@@ -1,0 +1,102 @@
+//! What happened, by kind: a kind of fault that never happens tests nothing.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+macro_rules! kinds {
+    ($($name:ident $text:literal),* $(,)?) => {
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+        pub enum Kind {
+            $($name),*
+        }
+
+        impl Kind {
+            pub const ALL: &[Kind] = &[$(Kind::$name),*];
+
+            pub fn text(self) -> &'static str {
+                match self {
+                    $(Kind::$name => $text),*
+                }
+            }
+
+            pub fn named(text: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|kind| kind.text() == text)
+            }
+        }
+    };
+}
+
+kinds! {
+    GuestWrite "guest-write",
+    GuestZero "guest-zero",
+    GuestFlush "guest-flush",
+    GuestFua "guest-fua",
+    GuestError "guest-error",
+    Mark "mark",
+    KeptMark "kept-mark",
+    HostKill "host-kill",
+    HostPowerLoss "host-power-loss",
+    HostStop "host-clean-stop",
+    ServerKill "server-kill",
+    ServerPowerLoss "server-power-loss",
+    ServerStop "server-clean-stop",
+    CrashAtStep "crash-at-a-step",
+    LostWrite "unsynced-write-lost",
+    TornWrite "unsynced-write-torn",
+    ReorderedWrite "unsynced-write-reordered",
+    LostName "unsynced-name-lost",
+    ReadError "read-eio",
+    WriteError "write-eio",
+    SyncError "failed-fsync",
+    NoRoom "enospc",
+    DiskError "disk-eio",
+    DiskFlushError "disk-flush-eio",
+    BitRot "bit-rot",
+    BitRotFound "bit-rot-found",
+    LinkCut "link-cut",
+    LinkDown "link-down",
+    LinkDelay "link-delay",
+    LateStream "late-frames-of-an-old-stream",
+    DuplicateStream "two-streams-of-one-disk",
+    ClockJump "clock-jump",
+    ServerAbsent "server-absent-for-long",
+    BitmapMode "bitmap-mode",
+    NewEpoch "scan-started",
+    Fold "fold",
+    PointChecked "point-checked",
+    CutChecked "cut-checked",
+    FloorChecked "flush-contract-checked",
+    Converged "converged",
+}
+
+#[derive(Clone, Default, Debug)]
+pub struct Counts(BTreeMap<Kind, u64>);
+
+impl Counts {
+    pub fn add(&mut self, kind: Kind) {
+        *self.0.entry(kind).or_default() += 1;
+    }
+
+    pub fn merge(&mut self, other: &Counts) {
+        for (kind, count) in &other.0 {
+            *self.0.entry(*kind).or_default() += count;
+        }
+    }
+
+    pub fn of(&self, kind: Kind) -> u64 {
+        self.0.get(&kind).copied().unwrap_or(0)
+    }
+
+    /// Reads back what `Display` wrote.
+    pub fn parse(text: &str) -> Self {
+        let pairs = text.split_whitespace().filter_map(|pair| pair.split_once('='));
+        Self(pairs.filter_map(|(name, count)| Some((Kind::named(name)?, count.parse().ok()?))).collect())
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<String> = Kind::ALL.iter().map(|kind| format!("{}={}", kind.text(), self.of(*kind))).collect();
+        f.write_str(&all.join(" "))
+    }
+}

@@ -1,0 +1,444 @@
+//! A protected host: the product's host role over simulated media, and its guests.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemark_base::disk::Durability;
+use tidemark_base::random::Random;
+use tidemark_base::{Clock, DiskId, Extent, Timestamp};
+use tidemark_host::capture::splitter::Splitter;
+use tidemark_host::capture::{Address, CaptureProvider};
+use tidemark_host::protected::ProtectedDisk;
+use tidemark_host::send::SendLimits;
+use tidemark_host::state::session::Boot;
+use tidemark_host::{Host, HostConfig, HostLimits};
+use tidemark_nbd::{Export, WriteRequest};
+use tidemark_proto::control::{Consistency, MachineSpec, MarkRequest, SourceMode, SourceState};
+
+use crate::counts::Kind;
+use crate::link::{Network, SimLink};
+use crate::media::MemoryDisk;
+use crate::oracle::Oracle;
+use crate::world::{Process, Sim};
+
+/// What the guests do.
+#[derive(Clone, Copy, Debug)]
+pub struct Workload {
+    pub guests: u64,
+    pub pause_ms_max: u64,
+    pub write_sectors_max: u64,
+    /// Guests write to the first so many sectors; less than the disk makes them meet.
+    pub span_sectors: u64,
+    pub mark_ms_max: u64,
+}
+
+pub struct HostState {
+    pub sim: Rc<Sim>,
+    pub network: Rc<Network>,
+    pub oracle: Rc<Oracle>,
+    pub spec: MachineSpec,
+    pub limits: HostLimits,
+    pub disks: BTreeMap<DiskId, Arc<MemoryDisk>>,
+    pub workload: Workload,
+    /// Guests write while this is set.
+    pub is_busy: Cell<bool>,
+    pub guests_at_work: Cell<u64>,
+    host: RefCell<Option<Arc<Host>>>,
+    exports: Exports,
+    pub is_up: Cell<bool>,
+    random: RefCell<Random>,
+    writes: Cell<u64>,
+    has_protected: Cell<bool>,
+}
+
+/// What the host protects now, as guests reach it.
+type Exports = Rc<RefCell<BTreeMap<String, (DiskId, Rc<Splitter>)>>>;
+
+/// Hands disks to the guests of the simulation.
+struct GuestProvider {
+    exports: Exports,
+}
+
+// SAFETY: everything of a simulation is reached by the one real thread that runs it.
+unsafe impl Send for GuestProvider {}
+unsafe impl Sync for GuestProvider {}
+
+impl CaptureProvider for GuestProvider {
+    fn attach(&self, name: &str, disk: &Arc<ProtectedDisk>) -> io::Result<Address> {
+        let splitter = Rc::new(Splitter::new(disk.clone())?);
+        let id = name.parse().expect("exports are named by their disks here");
+        self.exports.borrow_mut().insert(name.to_owned(), (id, splitter));
+        Ok(Address { nbd: Some(name.to_owned()), file: None })
+    }
+
+    fn detach(&self, name: &str) -> io::Result<()> {
+        let _ = self.exports.borrow_mut().remove(name);
+        Ok(())
+    }
+
+    fn stop(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The host's clock.
+struct HostClock;
+
+impl Clock for HostClock {
+    fn wall_now(&self) -> Timestamp {
+        Timestamp::now()
+    }
+
+    fn monotonic_now(&self) -> Duration {
+        tidemark_base::seam::current().map_or(Duration::ZERO, |world| world.now())
+    }
+}
+
+/// How far the host is, as far as a status tells.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    pub is_settled: bool,
+    pub text: String,
+}
+
+impl HostState {
+    #[expect(clippy::too_many_arguments, reason = "made in one place")]
+    pub fn new(
+        sim: Rc<Sim>,
+        network: Rc<Network>,
+        oracle: Rc<Oracle>,
+        spec: MachineSpec,
+        limits: HostLimits,
+        disks: BTreeMap<DiskId, Arc<MemoryDisk>>,
+        workload: Workload,
+        seed: u64,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            sim,
+            network,
+            oracle,
+            spec,
+            limits,
+            disks,
+            workload,
+            is_busy: Cell::new(true),
+            guests_at_work: Cell::new(0),
+            host: RefCell::default(),
+            exports: Rc::default(),
+            is_up: Cell::new(false),
+            random: RefCell::new(Random::new(seed ^ 0x6775_6573_7473)),
+            writes: Cell::new(0),
+            has_protected: Cell::new(false),
+        })
+    }
+
+    fn below(&self, limit: u64) -> u64 {
+        self.random.borrow_mut().below(limit)
+    }
+
+    pub fn start(self: &Rc<Self>) {
+        let state = self.clone();
+        self.sim.start(Process::Host, "host", Box::new(move || state.run()));
+    }
+
+    /// The process is gone, with everything that it owned.
+    pub fn ended(&self) {
+        self.is_up.set(false);
+        self.guests_at_work.set(0);
+        if let Some(host) = self.host.borrow_mut().take() {
+            std::mem::forget(host);
+        }
+        for (_, splitter) in std::mem::take(&mut *self.exports.borrow_mut()).into_values() {
+            std::mem::forget(splitter);
+        }
+        self.oracle.host_ended();
+    }
+
+    fn config(&self) -> HostConfig {
+        let network = self.network.clone();
+        let link = SimLink(network);
+        let link: Arc<dyn tidemark_host::send::link::Link> = Arc::new(link);
+        HostConfig {
+            state_folder: "/host/state".into(),
+            run_folder: "/host/run".into(),
+            allowed_uids: Vec::new(),
+            link: Arc::new(move |_| link.clone()),
+            freezer: None,
+            limits: self.limits.clone(),
+            boot: Boot { id: format!("boot-{}", self.sim.host.boot()), started: Timestamp::now() },
+            events: tidemark_host::events::Events::new(Arc::new(HostClock)),
+            clock: Arc::new(HostClock),
+        }
+    }
+
+    fn run(self: &Rc<Self>) {
+        let sim = &self.sim;
+        let host = loop {
+            let provider = Arc::new(GuestProvider { exports: self.exports.clone() });
+            match Host::start_with(self.config(), provider) {
+                Ok(host) => break Arc::new(host),
+                Err(error) => {
+                    sim.note(|| format!("the host does not start: {}", chain(&error)));
+                    sim.sleep(Duration::from_secs(1));
+                }
+            }
+        };
+        *self.host.borrow_mut() = Some(host.clone());
+        loop {
+            let protected = host.status().iter().any(|machine| machine.machine == self.spec.machine);
+            if protected {
+                break;
+            }
+            match host.protect(self.spec.clone()) {
+                Ok(_) => break,
+                Err(error) => {
+                    sim.note(|| format!("the host does not protect: {}", chain(&error)));
+                    sim.sleep(Duration::from_secs(1));
+                }
+            }
+        }
+        self.has_protected.set(true);
+        self.is_up.set(true);
+        sim.note(|| "host is up".to_owned());
+        for number in 0..self.workload.guests {
+            let state = self.clone();
+            sim.start(Process::Host, &format!("guest-{number}"), Box::new(move || state.guest(number)));
+        }
+        let (state, marking) = (self.clone(), host.clone());
+        sim.start(Process::Host, "marker", Box::new(move || state.make_marks(&marking)));
+        let mut was_bitmap = false;
+        loop {
+            sim.sleep(Duration::from_millis(500));
+            let is_bitmap = host.status().iter().flat_map(|machine| &machine.disks).any(|disk| disk.mode == SourceMode::Bitmap);
+            if is_bitmap && !was_bitmap {
+                sim.count(Kind::BitmapMode);
+            }
+            was_bitmap = is_bitmap;
+        }
+    }
+
+    fn make_marks(&self, host: &Host) {
+        loop {
+            self.sim.sleep(Duration::from_millis(1 + self.below(self.workload.mark_ms_max)));
+            if !self.is_busy.get() {
+                continue;
+            }
+            let keep = self.below(3) == 0;
+            let request =
+                MarkRequest { machine: self.spec.machine, consistency: Consistency::Crash, label: String::new(), keep };
+            match host.mark(&request) {
+                Ok(_) => self.sim.count(if keep { Kind::KeptMark } else { Kind::Mark }),
+                Err(error) => self.sim.note(|| format!("no mark: {}", chain(&error))),
+            }
+        }
+    }
+
+    /// Asks from outside how far the host is. `None`: it does not answer.
+    pub fn status(self: &Rc<Self>) -> Option<Status> {
+        let host = self.host.borrow().clone()?;
+        if !self.is_up.get() {
+            return None;
+        }
+        let answer: Rc<RefCell<Option<Status>>> = Rc::default();
+        let (into, sim) = (answer.clone(), self.sim.clone());
+        let key = Rc::as_ptr(&answer) as usize;
+        self.sim.start(
+            Process::Host,
+            "status",
+            Box::new(move || {
+                let disks: Vec<_> = host.status().into_iter().flat_map(|machine| machine.disks).collect();
+                let is_settled = !disks.is_empty()
+                    && disks.iter().all(|disk| {
+                        disk.state == SourceState::Replicating
+                            && disk.mode == SourceMode::Data
+                            && disk.pending_bytes == 0
+                            && disk.logged == disk.durable
+                    });
+                let text = disks.iter().map(|disk| {
+                    let problems: Vec<String> = disk.problems.iter().map(|problem| problem.message.clone()).collect();
+                    format!(
+                        "{:?} {:?} logged {} durable {} pending {} scan {:?} {}",
+                        disk.state, disk.mode, disk.logged, disk.durable, disk.pending_bytes, disk.scan, problems.join("; ")
+                    )
+                });
+                let status = Status { is_settled, text: text.collect::<Vec<_>>().join(" | ") };
+                *into.borrow_mut() = Some(status);
+                sim.wake_key(key, true);
+            }),
+        );
+        self.sim.wait_own(key, Duration::from_secs(30));
+        answer.borrow_mut().take()
+    }
+
+    /// Makes a kept mark from outside.
+    pub fn mark(self: &Rc<Self>) -> Option<tidemark_base::MarkId> {
+        let host = self.host.borrow().clone()?;
+        let answer: Rc<RefCell<Option<tidemark_base::MarkId>>> = Rc::default();
+        let (into, sim, machine) = (answer.clone(), self.sim.clone(), self.spec.machine);
+        let key = Rc::as_ptr(&answer) as usize;
+        self.sim.start(
+            Process::Host,
+            "mark",
+            Box::new(move || {
+                let request = MarkRequest { machine, consistency: Consistency::Crash, label: String::new(), keep: true };
+                match host.mark(&request) {
+                    Ok(outcome) => *into.borrow_mut() = Some(outcome.id),
+                    Err(error) => sim.note(|| format!("no mark: {}", chain(&error))),
+                }
+                sim.wake_key(key, true);
+            }),
+        );
+        self.sim.wait_own(key, Duration::from_secs(60));
+        answer.borrow_mut().take()
+    }
+
+    /// Stops the host cleanly; false when that takes too long.
+    pub fn stop(self: &Rc<Self>) -> bool {
+        let Some(host) = self.host.borrow().clone() else { return false };
+        let done: Rc<Cell<bool>> = Rc::default();
+        let (into, sim) = (done.clone(), self.sim.clone());
+        let key = Rc::as_ptr(&done) as usize;
+        self.sim.start(
+            Process::Host,
+            "stop",
+            Box::new(move || {
+                host.stop();
+                into.set(true);
+                sim.wake_key(key, true);
+            }),
+        );
+        self.sim.wait_own(key, Duration::from_secs(300));
+        done.get()
+    }
+
+    // ---- guests
+
+    fn guest(self: &Rc<Self>, number: u64) {
+        let sim = &self.sim;
+        loop {
+            let pause = if self.below(200) == 0 { self.below(20_000) } else { self.below(self.workload.pause_ms_max + 1) };
+            sim.sleep(Duration::from_millis(pause));
+            if !self.is_busy.get() {
+                continue;
+            }
+            let exports: Vec<(DiskId, Rc<Splitter>)> = self.exports.borrow().values().cloned().collect();
+            if exports.is_empty() {
+                continue;
+            }
+            let (disk, splitter) = exports[self.below(exports.len() as u64) as usize].clone();
+            drop(exports);
+            self.guests_at_work.set(self.guests_at_work.get() + 1);
+            self.act(number, disk, &splitter);
+            self.guests_at_work.set(self.guests_at_work.get() - 1);
+        }
+    }
+
+    fn extent(&self) -> Extent {
+        let sectors = self.workload.span_sectors;
+        let length = 1 + self.below(self.workload.write_sectors_max);
+        // Often at the same places: what is written again and again is where orders matter.
+        let at = if self.below(2) == 0 { self.below(16) * sectors / 16 } else { self.below(sectors) };
+        let at = at.min(sectors - 1);
+        Extent::new(at * 512, length.min(sectors - at) * 512)
+    }
+
+    /// Content that says which write it is of, sector by sector.
+    fn content(&self, length: u64) -> Vec<u8> {
+        let number = self.writes.get() + 1;
+        self.writes.set(number);
+        let mut data = vec![0; length as usize];
+        let kind = self.below(4);
+        for (index, sector) in data.chunks_mut(512).enumerate() {
+            match kind {
+                0 => Random::new(number << 20 | index as u64).fill(sector),
+                _ => sector.iter_mut().for_each(|byte| *byte = number as u8 ^ index as u8),
+            }
+            sector[..8].copy_from_slice(&number.to_le_bytes());
+            sector[8] = index as u8;
+        }
+        data
+    }
+
+    fn act(&self, _number: u64, id: DiskId, splitter: &Splitter) {
+        let disk = self.disks[&id].clone();
+        let now = |sector: u64| disk.peek(sector);
+        match self.below(20) {
+            0..=1 => {
+                let covered = self.oracle.flush_begins(id);
+                match splitter.flush() {
+                    Ok(()) => {
+                        self.sim.count(Kind::GuestFlush);
+                        self.oracle.flushed(id, &covered);
+                    }
+                    Err(_) => self.sim.count(Kind::GuestError),
+                }
+            }
+            2..=3 => {
+                let extent = self.extent();
+                let zeroes = vec![0; extent.length as usize];
+                self.oracle.issued(id, extent.offset, &zeroes, &now);
+                let result = splitter.zero(extent, self.below(2) == 0, Durability::Cached);
+                self.sim.count(if result.is_ok() { Kind::GuestZero } else { Kind::GuestError });
+                self.oracle.done(id, extent, result.is_ok(), false, &now);
+            }
+            _ => {
+                let count = 1 + self.below(3);
+                let fua = self.below(16) == 0;
+                let writes: Vec<(Extent, Vec<u8>)> = (0..count)
+                    .map(|_| {
+                        let extent = self.extent();
+                        (extent, self.content(extent.length))
+                    })
+                    .collect();
+                let requests: Vec<WriteRequest<'_>> =
+                    writes.iter().map(|(extent, data)| WriteRequest { offset: extent.offset, data, fua }).collect();
+                for (extent, data) in &writes {
+                    self.oracle.issued(id, extent.offset, data, &now);
+                }
+                let mut results: Vec<io::Result<()>> = writes.iter().map(|_| Err(io::Error::other("not set"))).collect();
+                splitter.write_batch(&requests, &mut results);
+                for ((extent, _), result) in writes.iter().zip(&results) {
+                    self.oracle.done(id, *extent, result.is_ok(), fua && count == 1, &now);
+                    self.sim.count(match result {
+                        Ok(()) if fua => Kind::GuestFua,
+                        Ok(()) => Kind::GuestWrite,
+                        Err(_) => Kind::GuestError,
+                    });
+                }
+            }
+        }
+    }
+}
+
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let all: Vec<String> =
+        std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect();
+    all.join(": ")
+}
+
+/// Small limits, so that every limit is met.
+pub fn limits(random: &mut Random) -> HostLimits {
+    let send = SendLimits::default();
+    HostLimits {
+        log_rotate_bytes: 64 << 10 << random.below(4),
+        log_bytes_min: 256 << 10,
+        log_reserve_bytes: 1 << 10,
+        send: SendLimits {
+            live_bytes_max: 4 << 20,
+            scan_bytes_max: 4 << 20,
+            map_entries_max: if random.chance(1, 2) { 64 } else { 4096 },
+            cut_gap: Duration::from_millis(random.below(200)),
+            cut_bytes_max: 64 << 10 << random.below(6),
+            scan_cut_bytes_max: 64 << 10 << random.below(6),
+            cuts_under_way_max: 1 + random.below(16) as usize,
+            want_bytes: 1 << 20,
+            ..send
+        },
+        ..HostLimits::default()
+    }
+}
+

@@ -1,0 +1,538 @@
+//! A deterministic simulation of the product's own code on one seed.
+//!
+//! The host role ([`tidemark_host::Host`]: attach, capture, log, marks, keeper, pack, scan, send) and the process server's
+//! stages (journal, points, fold, views, maintenance) run unchanged; only what is beneath them is simulated, through the
+//! one seam of `tidemark-base` (`seam.rs`): threads, locks, clocks, randomness, files, disks and the network.
+//!
+//! * [`world`]: threads that take turns, and time; * [`media`]: what is durable and what a power cut takes; * [`link`]: the
+//!   network, and the server's end of a stream; * [`host`], [`server`]: the two processes; * [`oracle`]: what must be true;
+//!   * [`counts`]: what happened.
+
+pub mod counts;
+pub mod host;
+pub mod link;
+pub mod media;
+pub mod oracle;
+pub mod server;
+pub mod world;
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tidemark_base::random::Random;
+use tidemark_base::seam::World;
+use tidemark_base::{DiskId, Generation, MachineId, ServerId};
+use tidemark_process_server::journal::Limits;
+use tidemark_process_server::points::Retention;
+use tidemark_proto::control::{DiskSpec, Endpoint, MachineSpec, ReplicationPolicy};
+
+use counts::{Counts, Kind};
+use host::{HostState, Workload};
+use link::{Network, Weather};
+use media::FaultRates;
+use oracle::{Content, Oracle};
+use server::ServerState;
+use world::{Process, Sim};
+
+/// What one run came to.
+pub struct Outcome {
+    pub seed: u64,
+    pub failure: Option<String>,
+    pub counts: Counts,
+    pub steps: u64,
+    pub simulated: Duration,
+    /// The same for the same seed, or the simulation is not deterministic.
+    pub fingerprint: u64,
+}
+
+/// Which process ends at which sync, for crash enumeration.
+#[derive(Clone, Debug)]
+pub struct StopAtSync {
+    pub process: Process,
+    /// As [`media::kind_of`] names files.
+    pub kind: String,
+    pub number: u64,
+    /// After the sync, not before it.
+    pub after: bool,
+    pub power_loss: bool,
+}
+
+#[derive(Clone, Default)]
+pub struct Options {
+    pub trace: bool,
+    /// Nothing goes wrong but this.
+    pub stop_at_sync: Option<StopAtSync>,
+}
+
+/// What a seed makes of the run.
+struct Plan {
+    rounds: u64,
+    has_errors: bool,
+    has_rot: bool,
+    keeps_all: bool,
+    weather: Weather,
+}
+
+/// Runs one seed.
+pub fn run(seed: u64, options: &Options) -> Outcome {
+    let mut random = Random::new(seed ^ 0x5eed_5eed_5eed_5eed);
+    let is_calm = options.stop_at_sync.is_some();
+    let switch_one_in = [3, 10, 40, 200][random.below(4) as usize];
+    let sim = Sim::new(seed, switch_one_in, options.trace);
+    let oracle = Oracle::new(sim.clone());
+    let machine = MachineId::from_bytes(random.bytes16());
+    let disk_count = if random.chance(1, 3) { 2 } else { 1 };
+    let disks: Vec<(DiskId, u64)> = (0..disk_count)
+        .map(|_| (DiskId::from_bytes(random.bytes16()), [1 << 20, 2 << 20, 5 << 20, 9 << 20][random.below(4) as usize]))
+        .collect();
+    let mut disks = disks;
+    disks.sort();
+    let keeps_all = random.chance(1, 2);
+    let retention = Retention {
+        any_time_window: Duration::from_secs([5, 30, 120, 7200][random.below(4) as usize]),
+        point_age_max: Duration::from_secs(86_400),
+        points_max: if keeps_all { 100_000 } else { 2 + random.below(20) as usize },
+    };
+    let limits = Limits {
+        segment_bytes: 64 << 10 << random.below(5),
+        segment_extents: 64 << random.below(5),
+        segment_cuts: 8 << random.below(6),
+        cut_extents_max: 4 << 20,
+        reserve_bytes: 1 << 10,
+    };
+    let plan = Plan {
+        rounds: if is_calm { 1 } else { 2 + random.below(5) },
+        has_errors: !is_calm && random.chance(1, 3),
+        has_rot: !is_calm && random.chance(1, 10),
+        keeps_all,
+        weather: Weather {
+            is_down: false,
+            cut_one_in: if is_calm || random.chance(1, 4) { 0 } else { 20 << random.below(6) },
+            delay_ms_max: [1, 5, 60, 300][random.below(4) as usize],
+        },
+
+    };
+    let server = ServerState::new(machine, disks.clone(), limits, retention, oracle.clone());
+    let network = Network::new(sim.clone(), server.clone());
+    *server.network.borrow_mut() = Rc::downgrade(&network);
+    let mut memory = BTreeMap::new();
+    for (number, (disk, bytes)) in disks.iter().enumerate() {
+        memory.insert(*disk, sim.host.add_disk(&format!("/host/disk-{number}.img"), *bytes));
+    }
+    let spec = MachineSpec {
+        machine,
+        name: "machine".to_owned(),
+        disks: disks
+            .iter()
+            .enumerate()
+            .map(|(number, (disk, bytes))| DiskSpec {
+                disk: *disk,
+                path: format!("/host/disk-{number}.img"),
+                export: disk.to_string(),
+                generation: Generation::FIRST,
+                bytes: *bytes,
+            })
+            .collect(),
+        policy: ReplicationPolicy {
+            cycle: random.chance(1, 4).then(|| Duration::from_secs(1 + random.below(20))),
+            point_interval: random.chance(1, 2).then(|| Duration::from_secs(1 + random.below(30))),
+            compression: random.chance(1, 2).then_some(1),
+            log_limit_bytes: Some(256 << 10 << random.below(5)),
+            throttle_bytes_per_second: random.chance(1, 8).then_some(256 << 10),
+        },
+        server: Endpoint { server: ServerId::from_bytes(random.bytes16()), address: "sim:1".to_owned() },
+        paused: false,
+    };
+    let span = disks.iter().map(|(_, bytes)| bytes / 512).min().unwrap_or(1);
+    let workload = Workload {
+        guests: 1 + random.below(4),
+        pause_ms_max: [2, 20, 100, 400][random.below(4) as usize],
+        write_sectors_max: [8, 64, 300][random.below(3) as usize],
+        span_sectors: [span, span, span / 4, 64][random.below(4) as usize],
+        mark_ms_max: [200, 2000, 20_000][random.below(3) as usize],
+    };
+    let host_limits = host::limits(&mut random);
+    let host = HostState::new(
+        sim.clone(),
+        network.clone(),
+        oracle.clone(),
+        spec,
+        host_limits,
+        memory.clone(),
+        workload,
+        seed,
+    );
+    sim.set_on_mark({
+        let (oracle, disks) = (oracle.clone(), memory.clone());
+        move |disk, mark| {
+            if let Some(found) = disks.get(&disk) {
+                let bytes = tidemark_base::disk::Disk::bytes(&**found);
+                oracle.marked(mark, disk, Content { pages: found.snapshot(), bytes });
+            }
+        }
+    });
+    let director = Director { sim: sim.clone(), host, server, network, oracle, plan, stop_at_sync: options.stop_at_sync.clone() };
+    let start = sim.now();
+    let result = sim.run(move || director.run(random));
+    let counts = sim.counts.borrow().clone();
+    Outcome {
+        seed,
+        failure: result.err(),
+        counts,
+        steps: sim.steps(),
+        simulated: sim.now() - start,
+        fingerprint: sim.fingerprint(),
+    }
+}
+
+/// Who lets things go wrong, and asks at the end whether everything came right.
+struct Director {
+    sim: Rc<Sim>,
+    host: Rc<HostState>,
+    server: Rc<ServerState>,
+    network: Rc<Network>,
+    oracle: Rc<Oracle>,
+    plan: Plan,
+    stop_at_sync: Option<StopAtSync>,
+}
+
+/// How a process ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Ending {
+    Kill,
+    PowerLoss,
+    Clean,
+}
+
+impl Director {
+    fn run(&self, mut random: Random) {
+        self.network.weather.set(self.plan.weather);
+        self.server.start(&self.sim);
+        self.host.start();
+        if let Some(stop) = self.stop_at_sync.clone() {
+            self.stop_at(&stop, &mut random);
+        }
+        for round in 0..self.plan.rounds {
+            if self.sim.has_failed() {
+                return;
+            }
+            self.sim.note(|| format!("round {round}"));
+            self.sim.sleep(Duration::from_millis(100 + random.below(20_000)));
+            self.list_points();
+            if self.stop_at_sync.is_none() {
+                self.trouble(&mut random);
+            }
+        }
+        if !self.sim.has_failed() {
+            self.settle(&mut random);
+        }
+    }
+
+    fn stop_at(&self, stop: &StopAtSync, random: &mut Random) {
+        let media = self.sim.media(stop.process);
+        *media.stop_at_sync.borrow_mut() = Some((stop.kind.clone(), stop.number, stop.after));
+        if self.sim.wait_crash(stop.process, Duration::from_secs(60)) {
+            self.end(stop.process, if stop.power_loss { Ending::PowerLoss } else { Ending::Kill }, random);
+            self.restart(stop.process);
+        } else {
+            media.stop_at_sync.borrow_mut().take();
+        }
+    }
+
+    /// Kept points that are listed now are there to stay, where retention keeps all.
+    fn list_points(&self) {
+        if !self.plan.keeps_all || !self.server.is_up.get() {
+            return;
+        }
+        let Some(set) = self.server.set.borrow().clone() else { return };
+        if let Ok(points) = set.points(self.server.machine) {
+            self.oracle.list(points.list().into_iter().filter(|point| !point.damaged).map(|point| point.id));
+        }
+    }
+
+    fn trouble(&self, random: &mut Random) {
+        match random.below(if self.plan.has_errors || self.plan.has_rot { 12 } else { 8 }) {
+            0..=2 => self.crash(Process::Host, random),
+            3..=4 => self.crash(Process::Server, random),
+            5 => {
+                // Both at once: a site without power.
+                self.end(Process::Host, Ending::PowerLoss, random);
+                self.end(Process::Server, Ending::PowerLoss, random);
+                self.sim.sleep(Duration::from_millis(random.below(30_000)));
+                self.restart(Process::Server);
+                self.restart(Process::Host);
+            }
+            6 => {
+                let mut weather = self.network.weather.get();
+                weather.is_down = true;
+                self.network.weather.set(weather);
+                self.sim.count(Kind::LinkDown);
+                self.network.cut_all();
+                let is_long = random.chance(1, 3);
+                if is_long {
+                    self.sim.count(Kind::ServerAbsent);
+                }
+                let limit = if is_long { 300_000 } else { 20_000 };
+                self.sim.sleep(Duration::from_millis(random.below(limit)));
+                weather.is_down = false;
+                self.network.weather.set(weather);
+            }
+            7 => {
+                let process = if random.chance(1, 2) { Process::Host } else { Process::Server };
+                let by = random.below(7_200_000) as i64 - 3_600_000;
+                self.sim.count(Kind::ClockJump);
+                self.sim.note(|| format!("the clock of {process:?} jumps by {by} ms"));
+                *self.sim.wall_offset_ms.borrow_mut().entry(process).or_default() += by;
+            }
+            8..=10 if self.plan.has_errors => self.errors(random),
+            _ if self.plan.has_rot => self.rot(random),
+            _ => self.sim.sleep(Duration::from_secs(1)),
+        }
+    }
+
+    /// A medium that fails for a while.
+    fn errors(&self, random: &mut Random) {
+        let process = if random.chance(1, 2) { Process::Host } else { Process::Server };
+        let media = self.sim.media(process).clone();
+        let mut rate = |likely: u64| if random.chance(1, likely) { 20 << random.below(6) } else { 0 };
+        let rates = FaultRates {
+            read: rate(3),
+            write: rate(3),
+            sync: rate(3),
+            no_room: rate(3),
+            disk: rate(4),
+            disk_flush: rate(6),
+        };
+        self.sim.note(|| format!("media of {process:?} fail: {rates:?}"));
+        media.rates.set(rates);
+        media.is_full.set(random.chance(1, 4));
+        self.sim.sleep(Duration::from_millis(random.below(10_000)));
+        media.rates.set(FaultRates::default());
+        media.is_full.set(false);
+        if random.chance(1, 2) {
+            self.crash(process, random);
+        }
+    }
+
+    /// One bit of what the server stores turns.
+    fn rot(&self, random: &mut Random) {
+        self.server.is_rotten.set(true);
+        if let Some((name, bit)) = self.sim.server.rot(random, &["replicas/"]) {
+            self.sim.count(Kind::BitRot);
+            self.sim.note(|| format!("bit {bit} of {name} turned"));
+        }
+    }
+
+    fn crash(&self, process: Process, random: &mut Random) {
+        let ending = match random.below(5) {
+            0 | 1 => Ending::Kill,
+            2 | 3 => Ending::PowerLoss,
+            _ => Ending::Clean,
+        };
+        // At a step of its own rather than between two.
+        if ending != Ending::Clean && random.chance(3, 4) {
+            let most = [20, 300, 3000][random.below(3) as usize];
+            let steps = random.below(most);
+            self.sim.traps.borrow_mut().entry(process).or_default().steps_left = Some(steps);
+            if self.sim.wait_crash(process, Duration::from_secs(20)) {
+                self.sim.count(Kind::CrashAtStep);
+            }
+        }
+        self.end(process, ending, random);
+        let is_long = process == Process::Server && random.chance(1, 4);
+        if is_long {
+            self.sim.count(Kind::ServerAbsent);
+        }
+        self.sim.sleep(Duration::from_millis(random.below(if is_long { 200_000 } else { 10_000 })));
+        self.restart(process);
+        // Again before it came up, now and then.
+        if random.chance(1, 4) {
+            self.sim.sleep(Duration::from_millis(random.below(20)));
+            let steps = random.below(500);
+            self.sim.traps.borrow_mut().entry(process).or_default().steps_left = Some(steps);
+            if self.sim.wait_crash(process, Duration::from_secs(5)) {
+                self.sim.count(Kind::CrashAtStep);
+            }
+            let ending = if random.chance(1, 2) { Ending::Kill } else { Ending::PowerLoss };
+            self.end(process, ending, random);
+            self.restart(process);
+        }
+    }
+
+    fn end(&self, process: Process, ending: Ending, random: &mut Random) {
+        let mut ending = ending;
+        if ending == Ending::Clean && process == Process::Host && !self.host.stop() {
+            ending = Ending::Kill;
+        }
+        self.sim.note(|| format!("{process:?} ends: {ending:?}"));
+        self.sim.count(match (process, ending) {
+            (Process::Host, Ending::Kill) => Kind::HostKill,
+            (Process::Host, Ending::PowerLoss) => Kind::HostPowerLoss,
+            (Process::Host, Ending::Clean) => Kind::HostStop,
+            (_, Ending::Kill) => Kind::ServerKill,
+            (_, Ending::PowerLoss) => Kind::ServerPowerLoss,
+            (_, Ending::Clean) => Kind::ServerStop,
+        });
+        self.sim.kill(process);
+        if process == Process::Host {
+            self.host.ended();
+            self.network.cut_all();
+        } else {
+            self.server.ended();
+        }
+        if ending == Ending::PowerLoss {
+            self.sim.media(process).cut_power(random);
+            if process == Process::Host {
+                for (id, disk) in &self.host.disks {
+                    let bytes = tidemark_base::disk::Disk::bytes(&**disk);
+                    self.oracle.check_floor(*id, &Content { pages: disk.snapshot(), bytes });
+                }
+            }
+        }
+    }
+
+    fn restart(&self, process: Process) {
+        if process == Process::Host {
+            self.host.start();
+        } else {
+            self.server.start(&self.sim);
+        }
+    }
+
+    /// Nothing goes wrong any more: everything must come right, by itself.
+    fn settle(&self, random: &mut Random) {
+        self.sim.note(|| "settling".to_owned());
+        for media in [&self.sim.host, &self.sim.server] {
+            media.rates.set(FaultRates::default());
+            media.is_full.set(false);
+        }
+        let weather = Weather { is_down: false, cut_one_in: 0, delay_ms_max: 5 };
+        self.network.weather.set(weather);
+        if self.plan.has_errors {
+            // What a failed sync latched opens again with the process.
+            for process in [Process::Server, Process::Host] {
+                self.end(process, Ending::Kill, random);
+                self.restart(process);
+            }
+        }
+        // Not only at rest: it must come right while the guests write, too.
+        self.sim.sleep(Duration::from_millis(random.below(5000)));
+        self.host.is_busy.set(false);
+        if self.plan.has_rot && self.server.is_rotten.get() {
+            // What is damaged stays away; nothing that is read may be wrong.
+            self.sim.sleep(Duration::from_secs(60));
+            self.check_all(false);
+            return;
+        }
+        let mut last = String::new();
+        let mut found = None;
+        for _ in 0..600 {
+            self.sim.sleep(Duration::from_secs(2));
+            if self.sim.has_failed() {
+                return;
+            }
+            match self.host.status() {
+                Some(status) if status.is_settled => {
+                    if let Some(mark) = self.host.mark() {
+                        found = Some(mark);
+                        break;
+                    }
+                }
+                Some(status) => last = status.text,
+                None => last = "the host does not answer".to_owned(),
+            }
+        }
+        let Some(mark) = found else {
+            return self.sim.fail(format!("replication does not converge within 20 minutes: {last}"));
+        };
+        self.await_point(mark);
+        self.check_all(true);
+        if self.sim.has_failed() {
+            return;
+        }
+        // And all of it is there after the next start.
+        self.list_points();
+        let ending = if random.chance(1, 2) { Ending::PowerLoss } else { Ending::Kill };
+        self.end(Process::Server, ending, random);
+        self.restart(Process::Server);
+        self.await_point(mark);
+        self.check_all(true);
+        if !self.sim.has_failed() {
+            self.sim.count(Kind::Converged);
+        }
+    }
+
+    /// The server makes a point of the mark, which is what the disks hold now.
+    fn await_point(&self, mark: tidemark_base::MarkId) {
+        for _ in 0..120 {
+            let set = self.server.set.borrow().clone();
+            if let Some(set) = set.filter(|_| self.server.is_up.get())
+                && let Ok(points) = set.points(self.server.machine)
+                && let Some(point) = points.get(mark)
+            {
+                for held in &point.disks {
+                    let Some(content) = self.oracle.at_mark(mark, held.disk) else { continue };
+                    let disk = &self.host.disks[&held.disk];
+                    if disk.snapshot() != content.pages {
+                        self.sim.fail(format!("disk {} changed although nobody writes", held.disk));
+                    }
+                }
+                return;
+            }
+            self.sim.sleep(Duration::from_secs(1));
+        }
+        self.sim.fail(format!("mark {mark} never became a recovery point"));
+    }
+
+    /// Reads points: the newest, and some of the others.
+    fn check_all(&self, must_read: bool) {
+        let Some(set) = self.server.set.borrow().clone() else { return };
+        let Ok(points) = set.points(self.server.machine) else { return };
+        let points = points.all();
+        let step = (points.len() / 6).max(1);
+        for point in points.iter().rev().step_by(step) {
+            self.server.check_point(&self.sim, &set, point, must_read);
+            if self.sim.has_failed() {
+                return;
+            }
+        }
+    }
+}
+
+/// Prints what the product logs, for a run that is traced.
+pub fn print_events() {
+    let _ = tracing::subscriber::set_global_default(Printer);
+}
+
+struct Printer;
+
+impl tracing::Subscriber for Printer {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::DEBUG
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        struct Fields(String);
+        impl tracing::field::Visit for Fields {
+            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                self.0.push_str(&format!(" {}={value:?}", field.name()));
+            }
+        }
+        let mut fields = Fields(String::new());
+        event.record(&mut fields);
+        println!("             [{}]{}", event.metadata().level(), fields.0);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}

@@ -1,0 +1,208 @@
+//! What must be true, kept as plainly as possible.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+
+use tidemark_base::{DiskId, Extent, MarkId};
+use tidemark_process_server::replica::ReplicaSet;
+use tidemark_proto::replication::Durable;
+
+use crate::counts::Kind;
+use crate::media::{Pages, read_pages};
+use crate::server::ServerState;
+use crate::world::Sim;
+
+/// A disk at an instant.
+#[derive(Clone)]
+pub struct Content {
+    pub pages: Pages,
+    pub bytes: u64,
+}
+
+impl Content {
+    /// The first byte at or after `at` that is not as it should be.
+    pub fn differs(&self, at: u64, found: &[u8]) -> Option<u64> {
+        let mut expected = vec![0; found.len()];
+        read_pages(&self.pages, at, &mut expected);
+        if expected == found {
+            return None;
+        }
+        expected.iter().zip(found).position(|(right, is)| right != is).map(|index| at + index as u64)
+    }
+}
+
+/// One sector's writes since the last flush that covered it.
+#[derive(Default, Clone)]
+struct Sector {
+    /// What each write left, oldest first: the first is what is certain to survive.
+    contents: Vec<Vec<u8>>,
+    /// How many of them were acknowledged, counted from the first.
+    acknowledged: usize,
+    /// How many are certain to survive a power cut.
+    floor: usize,
+    /// Writes under way. Which of two that overlap comes last, only the disk knows.
+    under_way: usize,
+    overlapped: bool,
+}
+
+pub struct Oracle {
+    sim: std::rc::Rc<Sim>,
+    marks: RefCell<BTreeMap<(MarkId, DiskId), Content>>,
+    sectors: RefCell<BTreeMap<(DiskId, u64), Sector>>,
+    /// The highest cut of each disk that the server acknowledged.
+    acknowledged: RefCell<BTreeMap<DiskId, u64>>,
+    dropped: RefCell<BTreeSet<MarkId>>,
+    /// Kept points that the server listed: they stay until retention drops them.
+    listed: RefCell<BTreeSet<MarkId>>,
+}
+
+impl Oracle {
+    pub fn new(sim: std::rc::Rc<Sim>) -> std::rc::Rc<Self> {
+        std::rc::Rc::new(Self {
+            sim,
+            marks: RefCell::default(),
+            sectors: RefCell::default(),
+            acknowledged: RefCell::default(),
+            dropped: RefCell::default(),
+            listed: RefCell::default(),
+        })
+    }
+
+    pub fn marked(&self, mark: MarkId, disk: DiskId, content: Content) {
+        self.marks.borrow_mut().insert((mark, disk), content);
+    }
+
+    pub fn at_mark(&self, mark: MarkId, disk: DiskId) -> Option<Content> {
+        self.marks.borrow().get(&(mark, disk)).cloned()
+    }
+
+    pub fn acknowledged(&self, disk: DiskId, durable: &Durable) {
+        let mut all = self.acknowledged.borrow_mut();
+        let highest = all.entry(disk).or_default();
+        *highest = (*highest).max(durable.cut.0);
+    }
+
+    pub fn holds_anything(&self, disk: DiskId) -> bool {
+        self.acknowledged.borrow().contains_key(&disk)
+    }
+
+    pub fn dropped(&self, points: &[MarkId]) {
+        self.dropped.borrow_mut().extend(points);
+    }
+
+    /// A server that started holds every cut that it acknowledged, and every kept point that it listed.
+    pub fn check_held(&self, server: &ServerState, set: &ReplicaSet) {
+        if server.is_rotten.get() {
+            return;
+        }
+        for (disk, cut) in self.acknowledged.borrow().iter() {
+            let held = set.get(*disk).map_or(0, |replica| replica.durable().cut);
+            if held < *cut {
+                self.sim.fail(format!("the server acknowledged cut {cut} of {disk} and holds {held} after its start"));
+            }
+        }
+        let Ok(points) = set.points(server.machine) else { return };
+        for mark in self.listed.borrow().difference(&self.dropped.borrow()) {
+            if points.get(*mark).is_none() {
+                self.sim.fail(format!("recovery point {mark} was listed and is gone after a restart"));
+            }
+        }
+    }
+
+    /// Kept points that the server lists now.
+    pub fn list(&self, marks: impl Iterator<Item = MarkId>) {
+        self.listed.borrow_mut().extend(marks);
+    }
+
+    // ---- what the guest was promised
+
+    /// A write of these sectors is given to the disk; `now` reads what a sector holds.
+    pub fn issued(&self, disk: DiskId, offset: u64, data: &[u8], now: &dyn Fn(u64) -> Vec<u8>) {
+        let mut sectors = self.sectors.borrow_mut();
+        for (index, content) in data.chunks(512).enumerate() {
+            let sector = offset / 512 + index as u64;
+            let found = sectors.entry((disk, sector)).or_insert_with(|| Sector {
+                contents: vec![now(sector)],
+                acknowledged: 1,
+                ..Sector::default()
+            });
+            found.contents.push(content.to_vec());
+            found.under_way += 1;
+            found.overlapped |= found.under_way > 1;
+        }
+    }
+
+    /// It ended. `is_acknowledged`: it did what it was asked for. `is_forced`: and is durable already.
+    pub fn done(
+        &self,
+        disk: DiskId,
+        extent: Extent,
+        is_acknowledged: bool,
+        is_forced: bool,
+        now: &dyn Fn(u64) -> Vec<u8>,
+    ) {
+        let mut sectors = self.sectors.borrow_mut();
+        for sector in extent.offset / 512..extent.end() / 512 {
+            let Some(found) = sectors.get_mut(&(disk, sector)) else { continue };
+            found.under_way = found.under_way.saturating_sub(1);
+            if found.under_way > 0 {
+                continue;
+            }
+            let met_another = std::mem::take(&mut found.overlapped);
+            if met_another {
+                found.contents.push(now(sector));
+            }
+            if is_acknowledged {
+                found.acknowledged = found.contents.len();
+                if is_forced && !met_another {
+                    found.floor = found.acknowledged;
+                }
+            }
+        }
+    }
+
+    /// Whatever was under way was never acknowledged.
+    pub fn host_ended(&self) {
+        for found in self.sectors.borrow_mut().values_mut() {
+            found.under_way = 0;
+            found.overlapped = false;
+        }
+    }
+
+    /// What was acknowledged when a flush was asked for: it is durable once the flush is.
+    pub fn flush_begins(&self, disk: DiskId) -> Vec<(u64, usize)> {
+        let sectors = self.sectors.borrow();
+        let range = sectors.range((disk, 0)..=(disk, u64::MAX));
+        range.filter(|(_, found)| found.acknowledged > found.floor).map(|((_, at), found)| (*at, found.acknowledged)).collect()
+    }
+
+    pub fn flushed(&self, disk: DiskId, covered: &[(u64, usize)]) {
+        let mut sectors = self.sectors.borrow_mut();
+        for (sector, number) in covered {
+            if let Some(found) = sectors.get_mut(&(disk, *sector)) {
+                found.floor = found.floor.max(*number);
+            }
+        }
+    }
+
+    /// After a power cut each sector is what the last flush covered, or something that was written since.
+    pub fn check_floor(&self, disk: DiskId, content: &Content) {
+        let mut sectors = self.sectors.borrow_mut();
+        for ((_, sector), found) in sectors.range((disk, 0)..=(disk, u64::MAX)) {
+            let mut is = vec![0; 512];
+            read_pages(&content.pages, sector * 512, &mut is);
+            let from = found.floor.saturating_sub(1);
+            if !found.contents[from..].contains(&is) {
+                self.sim.fail(format!(
+                    "sector {sector} of {disk} lost what a flush had covered: {} writes, {} acknowledged, {} covered",
+                    found.contents.len() - 1,
+                    found.acknowledged - 1,
+                    found.floor
+                ));
+                break;
+            }
+        }
+        self.sim.count(Kind::FloorChecked);
+        sectors.retain(|(of, _), _| *of != disk);
+    }
+}

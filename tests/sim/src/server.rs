@@ -1,0 +1,272 @@
+//! A process server: the product's replicas, points and maintenance over simulated media, and an auditor that reads
+//! recovery points while everything runs.
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemark_base::stop::Stop;
+use tidemark_base::storage::RealStorage;
+use tidemark_base::{DiskId, Generation, HostId, MachineId, Timestamp};
+use tidemark_process_server::accept::authorise::Authorisation;
+use tidemark_process_server::accept::{ReplicaStores, Stores};
+use tidemark_process_server::journal::Limits;
+use tidemark_process_server::points::{Point, Retention};
+use tidemark_process_server::replica::{ReplicaInfo, ReplicaSet};
+use tidemark_proto::replication::{Durable, Hello, Refusal, RefusalReason, SessionId};
+
+use crate::counts::Kind;
+use crate::link::{Network, Place, Places, refusal};
+use crate::oracle::{Content, Oracle};
+use crate::world::{Process, Sim};
+
+const FOLDER: &str = "/server";
+const MAINTENANCE: Duration = Duration::from_secs(10);
+
+pub struct ServerState {
+    pub is_up: Cell<bool>,
+    /// Counts starts.
+    pub run: Cell<u64>,
+    pub set: RefCell<Option<Arc<ReplicaSet>>>,
+    stores: RefCell<Option<Arc<ReplicaStores>>>,
+    places: RefCell<Rc<Places>>,
+    pub network: RefCell<Weak<Network>>,
+    pub machine: MachineId,
+    pub disks: Vec<(DiskId, u64)>,
+    pub limits: Limits,
+    pub retention: Retention,
+    pub oracle: Rc<Oracle>,
+    /// Damage was done to what it stores: reads may fail, but never lie.
+    pub is_rotten: Cell<bool>,
+}
+
+impl ServerState {
+    pub fn new(machine: MachineId, disks: Vec<(DiskId, u64)>, limits: Limits, retention: Retention, oracle: Rc<Oracle>) -> Rc<Self> {
+        Rc::new(Self {
+            is_up: Cell::new(false),
+            run: Cell::new(0),
+            set: RefCell::default(),
+            stores: RefCell::default(),
+            places: RefCell::default(),
+            network: RefCell::default(),
+            machine,
+            disks,
+            limits,
+            retention,
+            oracle,
+            is_rotten: Cell::new(false),
+        })
+    }
+
+    pub fn authorisation(&self, disk: DiskId) -> Result<Authorisation, Refusal> {
+        let (_, disk_bytes) = self
+            .disks
+            .iter()
+            .find(|(known, _)| *known == disk)
+            .ok_or_else(|| refusal(RefusalReason::UnknownDisk, "not known here"))?;
+        Ok(Authorisation {
+            machine: self.machine,
+            agent: HostId::from_bytes([1; 16]),
+            generation: Generation::FIRST,
+            disk_bytes: *disk_bytes,
+        })
+    }
+
+    pub fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
+        let known = self.authorisation(hello.disk)?;
+        if known.disk_bytes != hello.disk_bytes {
+            return Err(refusal(RefusalReason::SizeChanged, "another size"));
+        }
+        Ok(())
+    }
+
+    pub fn stores(&self) -> Arc<dyn Stores> {
+        self.stores.borrow().clone().expect("streams run while the server does")
+    }
+
+    pub fn take_over(&self, sim: &Sim, disk: DiskId, session: SessionId) -> Result<Place, Refusal> {
+        let places = self.places.borrow().clone();
+        let network = self.network.borrow().upgrade();
+        places.take_over(sim, disk, session, &|| {
+            if let Some(network) = &network {
+                network.wake_streams();
+            }
+        })
+    }
+
+    /// What the server promises to hold from now on.
+    pub fn acknowledged(&self, disk: DiskId, durable: &Durable) {
+        self.oracle.acknowledged(disk, durable);
+    }
+
+    /// Starts the server's process.
+    pub fn start(self: &Rc<Self>, sim: &Rc<Sim>) {
+        self.run.set(self.run.get() + 1);
+        *self.places.borrow_mut() = Rc::default();
+        let (state, world) = (self.clone(), sim.clone());
+        sim.start(Process::Server, "server", Box::new(move || state.run(&world)));
+    }
+
+    /// It is gone, however that came.
+    pub fn ended(&self) {
+        self.is_up.set(false);
+        // The dead process's own: what it owns must not be dropped, as nothing of it runs any more.
+        if let Some(set) = self.set.borrow_mut().take() {
+            std::mem::forget(set);
+        }
+        if let Some(stores) = self.stores.borrow_mut().take() {
+            std::mem::forget(stores);
+        }
+    }
+
+    fn run(self: &Rc<Self>, sim: &Rc<Sim>) {
+        let mut tries = 0;
+        let set = loop {
+            match self.open() {
+                Ok(set) => break Arc::new(set),
+                Err(error) => {
+                    sim.note(|| format!("the server cannot open its folder: {error}"));
+                    tries += 1;
+                    // A medium that fails is tried again; one that is sound must open.
+                    if tries > 5 && !self.is_rotten.get() && self.is_sound(sim) {
+                        return sim.fail(format!("the server does not open its folder: {error}"));
+                    }
+                    sim.sleep(Duration::from_secs(5));
+                }
+            }
+        };
+        *self.stores.borrow_mut() = Some(ReplicaStores::new(set.clone(), Arc::new(tokio::sync::watch::channel(0).0)));
+        *self.set.borrow_mut() = Some(set.clone());
+        self.is_up.set(true);
+        sim.note(|| "server is up".to_owned());
+        self.oracle.check_held(self, &set);
+        let (state, world, audited) = (self.clone(), sim.clone(), set.clone());
+        sim.start(Process::Server, "auditor", Box::new(move || state.audit(&world, &audited)));
+        let stop = Stop::new();
+        loop {
+            sim.sleep(MAINTENANCE);
+            match set.maintain(self.machine, &self.retention, Timestamp::now(), &stop) {
+                Ok(done) => {
+                    self.oracle.dropped(&done.dropped);
+                    for fold in done.folds {
+                        match fold.result {
+                            Ok(folded) if folded.to > folded.from => sim.count(Kind::Fold),
+                            Ok(_) => {}
+                            Err(error) => sim.note(|| format!("fold failed: {error}")),
+                        }
+                    }
+                }
+                Err(error) => sim.note(|| format!("maintenance failed: {error}")),
+            }
+        }
+    }
+
+    fn is_sound(&self, sim: &Sim) -> bool {
+        let rates = sim.server.rates.get();
+        rates.read == 0 && rates.write == 0 && rates.sync == 0 && rates.no_room == 0 && !sim.server.is_full.get()
+    }
+
+    fn open(&self) -> Result<ReplicaSet, String> {
+        let storage = RealStorage::create(FOLDER).map_err(|error| error.to_string())?;
+        let (set, failures) = ReplicaSet::open(storage, self.limits).map_err(|error| error.to_string())?;
+        if let Some(failure) = failures.first() {
+            let cause = std::error::Error::source(&failure.error).map(ToString::to_string).unwrap_or_default();
+            return Err(format!("{}: {} {cause}", failure.folder, failure.error));
+        }
+        for (disk, disk_bytes) in &self.disks {
+            if set.get(*disk).is_err() {
+                if self.oracle.holds_anything(*disk) {
+                    return Err(format!("the replica of {disk} is gone"));
+                }
+                let info = ReplicaInfo {
+                    disk: *disk,
+                    machine: self.machine,
+                    generation: Generation::FIRST,
+                    disk_bytes: *disk_bytes,
+                };
+                set.create(info).map_err(|error| error.to_string())?;
+            }
+        }
+        Ok(set)
+    }
+
+    /// Reads a point now and then.
+    fn audit(&self, sim: &Rc<Sim>, set: &ReplicaSet) {
+        loop {
+            sim.sleep(Duration::from_millis(500 + sim.below(8000)));
+            let Ok(points) = set.points(self.machine) else { continue };
+            let points = points.all();
+            if points.is_empty() {
+                continue;
+            }
+            let index = if sim.one_in(3) { points.len() - 1 } else { sim.below(points.len() as u64) as usize };
+            self.check_point(sim, set, &points[index], false);
+        }
+    }
+
+    /// Every disk of the point must be what it was at its mark. `must_read`: nothing excuses an error.
+    pub fn check_point(&self, sim: &Sim, set: &ReplicaSet, point: &Point, must_read: bool) -> bool {
+        if point.damaged {
+            if must_read && !self.is_rotten.get() {
+                sim.fail(format!("point {} is flagged as damaged", point.id));
+            }
+            return false;
+        }
+        for held in &point.disks {
+            let Some(expected) = self.oracle.at_mark(point.id, held.disk) else {
+                sim.fail(format!("point {} is of no mark that was made on {}", point.id, held.disk));
+                return false;
+            };
+            let view = match set.get(held.disk).map_err(|error| error.to_string()).and_then(|replica| {
+                replica.view(held.cut).map_err(|error| error.to_string())
+            }) {
+                Ok(view) => view,
+                Err(error) => {
+                    // It may have been thinned and folded since it was listed.
+                    let is_still_there =
+                        set.points(self.machine).is_ok_and(|points| points.get(point.id).is_some_and(|point| !point.damaged));
+                    if must_read && is_still_there && !self.is_rotten.get() {
+                        sim.fail(format!("point {} cannot be opened: {error}", point.id));
+                    }
+                    return false;
+                }
+            };
+            let mut buffer = vec![0; 64 << 10];
+            let disk_bytes = expected.bytes;
+            let mut at = 0;
+            while at < disk_bytes {
+                let length = (disk_bytes - at).min(buffer.len() as u64) as usize;
+                if let Err(error) = view.read(at, &mut buffer[..length]) {
+                    if must_read && !self.is_rotten.get() {
+                        let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+                        sim.fail(format!("point {} cannot be read at {at}: {error} {cause}", point.id));
+                    }
+                    if self.is_rotten.get() {
+                        sim.count(Kind::BitRotFound);
+                    }
+                    return false;
+                }
+                if let Some(wrong) = expected.differs(at, &buffer[..length]) {
+                    sim.fail(format!(
+                        "point {} (kept: {}, cut {}) of disk {} differs from the source at its mark: first at {wrong}: {}",
+                        point.id, point.keep, held.cut, held.disk,
+                        describe(&expected, wrong, &buffer, at)
+                    ));
+                    return false;
+                }
+                at += length as u64;
+            }
+        }
+        sim.count(Kind::PointChecked);
+        true
+    }
+}
+
+fn describe(expected: &Content, wrong: u64, buffer: &[u8], at: u64) -> String {
+    let mut right = [0; 16];
+    let sector = wrong / 512 * 512;
+    crate::media::read_pages(&expected.pages, sector, &mut right);
+    let found = &buffer[(sector - at) as usize..][..16];
+    format!("expected {right:02x?}, found {found:02x?}")
+}
