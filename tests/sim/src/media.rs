@@ -873,6 +873,8 @@ impl SimulatedDisk for MemoryDisk {
             bytes: self.bytes,
             changed_ns: changed,
             modified_ns: changed,
+            born_ns: Some(1),
+            data_write_guid: None,
             is_block_device: false,
         })
     }
