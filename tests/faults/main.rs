@@ -2,3 +2,5 @@
 
 mod calls;
 mod database;
+mod network;
+mod power;

@@ -56,6 +56,24 @@ impl Mount {
         Self { path: at.to_owned(), mounted: true }
     }
 
+    /// Mounts what a power cut left on a loop device. ext4's own superblock may be torn, which only e2fsck can help.
+    #[track_caller]
+    pub fn device_after_a_cut(device: Loop, at: &Path) -> Self {
+        std::fs::create_dir_all(at).expect("a mount point can be made");
+        if !tools::outcome("mount", &["-o", "noatime", text(&device.path), text(at)]).status.success() {
+            tools::outcome("e2fsck", &["-f", "-y", text(&device.path)]);
+            return Self::device(device, at, "noatime");
+        }
+        Self { path: at.to_owned(), mounted: true }
+    }
+
+    /// The same file or folder at a second place.
+    #[track_caller]
+    pub fn bind(from: &Path, at: &Path) -> Self {
+        tools::run("mount", &["--bind", text(from), text(at)]);
+        Self { path: at.to_owned(), mounted: true }
+    }
+
     /// A file system in memory.
     #[track_caller]
     pub fn memory(at: &Path, bytes: u64) -> Self {
@@ -103,6 +121,16 @@ impl Loop {
     pub fn attach(image: &Path) -> Self {
         let device = tools::run("losetup", &["--find", "--show", text(image)]);
         Self { path: PathBuf::from(device.trim()) }
+    }
+
+    /// On this device and no other: file systems on it look the same as last time.
+    #[track_caller]
+    pub fn attach_at(device: &Path, image: &Path) -> Self {
+        // Its last user may be on its way out.
+        wait::until(&format!("{} is free", device.display()), LIMIT, || {
+            tools::outcome("losetup", &[text(device), text(image)]).status.success().then_some(())
+        });
+        Self { path: device.to_owned() }
     }
 
     pub fn path(&self) -> &Path {

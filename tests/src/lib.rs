@@ -9,20 +9,24 @@
 //! * [`image`]: disks with content, and the comparison of two of them.
 //! * [`block`]: loop devices, mounts, and programs that show a disk as a file, all gone with their test.
 //! * [`postgres`]: a database as a judge of disks.
+//! * [`net`]: networks of a test's own, and a proxy that misbehaves.
 //! * [`tools`]: programs that a test needs; a test without them says `SKIPPED` and why.
 //! * [`trace`]: system calls that fail, or that a process does not survive.
 //! * [`wait`]: waiting for a condition with a limit.
+//! * [`writelog`]: what a block device may hold after a power cut.
 
 pub mod api;
 pub mod binary;
 pub mod block;
 pub mod image;
 pub mod nbd;
+pub mod net;
 pub mod postgres;
 pub mod process;
 pub mod site;
 pub mod tools;
 pub mod trace;
 pub mod wait;
+pub mod writelog;
 
 pub use site::{Machine, Site};

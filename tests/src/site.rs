@@ -70,12 +70,26 @@ impl Site {
 
     /// A new site whose roles are three processes, so that each can be killed alone.
     pub fn start_roles() -> Self {
-        let mut site = Self::new_in(&std::env::temp_dir());
-        for role in ROLES {
-            site.start_role(role);
-        }
-        site.wait_connected();
+        let mut site = Self::prepare();
+        site.start_roles_here();
         site
+    }
+
+    /// The folders of a site that does not run yet, for tests that put something else beneath them.
+    pub fn prepare() -> Self {
+        let site = Self::new_in(&std::env::temp_dir());
+        for name in ["", "agent", "process-server"] {
+            std::fs::create_dir(site.state().join(name)).expect("a folder can be made");
+        }
+        site
+    }
+
+    /// Starts the roles, each as a process of its own.
+    pub fn start_roles_here(&mut self) {
+        for role in ROLES {
+            self.start_role(role);
+        }
+        self.wait_connected();
     }
 
     /// Starts one role and does not wait for it.
@@ -87,6 +101,11 @@ impl Site {
     pub fn start_role_as(&mut self, role: &str, mut command: Command) {
         command.args([role, "run", "--dir"]).arg(self.state()).stdin(Stdio::null()).stdout(Stdio::null());
         self.processes.push(Owned::start(role, command, Some(&self.path("site.log"))));
+    }
+
+    /// Takes a process in that somebody else started as one of its roles.
+    pub fn adopt(&mut self, process: Owned) {
+        self.processes.push(process);
     }
 
     /// The process of a role that runs, or ran until it was killed by something else.
