@@ -2,7 +2,7 @@
 //! part of a release). Without the feature every question here is answered with a constant *no*.
 
 /// Every safeguard that can be taken out.
-pub const NAMES: [&str; 14] = [
+pub const NAMES: [&str; 18] = [
     // The replica's journal is not synced before an acknowledgement leaves.
     "journal-sync",
     // Chunks are stored without a look at their hashes.
@@ -31,6 +31,14 @@ pub const NAMES: [&str; 14] = [
     "scan-acknowledged",
     // A file is replaced without syncing its new content.
     "replace-sync",
+    // A write goes to the disk without a slot that names it.
+    "slots-set",
+    // A region counts as shipped as soon as it has no intent.
+    "unshipped-clear",
+    // A small state file is written over its newest slot.
+    "state-slot",
+    // What the log of an epoch that ends held is not left to the scans.
+    "epoch-scan",
 ];
 
 /// Whether this safeguard is taken out. The choice is per thread, as simulations are.

@@ -230,7 +230,8 @@ pub trait Source: Send + Sync {
     fn barrier(&self) -> Result<Position, SourceError>;
 
     /// Ends the current epoch at an instant at which no write is in flight and begins a new one, durable when it returns.
-    /// For each consumer, what was logged after its cursor is added to its scan first. Returns the new epoch's start.
+    /// For each consumer, what was logged after its cursor is added to its scan first; where the log cannot be read back
+    /// ([`EpochReason::LogDamaged`]), everything that it may have held. Returns the new epoch's start.
     fn new_epoch(&self, reason: EpochReason) -> Result<Position, SourceError>;
 }
 

@@ -217,6 +217,9 @@ pub struct Hold<'a> {
 impl Hold<'_> {
     /// Waits for the writes that were admitted before the hold. True: the disk equals the log's prefix, and stays so.
     pub fn wait_drained(&self, deadline: Instant) -> bool {
+        if tidemark_base::sabotage::is("mark-hold") {
+            return true;
+        }
         self.of.wait_empty(self.of.table(), deadline)
     }
 }

@@ -13,6 +13,14 @@ use std::sync::Arc;
 
 use crate::protected::ProtectedDisk;
 
+/// A place between two steps of a write, at which a test may end the process. Nothing otherwise.
+#[inline(always)]
+fn gap(name: &'static str) {
+    #[cfg(test)]
+    crate::tests::gaps::reach(name);
+    tidemark_base::seam::observe(tidemark_base::seam::Event::Reached(name));
+}
+
 /// Where a workload opens a protected disk.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Address {

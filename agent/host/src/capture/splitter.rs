@@ -68,6 +68,7 @@ impl Splitter {
         for (write, result) in writes.iter().zip(results.iter_mut()) {
             let durability = if write.fua { Durability::Durable } else { Durability::Cached };
             *result = disk.disk.write_at(write.offset, write.data, durability);
+            super::gap("written");
             match result {
                 Ok(()) => {
                     bytes += write.data.len() as u64;
@@ -89,6 +90,7 @@ impl Splitter {
                 }
             }
         }
+        super::gap("logged");
         *appends = recycle(records);
         self.end(admitted, extents, bytes);
     }
@@ -96,10 +98,15 @@ impl Splitter {
     /// Everything that must be so before the disk is touched.
     fn prepare(&self, admitted: &Admitted, extents: &[Extent]) -> io::Result<()> {
         let disk = &*self.disk;
+        super::gap("admitted");
         if let Err(error) = disk.intent.declare(extents) {
             disk.intent_failed(&error)?;
         }
-        disk.in_flight.publish(admitted, extents, disk.clock.wall_now());
+        super::gap("declared");
+        if !tidemark_base::sabotage::is("slots-set") {
+            disk.in_flight.publish(admitted, extents, disk.clock.wall_now());
+        }
+        super::gap("published");
         Ok(())
     }
 
@@ -113,6 +120,7 @@ impl Splitter {
         }
         disk.written_bytes.fetch_add(bytes, Ordering::Relaxed);
         disk.in_flight.finish(admitted, disk.clock.wall_now());
+        super::gap("finished");
         disk.watchers.changed();
     }
 }
@@ -171,6 +179,7 @@ impl Export for Splitter {
             return Err(error);
         }
         let result = disk.disk.zero(extent, discard, durability);
+        super::gap("written");
         match &result {
             Ok(()) => {
                 if let Err(reason) = disk.log.append(&[Append::Zeroes { extent }], 0) {
@@ -179,6 +188,7 @@ impl Export for Splitter {
             }
             Err(error) => disk.write_failed(extent, error),
         }
+        super::gap("logged");
         self.end(admitted, &extents, if result.is_ok() { extent.length } else { 0 });
         result
     }

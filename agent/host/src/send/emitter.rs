@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tidemark_base::Timestamp;
 use tidemark_base::chunk::ChunkKey;
 use tidemark_base::time::Instant;
-use tidemark_base::{Extent, ExtentSet, Timestamp};
 use tidemark_proto::replication::{Refusal, RefusalReason};
 
 use super::backoff::Backoff;
@@ -182,9 +182,8 @@ impl Emitter {
                 self.source.require_scan(consumer, &extents.into_iter().collect(), ScanReason::LogDamaged)
             }
             SourceError::History { .. } => {
+                // Which blocks the log told of is not known here: the source adds what it may have held.
                 self.scan_wanted = true;
-                let whole = ExtentSet::from_iter([Extent::new(0, self.source.identity().disk_bytes)]);
-                self.source.require_scan(consumer, &whole, ScanReason::LogDamaged)?;
                 self.source.new_epoch(EpochReason::LogDamaged).map(drop)
             }
             _ => Ok(()),

@@ -12,6 +12,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use tidemark_base::sabotage;
 use tidemark_base::storage::StorageFile;
 use tidemark_base::sync::Mutex;
 use tidemark_base::{Extent, ExtentSet, Sequence};
@@ -164,10 +165,12 @@ impl Intent {
                 changed[word / WORDS_PER_BLOCK] = true;
             }
         }
-        for (block, _) in changed.iter().enumerate().filter(|(_, changed)| **changed) {
-            self.write_block(&image, block)?;
+        if !sabotage::is("intent-wait") {
+            for (block, _) in changed.iter().enumerate().filter(|(_, changed)| **changed) {
+                self.write_block(&image, block)?;
+            }
+            image.file.sync()?;
         }
-        image.file.sync()?;
         // Only now may a writer rely on them.
         for (map, region) in self.bits_of(writes) {
             let (word, bit) = self.place(map, region);
@@ -213,7 +216,7 @@ impl Intent {
             let (word, bit) = self.place(INTENT, region);
             none_in_flight(Extent::new(offset, 1 << self.region_shift), &mut || {
                 let last = self.last_write[region as usize].load(Ordering::Acquire);
-                if last < synced && last.saturating_add(idle) <= now {
+                if last < synced && last.saturating_add(idle) <= now || sabotage::is("intent-clear") {
                     // Nothing is in flight here, so all of the region's records are logged.
                     let reached = logged.map_or(NEVER, |logged| logged.0);
                     self.last_sequence[region as usize].store(reached, Ordering::Release);
@@ -243,8 +246,7 @@ impl Intent {
             let reached = self.last_sequence[region as usize].load(Ordering::Acquire);
             if image.words[word] & bit != 0
                 && image.words[intent_word] & intent_bit == 0
-                && reached != NEVER
-                && reached <= acknowledged.0
+                && (reached != NEVER && reached <= acknowledged.0 || sabotage::is("unshipped-clear"))
             {
                 self.bits[word].fetch_and(!bit, Ordering::Release);
                 image.words[word] &= !bit;
@@ -299,6 +301,12 @@ impl Intent {
         self.given_up.load(Ordering::Acquire)
     }
 
+    /// Has every write to the bitmap fail from now on.
+    #[cfg(test)]
+    pub fn break_file(&self, read_only: Arc<dyn StorageFile>) {
+        self.image().file = read_only;
+    }
+
     fn image(&self) -> tidemark_base::sync::MutexGuard<'_, Image> {
         self.file.lock().expect("no panic while held")
     }
@@ -336,7 +344,7 @@ impl Intent {
 const _: () = assert!(REGIONS_PER_BLOCK == 32_384 && HEADER_BYTES + WORDS_PER_BLOCK * 8 == BLOCK_BYTES);
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use tidemark_base::storage::{OpenMode, RealStorage};
 
@@ -365,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn only_idle_and_synced_regions_are_cleared() {
+    pub(crate) fn only_idle_and_synced_regions_are_cleared() {
         let (_folder, file) = file();
         let intent = Intent::start(file.clone(), DISK_BYTES, &IntentFound::default()).unwrap();
         let write = |region: u64| Extent::new(region << 22, 512);

@@ -3,6 +3,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tidemark_base::{MachineId, Timestamp};
+use tidemark_nbd::{Export, WriteRequest};
 use tidemark_proto::replication::Consistency;
 
 use super::{Fixture, replay, write};
@@ -13,30 +14,62 @@ use crate::source::{RecordBody, Source};
 
 const DISK_BYTES: u64 = 1 << 20;
 const WRITERS: usize = 4;
+/// Each writer has a part of the disk, which it writes over again and again in one batch: long enough on its way that
+/// every hold meets writes in flight.
+const PART_BYTES: usize = DISK_BYTES as usize / WRITERS;
+const WRITE_BYTES: usize = 32 << 10;
 
+/// The number that a writer wrote last, at the begin of its part.
 fn block(content: &[u8], writer: usize) -> u64 {
-    u64::from_le_bytes(content[writer * 4096..writer * 4096 + 8].try_into().unwrap())
+    u64::from_le_bytes(content[writer * PART_BYTES..writer * PART_BYTES + 8].try_into().unwrap())
+}
+
+/// A batch of writes with a number all over them.
+fn write_part(splitter: &Splitter, writer: usize, number: u64) {
+    let data: Vec<u8> = std::iter::repeat_n(number.to_le_bytes(), WRITE_BYTES / 8).flatten().collect();
+    let writes: Vec<WriteRequest<'_>> = (0..PART_BYTES / WRITE_BYTES)
+        .map(|index| WriteRequest {
+            offset: (writer * PART_BYTES + index * WRITE_BYTES) as u64,
+            data: &data,
+            fua: false,
+        })
+        .collect();
+    let mut results: Vec<_> = writes.iter().map(|_| Err(std::io::ErrorKind::Other.into())).collect();
+    splitter.write_batch(&writes, &mut results);
+    assert!(results.iter().all(Result::is_ok));
+}
+
+/// Stops the writers, also when an assertion failed.
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
 }
 
 #[test]
 fn a_mark_under_load_is_one_instant_of_two_disks() {
+    mark_under_load();
+}
+
+pub fn mark_under_load() {
     let fixtures = [Fixture::new(DISK_BYTES), Fixture::new(DISK_BYTES)];
     let disks = [fixtures[0].attach().disk, fixtures[1].attach().disk];
     let marker = Marker::new(MachineId::random(), "web".into(), disks.to_vec(), None, Duration::from_secs(1));
     let splitters = Arc::new(disks.clone().map(|disk| Splitter::new(disk).unwrap()));
     let stop = Arc::new(AtomicBool::new(false));
+    let _stop = StopOnDrop(stop.clone());
     // For each writer: what was begun, and what was acknowledged. It writes first to one disk, then to the other.
     let counters: Arc<Vec<[AtomicU64; 4]>> = Arc::new((0..WRITERS).map(|_| Default::default()).collect());
     let writers: Vec<_> = (0..WRITERS)
         .map(|writer| {
             let (splitters, stop, counters) = (splitters.clone(), stop.clone(), counters.clone());
             std::thread::spawn(move || {
-                let mut data = [0; 4096];
                 for number in 1u64.. {
-                    data[..8].copy_from_slice(&number.to_le_bytes());
                     for disk in 0..2 {
                         counters[writer][disk * 2].store(number, Ordering::SeqCst);
-                        write(&splitters[disk], writer as u64 * 4096, &data).unwrap();
+                        write_part(&splitters[disk], writer, number);
                         counters[writer][disk * 2 + 1].store(number, Ordering::SeqCst);
                     }
                     if stop.load(Ordering::SeqCst) {

@@ -1,12 +1,19 @@
 //! Capture as a whole: the write path against a model, marks under load, crashes, limits.
 
 mod crash;
+pub mod gaps;
 mod host;
 mod limits;
 mod marks;
 #[allow(dead_code, reason = "the tests of logs use the rest")]
 #[path = "../../../hrl/tests/support/memory.rs"]
 pub mod memory;
+mod power;
+mod room;
+#[cfg(feature = "sabotage")]
+mod sabotage;
+mod scenarios;
+mod unwitnessed;
 mod write_path;
 
 use std::fs::File;
@@ -33,6 +40,8 @@ use crate::state::session::Boot;
 
 pub struct Fixture {
     pub folder: tempfile::TempDir,
+    /// Where the disk lies, if not in the folder.
+    pub image: Option<PathBuf>,
     pub disk: DiskId,
     pub server: ServerId,
     pub boot: Boot,
@@ -79,6 +88,7 @@ impl Fixture {
         File::create(folder.path().join("disk.img")).unwrap().set_len(disk_bytes).unwrap();
         Self {
             folder,
+            image: None,
             disk: DiskId::random(),
             server: ServerId::random(),
             boot: Boot::current().unwrap(),
@@ -89,7 +99,14 @@ impl Fixture {
     }
 
     pub fn path(&self) -> PathBuf {
-        self.folder.path().join("disk.img")
+        self.image.clone().unwrap_or_else(|| self.folder.path().join("disk.img"))
+    }
+
+    /// The state beside the disk.
+    pub fn state(&self) -> Arc<dyn Storage> {
+        let mut folder = self.path().into_os_string();
+        folder.push(".tidemark");
+        RealStorage::open_folder(PathBuf::from(folder))
     }
 
     pub fn content(&self) -> Vec<u8> {
@@ -180,6 +197,14 @@ pub fn data_refs(records: &[Record]) -> Vec<DataRef> {
         _ => None,
     });
     data.collect()
+}
+
+/// What a record changed.
+pub fn record_bytes(record: &Record) -> u64 {
+    match &record.body {
+        RecordBody::Write { extent, .. } | RecordBody::Zeroes { extent } => extent.length,
+        RecordBody::Mark(_) => 0,
+    }
 }
 
 pub fn covers(set: &ExtentSet, extent: Extent) -> bool {
