@@ -2,5 +2,7 @@
 
 mod calls;
 mod database;
+mod full;
 mod network;
 mod power;
+mod store;

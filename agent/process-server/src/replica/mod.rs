@@ -502,7 +502,18 @@ impl Replica {
         let mut next = state.manifest.clone();
         next.pins.retain(|pin| pin.holder != holder);
         next.pins.push(Pin { holder: holder.to_owned(), cut, since: now });
-        next.store(&*self.storage).map_err(|error| self.write_error(error))?;
+        self.store_pins(&mut state, next)
+    }
+
+    /// A volume without room keeps nobody from what is on it: pins are kept in memory then, and are durable with the next
+    /// manifest that can be stored. Nothing folds past them meanwhile; whoever holds one across a restart pins again.
+    fn store_pins(&self, state: &mut State, next: Manifest) -> Result<(), ReplicaError> {
+        match next.store(&*self.storage) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+                tracing::warn!(disk = %self.disk, %error, "no room to make pins durable");
+            }
+            outcome => outcome.map_err(|error| self.write_error(error))?,
+        }
         state.manifest = next;
         Ok(())
     }
@@ -512,11 +523,10 @@ impl Replica {
         let mut state = self.state();
         let mut next = state.manifest.clone();
         next.pins.retain(|pin| pin.holder != holder);
-        if next.pins.len() != state.manifest.pins.len() {
-            next.store(&*self.storage).map_err(|error| self.write_error(error))?;
-            state.manifest = next;
+        match next.pins.len() != state.manifest.pins.len() {
+            true => self.store_pins(&mut state, next),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// Gives back the pins of everything whose name begins so.
