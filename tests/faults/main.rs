@@ -5,4 +5,5 @@ mod database;
 mod full;
 mod network;
 mod power;
+mod scenarios;
 mod store;
