@@ -753,7 +753,7 @@ impl DiskLog {
                 let target = &mut buffer[at..at + part.length as usize];
                 // One unreadable sector must not condemn its neighbours.
                 let is_read = is_whole || read(part.offset, target);
-                if !is_read || *self.hasher.hash(target).digest() != part.hash {
+                if !is_read || self.hasher.digest(target) != part.hash {
                     damaged.push(first + number);
                 }
                 at += part.length as usize;

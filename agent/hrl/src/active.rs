@@ -285,7 +285,7 @@ impl ActiveLog {
                     body = of_mark;
                     record.extent.length = body.len() as u64;
                     record.data_offset = 0;
-                    record.digest = log.hasher.digest(body);
+                    record.digest = log.hasher.mark_digest(body);
                 }
             }
             record.history = history_after(

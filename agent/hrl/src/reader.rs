@@ -410,7 +410,7 @@ impl Scan {
             body.extend_from_slice(&array_at::<BODY_SLOT_BYTES>(&slot, 16));
         }
         body.truncate(length);
-        match self.log.hasher.digest(&body) == mark.digest {
+        match self.log.hasher.mark_digest(&body) == mark.digest {
             true => Ok(Ok(body)),
             false => Ok(Err(Step::Bad("the mark's body does not verify"))),
         }

@@ -611,7 +611,7 @@ impl DataVerifier {
             hasher.update(part);
             done += part.len() as u64;
         }
-        Ok(*hasher.finalize().as_bytes() == digest)
+        Ok(hasher.digest() == digest)
     }
 }
 

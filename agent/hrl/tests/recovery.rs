@@ -8,7 +8,7 @@ use support::memory::{Content, MemoryStorage, Random};
 use support::*;
 use tidemark_base::storage::Storage;
 use tidemark_base::{Extent, Position};
-use tidemark_hrl::{ActiveLog, Cause, Examination, Held, LogChain, LogError, PreparedLog, Verdict, recover};
+use tidemark_hrl::{ActiveLog, Append, Cause, Examination, Held, LogChain, LogError, PreparedLog, Verdict, recover};
 
 fn mark(length: usize) -> Step {
     Step::Mark { body: (0..length).map(|index| index as u8).collect() }
@@ -316,4 +316,78 @@ fn metadata_blocks_of_a_recovered_log_are_made_from_the_companion() {
     assert!(matches!(verdict, Verdict::Kept { .. }), "{verdict:?}");
     let (writes, defects) = read_hrl(memory.content()[&name(1).hrl()].clone());
     assert_eq!((writes.len(), defects), (200, Vec::new()));
+}
+
+/// A guest keeps whole logs on its own disk, those of this very disk: `.hrl` files and companions, byte for byte, where
+/// ours would have its metadata blocks. Wherever a crash cuts ours, what is kept are writes of the guest in their order.
+#[test]
+fn a_guest_that_writes_whole_logs_fools_nobody() {
+    let other = MemoryStorage::new();
+    let mut log = first_log(&other.storage());
+    append(&mut log, 1, &(0..127).map(|number| write(number, 1, number)).collect::<Vec<_>>()).unwrap();
+    append(&mut log, 2, &[mark(300)]).unwrap();
+    log.close(time(3)).unwrap();
+    let files = other.content();
+    let look_alikes = [&files[&name(1).hrl()][..], &files[&name(1).companion()][..]];
+
+    let memory = MemoryStorage::new();
+    let mut log = first_log(&memory.storage());
+    let hasher = tidemark_hrl::DataHasher::new(disk());
+    // Whole sets, so that look-alikes stand before, at and behind the places of real blocks.
+    let pieces: Vec<(u64, &[u8])> = (0..3u64)
+        .flat_map(|round| look_alikes.map(|file| (round, file)))
+        .flat_map(|(round, file)| {
+            file.chunks(512).enumerate().map(move |(at, piece)| (round * 4096 + at as u64, piece))
+        })
+        .map(|(sector, piece)| (sector * 512, piece))
+        .collect();
+    let mut durable = 0;
+    for (number, batch) in pieces.chunks(40).enumerate() {
+        let batch: Vec<Append<'_>> =
+            batch.iter().map(|&(offset, data)| Append::Write { offset, data, hash: hasher.hash(data) }).collect();
+        log.append(time(10 + number as u64), &batch).unwrap();
+        if number == 8 {
+            log.sync().unwrap();
+            durable = (number + 1) * 40;
+        }
+    }
+    drop(log);
+    let expected: Vec<Seen> =
+        pieces.iter().map(|&(offset, data)| Seen::Write { offset, data: data.to_vec() }).collect();
+    assert!(expected.len() > 3 * 127 && durable > 127);
+
+    let open = memory.content();
+    let lengths = [open[&name(1).hrl()].len(), open[&name(1).companion()].len()];
+    let mut kept_by_kill = 0;
+    // Cut the companion after each of many records and within them; the data stays, ends with it, or is all look-alikes.
+    for cut in (0..=24).map(|part| 4096 + (lengths[1] - 4096) * part / 24) {
+        for data_cut in [lengths[0], lengths[0] * 2 / 3] {
+            let mut content = open.clone();
+            content.get_mut(&name(1).companion()).unwrap().truncate(cut);
+            content.get_mut(&name(1).hrl()).unwrap().truncate(data_cut);
+            for cause in [Cause::ProcessKilled, Cause::PowerLoss] {
+                let (memory, verdict) = judge(&content, cause);
+                match verdict {
+                    Verdict::Kept { end } | Verdict::Cut { end, .. } => {
+                        let seen = read_closed(memory.storage());
+                        assert_eq!(seen.len() as u64, end.sequence.0);
+                        assert!(
+                            seen[..] == expected[..seen.len()],
+                            "cut at {cut}, {data_cut} bytes of data, {cause:?}"
+                        );
+                        assert!(seen.len() >= durable, "durable records were lost at {cut}");
+                        if cause == Cause::ProcessKilled {
+                            kept_by_kill += 1;
+                        }
+                        // What other programs then read in it is what was logged.
+                        let (writes, defects) = read_hrl(memory.content()[&name(1).hrl()].clone());
+                        assert_eq!((writes.len(), defects), (seen.len(), Vec::new()));
+                    }
+                    Verdict::Damaged { from, .. } => assert!(from.0 > 1 || cut < lengths[1] || data_cut < lengths[0]),
+                    other => panic!("cut at {cut}: {other:?}"),
+                }
+            }
+        }
+    }
+    assert!(kept_by_kill >= 8, "{kept_by_kill}");
 }

@@ -5,7 +5,7 @@ use super::slot::{SLOT_BYTES, Slot, SlotKind, sequence_of};
 use crate::format::{array_at, put, u32_at, u64_at};
 
 const MAGIC: &[u8; 16] = b"tidemark log\0\0\0\0";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 fn slot_of(kind: SlotKind, sequence: Sequence, history: HistoryHash) -> Slot {
     let mut slot = [0; SLOT_BYTES];

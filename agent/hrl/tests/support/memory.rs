@@ -95,6 +95,12 @@ impl MemoryStorage {
         self.fuse.lock().unwrap().syncs_fail = fail;
     }
 
+    /// Flips a bit of a file, for whoever has it open as well.
+    pub fn flip(&self, name: &str, bit: usize) {
+        let file = self.folder.lock().unwrap().files[name].clone();
+        file.state.lock().unwrap().content[bit / 8] ^= 1 << (bit % 8);
+    }
+
     /// What another process sees: all that was written.
     pub fn content(&self) -> Content {
         let folder = self.folder.lock().unwrap();
