@@ -28,6 +28,11 @@ const RECEIVE_BYTES: usize = 512 << 10;
 const REPLIES_BYTES: usize = 256 << 10;
 /// Longer reads go to the workers even when they are cached: copying them would hold up the connection.
 const INLINE_READ_BYTES_MAX: u32 = 512 << 10;
+/// Longer writes go to the workers even where the export takes them at once: copying and hashing them takes longer than
+/// waking a thread, and the next request is received meanwhile.
+const INLINE_WRITE_BYTES_MAX: u32 = 48 << 10;
+/// Writes of one round are handed to a worker together, up to this many bytes.
+const TASK_WRITE_BYTES_MAX: usize = 128 << 10;
 
 /// How a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -125,8 +130,8 @@ impl Session {
                 Round::Done if self.ending.load(Ordering::Acquire) => return Ok(()),
                 Round::Done => {}
             }
-            self.make_room();
-            let count = stream.receive(&mut self.buffer[self.filled.end..])?;
+            let end = self.make_room();
+            let count = stream.receive(&mut self.buffer[self.filled.end..end])?;
             if count == 0 {
                 return Ok(());
             }
@@ -247,6 +252,7 @@ impl Session {
         let placed = Placed { cookie: request.cookie, offset: request.offset, data, fua };
         // What overlaps a write that is with the workers, or on its way to them, has to go behind it.
         let inline = !fua
+            && request.length <= INLINE_WRITE_BYTES_MAX
             && self.shared.export.writes_inline()
             && !self.shared.order.overlaps(extent)
             && !self.tasks.iter().any(|task| task.writes(extent));
@@ -254,6 +260,7 @@ impl Session {
             self.batch.push(placed);
         } else if let Some(Task { action: Action::Write(writes), .. }) = self.tasks.last_mut()
             && writes[0].fua == fua
+            && writes.iter().map(|write| write.data.len()).sum::<usize>() + placed.data.len() <= TASK_WRITE_BYTES_MAX
         {
             writes.push(placed);
         } else {
@@ -365,27 +372,31 @@ impl Session {
         Arc::new(Block::new(full, permit, self.shared.clone(), RECEIVE_BYTES))
     }
 
-    /// Room for the request at the front, whose length was checked, or at least for the head of one.
-    fn make_room(&mut self) {
+    /// Room for the request at the front, whose length was checked, or at least for the head of one. Up to where to
+    /// receive: what comes after a long write would be copied when its buffer goes to a worker, but for the next head.
+    fn make_room(&mut self) -> usize {
         if self.filled.is_empty() {
             self.filled = 0..0;
             if self.buffer.len() != RECEIVE_BYTES {
                 self.buffer = vec![0; RECEIVE_BYTES];
             }
-            return;
+            return self.buffer.len();
         }
-        let Front::Incomplete(needed) = self.front() else { return };
-        if self.filled.start + needed <= self.buffer.len() {
-            return;
+        let Front::Incomplete(needed) = self.front() else { return self.buffer.len() };
+        if self.filled.start + needed > self.buffer.len() {
+            if needed <= self.buffer.len() {
+                self.buffer.copy_within(self.filled.clone(), 0);
+            } else {
+                let mut larger = vec![0; needed];
+                larger[..self.filled.len()].copy_from_slice(&self.buffer[self.filled.clone()]);
+                self.buffer = larger;
+            }
+            self.filled = 0..self.filled.len();
         }
-        if needed <= self.buffer.len() {
-            self.buffer.copy_within(self.filled.clone(), 0);
-        } else {
-            let mut larger = vec![0; needed];
-            larger[..self.filled.len()].copy_from_slice(&self.buffer[self.filled.clone()]);
-            self.buffer = larger;
+        match needed > INLINE_WRITE_BYTES_MAX as usize + REQUEST_BYTES {
+            true => (self.filled.start + needed + REQUEST_BYTES).min(self.buffer.len()),
+            false => self.buffer.len(),
         }
-        self.filled = 0..self.filled.len();
     }
 }
 

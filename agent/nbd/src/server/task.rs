@@ -16,7 +16,7 @@ use crate::wire::{self, Request, chunk, cmd};
 /// Extents in one answer to BLOCK_STATUS; the client asks again for what follows.
 const STATUS_EXTENTS_MAX: usize = 4096;
 /// Receive buffers that are kept for the next round.
-const SPARE_BUFFERS_MAX: usize = 4;
+const SPARE_BUFFERS_MAX: usize = 8;
 
 /// A connection, as its requests see it.
 pub struct Shared {

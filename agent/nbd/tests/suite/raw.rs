@@ -153,6 +153,10 @@ impl Barrier {
         state.1 -= 1;
     }
 
+    pub fn waiting(&self) -> usize {
+        self.0.lock().unwrap().1
+    }
+
     /// Until this many wait.
     pub fn wait_for(&self, waiting: usize) {
         let state = self.0.lock().unwrap();

@@ -1,6 +1,6 @@
 //! Requests: hostile, overlapping, slow, and more than anybody reads.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -189,6 +189,71 @@ fn what_came_together_keeps_its_order_too() {
         }
         assert_eq!(export.data.lock().unwrap()[..512], [round; 512]);
     }
+}
+
+/// Long writes go to the workers and short ones do not: what overlaps is done in the order in which it came all the same.
+#[test]
+fn long_and_short_writes_keep_their_order() {
+    for seed in 0..6 {
+        let (server, export) = serve(Memory::new(1 << 20), Limits::default());
+        let mut raw = Raw::open(&server, "disk", false);
+        let mut random = Random(seed);
+        let mut model = vec![0; 1 << 20];
+        let mut bytes = Vec::new();
+        for cookie in 0..80u64 {
+            let length = 512 * if random.below(2) == 0 { 1 + random.below(8) } else { 100 + random.below(300) };
+            let offset = 512 * random.below((model.len() as u64 - length) / 512 + 1);
+            let value = 1 + (cookie % 200) as u8;
+            bytes.extend(request(1, 0, cookie, offset, length as u32));
+            bytes.extend(vec![value; length as usize]);
+            model[offset as usize..][..length as usize].fill(value);
+        }
+        let mut socket = raw.0.try_clone().unwrap();
+        let writer = std::thread::spawn(move || socket.write_all(&bytes).unwrap());
+        let mut answered: Vec<u64> = (0..80)
+            .map(|_| raw.simple_reply())
+            .map(|(cookie, error)| {
+                assert_eq!(error, 0);
+                cookie
+            })
+            .collect();
+        writer.join().unwrap();
+        answered.sort_unstable();
+        assert_eq!(answered, (0..80).collect::<Vec<_>>());
+        assert!(*export.data.lock().unwrap() == model, "seed {seed}");
+    }
+}
+
+/// A client that asks and asks is not listened to while its limit of requests is with the workers.
+#[test]
+fn requests_in_flight_have_a_limit() {
+    let limits = Limits { in_flight_requests_max: 3, workers_per_export_max: 8, ..Limits::default() };
+    let (server, export) = serve(Memory::new(1 << 20), limits);
+    let mut raw = Raw::open(&server, "disk", false);
+    let mut other = Raw::open(&server, "disk", false);
+    export.flushing.set(true);
+    raw.send(&(0..10).flat_map(|cookie| request(3, 0, cookie, 0, 0)).collect::<Vec<_>>());
+    raw.send(&request(0, 0, 77, 0, 512));
+    export.flushing.wait_for(3);
+    // Nothing of this connection is answered, not even a read from memory; another connection is served.
+    other.send(&request(0, 0, 1, 0, 512));
+    assert_eq!(other.simple_reply(), (1, 0));
+    raw.0.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    assert!(raw.0.read(&mut [0; 1]).is_err(), "the eleventh request was answered");
+    assert_eq!(export.flushing.waiting(), 3, "the fourth flush waits for a place");
+    raw.0.set_read_timeout(Some(PATIENCE)).unwrap();
+    export.flushing.set(false);
+    let mut answered = Vec::new();
+    for _ in 0..11 {
+        let (cookie, error) = raw.simple_reply();
+        assert_eq!(error, 0);
+        if cookie == 77 {
+            raw.take(512);
+        }
+        answered.push(cookie);
+    }
+    answered.sort_unstable();
+    assert_eq!(answered, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 77]);
 }
 
 #[test]
