@@ -287,10 +287,7 @@ impl Authority {
         let uri = peer.to_string();
         params.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().map_err(|_| named(&uri))?)];
         for host in hosts {
-            params.subject_alt_names.push(match host.parse::<IpAddr>() {
-                Ok(address) => SanType::IpAddress(address),
-                Err(_) => SanType::DnsName(host.as_str().try_into().map_err(|_| named(host))?),
-            });
+            params.subject_alt_names.push(host_name(host)?);
         }
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         // An agent dials and never answers, so its certificate cannot be used to pose as a server.
@@ -312,6 +309,25 @@ impl Authority {
             authority: self.certificate.clone(),
             peer,
         })
+    }
+
+    /// A certificate for one end of an NBD export: it speaks for no role.
+    pub(crate) fn issue_export(
+        &self,
+        name: &str,
+        hosts: &[String],
+        usage: ExtendedKeyUsagePurpose,
+        key: &KeyPair,
+    ) -> Result<rcgen::Certificate, IdentityError> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.subject_alt_names = hosts.iter().map(|host| host_name(host)).collect::<Result<_, _>>()?;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![usage];
+        params.use_authority_key_identifier_extension = true;
+        set_validity(&mut params, now(), LEAF_LIFETIME);
+        Ok(params.signed_by(key, &self.issuer)?)
     }
 
     pub fn certificate(&self) -> &CertificateDer<'static> {
@@ -348,12 +364,19 @@ fn set_validity(params: &mut CertificateParams, begins: Duration, lifetime: Dura
     params.not_after = moment(begins + lifetime);
 }
 
+fn host_name(host: &str) -> Result<SanType, IdentityError> {
+    Ok(match host.parse::<IpAddr>() {
+        Ok(address) => SanType::IpAddress(address),
+        Err(_) => SanType::DnsName(host.try_into().map_err(|_| IdentityError::Name { name: host.to_owned() })?),
+    })
+}
+
 /// The last certificate of a PEM text: the authority's.
 fn last_certificate(pem: &str) -> &str {
     pem.rfind("-----BEGIN CERTIFICATE-----").map_or("", |at| &pem[at..])
 }
 
-fn expiry(certificate: &CertificateDer<'_>) -> Result<Timestamp, IdentityError> {
+pub(crate) fn expiry(certificate: &CertificateDer<'_>) -> Result<Timestamp, IdentityError> {
     let (_, parsed) = X509Certificate::from_der(certificate)
         .map_err(|_| IdentityError::Unnamed { reason: "it cannot be parsed".to_owned() })?;
     let seconds = parsed.validity().not_after.timestamp().max(0) as u64;

@@ -7,11 +7,13 @@
 //! time. *Crash.* Identities and the authority are single files, replaced atomically.
 
 pub mod client;
+pub mod export;
 pub mod identity;
 pub mod server;
 pub mod tls;
 
 pub use client::{ConnectError, Expected, connect};
+pub use export::{ExportAuthority, ExportTlsError};
 pub use identity::{Authority, Identity, IdentityError, PeerIdentity, Role};
 pub use server::{Connection, PeerInfo, TlsListener, peer_of, serve};
 

@@ -29,7 +29,7 @@ pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(provider)
 }
 
-fn roots(authority: &CertificateDer<'static>) -> Result<Arc<RootCertStore>, Error> {
+pub(crate) fn roots(authority: &CertificateDer<'static>) -> Result<Arc<RootCertStore>, Error> {
     let mut roots = RootCertStore::empty();
     roots.add(authority.clone())?;
     Ok(Arc::new(roots))
@@ -58,7 +58,7 @@ pub fn api_server(identity: &Identity) -> Result<Arc<ServerConfig>, Error> {
     Ok(without_resumption(config))
 }
 
-fn without_resumption(mut config: ServerConfig) -> Arc<ServerConfig> {
+pub(crate) fn without_resumption(mut config: ServerConfig) -> Arc<ServerConfig> {
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Arc::new(config)
