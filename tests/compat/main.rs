@@ -1,5 +1,7 @@
 //! Other people's programs against our NBD front end: what a guest's hypervisor and an administrator use.
 
+mod guest;
+
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::process::Owned;
 use tidemark_tests::{Machine, Site, need, tools, wait};
