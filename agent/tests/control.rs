@@ -45,8 +45,13 @@ impl Fake {
 
     fn attached(spec: &MachineSpec) -> Vec<AttachedDisk> {
         let address = |disk: &DiskSpec| format!("nbd+unix:///{}?socket=/run/agent.sock", disk.export);
-        let attached =
-            |disk: &DiskSpec| AttachedDisk { id: disk.disk, nbd: Some(address(disk)), file: None, bytes: disk.bytes };
+        let attached = |disk: &DiskSpec| AttachedDisk {
+            id: disk.disk,
+            nbd: Some(address(disk)),
+            nbds: None,
+            file: None,
+            bytes: disk.bytes,
+        };
         spec.disks.iter().map(attached).collect()
     }
 
@@ -152,6 +157,7 @@ impl Fake {
                     .map(|disk| AttachedDisk {
                         id: disk.disk,
                         nbd: Some(format!("nbd+unix:///{serve}?socket=/run/points.sock")),
+                        nbds: None,
                         file: None,
                         bytes: disk.bytes,
                     })

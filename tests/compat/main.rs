@@ -1,6 +1,7 @@
 //! Other people's programs against our NBD front end: what a guest's hypervisor and an administrator use.
 
 mod guest;
+mod tls;
 
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::process::Owned;

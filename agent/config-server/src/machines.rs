@@ -3,6 +3,7 @@
 //! What is wanted is durable first; then each side is told. A side that cannot be reached is told when it comes back.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,22 @@ pub struct ProtectRequest {
     pub process_server: Option<String>,
     #[serde(default)]
     pub policy: Option<String>,
+    /// Where the host serves the disks over TLS as well: IP:PORT, or `none`. Absent: as before.
+    #[serde(default)]
+    pub listen: Option<String>,
+}
+
+impl ProtectRequest {
+    /// The inner `None` ends it.
+    fn listen(&self) -> Result<Option<Option<SocketAddr>>, Failure> {
+        match self.listen.as_deref() {
+            None => Ok(None),
+            Some("none") => Ok(Some(None)),
+            Some(text) => text.parse().map(|address| Some(Some(address))).map_err(|_| {
+                bad_request(format!("{text:?} is no address to listen on"), "give IP:PORT, or `none`; port 0 takes any")
+            }),
+        }
+    }
 }
 
 /// Starts the job that protects a machine. Protecting the same again is no change, and answers with the same addresses.
@@ -46,6 +63,7 @@ pub fn protect(core: &Arc<Core>, request: ProtectRequest) -> Result<Job, Failure
         ));
     }
     request.disks.iter().try_for_each(|path| check_path(path))?;
+    request.listen()?;
     let mut seen = BTreeSet::new();
     if let Some(twice) = request.disks.iter().find(|path| !seen.insert(path.as_str())) {
         return Err(bad_request(format!("disk {twice} is named twice"), "name each disk once"));
@@ -104,6 +122,7 @@ async fn run_protect(
             .collect(),
         wanted: Wanted::Protected,
         created: core.clock.wall_now(),
+        listen: request.listen()?.flatten(),
     };
     core.store.change(|state| {
         find_policy(state, &machine.policy)?;
@@ -154,6 +173,15 @@ async fn protect_again(
             find_policy(state, policy)?;
             let machine = state.machines.get_mut(&machine.name).ok_or_else(vanished)?;
             machine.policy = policy.clone();
+            Ok(machine.clone())
+        })?;
+    }
+    if let Some(listen) = request.listen()?
+        && listen != machine.listen
+    {
+        machine = core.store.change(|state| {
+            let machine = state.machines.get_mut(&machine.name).ok_or_else(vanished)?;
+            machine.listen = listen;
             Ok(machine.clone())
         })?;
     }
@@ -211,6 +239,7 @@ pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<Attached
             policy: find_policy(&state, &machine.policy)?.replication(),
             server: Endpoint { server: machine.server, address: server.address.clone() },
             paused: machine.wanted == Wanted::Paused,
+            listen: machine.listen,
         };
         match core.agent(machine.host, &AgentCommand::Protect(spec), SETTLE).await? {
             Reply::Attached(disks) => Ok(disks),
@@ -235,6 +264,7 @@ fn protected(machine: &Machine, attached: &[AttachedDisk]) -> Value {
                 "bytes": disk.bytes,
                 "attach": {
                     "nbd": attach.and_then(|attach| attach.nbd.as_deref()),
+                    "nbds": attach.and_then(|attach| attach.nbds.as_deref()),
                     "file": attach.and_then(|attach| attach.file.as_deref()),
                 },
             })

@@ -1,6 +1,7 @@
 //! What is wanted, as it is stored.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,9 @@ pub struct Machine {
     pub disks: Vec<MachineDisk>,
     pub wanted: Wanted,
     pub created: Timestamp,
+    /// Where its disks are served over TLS as well.
+    #[serde(default)]
+    pub listen: Option<SocketAddr>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

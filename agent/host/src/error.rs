@@ -8,6 +8,7 @@ use tidemark_base::{DiskId, MachineId};
 use tidemark_hrl::LogError;
 use tidemark_nbd::ListenError;
 use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_transport::ExportTlsError;
 
 use crate::freeze::FreezeError;
 
@@ -40,6 +41,8 @@ pub enum HostError {
     Freeze { machine: String, source: FreezeError },
     #[error("cannot serve disks")]
     Listen(#[from] ListenError),
+    #[error("cannot make certificates for remote clients")]
+    Certificates(#[from] ExportTlsError),
     #[error("cannot {what}")]
     Io { what: &'static str, source: io::Error },
     #[error("the host is stopping")]
@@ -82,7 +85,13 @@ impl HostError {
                     .into()
             }
             HostError::Freeze { source, .. } => source.help().to_owned(),
-            HostError::Listen(_) | HostError::Io { .. } => "see the system's message".into(),
+            HostError::Listen(ListenError::Tcp { .. }) => {
+                "choose an address of this machine and a port that is free, or 0 for any: `tidemark protect … --listen IP:PORT`"
+                    .into()
+            }
+            HostError::Listen(error) => error.help().into(),
+            HostError::Certificates(error) => error.help().into(),
+            HostError::Io { .. } => "see the system's message".into(),
             HostError::Stopping => "start the agent again".into(),
         }
     }

@@ -181,7 +181,7 @@ impl Entry {
 impl Host {
     /// Attaches again whatever was protected. Machines that cannot be attached now show in the status and are tried again.
     pub fn start(config: HostConfig) -> Result<Self, HostError> {
-        let provider = Arc::new(NbdSplitter::start(&config.run_folder, &config.allowed_uids)?);
+        let provider = Arc::new(NbdSplitter::start(&config.run_folder, &config.allowed_uids, config.storage()?)?);
         Self::start_with(config, provider)
     }
 
@@ -227,15 +227,24 @@ impl Host {
     }
 
     /// Protects a machine. The same again gives the same addresses, and takes over a changed policy.
-    pub fn protect(&self, spec: MachineSpec) -> Result<Vec<AttachedDisk>, HostError> {
+    pub fn protect(&self, mut spec: MachineSpec) -> Result<Vec<AttachedDisk>, HostError> {
         if self.stop.is_stopped() {
             return Err(HostError::Stopping);
         }
         let mut machines = self.shared.machines();
         self.shared.check(&machines, &spec)?;
+        // "Any port" is the one that it was before.
+        if let (Some(wanted), Some(before)) =
+            (spec.listen, machines.get(&spec.machine).and_then(|entry| entry.spec().listen))
+            && wanted.port() == 0
+            && wanted.ip() == before.ip()
+        {
+            spec.listen = Some(before);
+        }
         if let Some(Entry::Running(machine)) = machines.get(&spec.machine) {
             let before = machine.spec();
             if before.server == spec.server {
+                spec.listen = self.shared.provider.listen(spec.machine, spec.listen)?;
                 self.shared.store(&spec)?;
                 machine.adjust(spec);
                 return Ok(machine.attachments());
@@ -245,7 +254,12 @@ impl Host {
             machines.remove(&spec.machine);
         }
         let machine = self.shared.start(spec.clone())?;
-        if let Err(error) = self.shared.store(&spec) {
+        let stored = self.shared.provider.listen(spec.machine, spec.listen).and_then(|listen| {
+            spec.listen = listen;
+            machine.adjust(spec.clone());
+            self.shared.store(&spec)
+        });
+        if let Err(error) = stored {
             machine.stop();
             return Err(error);
         }
@@ -275,6 +289,9 @@ impl Host {
         let spec = entry.spec();
         if let Entry::Running(machine) = entry {
             machine.stop();
+        }
+        if let Err(error) = self.shared.provider.forget(machine) {
+            tracing::warn!(machine = %spec.name, %error, "certificates of a machine could not be removed");
         }
         for disk in &spec.disks {
             let devices = self.shared.config.state_folder.join("devices");
@@ -427,7 +444,10 @@ impl Shared {
 
     fn try_start(&self, spec: MachineSpec) -> Entry {
         match self.start(spec.clone()) {
-            Ok(machine) => Entry::Running(machine),
+            Ok(machine) => {
+                machine.listen();
+                Entry::Running(machine)
+            }
             Err(error) => {
                 tracing::warn!(machine = %spec.name, error = %error, help = error.help(), "machine cannot be attached");
                 let message = format!("cannot be attached: {error}");
@@ -440,11 +460,16 @@ impl Shared {
     fn retry_failed(&self) {
         let mut machines = self.machines();
         for entry in machines.values_mut() {
-            if let Entry::Failed(failed) = entry {
-                match self.start(failed.spec.clone()) {
-                    Ok(machine) => *entry = Entry::Running(machine),
+            match entry {
+                // A port that another program held at our start.
+                Entry::Running(machine) => machine.listen(),
+                Entry::Failed(failed) => match self.start(failed.spec.clone()) {
+                    Ok(machine) => {
+                        machine.listen();
+                        *entry = Entry::Running(machine);
+                    }
                     Err(error) => failed.failure = Failure::from(&error),
-                }
+                },
             }
         }
     }

@@ -17,7 +17,7 @@ use tidemark_base::thread::JoinHandle;
 use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId};
 use tidemark_proto::control::{
-    AttachedDisk, MachineSpec, Problem, ReplicationPolicy, SourceDisk, SourceMode, SourceState,
+    AttachedDisk, Failure, MachineSpec, Problem, ReplicationPolicy, SourceDisk, SourceMode, SourceState,
 };
 use tidemark_proto::replication::Consistency;
 
@@ -211,13 +211,30 @@ impl Machine {
     pub fn attachments(&self) -> Vec<AttachedDisk> {
         self.disks
             .iter()
-            .map(|disk| AttachedDisk {
-                id: disk.disk.identity.disk,
-                nbd: disk.address.nbd.clone(),
-                file: disk.address.file.clone(),
-                bytes: disk.disk.identity.disk_bytes,
+            .map(|disk| {
+                let Address { nbd, file } = disk.address.clone();
+                let nbds = self.provider.remote(&disk.export);
+                let identity = &disk.disk.identity;
+                AttachedDisk { id: identity.disk, nbd, nbds, file, bytes: identity.disk_bytes }
             })
             .collect()
+    }
+
+    /// Serves remote clients where the specification says so, unless that is done already. A failure shows in the status and
+    /// is tried again: the workload that is here has its disks all the same.
+    pub(crate) fn listen(&self) {
+        let spec = self.spec();
+        let is_served = |disk: &MachineDisk| self.provider.remote(&disk.export).is_some();
+        if spec.listen.is_none() || self.disks.iter().all(is_served) {
+            return;
+        }
+        match self.provider.listen(spec.machine, spec.listen) {
+            Ok(_) => self.disks.iter().for_each(|disk| drop(disk.disk.alarms().remove("listen"))),
+            Err(error) => {
+                let message = Failure::from(&error).message;
+                self.disks.iter().for_each(|disk| disk.disk.alarm("listen", false, message.clone(), &error.help()));
+            }
+        }
     }
 
     /// Changes what can be changed while the machine stays attached: its policy, and whether it sends.

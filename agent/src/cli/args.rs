@@ -148,6 +148,9 @@ pub struct ProtectArgs {
     pub process_server: Option<String>,
     #[arg(long)]
     pub policy: Option<String>,
+    /// Serves the disks over NBD with mutual TLS as well, at IP:PORT; port 0 takes any free one and keeps it. `none` ends it.
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<String>,
     /// How changes are captured.
     #[arg(long, value_enum, default_value_t = Via::Nbd)]
     pub via: Via,

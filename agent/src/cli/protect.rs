@@ -18,6 +18,7 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
         "host": args.host,
         "process_server": args.process_server,
         "policy": args.policy,
+        "listen": args.listen,
     });
     let started = client.post("/machines", &request).await?;
     let Some(result) = job::finish(client, started, &args.wait, output).await? else { return Ok(()) };
@@ -29,7 +30,13 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
         .as_array()
         .into_iter()
         .flatten()
-        .map(|disk| vec![text(disk, "/path"), text(disk, "/attach/nbd")])
+        .flat_map(|disk| {
+            ["/attach/nbd", "/attach/nbds"]
+                .map(|address| disk.pointer(address).and_then(|address| address.as_str()))
+                .into_iter()
+                .flatten()
+                .map(|address| vec![text(disk, "/path"), address.to_owned()])
+        })
         .collect();
     Ok(output.table(&["DISK", "ADDRESS"], &rows)?)
 }

@@ -201,6 +201,7 @@ impl From<&MachineSpec> for wire::MachineSpec {
             policy: Some(from.policy.into()),
             server: Some(wire::Endpoint { server: from.server.server.to_vec(), address: from.server.address.clone() }),
             paused: from.paused,
+            listen: from.listen.map(|address| address.to_string()).unwrap_or_default(),
         }
     }
 }
@@ -220,6 +221,10 @@ impl TryFrom<wire::MachineSpec> for MachineSpec {
                 address: named(server.address, "address")?,
             },
             paused: from.paused,
+            listen: match from.listen.as_str() {
+                "" => None,
+                address => Some(address.parse().map_err(|_| WireError::Invalid("listen"))?),
+            },
         })
     }
 }
@@ -557,6 +562,7 @@ impl From<&AttachedDisk> for wire::AttachedDisk {
         wire::AttachedDisk {
             disk: from.id.to_vec(),
             nbd: from.nbd.clone().unwrap_or_default(),
+            nbds: from.nbds.clone().unwrap_or_default(),
             file: from.file.clone().unwrap_or_default(),
             bytes: from.bytes,
         }
@@ -570,6 +576,7 @@ impl TryFrom<wire::AttachedDisk> for AttachedDisk {
         Ok(AttachedDisk {
             id: disk(&from.disk)?,
             nbd: optional(text(from.nbd, "nbd")?),
+            nbds: optional(text(from.nbds, "nbds")?),
             file: optional(text(from.file, "file")?),
             bytes: from.bytes,
         })
@@ -831,6 +838,7 @@ mod tests {
             },
             server: Endpoint { server: ServerId::random(), address: "127.0.0.1:1".into() },
             paused: true,
+            listen: Some("127.0.0.1:10809".parse().unwrap()),
         }
     }
 
@@ -892,7 +900,13 @@ mod tests {
             change_bytes: 9,
             flags: vec!["clock_stepped".into()],
         };
-        let attached = AttachedDisk { id: DiskId::random(), nbd: Some("nbd+unix:///a".into()), file: None, bytes: 512 };
+        let attached = AttachedDisk {
+            id: DiskId::random(),
+            nbd: Some("nbd+unix:///a".into()),
+            nbds: Some("nbds://a/b".into()),
+            file: None,
+            bytes: 512,
+        };
         let serving = Serving {
             serve: ServeId::random(),
             machine: MachineId::random(),

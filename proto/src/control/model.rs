@@ -2,6 +2,7 @@
 //! times as RFC 3339, durations in seconds.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -54,6 +55,8 @@ pub struct MachineSpec {
     pub policy: ReplicationPolicy,
     pub server: Endpoint,
     pub paused: bool,
+    /// Where its disks are served over TLS as well. Port 0: any, which stays the same from then on.
+    pub listen: Option<SocketAddr>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -323,6 +326,9 @@ pub struct ProbedDisk {
 pub struct AttachedDisk {
     pub id: DiskId,
     pub nbd: Option<String>,
+    /// The same over TLS, where that is served.
+    #[serde(default)]
+    pub nbds: Option<String>,
     pub file: Option<String>,
     pub bytes: u64,
 }

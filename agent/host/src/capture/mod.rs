@@ -9,8 +9,12 @@ pub mod nbd;
 pub mod splitter;
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
+use tidemark_base::MachineId;
+
+use crate::error::HostError;
 use crate::protected::ProtectedDisk;
 
 /// A place between two steps of a write, at which a test may end the process. Nothing otherwise.
@@ -32,6 +36,25 @@ pub struct Address {
 pub trait CaptureProvider: Send + Sync {
     /// Begins to serve or to watch the disk under a name that stays the same for as long as it is protected.
     fn attach(&self, name: &str, disk: &Arc<ProtectedDisk>) -> io::Result<Address>;
+
+    /// Serves the attached disks of a machine over TCP with mutual TLS as well, at this address and no other from now on;
+    /// `None`: not at all. Port 0 is any free one. Returns the address that was bound.
+    fn listen(&self, _machine: MachineId, address: Option<SocketAddr>) -> Result<Option<SocketAddr>, HostError> {
+        match address {
+            None => Ok(None),
+            Some(_) => Err(HostError::Io { what: "serve remote clients", source: io::ErrorKind::Unsupported.into() }),
+        }
+    }
+
+    /// Where remote clients open an attached disk, while [`listen`](Self::listen) says that they may.
+    fn remote(&self, _name: &str) -> Option<String> {
+        None
+    }
+
+    /// The machine is not protected any more: what was kept for its remote clients goes.
+    fn forget(&self, _machine: MachineId) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Ends it, after the requests that were received; nothing is written through this provider afterwards.
     fn detach(&self, name: &str) -> io::Result<()>;

@@ -1,41 +1,119 @@
-//! The NBD front end: one Unix socket for each host, an export for each protected disk.
+//! The NBD front end: one Unix socket for each host, an export for each protected disk; and over TCP, for a machine whose
+//! hypervisor is elsewhere, a listener of its own with mutual TLS.
+//!
+//! *Consistency.* Both ways lead to the same splitter, so a disk may be open on both. A machine's listener knows that
+//! machine's exports alone, and lets in whom that machine's own authority gave a certificate. *Retries.* None here: the host
+//! tries again to listen. *Cancellation.* Detaching ends connections after the requests that were received. *Crash.* The
+//! authority and the client's files stay in the state folder, so that an address works on after a restart.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use tidemark_base::MachineId;
+use tidemark_base::storage::Storage;
 use tidemark_nbd::{Exports, Limits, ListenError, Server};
+use tidemark_transport::ExportAuthority;
 
 use super::splitter::Splitter;
 use super::{Address, CaptureProvider};
+use crate::error::HostError;
 use crate::protected::ProtectedDisk;
 
 /// The socket in the run folder.
 pub const SOCKET: &str = "nbd.sock";
+/// A folder for each machine that is served over TCP, in the state folder.
+const CERTIFICATES: &str = "nbd-tls";
 
 pub struct NbdSplitter {
     exports: Arc<Exports>,
     server: Server,
     socket: PathBuf,
+    storage: Arc<dyn Storage>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    attached: BTreeMap<String, (MachineId, Arc<Splitter>)>,
+    remote: BTreeMap<MachineId, Arc<Remote>>,
+}
+
+/// One machine's listener.
+struct Remote {
+    server: Server,
+    exports: Arc<Exports>,
+    address: SocketAddr,
+    client_folder: PathBuf,
 }
 
 impl NbdSplitter {
-    /// Listens in the run folder. Disks that are attached before are served from the first connection on.
-    pub fn start(run_folder: &Path, allowed_uids: &[u32]) -> Result<Self, ListenError> {
+    /// Listens in the run folder. Disks that are attached before are served from the first connection on. `storage` is
+    /// the state folder.
+    pub fn start(run_folder: &Path, allowed_uids: &[u32], storage: Arc<dyn Storage>) -> Result<Self, ListenError> {
         let exports = Arc::new(Exports::new());
         let server = Server::new(exports.clone(), Limits::default());
         let socket = run_folder.join(SOCKET);
         server.listen_unix(&socket, allowed_uids)?;
-        Ok(Self { exports, server, socket })
+        Ok(Self { exports, server, socket, storage, state: Mutex::default() })
     }
 
     pub fn server(&self) -> &Server {
         &self.server
     }
 
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while held")
+    }
+
     fn uri(&self, name: &str) -> String {
         format!("nbd+unix:///{}?socket={}", encode(name), encode(&self.socket.to_string_lossy()))
     }
+
+    /// Opens the machine's authority, and makes it at the first time.
+    fn authority(&self, machine: MachineId) -> Result<Arc<ExportAuthority>, HostError> {
+        let failed = |source| HostError::Io { what: "make a folder for certificates", source };
+        let name = format!("{CERTIFICATES}/{machine}");
+        for folder in [CERTIFICATES, &name] {
+            if !self.storage.exists(folder).map_err(failed)? {
+                self.storage.create_folder(folder).map_err(failed)?;
+            }
+        }
+        let authority = ExportAuthority::open_or_create(self.storage.folder(&name));
+        Ok(Arc::new(authority.map_err(|error| HostError::Certificates(error.into()))?))
+    }
+}
+
+impl Remote {
+    fn uri(&self, name: &str) -> String {
+        let host = match self.address.ip() {
+            ip if ip.is_unspecified() => own_name().unwrap_or_else(|| "localhost".to_owned()),
+            IpAddr::V6(ip) => format!("[{ip}]"),
+            ip => ip.to_string(),
+        };
+        let folder = encode(&self.client_folder.to_string_lossy());
+        format!("nbds://{host}:{}/{}?tls-certificates={folder}", self.address.port(), encode(name))
+    }
+}
+
+/// The names that a listener's certificate has: those under which clients can reach it.
+fn names_of(address: IpAddr) -> Vec<String> {
+    let mut names = vec!["localhost".to_owned()];
+    if address.is_unspecified() {
+        names.extend(["127.0.0.1".to_owned(), "::1".to_owned()]);
+        names.extend(own_name());
+    } else {
+        names.push(address.to_string());
+    }
+    names
+}
+
+fn own_name() -> Option<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?.trim().to_owned();
+    let is_dns = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-.".contains(&byte));
+    is_dns.then_some(name)
 }
 
 /// Percent-encodes what does not belong into a URI's path or query; a path stays readable.
@@ -52,17 +130,88 @@ fn encode(text: &str) -> String {
 
 impl CaptureProvider for NbdSplitter {
     fn attach(&self, name: &str, disk: &Arc<ProtectedDisk>) -> io::Result<Address> {
-        self.exports.insert(name, Arc::new(Splitter::new(disk.clone())?));
+        let splitter = Arc::new(Splitter::new(disk.clone())?);
+        let machine = disk.identity.machine;
+        let mut state = self.state();
+        self.exports.insert(name, splitter.clone());
+        if let Some(remote) = state.remote.get(&machine) {
+            remote.exports.insert(name, splitter.clone());
+        }
+        state.attached.insert(name.to_owned(), (machine, splitter));
         Ok(Address { nbd: Some(self.uri(name)), file: None })
     }
 
+    fn remote(&self, name: &str) -> Option<String> {
+        let state = self.state();
+        let (machine, _) = state.attached.get(name)?;
+        Some(state.remote.get(machine)?.uri(name))
+    }
+
+    fn listen(&self, machine: MachineId, address: Option<SocketAddr>) -> Result<Option<SocketAddr>, HostError> {
+        let mut state = self.state();
+        if let (Some(remote), Some(address)) = (state.remote.get(&machine), address) {
+            let is_same = remote.address.ip() == address.ip() && [0, remote.address.port()].contains(&address.port());
+            if is_same {
+                return Ok(Some(remote.address));
+            }
+        }
+        let old = state.remote.remove(&machine);
+        drop(state);
+        if let Some(old) = old
+            && let Err(error) = old.server.stop()
+        {
+            tracing::warn!(address = %old.address, %error, "remote clients of a disk do not end");
+        }
+        let Some(address) = address else { return Ok(None) };
+        let authority = self.authority(machine)?;
+        let config = authority.server(names_of(address.ip()))?;
+        let exports = Arc::new(Exports::new());
+        let server = Server::new(exports.clone(), Limits::default());
+        let address = server.listen_tcp(address, config)?;
+        let mut state = self.state();
+        for (name, (_, splitter)) in state.attached.iter().filter(|(_, (of, _))| *of == machine) {
+            exports.insert(name.as_str(), splitter.clone());
+        }
+        let remote = Remote { server, exports, address, client_folder: authority.client_folder() };
+        state.remote.insert(machine, Arc::new(remote));
+        Ok(Some(address))
+    }
+
     fn detach(&self, name: &str) -> io::Result<()> {
+        // Not under the lock: a client may take its time.
+        let remote = {
+            let mut state = self.state();
+            let attached = state.attached.remove(name);
+            let machine = attached.map(|(machine, _)| machine);
+            let is_last = machine.is_some_and(|machine| !state.attached.values().any(|(of, _)| *of == machine));
+            machine.and_then(|machine| match is_last {
+                true => state.remote.remove(&machine),
+                false => state.remote.get(&machine).cloned(),
+            })
+        };
         self.exports.remove(name);
-        self.server.close_export(name).map_err(io::Error::other)
+        let here = self.server.close_export(name);
+        let there = remote.map_or(Ok(()), |remote| {
+            remote.exports.remove(name);
+            remote.server.close_export(name)
+        });
+        here.and(there).map_err(io::Error::other)
+    }
+
+    fn forget(&self, machine: MachineId) -> io::Result<()> {
+        let name = format!("{CERTIFICATES}/{machine}");
+        if self.storage.exists(&name)? {
+            self.storage.remove_folder(&name)?;
+            self.storage.sync_folder(CERTIFICATES)?;
+        }
+        Ok(())
     }
 
     fn stop(&self) -> io::Result<()> {
-        self.server.stop().map_err(io::Error::other)
+        let remote = std::mem::take(&mut self.state().remote);
+        let there: Result<Vec<()>, _> = remote.into_values().map(|remote| remote.server.stop()).collect();
+        self.server.stop().map_err(io::Error::other)?;
+        there.map(drop).map_err(io::Error::other)
     }
 }
 

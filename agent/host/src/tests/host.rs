@@ -77,6 +77,7 @@ fn spec(folder: &Path, name: &str, disks: usize) -> MachineSpec {
         },
         server: Endpoint { server: ServerId::random(), address: "nowhere.example:1".into() },
         paused: false,
+        listen: None,
     }
 }
 
@@ -202,5 +203,61 @@ fn a_guest_writes_through_the_socket() {
     let mut image = vec![0; 8 << 20];
     super::replay(&disk, &super::records_after(&disk, &start), &mut image);
     assert!(image == std::fs::read(&spec.disks[0].path).unwrap());
+    host.stop();
+}
+
+#[test]
+fn a_machine_is_served_over_tls_at_an_address_that_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = MachineSpec { listen: Some("127.0.0.1:0".parse().unwrap()), ..spec(folder.path(), "web", 2) };
+    let certificates = folder.path().join(format!("state/nbd-tls/{}/client", spec.machine));
+    let host = Host::start(config(folder.path())).unwrap();
+    let attached = host.protect(spec.clone()).unwrap();
+    let nbds = |index: usize| attached[index].nbds.clone().unwrap();
+    let first = nbds(0);
+    let (place, rest) = first.strip_prefix("nbds://127.0.0.1:").unwrap().split_once('/').unwrap();
+    assert_eq!(rest, format!("web-0?tls-certificates={}", certificates.display()));
+    assert!(
+        nbds(1).starts_with(&format!("nbds://127.0.0.1:{place}/web-1?")),
+        "one listener for all disks: {}",
+        nbds(1)
+    );
+    for file in ["ca-cert.pem", "client-cert.pem", "client-key.pem"] {
+        assert!(certificates.join(file).is_file(), "{file}");
+    }
+    assert_eq!(host.protect(spec.clone()).unwrap(), attached, "any port is the one of before");
+    host.stop();
+
+    // A program that took the port meanwhile keeps remote clients out, and nobody else.
+    let address = format!("127.0.0.1:{place}");
+    let squatter = std::net::TcpListener::bind(&address).unwrap();
+    let host = Host::start(config(folder.path())).unwrap();
+    let machine = host.machine(spec.machine).unwrap();
+    assert_eq!(machine.attachments()[0].nbds, None);
+    tidemark_nbd::client::Client::connect_unix(&folder.path().join("run/nbd.sock"), "web-0").unwrap();
+    let problems = machine.status()[0].problems.clone();
+    assert!(problems.iter().any(|problem| problem.message.contains(&address)), "{problems:?}");
+    drop(squatter);
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while machine.attachments() != attached {
+        assert!(std::time::Instant::now() < deadline, "{:?}", machine.attachments());
+        std::thread::yield_now();
+    }
+    assert!(!machine.status()[0].problems.iter().any(|problem| problem.message.contains(&address)));
+
+    // A port of another program is refused at once when somebody asks for it.
+    let squatter = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = MachineSpec { listen: Some(squatter.local_addr().unwrap()), ..spec.clone() };
+    let refused = host.protect(taken).unwrap_err();
+    assert!(
+        matches!(refused, HostError::Listen(_)) && refused.help().contains("--listen"),
+        "{refused}: {}",
+        refused.help()
+    );
+    let ended = host.protect(MachineSpec { listen: None, ..spec.clone() }).unwrap();
+    assert!(ended.iter().all(|disk| disk.nbds.is_none() && disk.nbd.is_some()));
+    assert!(std::net::TcpStream::connect(&address).is_err(), "the listener is gone");
+    host.unprotect(spec.machine).unwrap();
+    assert!(!certificates.exists(), "what remote clients need goes with the machine");
     host.stop();
 }

@@ -131,7 +131,7 @@ impl Serves {
             let export = DiskExport::new(content);
             let export = if point.writable { export } else { export.read_only() };
             self.exports.insert(name.clone(), Arc::new(export));
-            disks.push(AttachedDisk { id: disk, nbd: Some(self.uri(&name)), file: None, bytes });
+            disks.push(AttachedDisk { id: disk, nbd: Some(self.uri(&name)), nbds: None, file: None, bytes });
             names.push(name);
         }
         let ServedPoint { machine, point, time, writable, held, .. } = point;
