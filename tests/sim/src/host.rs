@@ -30,6 +30,8 @@ use crate::world::{Process, Sim};
 pub struct Workload {
     pub guests: u64,
     pub pause_ms_max: u64,
+    /// Requests between two long rests.
+    pub burst: u64,
     pub write_sectors_max: u64,
     /// Guests write to the first so many sectors; less than the disk makes them meet.
     pub span_sectors: u64,
@@ -320,8 +322,9 @@ impl HostState {
     fn guest(self: &Rc<Self>, number: u64) {
         let sim = &self.sim;
         loop {
-            let pause = if self.below(200) == 0 { self.below(20_000) } else { self.below(self.workload.pause_ms_max + 1) };
-            sim.sleep(Duration::from_millis(pause));
+            // Bursts, and rests between them.
+            let pause = if self.below(self.workload.burst) == 0 { 8000 } else { self.workload.pause_ms_max };
+            sim.sleep(Duration::from_millis(self.below(pause + 1)));
             if !self.is_busy.get() {
                 continue;
             }
@@ -424,7 +427,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 pub fn limits(random: &mut Random) -> HostLimits {
     let send = SendLimits::default();
     HostLimits {
-        log_rotate_bytes: 64 << 10 << random.below(4),
+        log_rotate_bytes: 16 << 10 << random.below(5),
         log_bytes_min: 256 << 10,
         log_reserve_bytes: 1 << 10,
         send: SendLimits {

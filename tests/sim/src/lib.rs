@@ -84,7 +84,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
     let machine = MachineId::from_bytes(random.bytes16());
     let disk_count = if random.chance(1, 3) { 2 } else { 1 };
     let disks: Vec<(DiskId, u64)> = (0..disk_count)
-        .map(|_| (DiskId::from_bytes(random.bytes16()), [1 << 20, 2 << 20, 5 << 20, 9 << 20][random.below(4) as usize]))
+        .map(|_| (DiskId::from_bytes(random.bytes16()), [1 << 20, 1 << 20, 2 << 20, 5 << 20][random.below(4) as usize]))
         .collect();
     let mut disks = disks;
     disks.sort();
@@ -138,7 +138,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
             cycle: random.chance(1, 4).then(|| Duration::from_secs(1 + random.below(20))),
             point_interval: random.chance(1, 2).then(|| Duration::from_secs(1 + random.below(30))),
             compression: random.chance(1, 2).then_some(1),
-            log_limit_bytes: Some(256 << 10 << random.below(5)),
+            log_limit_bytes: Some(64 << 10 << random.below(7)),
             throttle_bytes_per_second: random.chance(1, 8).then_some(256 << 10),
         },
         server: Endpoint { server: ServerId::from_bytes(random.bytes16()), address: "sim:1".to_owned() },
@@ -149,7 +149,8 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
     let workload = Workload {
         guests: 1 + random.below(4),
         pause_ms_max: [2, 20, 100, 400][random.below(4) as usize],
-        write_sectors_max: [8, 64, 300][random.below(3) as usize],
+        burst: 2 + random.below(20),
+        write_sectors_max: [8, 16, 64, 256][random.below(4) as usize],
         span_sectors: [span, span, span / 4, 64][random.below(4) as usize],
         mark_ms_max: [200, 2000, 20_000][random.below(3) as usize],
     };

@@ -194,7 +194,7 @@ impl ServerState {
     /// Reads a point now and then.
     fn audit(&self, sim: &Rc<Sim>, set: &ReplicaSet) {
         loop {
-            sim.sleep(Duration::from_millis(500 + sim.below(8000)));
+            sim.sleep(Duration::from_millis(1000 + sim.below(20_000)));
             let Ok(points) = set.points(self.machine) else { continue };
             let points = points.all();
             if points.is_empty() {

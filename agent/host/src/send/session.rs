@@ -484,9 +484,20 @@ impl<'a> Session<'a> {
         if self.barrier.is_some() || !self.scan.as_ref().is_some_and(Scan::is_read) {
             return Ok(false);
         }
+        // Without a log there is no mark. It begins again once what the old one holds was taken, so the stream goes on.
+        if !self.emitter.source.state().is_logging {
+            return Ok(false);
+        }
         match self.emitter.source.barrier() {
             Ok(position) => {
                 self.barrier = Some(position);
+                Ok(true)
+            }
+            // What is under way would be lost with the stream, and sent again for ever: on its acknowledgement may depend
+            // what the mark waits for.
+            Err(error) if !self.under_way.is_empty() && !matches!(error, SourceError::Busy { .. }) => {
+                tracing::debug!(%error, "no mark for the end of the scan yet");
+                self.wait(Instant::now() + self.limits().heartbeat)?;
                 Ok(true)
             }
             Err(SourceError::Busy { .. }) => {
