@@ -89,6 +89,21 @@ pub fn replace_file(storage: &dyn Storage, name: &str, content: &[u8]) -> io::Re
     storage.sync_folder(name.rsplit_once('/').map_or("", |(folder, _)| folder))
 }
 
+/// Writes the first `bytes` of a file over themselves. After a sync that failed the page cache holds data that looks clean
+/// and never reached the media, and the process that knew may be gone: before what was found in a file counts as durable, it
+/// is written once more, then synced.
+pub fn write_again(file: &dyn StorageFile, bytes: u64) -> io::Result<()> {
+    let mut buffer = vec![0; bytes.min(1 << 20) as usize];
+    let mut at = 0;
+    while at < bytes {
+        let part = &mut buffer[..(bytes - at).min(1 << 20) as usize];
+        file.read_at(at, part)?;
+        file.write_at(at, part)?;
+        at += part.len() as u64;
+    }
+    Ok(())
+}
+
 /// The whole of a file that is at most `bytes_max` long.
 pub fn read_file(storage: &dyn Storage, name: &str, bytes_max: u64) -> io::Result<Vec<u8>> {
     let file = storage.open(name, OpenMode::Read)?;

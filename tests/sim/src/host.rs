@@ -215,7 +215,8 @@ impl HostState {
         let mut was_bitmap = false;
         loop {
             sim.sleep(Duration::from_millis(500));
-            let is_bitmap = host.status().iter().flat_map(|machine| &machine.disks).any(|disk| disk.mode == SourceMode::Bitmap);
+            let is_bitmap =
+                host.status().iter().flat_map(|machine| &machine.disks).any(|disk| disk.mode == SourceMode::Bitmap);
             if is_bitmap && !was_bitmap {
                 sim.count(Kind::BitmapMode);
             }
@@ -264,7 +265,13 @@ impl HostState {
                     let problems: Vec<String> = disk.problems.iter().map(|problem| problem.message.clone()).collect();
                     format!(
                         "{:?} {:?} logged {} durable {} pending {} scan {:?} {}",
-                        disk.state, disk.mode, disk.logged, disk.durable, disk.pending_bytes, disk.scan, problems.join("; ")
+                        disk.state,
+                        disk.mode,
+                        disk.logged,
+                        disk.durable,
+                        disk.pending_bytes,
+                        disk.scan,
+                        problems.join("; ")
                     )
                 });
                 let status = Status { is_settled, text: text.collect::<Vec<_>>().join(" | ") };
@@ -286,7 +293,8 @@ impl HostState {
             Process::Host,
             "mark",
             Box::new(move || {
-                let request = MarkRequest { machine, consistency: Consistency::Crash, label: String::new(), keep: true };
+                let request =
+                    MarkRequest { machine, consistency: Consistency::Crash, label: String::new(), keep: true };
                 match host.mark(&request) {
                     Ok(outcome) => *into.borrow_mut() = Some(outcome.id),
                     Err(error) => sim.note(|| format!("no mark: {}", chain(&error))),
@@ -402,7 +410,8 @@ impl HostState {
                 for (extent, data) in &writes {
                     self.oracle.issued(id, extent.offset, data, &now);
                 }
-                let mut results: Vec<io::Result<()>> = writes.iter().map(|_| Err(io::Error::other("not set"))).collect();
+                let mut results: Vec<io::Result<()>> =
+                    writes.iter().map(|_| Err(io::Error::other("not set"))).collect();
                 splitter.write_batch(&requests, &mut results);
                 for ((extent, _), result) in writes.iter().zip(&results) {
                     self.oracle.done(id, *extent, result.is_ok(), fua && count == 1, &now);
@@ -444,4 +453,3 @@ pub fn limits(random: &mut Random) -> HostLimits {
         ..HostLimits::default()
     }
 }
-

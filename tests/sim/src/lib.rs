@@ -111,7 +111,6 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
             cut_one_in: if is_calm || random.chance(1, 4) { 0 } else { 20 << random.below(6) },
             delay_ms_max: [1, 5, 60, 300][random.below(4) as usize],
         },
-
     };
     let server = ServerState::new(machine, disks.clone(), limits, retention, oracle.clone());
     let network = Network::new(sim.clone(), server.clone());
@@ -155,16 +154,8 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         mark_ms_max: [200, 2000, 20_000][random.below(3) as usize],
     };
     let host_limits = host::limits(&mut random);
-    let host = HostState::new(
-        sim.clone(),
-        network.clone(),
-        oracle.clone(),
-        spec,
-        host_limits,
-        memory.clone(),
-        workload,
-        seed,
-    );
+    let host =
+        HostState::new(sim.clone(), network.clone(), oracle.clone(), spec, host_limits, memory.clone(), workload, seed);
     sim.set_on_mark({
         let (oracle, disks) = (oracle.clone(), memory.clone());
         move |disk, mark| {
@@ -174,7 +165,8 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
             }
         }
     });
-    let director = Director { sim: sim.clone(), host, server, network, oracle, plan, stop_at_sync: options.stop_at_sync.clone() };
+    let director =
+        Director { sim: sim.clone(), host, server, network, oracle, plan, stop_at_sync: options.stop_at_sync.clone() };
     let start = sim.now();
     let result = sim.run(move || director.run(random));
     let counts = sim.counts.borrow().clone();

@@ -193,8 +193,7 @@ impl Network {
         }
         // Each end learns of it in its own time. What is under way to the server may still arrive.
         if sim.one_in(2) && !is_server_dead {
-            let late: Vec<HostFrame> =
-                connection.to_server.borrow_mut().drain(..).map(|(_, frame, _)| frame).collect();
+            let late: Vec<HostFrame> = connection.to_server.borrow_mut().drain(..).map(|(_, frame, _)| frame).collect();
             if !late.is_empty() {
                 let keep = sim.below(late.len() as u64 + 1) as usize;
                 if keep > 0 {
@@ -510,7 +509,10 @@ impl Places {
                 tries += 1;
                 if tries > 1000 {
                     state.has_ended.set(true);
-                    return Err(refusal(RefusalReason::StoreFailed, "the stream before this one is still being written"));
+                    return Err(refusal(
+                        RefusalReason::StoreFailed,
+                        "the stream before this one is still being written",
+                    ));
                 }
             }
         }

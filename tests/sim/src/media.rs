@@ -220,7 +220,12 @@ impl Media {
             media: Rc::downgrade(self),
             inode,
             bytes,
-            state: RefCell::new(DiskState { now: BTreeMap::new(), changed: 1, pending: Vec::new(), durable: BTreeMap::new() }),
+            state: RefCell::new(DiskState {
+                now: BTreeMap::new(),
+                changed: 1,
+                pending: Vec::new(),
+                durable: BTreeMap::new(),
+            }),
         });
         self.disks.borrow_mut().insert(path.to_owned(), disk.clone());
         disk
@@ -837,7 +842,8 @@ impl Disk for MemoryDisk {
     fn flush(&self) -> io::Result<()> {
         let media = self.media();
         let sim = media.step();
-        let result = media.fails(&sim, media.rates.get().disk_flush, Kind::DiskFlushError, libc::EIO, "the disk (flush)");
+        let result =
+            media.fails(&sim, media.rates.get().disk_flush, Kind::DiskFlushError, libc::EIO, "the disk (flush)");
         let mut state = self.state.borrow_mut();
         let state = &mut *state;
         let pending = std::mem::take(&mut state.pending);

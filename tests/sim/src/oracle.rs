@@ -185,7 +185,10 @@ impl Oracle {
     pub fn flush_begins(&self, disk: DiskId) -> Vec<(u64, usize)> {
         let sectors = self.sectors.borrow();
         let range = sectors.range((disk, 0)..=(disk, u64::MAX));
-        range.filter(|(_, found)| found.acknowledged > found.floor).map(|((_, at), found)| (*at, found.acknowledged)).collect()
+        range
+            .filter(|(_, found)| found.acknowledged > found.floor)
+            .map(|((_, at), found)| (*at, found.acknowledged))
+            .collect()
     }
 
     pub fn flushed(&self, disk: DiskId, covered: &[(u64, usize)]) {

@@ -17,6 +17,7 @@ use tidemark_process_server::replica::{ReplicaInfo, ReplicaSet};
 use tidemark_proto::replication::{Durable, Hello, Refusal, RefusalReason, SessionId};
 
 use crate::counts::Kind;
+use crate::host::chain;
 use crate::link::{Network, Place, Places, refusal};
 use crate::oracle::{Content, Oracle};
 use crate::world::{Process, Sim};
@@ -42,7 +43,13 @@ pub struct ServerState {
 }
 
 impl ServerState {
-    pub fn new(machine: MachineId, disks: Vec<(DiskId, u64)>, limits: Limits, retention: Retention, oracle: Rc<Oracle>) -> Rc<Self> {
+    pub fn new(
+        machine: MachineId,
+        disks: Vec<(DiskId, u64)>,
+        limits: Limits,
+        retention: Retention,
+        oracle: Rc<Oracle>,
+    ) -> Rc<Self> {
         Rc::new(Self {
             is_up: Cell::new(false),
             run: Cell::new(0),
@@ -171,8 +178,7 @@ impl ServerState {
         let storage = RealStorage::create(FOLDER).map_err(|error| error.to_string())?;
         let (set, failures) = ReplicaSet::open(storage, self.limits).map_err(|error| error.to_string())?;
         if let Some(failure) = failures.first() {
-            let cause = std::error::Error::source(&failure.error).map(ToString::to_string).unwrap_or_default();
-            return Err(format!("{}: {} {cause}", failure.folder, failure.error));
+            return Err(format!("{}: {}", failure.folder, chain(&failure.error)));
         }
         for (disk, disk_bytes) in &self.disks {
             if set.get(*disk).is_err() {
@@ -218,14 +224,14 @@ impl ServerState {
                 sim.fail(format!("point {} is of no mark that was made on {}", point.id, held.disk));
                 return false;
             };
-            let view = match set.get(held.disk).map_err(|error| error.to_string()).and_then(|replica| {
-                replica.view(held.cut).map_err(|error| error.to_string())
-            }) {
+            let view = set.get(held.disk).and_then(|replica| replica.view(held.cut));
+            let view = match view.map_err(|error| chain(&error)) {
                 Ok(view) => view,
                 Err(error) => {
                     // It may have been thinned and folded since it was listed.
-                    let is_still_there =
-                        set.points(self.machine).is_ok_and(|points| points.get(point.id).is_some_and(|point| !point.damaged));
+                    let is_still_there = set
+                        .points(self.machine)
+                        .is_ok_and(|points| points.get(point.id).is_some_and(|point| !point.damaged));
                     if must_read && is_still_there && !self.is_rotten.get() {
                         sim.fail(format!("point {} cannot be opened: {error}", point.id));
                     }
@@ -239,8 +245,7 @@ impl ServerState {
                 let length = (disk_bytes - at).min(buffer.len() as u64) as usize;
                 if let Err(error) = view.read(at, &mut buffer[..length]) {
                     if must_read && !self.is_rotten.get() {
-                        let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-                        sim.fail(format!("point {} cannot be read at {at}: {error} {cause}", point.id));
+                        sim.fail(format!("point {} cannot be read at {at}: {}", point.id, chain(&error)));
                     }
                     if self.is_rotten.get() {
                         sim.count(Kind::BitRotFound);

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use tidemark_base::storage::{OpenMode, Storage, StorageFile, os_error};
+use tidemark_base::storage::{OpenMode, Storage, StorageFile, os_error, write_again};
 use tidemark_base::{DiskId, Extent, ExtentMap, FRAME_BYTES_MAX, Generation, Position, Timestamp};
 
 use crate::view::cache::BlockCache;
@@ -355,8 +355,12 @@ impl Journal {
             let file = &active.segment.file;
             let truncated = if found.torn_bytes > 0 { file.set_bytes(found.data_end) } else { Ok(()) };
             // After a kill the cuts behind the last sync are only in the page cache, and the host is told that it
-            // need not keep them.
-            truncated.and_then(|()| file.sync()).map_err(io)?;
+            // need not keep them. Where that sync failed, neither file nor folder would be written by another one alone.
+            truncated
+                .and_then(|()| write_again(&**file, found.data_end))
+                .and_then(|()| file.sync())
+                .and_then(|()| self.storage.sync_folder("segments"))
+                .map_err(io)?;
         }
         report.torn_bytes += found.torn_bytes;
         for cut in &found.damaged {

@@ -405,7 +405,12 @@ impl ReplicaSet {
         };
         Ok(plan::Holds {
             newest_complete,
-            oldest_retained: points.iter().filter(|point| point.keep).filter_map(|point| point.cut_of(disk)).min(),
+            // Those of any-time recovery as well: the one that the window begins with lies before the window's first cut.
+            oldest_retained: points
+                .iter()
+                .filter(|point| point.keep || !point.damaged)
+                .filter_map(|point| point.cut_of(disk))
+                .min(),
             window_start,
             oldest_pin: replica.oldest_pin(),
         })

@@ -109,13 +109,19 @@ fn one(seed: u64, arguments: &Arguments) -> ExitCode {
 fn child(from: u64, to: u64) -> ExitCode {
     for seed in from..to {
         let outcome = run(seed, &Options::default());
-        println!("{seed}\t{}\t{}\t{}", outcome.steps, outcome.counts, outcome.failure.unwrap_or_default().replace('\n', " "));
+        println!(
+            "{seed}\t{}\t{}\t{}",
+            outcome.steps,
+            outcome.counts,
+            outcome.failure.unwrap_or_default().replace('\n', " ")
+        );
     }
     ExitCode::SUCCESS
 }
 
 fn range(from: u64, to: u64, arguments: &Arguments) -> ExitCode {
-    let jobs = arguments.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(2, |found| found.get() as u64));
+    let jobs =
+        arguments.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(2, |found| found.get() as u64));
     let next = AtomicU64::new(from);
     let total = Mutex::new((Counts::default(), 0u64, 0u64, Vec::new()));
     let started = Instant::now();
