@@ -2,13 +2,11 @@
 //! part of a release). Without the feature every question here is answered with a constant *no*.
 
 /// Every safeguard that can be taken out.
-pub const NAMES: [&str; 18] = [
+pub const NAMES: [&str; 17] = [
     // The replica's journal is not synced before an acknowledgement leaves.
     "journal-sync",
-    // Chunks are stored without a look at their hashes.
+    // Chunks are believed, as they come and as they are read back.
     "chunk-hash",
-    // Chunks read back from a segment are believed.
-    "view-hash",
     // The host says that a flush was done without doing it.
     "disk-flush",
     // A write goes to the disk before its intent bit is durable.

@@ -246,7 +246,7 @@ impl Director {
     }
 
     fn trouble(&self, random: &mut Random) {
-        match random.below(if self.plan.has_errors || self.plan.has_rot { 12 } else { 8 }) {
+        match random.below(if self.plan.has_errors || self.plan.has_rot { 16 } else { 8 }) {
             0..=2 => self.crash(Process::Host, random),
             3..=4 => self.crash(Process::Server, random),
             5 => {
@@ -279,9 +279,9 @@ impl Director {
                 self.sim.note(|| format!("the clock of {process:?} jumps by {by} ms"));
                 *self.sim.wall_offset_ms.borrow_mut().entry(process).or_default() += by;
             }
-            8..=10 if self.plan.has_errors => self.errors(random),
-            _ if self.plan.has_rot => self.rot(random),
-            _ => self.sim.sleep(Duration::from_secs(1)),
+            12..=15 if self.plan.has_rot => self.rot(random),
+            _ if self.plan.has_errors => self.errors(random),
+            _ => self.rot(random),
         }
     }
 
@@ -289,14 +289,14 @@ impl Director {
     fn errors(&self, random: &mut Random) {
         let process = if random.chance(1, 2) { Process::Host } else { Process::Server };
         let media = self.sim.media(process).clone();
-        let mut rate = |likely: u64| if random.chance(1, likely) { 20 << random.below(6) } else { 0 };
+        let mut rate = |likely: u64| if random.chance(1, likely) { 5 << random.below(7) } else { 0 };
         let rates = FaultRates {
             read: rate(3),
             write: rate(3),
-            sync: rate(3),
+            sync: rate(2),
             no_room: rate(3),
-            disk: rate(4),
-            disk_flush: rate(6),
+            disk: rate(3),
+            disk_flush: rate(4),
         };
         self.sim.note(|| format!("media of {process:?} fail: {rates:?}"));
         media.rates.set(rates);

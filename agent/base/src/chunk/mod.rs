@@ -278,7 +278,7 @@ impl<'a> UnverifiedChunk<'a> {
             Encoding::Raw | Encoding::Zeroes => self.stored,
             Encoding::Zstd => opener.decompress(self.stored, self.raw_bytes)?,
         };
-        if hash(key, self.table, data) != *self.hash {
+        if hash(key, self.table, data) != *self.hash && !crate::sabotage::is("chunk-hash") {
             return Err(ChunkError::Hash(opener.extents[0]));
         }
         Ok(Chunk {

@@ -87,7 +87,8 @@ struct Read {
 impl Read {
     /// Everything that was logged before this read was sent.
     fn may_follow(&self, sent: &Position) -> bool {
-        sent.epoch == self.logged.epoch && sent.sequence >= self.logged.sequence
+        let is_behind = sent.sequence < self.logged.sequence && !tidemark_base::sabotage::is("scan-wait");
+        sent.epoch == self.logged.epoch && !is_behind
     }
 }
 
@@ -163,6 +164,9 @@ impl Scan {
 
     /// A record was emitted.
     pub fn touched(&mut self, extent: Extent, sequence: Sequence) {
+        if tidemark_base::sabotage::is("scan-cut-out") {
+            return;
+        }
         for read in self.reads.iter_mut().filter(|read| sequence > read.logged.sequence) {
             let Read { plan, touched, .. } = read;
             plan.extents().filter_map(|of| of.intersection(&extent)).for_each(|part| touched.insert(part));

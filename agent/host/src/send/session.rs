@@ -668,6 +668,13 @@ impl<'a> Session<'a> {
             sent_at: Instant::now(),
             scanned: details.scanned,
         });
+        if tidemark_base::sabotage::is("scan-acknowledged")
+            && let Some(cut) = self.under_way.back()
+        {
+            for scanned in &cut.scanned {
+                self.emitter.source.scanned(self.emitter.config.consumer, scanned.extent, scanned.seen)?;
+            }
+        }
         let peak = self.emitter.live_budget.peak() + self.emitter.scan_budget.peak();
         let level = if self.scan.is_some() { &self.emitter.scan_level } else { &self.emitter.live_level };
         let compression = level.compression();

@@ -10,12 +10,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use tidemark_sim::counts::Counts;
-use tidemark_sim::{Options, run};
+use tidemark_sim::world::Process;
+use tidemark_sim::{Options, StopAtSync, run};
 
 const SEEDS_PER_PROCESS: u64 = 16;
 
 fn usage() -> ExitCode {
-    eprintln!("usage: simulate --seed N [--trace] | --seeds A..B [--jobs N] [--sabotage NAME] [--until-failure]");
+    eprintln!(
+        "usage: simulate --seed N [--trace] [--twice] | --seeds A..B [--jobs N] [--until-failure] | --stops [--jobs N]; each with [--sabotage NAME]"
+    );
     ExitCode::from(2)
 }
 
@@ -29,6 +32,7 @@ struct Arguments {
     jobs: Option<u64>,
     sabotage: Option<String>,
     until_failure: bool,
+    stops: bool,
 }
 
 fn arguments() -> Option<Arguments> {
@@ -47,6 +51,7 @@ fn arguments() -> Option<Arguments> {
             "--trace" => found.trace = true,
             "--child" => found.child = true,
             "--twice" => found.twice = true,
+            "--stops" => found.stops = true,
             "--until-failure" => found.until_failure = true,
             _ => return None,
         }
@@ -67,7 +72,9 @@ fn main() -> ExitCode {
     }
     match (arguments.seed, arguments.seeds) {
         (Some(seed), None) => one(seed, &arguments),
+        (None, Some((from, to))) if arguments.child && arguments.stops => child_stops(from, to),
         (None, Some((from, to))) if arguments.child => child(from, to),
+        (None, None) if arguments.stops => range(0, STOPS, &arguments),
         (None, Some((from, to))) => range(from, to, &arguments),
         _ => usage(),
     }
@@ -105,6 +112,50 @@ fn one(seed: u64, arguments: &Arguments) -> ExitCode {
     }
 }
 
+/// The n-th of all stops: which process, at which of its syncs.
+fn stop_at(number: u64) -> (StopAtSync, u64) {
+    let mut rest = number;
+    let mut take = |of: u64| {
+        let digit = rest % of;
+        rest /= of;
+        digit
+    };
+    let (after, power_loss) = (take(2) == 1, take(2) == 1);
+    let kind = KINDS_OF_SYNCS[take(KINDS_OF_SYNCS.len() as u64) as usize];
+    let stop = StopAtSync { process: kind.0, kind: kind.1.to_owned(), number: 1 + rest, after, power_loss };
+    // A few seeds in turn, so that what surrounds the stop differs.
+    (stop, 7 + number % 5)
+}
+
+/// Whose files are synced: those of the host, and those of the process server.
+const KINDS_OF_SYNCS: [(Process, &str); 10] = [
+    (Process::Host, "log"),
+    (Process::Host, "companion"),
+    (Process::Host, "intent"),
+    (Process::Host, "bitmap"),
+    (Process::Host, "session"),
+    (Process::Host, "cursor"),
+    (Process::Server, "journal"),
+    (Process::Server, "base"),
+    (Process::Server, "manifest"),
+    (Process::Server, "points"),
+];
+
+/// Before and after, killed and without power, of ten kinds, the first 24 syncs of each.
+const STOPS: u64 = 2 * 2 * 10 * 24;
+
+fn child_stops(from: u64, to: u64) -> ExitCode {
+    for number in from..to {
+        let (stop, seed) = stop_at(number);
+        let what = format!("{stop:?} of seed {seed}");
+        let outcome = run(seed, &Options { stop_at_sync: Some(stop), trace: false });
+        let failure =
+            outcome.failure.map(|failure| format!("{what}: {}", failure.replace('\n', " "))).unwrap_or_default();
+        println!("{number}\t{}\t{}\t{failure}", outcome.steps, outcome.counts);
+    }
+    ExitCode::SUCCESS
+}
+
 /// Some seeds, one line each, for the process that sums up.
 fn child(from: u64, to: u64) -> ExitCode {
     for seed in from..to {
@@ -137,6 +188,9 @@ fn range(from: u64, to: u64, arguments: &Arguments) -> ExitCode {
                     let last = (first + SEEDS_PER_PROCESS).min(to);
                     let mut command = Command::new(&program);
                     command.args(["--child", "--seeds", &format!("{first}..{last}")]);
+                    if arguments.stops {
+                        command.arg("--stops");
+                    }
                     if let Some(name) = &arguments.sabotage {
                         command.args(["--sabotage", name]);
                     }
