@@ -1,6 +1,8 @@
 //! `kill -9` of everything at once, under load.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tidemark_tests::image::{self, MIB, Seeded};
 use tidemark_tests::nbd::Client;
@@ -12,6 +14,7 @@ const BLOCK: u64 = 4096;
 /// A writer that runs until its connection breaks, and what it knows then.
 pub struct Load {
     thread: std::thread::JoinHandle<Written>,
+    stop: Arc<AtomicBool>,
 }
 
 /// Blocks with their last acknowledged content, and the one write that was in flight at the end.
@@ -34,10 +37,12 @@ impl Load {
     /// Writes random blocks of `[start, start + bytes)` until the connection breaks.
     pub fn start(uri: &str, start: u64, bytes: u64, seed: u64) -> Self {
         let mut client = Client::connect(uri).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
             let mut seeded = Seeded(seed);
             let mut written = Written::default();
-            loop {
+            while !stopped.load(Ordering::SeqCst) {
                 let offset = start + seeded.below(bytes / BLOCK) * BLOCK;
                 let stamp = seeded.number();
                 written.in_flight = Some((offset, stamp));
@@ -48,10 +53,18 @@ impl Load {
                 written.in_flight = None;
                 written.count += 1;
             }
+            written
         });
-        Self { thread }
+        Self { thread, stop }
     }
 
+    /// Ends it while the disk is there.
+    pub fn finish(self) -> Written {
+        self.stop.store(true, Ordering::SeqCst);
+        self.join()
+    }
+
+    /// Waits until the connection broke.
     pub fn join(self) -> Written {
         self.thread.join().unwrap()
     }

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -17,6 +17,9 @@ use crate::{binary, wait};
 const READY_LIMIT: Duration = Duration::from_secs(60);
 /// How long anything else may take. A test that needs longer is too large for this suite.
 pub const LIMIT: Duration = Duration::from_secs(90);
+
+/// How long a verb may take that waits for its job; below the runner's own limit, which names nothing.
+const VERB_LIMIT: Duration = Duration::from_secs(150);
 
 /// The roles as they run apart.
 pub const ROLES: [&str; 3] = ["config-server", "process-server", "agent"];
@@ -219,16 +222,25 @@ impl Site {
         self.processes.first().expect("the site is up").pid()
     }
 
-    /// Runs a verb to its end.
+    /// Runs a verb to its end, which must come within a limit: a test that hangs says in what.
+    #[track_caller]
     pub fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Outcome {
         let mut command = self.command();
         command.args(arguments);
         let text = format!("{command:?}");
-        let output = command.stdin(Stdio::null()).output().expect("the command runs");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = Owned::start("verb", command, None);
+        let stdout = read_all(child.child().stdout.take().expect("stdout is piped"));
+        let stderr = read_all(child.child().stderr.take().expect("stderr is piped"));
+        let begin = Instant::now();
+        let status = wait::until("a verb ends", 2 * VERB_LIMIT, || {
+            assert!(begin.elapsed() < VERB_LIMIT, "{text} does not end; the site's log ends with\n{}", self.log_tail());
+            child.ending()
+        });
         Outcome {
-            code: output.status.code().unwrap_or(-1),
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            code: status.code().unwrap_or(-1),
+            stdout: stdout.join().expect("stdout can be read"),
+            stderr: stderr.join().expect("stderr can be read"),
             command: text,
         }
     }
@@ -424,6 +436,16 @@ pub fn text(value: &Value) -> String {
 #[track_caller]
 pub fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or_else(|| panic!("{value} is no whole number"))
+}
+
+/// Reads beside, so that a child with much to say does not wait for us.
+fn read_all(mut pipe: impl std::io::Read + Send + 'static) -> std::thread::JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What a child that was killed said until then is enough.
+        let _ = pipe.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
 }
 
 /// Runs an offline verb, which needs no site.

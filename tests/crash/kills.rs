@@ -1,0 +1,86 @@
+//! `kill -9` again and again, at any moment, of agent, process server or both, while fio and a writer of ours load the
+//! disk.
+
+use std::time::Duration;
+
+use tidemark_tests::image::{self, MIB, Seeded};
+use tidemark_tests::process::Owned;
+use tidemark_tests::site::{LIMIT, number, text};
+use tidemark_tests::{Machine, Site, need, tools, wait};
+
+use crate::whole::{Load, assert_recovered};
+
+const DISK_BYTES: u64 = 64 * MIB;
+const QUICK_ROUNDS: u64 = 8;
+const LONG_ROUNDS: u64 = 150;
+/// After the kill of an agent nothing is sent but what was under way, and at most one part in so many of the disk. A
+/// little more was written between the last look and the kill.
+const RESENT_SHARE: u64 = 100;
+
+fn fio(site: &Site, machine: &Machine, seed: u64) -> Owned {
+    let mut command = tools::command("fio");
+    command.args(["--name=load", "--thread", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=16"]);
+    command.args(["--offset=32m", "--size=32m", "--time_based", "--runtime=120", "--output=/dev/null", "--fsync=200"]);
+    // Not as fast as it can: the disks of this machine are shared.
+    command.args([&format!("--randseed={seed}"), "--rate_iops=1500"]).arg(format!("--uri={}", machine.nbd()));
+    Owned::start("fio", command, Some(&site.path("fio.log")))
+}
+
+#[test]
+fn killed_again_and_again_under_load_nothing_is_lost() {
+    need!("fio");
+    let mut site = Site::start_roles();
+    let disk = site.path("disk.img");
+    image::make_mixed(&disk, DISK_BYTES, 5);
+    let machine = site.protect("db", &[&disk], &[]);
+    site.wait_protected("db");
+    let first = site.point("db");
+    let reference = site.path("reference.img");
+    image::copy(&disk, &reference);
+    let mut seeded = Seeded(6);
+    let (mut kills, mut longest) = (0, Duration::ZERO);
+    for round in 0..if tools::is_long() { LONG_ROUNDS } else { QUICK_ROUNDS } {
+        let load = Load::start(machine.nbd(), 0, DISK_BYTES / 2, 1000 + round);
+        let mut fio = fio(&site, &machine, round + 1);
+        let before = number(&site.status("db")["written_bytes"]);
+        let wanted = before + 64 * 1024 + seeded.below(2 * MIB);
+        wait::until("the load is on its way", LIMIT, || {
+            (number(&site.status("db")["written_bytes"]) > wanted).then_some(())
+        });
+        let roles: &[&str] = match seeded.below(5) {
+            0 | 1 => &["agent"],
+            2 | 3 => &["process-server"],
+            _ => &["process-server", "agent"],
+        };
+        let under_way = number(&site.status("db")["written_bytes"]) - before;
+        for role in roles {
+            site.kill_role(role);
+            kills += 1;
+        }
+        // Sometimes they are away for longer, and what is left of the site writes on.
+        wait::until_passed(std::time::Instant::now() + Duration::from_millis(seeded.below(300)));
+        let written = match roles.contains(&"agent") {
+            true => load.join(),
+            false => load.finish(),
+        };
+        fio.kill_9();
+        let begin = std::time::Instant::now();
+        for role in roles {
+            site.start_role(role);
+        }
+        wait::until("a point is made again", LIMIT, || (site.run(&["point", "create", "db"]).code == 0).then_some(()));
+        longest = longest.max(begin.elapsed());
+        if roles == ["agent"] {
+            // A new process counts from nothing: what it sent is what was under way, and what it looked at anew.
+            let status = site.status("db");
+            let sent = number(&status["sent_bytes"]);
+            let limit = under_way + DISK_BYTES / RESENT_SHARE + MIB;
+            assert!(sent <= limit, "{sent} bytes sent, at most {limit} were to be: {status}");
+        }
+        assert_recovered(&site, &machine, &[written]);
+    }
+    image::assert_same(&reference, &site.export("db", &text(&first["id"]), "first.raw", "raw"));
+    println!("{kills} kills, at work again after {longest:?} at the latest");
+    tools::counted("kills of a real role under load", kills);
+    site.down();
+}
