@@ -43,7 +43,7 @@ fn main() {
         path: path.clone(),
         device_folder: folder.join("devices"),
         elsewhere: RealStorage::create(folder.join("write-path.elsewhere")).expect("a folder"),
-        consumer: ServerId::random(),
+        consumers: vec![ServerId::random()],
         limits: LogLimits { rotate_bytes: 256 << 20, limit_bytes: u64::MAX, reserve_bytes: 0 },
         boot: Boot::current().expect("a boot id"),
         clock: Arc::new(SystemClock::new()),

@@ -43,7 +43,8 @@ pub struct AttachRequest {
     pub device_folder: PathBuf,
     /// Another volume than the disk's, if there is one.
     pub elsewhere: Arc<dyn Storage>,
-    pub consumer: ServerId,
+    /// The process servers that the disk feeds.
+    pub consumers: Vec<ServerId>,
     pub limits: LogLimits,
     pub boot: Boot,
     pub clock: Arc<dyn Clock>,
@@ -87,7 +88,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     };
     let events = DiskEvents { events: request.events.clone(), machine: request.machine, disk: request.disk };
 
-    let consumer = open_consumer(&places, &request, disk.bytes())?;
+    let consumers = open_consumers(&places, &request, disk.bytes())?;
     let (lost_file, lost) = open_lost(&request)?;
     let mut remains = Remains::read(&places, &source)?;
     let mut evidence = Evidence {
@@ -103,22 +104,30 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     if let Some(session) = remains.session.take() {
         evidence = remains.examine(&session, &identity, mount, &request.boot, now);
         evidence.has_intent &= !lost.intent;
-        evidence.log = remains.read_logs(&places, &session, &evidence, consumer.cursor().as_ref(), now)?;
-        evidence.has_history = remains.end().is_some_and(|end| consumer.wants_records_of(&end));
+        // What one of several acknowledged says nothing about the others.
+        let cursor = if let [consumer] = &*consumers { consumer.cursor() } else { None };
+        evidence.log = remains.read_logs(&places, &session, &evidence, cursor.as_ref(), now)?;
+        let wants_records = |end| consumers.iter().any(|consumer| consumer.wants_records_of(&end));
+        evidence.has_history = remains.end().is_some_and(wants_records);
         remains.session = Some(session);
     }
     let mut decision = decide(&evidence);
-    if decision == Decision::ScanWhole(Why::First) && consumer.cursor().is_some() {
+    if decision == Decision::ScanWhole(Why::First) && consumers.iter().any(|consumer| consumer.cursor().is_some()) {
         // A consumer's file tells that this disk was fed before.
         decision = Decision::ScanWhole(Why::StateDamaged);
     }
 
     // What must be scanned, before anything is forgotten.
     let in_flight = remains.in_flight(disk.bytes());
-    let scan = what_to_scan(&mut decision, &remains, &places, &request, &consumer, &source, &evidence);
-    // A consumer that holds nothing is to be scanned whole already, and its reason is worth keeping: zeroes need not be sent.
-    if !scan.is_empty() && !consumer.holds_nothing() {
-        consumer.add(&scan, reason_of(decision, &evidence), ScanRevision(1)).map_err(places.failed("mark blocks"))?;
+    let mut scan_bytes = 0;
+    let scans = what_to_scan(&mut decision, &remains, &places, &request, &consumers, &source, &evidence);
+    for (consumer, scan) in consumers.iter().zip(&scans) {
+        scan_bytes = scan.total_bytes().max(scan_bytes);
+        // One that holds nothing is to be scanned whole already, and its reason is worth keeping: zeroes need not be sent.
+        if !scan.is_empty() && !consumer.holds_nothing() {
+            let reason = reason_of(decision, &evidence);
+            consumer.add(scan, reason, ScanRevision(1)).map_err(places.failed("mark blocks"))?;
+        }
     }
     let dirty = match remains.dirty.take() {
         Some(dirty) => dirty,
@@ -213,7 +222,6 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         remove_log(&*places.logs, name).map_err(places.failed("remove an old log"))?;
     }
     tracing::info!(disk = %request.disk, path = %request.path.display(), ?decision, epoch = %start.epoch, "disk attached");
-    let scan_bytes = scan.total_bytes();
     tell(&events, &request.path, decision, &evidence, &remains, in_flight.len(), scan_bytes);
     let attached = request.clock.monotonic_now();
     let disk = Arc::new(ProtectedDisk {
@@ -225,7 +233,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         in_flight: InFlight::new(slot_table),
         intent,
         dirty,
-        consumers: Mutex::new(vec![Arc::new(consumer)]),
+        consumers: Mutex::new(consumers),
         watchers: Watchers::default(),
         clock: request.clock,
         attached,
@@ -249,54 +257,60 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     Ok(Attached { disk, decision, scan_bytes, lost_marks: remains.lost_marks })
 }
 
-/// What a new epoch leaves to the scans. A log that cannot be read back after all makes the decision a graver one.
+/// What a new epoch leaves to the scan of each consumer. A log that cannot be read back after all makes the decision a graver
+/// one, for all of them.
 fn what_to_scan(
     decision: &mut Decision,
     remains: &Remains,
     places: &Places,
     request: &AttachRequest,
-    consumer: &Consumer,
+    consumers: &[Arc<Consumer>],
     source: &SourceIdentity,
     evidence: &Evidence,
-) -> ExtentSet {
-    let whole = Extent::new(0, source.disk_bytes);
-    let mut scan = ExtentSet::new();
+) -> Vec<ExtentSet> {
+    let mut common = ExtentSet::new();
     let dirty = remains.dirty.iter().flat_map(|dirty| dirty.extents().iter().collect::<Vec<_>>());
     match *decision {
         // Their log goes on, and so does their bitmap.
-        Decision::StayInBitmap => return scan,
+        Decision::StayInBitmap => return vec![common; consumers.len()],
         Decision::Continue | Decision::ReadSlots => {
-            dirty.for_each(|extent| scan.insert(extent));
-            return scan;
+            dirty.for_each(|extent| common.insert(extent));
+            return vec![common; consumers.len()];
         }
-        Decision::ScanWhole(_) => {
-            scan.insert(whole);
-            return scan;
-        }
+        Decision::ScanWhole(_) => return vec![whole(source); consumers.len()],
         Decision::ScanDirty | Decision::ScanTouched | Decision::ScanUnshipped => {}
     }
-    dirty.for_each(|extent| scan.insert(extent));
+    dirty.for_each(|extent| common.insert(extent));
     let in_flight = remains.in_flight(source.disk_bytes);
-    in_flight.iter().for_each(|extent| insert_granules(&mut scan, *extent));
-    remains.held.iter().for_each(|extent| insert_granules(&mut scan, extent));
-    if let Err(error) = remains.unacknowledged(places, request, consumer.cursor().as_ref(), &mut scan) {
-        tracing::warn!(disk = %request.disk, error = %error, "the old log cannot be read");
-        *decision = match evidence.has_intent {
-            true => Decision::ScanUnshipped,
-            false => Decision::ScanWhole(Why::LogUnusable),
-        };
+    in_flight.iter().for_each(|extent| insert_granules(&mut common, *extent));
+    remains.held.iter().for_each(|extent| insert_granules(&mut common, extent));
+    let mut scans = vec![common; consumers.len()];
+    for (consumer, scan) in consumers.iter().zip(&mut scans) {
+        if let Err(error) = remains.unacknowledged(places, request, consumer.cursor().as_ref(), scan) {
+            tracing::warn!(disk = %request.disk, error = %error, "the old log cannot be read");
+            *decision = match evidence.has_intent {
+                true => Decision::ScanUnshipped,
+                false => Decision::ScanWhole(Why::LogUnusable),
+            };
+        }
     }
-    let intent = remains.intent.iter().flat_map(|found| found.intent.iter());
-    let unshipped = remains.intent.iter().flat_map(|found| found.unshipped.iter());
-    match decision {
-        Decision::ScanTouched => intent.for_each(|extent| scan.insert(extent)),
-        Decision::ScanUnshipped => intent.chain(unshipped).for_each(|extent| scan.insert(extent)),
-        Decision::ScanWhole(_) => scan.insert(whole),
-        _ => {}
+    for scan in &mut scans {
+        let intent = remains.intent.iter().flat_map(|found| found.intent.iter());
+        let unshipped = remains.intent.iter().flat_map(|found| found.unshipped.iter());
+        match decision {
+            Decision::ScanTouched => intent.for_each(|extent| scan.insert(extent)),
+            Decision::ScanUnshipped => intent.chain(unshipped).for_each(|extent| scan.insert(extent)),
+            Decision::ScanWhole(_) => *scan = whole(source),
+            _ => {}
+        }
+        // Granules reach past the end of a disk that does not end with one.
+        scan.remove(Extent::new(source.disk_bytes, u64::MAX - source.disk_bytes));
     }
-    // Granules reach past the end of a disk that does not end with one.
-    scan.remove(Extent::new(source.disk_bytes, u64::MAX - source.disk_bytes));
-    scan
+    scans
+}
+
+fn whole(source: &SourceIdentity) -> ExtentSet {
+    ExtentSet::from_iter([Extent::new(0, source.disk_bytes)])
 }
 
 fn reason_of(decision: Decision, evidence: &Evidence) -> ScanReason {
@@ -432,26 +446,28 @@ pub fn remove_state(path: &Path, device_folder: &Path, elsewhere: &dyn Storage, 
     storage.sync_folder("")
 }
 
-/// What another process server acknowledged says nothing once this one is fed alone: changes would be missed if the
-/// other came back, so it is scanned whole then.
-fn forget_other_consumers(state: &dyn Storage, consumer: ServerId) -> io::Result<()> {
+/// What a process server acknowledged that is not fed any more says nothing: changes would be missed if it came back, so
+/// it is scanned whole then.
+fn forget_other_consumers(state: &dyn Storage, consumers: &[ServerId]) -> io::Result<()> {
     for name in state.list("")? {
-        let other = name.strip_prefix("consumer-").or_else(|| name.strip_prefix("scan-"));
-        if other.is_some_and(|other| other.trim_end_matches(".new") != consumer.to_string()) {
+        let of = name.strip_prefix("consumer-").or_else(|| name.strip_prefix("scan-"));
+        if of.is_some_and(|of| consumers.iter().all(|consumer| of != consumer.to_string())) {
             state.remove(&name)?;
         }
     }
     state.sync_folder("")
 }
 
-fn open_consumer(places: &Places, request: &AttachRequest, disk_bytes: u64) -> Result<Consumer, HostError> {
-    let failed = places.failed("keep the consumer's state");
-    forget_other_consumers(&*places.state, request.consumer).map_err(&failed)?;
-    let found = Consumer::open(places.state.clone(), request.consumer, disk_bytes).map_err(&failed)?;
-    match found {
-        Some(consumer) => Ok(consumer),
-        None => Consumer::create(places.state.clone(), request.consumer, disk_bytes).map_err(&failed),
-    }
+fn open_consumers(places: &Places, request: &AttachRequest, disk_bytes: u64) -> Result<Vec<Arc<Consumer>>, HostError> {
+    let open = |server: &ServerId| -> io::Result<Arc<Consumer>> {
+        Ok(Arc::new(match Consumer::open(places.state.clone(), *server, disk_bytes)? {
+            Some(consumer) => consumer,
+            None => Consumer::create(places.state.clone(), *server, disk_bytes)?,
+        }))
+    };
+    forget_other_consumers(&*places.state, &request.consumers)
+        .and_then(|()| request.consumers.iter().map(open).collect())
+        .map_err(places.failed("keep the consumers' state"))
 }
 
 fn emptied(state: &dyn Storage, name: &str) -> io::Result<Arc<dyn StorageFile>> {

@@ -40,6 +40,9 @@ pub struct Stored {
     pub server: ServerId,
     pub cursor: Option<Position>,
     pub reason: Option<ScanReason>,
+    /// The log does not wait for it any more: what was logged after its cursor and up to here is in its scan.
+    #[serde(default)]
+    pub covered: Option<Position>,
 }
 
 struct State {
@@ -72,7 +75,8 @@ impl Consumer {
     pub fn create(storage: Arc<dyn Storage>, server: ServerId, disk_bytes: u64) -> io::Result<Self> {
         let scan = Self::full_scan(&storage, server, disk_bytes)?;
         let (file, _) = SealedFile::open(storage.clone(), &Self::state_file(server), SLOT_BYTES)?;
-        let current = Stored { version: VERSION, server, cursor: None, reason: Some(ScanReason::Initial) };
+        let current =
+            Stored { version: VERSION, server, cursor: None, reason: Some(ScanReason::Initial), covered: None };
         let consumer = Self::new(storage, file, scan, current, None);
         consumer.store()?;
         Ok(consumer)
@@ -161,6 +165,8 @@ impl Consumer {
     pub fn acknowledged(&self, position: Position) {
         let mut state = self.state();
         state.current.cursor = Some(position);
+        // It is back: the log waits for it again.
+        state.current.covered = None;
         state.asked = Some(Instant::now());
     }
 
@@ -173,6 +179,18 @@ impl Consumer {
     /// Whether a stream to it is open, as its sender says.
     pub fn set_connected(&self, is_connected: bool) {
         self.state().is_connected = is_connected;
+    }
+
+    /// Where the log no longer waits for it; `None` as long as it does.
+    pub fn covered(&self) -> Option<Position> {
+        self.state().current.covered
+    }
+
+    /// What was logged up to `position` was acknowledged or is in its scan, durably. Durable when it returns.
+    pub fn cover(&self, position: Position) -> io::Result<()> {
+        let mut state = self.state();
+        state.current.covered = Some(position);
+        self.store_locked(&mut state)
     }
 
     /// Its sender sends nothing until this is taken back: nobody waits for it.

@@ -379,6 +379,11 @@ impl DiskLog {
         self.check_room(&appender).inspect_err(|_| appender.end())
     }
 
+    /// Three quarters of what the logs may occupy are taken.
+    pub fn is_almost_full(&self) -> bool {
+        self.allocated_bytes() > self.limits().limit_bytes / 4 * 3
+    }
+
     /// Whether a new log may begin: with some distance to the reserve, so that the mode does not change every second.
     /// The logs of the old epoch go when it begins, so what they occupy is room.
     pub fn has_room(&self) -> bool {

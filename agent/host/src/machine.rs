@@ -76,7 +76,7 @@ impl Machine {
                 path: PathBuf::from(&disk.path),
                 device_folder: config.state_folder.join("devices"),
                 elsewhere: config.storage()?,
-                consumer: spec.server.server,
+                consumers: vec![spec.server.server],
                 // The disk's size is not known yet; the limits follow below.
                 limits: log_limits(&config.limits, &spec.policy, u64::MAX),
                 boot: config.boot.clone(),

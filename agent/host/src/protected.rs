@@ -236,7 +236,7 @@ impl ProtectedDisk {
         result
     }
 
-    fn add_for(&self, consumer: &Consumer, extents: &ExtentSet, reason: ScanReason) -> io::Result<()> {
+    pub(super) fn add_for(&self, consumer: &Consumer, extents: &ExtentSet, reason: ScanReason) -> io::Result<()> {
         {
             let _adding = self.adding.lock().expect("no panic while held");
             let revision = ScanRevision(self.revision.load(Ordering::Acquire) + 1);
@@ -273,7 +273,7 @@ impl ProtectedDisk {
         Err(SourceError::Busy { disk: self.identity.disk })
     }
 
-    fn io_error(&self, what: &'static str) -> impl Fn(io::Error) -> SourceError {
+    pub(super) fn io_error(&self, what: &'static str) -> impl Fn(io::Error) -> SourceError {
         let disk = self.identity.disk;
         move |source| SourceError::Io { disk, what, source }
     }

@@ -1,15 +1,18 @@
 //! What is done about every second while a disk is attached, and at the end.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tidemark_base::disk::Disk;
-use tidemark_base::{Position, Sequence};
+use tidemark_base::{ExtentSet, Position, Sequence};
 
-use super::ProtectedDisk;
+use super::{ProtectedDisk, insert_granules};
+use crate::consumer::Consumer;
+use crate::events::{EventKind, Severity};
 use crate::log::Unlogged;
-use crate::source::EpochReason;
+use crate::source::{EpochReason, ScanReason, SourceError};
 use crate::state::intent::Tick;
 use crate::state::session::{CleanDetach, Mode, Session};
 
@@ -43,6 +46,7 @@ impl ProtectedDisk {
         let rotated = self.log.rotate_when_long();
         // What was acknowledged goes first: it must not count against the limit.
         self.store_consumers();
+        self.let_laggards_go();
         if let Err(error) = rotated.and_then(|()| self.log.enforce_limits()) {
             self.step_down(&error);
         }
@@ -139,10 +143,17 @@ impl ProtectedDisk {
                 self.alarm("cursor", false, message, "check the medium that holds the folder beside the disk");
             }
         }
-        let cursors: Option<Vec<Position>> = consumers.iter().map(|consumer| consumer.durable_cursor()).collect();
         let epoch = self.log.published().logged.epoch;
+        let waited_for = consumers.iter().filter(|consumer| consumer.covered().is_none());
+        let cursors: Option<Vec<Position>> = waited_for.map(|consumer| consumer.durable_cursor()).collect();
         let lowest = cursors.into_iter().flatten().min_by_key(|cursor| (cursor.epoch == epoch, cursor.sequence));
         let Some(cursor) = lowest.filter(|cursor| cursor.epoch == epoch) else { return };
+        for consumer in consumers.iter().filter(|consumer| consumer.covered().is_some()) {
+            if let Err(error) = self.cover(consumer, &cursor) {
+                tracing::warn!(disk = %self.identity.disk, server = %consumer.server(), %error, "the log is kept");
+                return;
+            }
+        }
         // An ended log goes only when it is known that it ended: a session in data mode misses it otherwise.
         let is_mode_stored = self.session.lock().expect("no panic while held").current().mode != Mode::Data;
         if let Err(error) = self.log.remove_before(&cursor, is_mode_stored) {
@@ -152,6 +163,60 @@ impl ProtectedDisk {
             && let Err(error) = self.intent_failed(&error)
         {
             tracing::error!(disk = %self.identity.disk, %error, "the intent bitmap is lost and that cannot be stored");
+        }
+    }
+
+    /// Puts what was logged for a consumer that is not waited for into its scan, up to `until`: then these logs may go.
+    fn cover(&self, consumer: &Consumer, until: &Position) -> Result<(), SourceError> {
+        let from = consumer.covered().filter(|from| from.epoch == until.epoch);
+        if from.is_some_and(|from| from.sequence >= until.sequence) {
+            return Ok(());
+        }
+        let mut reader = self.log.read_unacknowledged(from.as_ref())?;
+        let mut changed = ExtentSet::new();
+        let mut reached = from.map_or(Sequence(0), |from| from.sequence);
+        while reached < until.sequence {
+            let Some(record) = reader.next_record()? else { break };
+            reached = record.sequence;
+            if let Some(extent) = record.extent() {
+                insert_granules(&mut changed, extent);
+            }
+        }
+        if !changed.is_empty() {
+            self.add_for(consumer, &changed, ScanReason::Dirty).map_err(self.io_error("mark blocks"))?;
+        }
+        consumer.cover(*until).map_err(self.io_error("store what is covered"))
+    }
+
+    /// A consumer that is away does not bring those down that are there: before its log is at the limit it steps down alone. A
+    /// new epoch begins, with what it did not take in its scan, and the log does not wait for it until it is back.
+    fn let_laggards_go(&self) {
+        let consumers = self.consumers();
+        let is_there = |consumer: &&Arc<Consumer>| consumer.is_active(CONSUMER_ACTIVE);
+        let away: Vec<&Arc<Consumer>> =
+            consumers.iter().filter(|consumer| !is_there(consumer) && consumer.covered().is_none()).collect();
+        if away.is_empty() || !consumers.iter().any(|consumer| is_there(&consumer)) || !self.log.is_almost_full() {
+            return;
+        }
+        let start = match self.begin_epoch(EpochReason::Unclean) {
+            Ok(start) => start,
+            Err(error) => {
+                tracing::debug!(disk = %self.identity.disk, error = %error, "the log waits for all its consumers");
+                return;
+            }
+        };
+        for consumer in away {
+            if let Err(error) = consumer.cover(start) {
+                tracing::warn!(disk = %self.identity.disk, %error, "a consumer that is away cannot be let go");
+                continue;
+            }
+            let message = format!(
+                "process server {} did not take the changes of {} for long: it gets the blocks instead of their history",
+                consumer.server(),
+                self.path.display()
+            );
+            let help = "bring the process server back; others are not affected";
+            self.events.publish(Severity::Warning, EventKind::ConsumerSteppedDown, message, help);
         }
     }
 

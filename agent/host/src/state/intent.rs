@@ -401,7 +401,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_region_is_unshipped_until_its_last_record_is_acknowledged() {
+    pub(crate) fn a_region_is_unshipped_until_its_last_record_is_acknowledged() {
         let (_folder, file) = file();
         let intent = Intent::start(file.clone(), DISK_BYTES, &IntentFound::default()).unwrap();
         let write = |region: u64| Extent::new(region << 22, 512);

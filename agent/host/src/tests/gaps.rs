@@ -87,7 +87,7 @@ pub fn a_kill_in_every_gap_of_a_write_compares_nothing() {
             assert!(fixture.pending(&attached.disk).is_empty(), "{gap} {count}: nothing is compared");
             let disk = attached.disk;
             // What is read again: the slots, all of them or none.
-            let again: u64 = records_after(&disk, &logged).iter().map(|record| super::record_bytes(record)).sum();
+            let again: u64 = records_after(&disk, &logged).iter().map(super::record_bytes).sum();
             let all: u64 = EXTENTS.iter().map(|extent| extent.length).sum();
             let is_published = !["admitted", "declared", "finished"].contains(&gap);
             assert_eq!(again, if is_published { all } else { 0 }, "{gap} {count}");

@@ -80,7 +80,16 @@ pub fn mark_under_load() {
         })
         .collect();
     let mut marks = Vec::new();
-    for round in 0..10 {
+    for round in 0..20 {
+        // Every writer came on since the round before, and somebody is on its way: what a hold is for.
+        let counted = |writer: usize, at: usize| counters[writer][at].load(Ordering::SeqCst);
+        let reached: Vec<u64> = (0..WRITERS).map(|writer| counted(writer, 3)).collect();
+        let has_moved = |writer: usize| counted(writer, 3) > reached[writer];
+        let is_on_its_way =
+            |writer: usize| counted(writer, 0) > counted(writer, 1) || counted(writer, 2) > counted(writer, 3);
+        while !(0..WRITERS).all(has_moved) || (0..WRITERS).filter(|writer| is_on_its_way(*writer)).count() < 2 {
+            std::thread::yield_now();
+        }
         let all = || counters.iter().map(|writer| [0, 1, 2, 3].map(|at| writer[at].load(Ordering::SeqCst)));
         let before: Vec<[u64; 4]> = all().collect();
         let mut reference = Vec::new();

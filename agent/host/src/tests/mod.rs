@@ -44,6 +44,8 @@ pub struct Fixture {
     pub image: Option<PathBuf>,
     pub disk: DiskId,
     pub server: ServerId,
+    /// Further process servers.
+    pub others: Vec<ServerId>,
     pub boot: Boot,
     pub limits: LogLimits,
     pub clock: Arc<dyn Clock>,
@@ -91,6 +93,7 @@ impl Fixture {
             image: None,
             disk: DiskId::random(),
             server: ServerId::random(),
+            others: Vec::new(),
             boot: Boot::current().unwrap(),
             limits: LIMITS,
             clock: Arc::new(SystemClock::new()),
@@ -130,7 +133,7 @@ impl Fixture {
             path: self.path(),
             device_folder: self.folder.path().join("devices"),
             elsewhere: self.elsewhere(),
-            consumer: self.server,
+            consumers: [self.server].into_iter().chain(self.others.iter().copied()).collect(),
             limits: self.limits,
             boot: self.boot.clone(),
             clock: self.clock.clone(),
@@ -151,12 +154,16 @@ impl Fixture {
 
     /// The consumer holds everything.
     pub fn settle(&self, disk: &ProtectedDisk) {
-        let pending = disk.pending_scan(self.server, ScanRevision(0)).unwrap();
+        self.settle_for(disk, self.server);
+    }
+
+    pub fn settle_for(&self, disk: &ProtectedDisk, server: ServerId) {
+        let pending = disk.pending_scan(server, ScanRevision(0)).unwrap();
         for extent in pending.extents.iter() {
-            disk.scanned(self.server, extent, pending.revision).unwrap();
+            disk.scanned(server, extent, pending.revision).unwrap();
         }
-        disk.acknowledged(self.server, disk.state().logged).unwrap();
-        disk.consumer(self.server).unwrap().store().unwrap();
+        disk.acknowledged(server, disk.state().logged).unwrap();
+        disk.consumer(server).unwrap().store().unwrap();
     }
 
     pub fn pending(&self, disk: &ProtectedDisk) -> ExtentSet {

@@ -33,6 +33,8 @@ fn the_order_of_a_write_is_held() {
 #[test]
 fn intent_bits_outlive_what_they_stand_for() {
     fails_without("intent-clear", crate::state::intent::tests::only_idle_and_synced_regions_are_cleared);
+    let unit = crate::state::intent::tests::a_region_is_unshipped_until_its_last_record_is_acknowledged;
+    fails_without("unshipped-clear", unit);
     fails_without("unshipped-clear", scenarios::a_log_that_is_gone_becomes_a_compare_of_the_unshipped_regions);
 }
 

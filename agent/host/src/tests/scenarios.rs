@@ -12,7 +12,7 @@ use tidemark_hrl::LogError;
 use tidemark_nbd::Export;
 
 use super::power::{DISK_BYTES, REGION_BYTES, Replica};
-use super::{Fixture, covers, data_refs, records_after, write};
+use super::{Ahead, Fixture, covers, data_refs, records_after, write};
 use crate::attach::{Decision, Why};
 use crate::capture::splitter::Splitter;
 use crate::events::EventKind;
@@ -82,13 +82,20 @@ fn damage_in_the_middle_of_a_log_becomes_a_compare_of_what_it_may_have_held() {
 pub fn a_log_that_is_gone_becomes_a_compare_of_the_unshipped_regions() {
     for ending in [["hrl", "companion"].as_slice(), &["companion"], &["hrl"]] {
         for is_power_lost in [false, true] {
+            let clock = Ahead::new();
             let mut fixture = Fixture::new(DISK_BYTES);
+            fixture.clock = clock.clone();
             let disk = fixture.attach().disk;
             let mut replica = Replica::of(&fixture, &disk);
             write(&Splitter::new(disk.clone()).unwrap(), 5 * REGION_BYTES, &[1; 4096]).unwrap();
             replica.ship(&fixture, &disk);
             disk.consumer(fixture.server).unwrap().store().unwrap();
             four_writes(&disk);
+            // Long ago: no intent bit names them any more.
+            disk.tick();
+            clock.go(std::time::Duration::from_secs(40));
+            disk.tick();
+            assert!(!disk.intent.is_any_set());
             drop(disk);
             for ending in ending {
                 std::fs::remove_file(fixture.folder.path().join(format!("disk.img.00000001.{ending}"))).unwrap();
@@ -98,7 +105,7 @@ pub fn a_log_that_is_gone_becomes_a_compare_of_the_unshipped_regions() {
             }
             let attached = fixture.attach();
             assert_eq!(attached.decision, Decision::ScanUnshipped);
-            assert!(attached.scan_bytes <= 5 * REGION_BYTES && attached.scan_bytes >= 4 * REGION_BYTES);
+            assert_eq!(attached.scan_bytes, 4 * REGION_BYTES, "but for what was acknowledged");
             replica.scan(&fixture, &attached.disk);
             replica.assert_equals(&fixture, "gone");
         }
@@ -123,9 +130,6 @@ fn a_log_that_cannot_be_read_back_while_attached_costs_no_whole_scan() {
     assert!(fixture.kinds().contains(&EventKind::LogDamaged));
     replica.scan(&fixture, &disk);
     replica.assert_equals(&fixture, "damaged while attached");
-    // The regions are shipped now: damage of the next log does not bring them back.
-    let clock_free = disk.intent.unshipped();
-    assert!(covers(&clock_free, Extent::new(0, 4 * REGION_BYTES)), "as long as they are named by the intent bits");
 }
 
 /// Between the making of a new epoch's log and its announcement, and between that and the removal of the old logs.
@@ -451,4 +455,58 @@ fn a_crash_in_the_middle_of_a_scan_goes_on_with_what_is_left() {
         replica.scan(&fixture, &attached.disk);
         replica.assert_equals(&fixture, "in the middle of a scan");
     }
+}
+
+/// Two process servers: the log does not end for the one that is there because the other is away.
+#[test]
+fn one_dead_consumer_beside_a_live_one_steps_down_alone() {
+    let mut fixture = Fixture::new(DISK_BYTES);
+    fixture.limits = LogLimits { limit_bytes: 8 * MIB, rotate_bytes: MIB, ..fixture.limits };
+    let dead = tidemark_base::ServerId::random();
+    fixture.others.push(dead);
+    let disk = fixture.attach().disk;
+    let mut replica = Replica::of(&fixture, &disk);
+    fixture.settle_for(&disk, dead);
+    let last_seen = disk.state().logged;
+    let gone = disk.consumer(dead).unwrap();
+    gone.set_paused(true);
+    write(&Splitter::new(disk.clone()).unwrap(), 23 * MIB, &[9; 4096]).unwrap();
+    let mut epochs = std::collections::BTreeSet::new();
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    // Several times what the log may hold; the live one takes it as it comes.
+    for round in 0..60u64 {
+        write(&splitter, round % 12 * MIB, &[round as u8 + 1; 512 << 10]).unwrap();
+        disk.make_room();
+        replica.scan(&fixture, &disk);
+        disk.tick();
+        assert_eq!(disk.mode(), Mode::Data, "round {round}");
+        epochs.insert(disk.state().logged.epoch.0);
+    }
+    assert_eq!(epochs.len(), 2, "one new epoch, when it was let go");
+    assert!(disk.log.allocated_bytes() < 8 * MIB);
+    assert_eq!(fixture.kinds().iter().filter(|kind| **kind == EventKind::ConsumerSteppedDown).count(), 1);
+    replica.assert_equals(&fixture, "the live one");
+    // It survives a restart, too.
+    drop((splitter, disk, gone));
+    let disk = fixture.attach().disk;
+    write(&Splitter::new(disk.clone()).unwrap(), 22 * MIB, &[8; 4096]).unwrap();
+    assert_eq!(disk.cursor(dead), Some(last_seen));
+    // The dead one comes back with what it held: no alarm, no whole scan, a new epoch with its blocks in the scan.
+    let decision = resume::decide(&Situation {
+        durable: Some((last_seen, disk.locate(&last_seen).unwrap())),
+        scan_open: false,
+        cursor: disk.cursor(dead),
+        epochs: &disk.epochs(),
+        scan_pending: true,
+        start_readable: disk.locate(&disk.state().logged.epoch.start()).unwrap() == Located::Here,
+    });
+    assert_eq!((decision.alarm, decision.whole_scan), (None, None));
+    disk.new_epoch(decision.new_epoch.unwrap()).unwrap();
+    let pending = disk.pending_scan(dead, ScanRevision(0)).unwrap().extents;
+    for extent in [Extent::new(23 * MIB, 4096), Extent::new(22 * MIB, 4096), Extent::new(0, 512 << 10)] {
+        assert!(covers(&pending, extent), "{extent}");
+    }
+    assert!(!covers(&pending, Extent::new(20 * MIB, 4096)), "never a full resync");
+    disk.acknowledged(dead, disk.state().logged).unwrap();
+    assert_eq!(disk.consumer(dead).unwrap().covered(), None, "the log waits for it again");
 }
