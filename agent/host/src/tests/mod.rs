@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use tidemark_base::disk::DiskError;
 use tidemark_base::storage::{RealStorage, Storage};
 use tidemark_base::{
     Clock, DiskId, Extent, ExtentSet, Generation, MachineId, Position, Sequence, ServerId, SystemClock, Timestamp,
@@ -142,7 +143,16 @@ impl Fixture {
     }
 
     pub fn attach(&self) -> Attached {
-        self.try_attach().unwrap()
+        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        loop {
+            match self.try_attach() {
+                // A program that another test starts just now holds all our locks until it runs.
+                Err(HostError::Disk(DiskError::InUse { .. })) if std::time::Instant::now() < deadline => {
+                    std::thread::yield_now();
+                }
+                attached => return attached.unwrap(),
+            }
+        }
     }
 
     /// Attached, with everything that was to be scanned scanned and everything logged acknowledged.
