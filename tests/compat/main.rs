@@ -1,5 +1,6 @@
 //! Other people's programs against our NBD front end: what a guest's hypervisor and an administrator use.
 
+mod disks;
 mod guest;
 mod tls;
 
