@@ -197,4 +197,17 @@ mod tests {
         assert_eq!([read("ca-cert.pem"), read("client-key.pem")], [before[0].clone(), before[2].clone()]);
         assert!(is_due(Timestamp(0)) && !is_due(Timestamp(u64::MAX)));
     }
+
+    /// QEMU looks at what a certificate may be used for before it connects anywhere.
+    #[test]
+    fn qemu_takes_the_clients_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = ExportAuthority::open_or_create(RealStorage::open_folder(folder.path())).unwrap();
+        let credentials = format!("tls-creds-x509,id=tls,dir={},endpoint=client", authority.client_folder().display());
+        let arguments = ["info", "--object", &credentials, "--image-opts", "driver=null-co,size=512"];
+        match std::process::Command::new("qemu-img").args(arguments).output() {
+            Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr)),
+            Err(_) => eprintln!("skipped: qemu-img is not installed"),
+        }
+    }
 }
