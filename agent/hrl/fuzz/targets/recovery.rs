@@ -7,6 +7,8 @@
 #[path = "../../tests/support/memory.rs"]
 #[allow(dead_code)]
 mod memory;
+#[path = "sealed.rs"]
+mod sealed;
 
 use std::sync::OnceLock;
 
@@ -69,7 +71,7 @@ fuzz_target!(|input: &[u8]| {
     // With tags made right again, what lies behind them is reached: a companion made to harm.
     let forged = mode & 2 != 0;
     if forged {
-        seal_again(content.get_mut(&name.companion()).unwrap());
+        sealed::seal_again(content.get_mut(&name.companion()).unwrap());
     }
     let cause = if mode & 1 == 0 { Cause::ProcessKilled } else { Cause::PowerLoss };
     let storage = MemoryStorage::with(&content).storage();
@@ -93,17 +95,3 @@ fuzz_target!(|input: &[u8]| {
         }
     }
 });
-
-fn seal_again(companion: &mut [u8]) {
-    let Some(ids) = companion.get(48..80) else { return };
-    let key = blake3::derive_key("tidemark 2026-11 slots of one companion", ids);
-    let control = [0, 512, 1024, 1536, 2048];
-    for at in control.into_iter().chain((4096..companion.len()).step_by(128)) {
-        let Some(slot) = companion.get_mut(at..at + 128) else { return };
-        if slot.iter().any(|&byte| byte != 0) {
-            let mut bytes = (at as u64).to_le_bytes().to_vec();
-            bytes.extend(&slot[..112]);
-            slot[112..].copy_from_slice(&blake3::keyed_hash(&key, &bytes).as_bytes()[..16]);
-        }
-    }
-}
