@@ -15,6 +15,7 @@ pub mod scrub;
 pub mod serve;
 pub mod server;
 mod settings;
+mod table;
 pub mod view;
 
 pub use server::{ProcessServer, ProcessServerConfig};

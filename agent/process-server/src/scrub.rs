@@ -1,21 +1,24 @@
 //! Reads everything again and says what is not sound: a replica at work, one recovery point, or a folder with no server.
 //!
 //! *Consistency.* What is there when it begins is read; segments that a fold removes meanwhile are read to their end, and base blocks are read under the fold's lock.
-//! *Retries.* None: a finding is a finding. A file that cannot be read at all is one, too. *Cancellation.* Between segments and between pieces of the base; the report says so.
-//! *Crash.* Nothing is written, here or by [`inspect_folder`] and [`verify_folder`].
+//! *Retries.* None: a finding is a finding. A file that cannot be read at all is one, too. *Cancellation.* Between frames and between pieces of the base; the report says so, and its
+//! [`Cursor`] says where to go on. *Crash.* Nothing is written here; what is done about a finding is in [`crate::replica::damage`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tidemark_base::Extent;
 use tidemark_base::disk::{Allocation, Disk};
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::Storage;
 
 use crate::fold::base::BLOCK_BYTES;
-use crate::journal::{FrameKey, Header, Inspection, Layer, Part, ReadError, SegmentFile, inspect};
+use crate::journal::{
+    Entry, FrameKey, Header, Inspection, Layer, Part, ReadError, Sealed, SegmentFile, inspect, unreadable,
+};
 use crate::replica::{DurableState, Replica, ReplicaError, ReplicaInfo, Statistics};
+use crate::view::Suspect;
 use crate::view::cache::BlockCache;
 
 /// More findings are counted, not kept.
@@ -35,6 +38,16 @@ pub struct Finding {
     /// Only the extents of the cut `from_cut` are touched.
     #[serde(skip)]
     pub one_cut: bool,
+    /// The parts of the disk that are touched, where they are known; none at all when no data is.
+    #[serde(skip)]
+    pub extents: Option<Vec<Extent>>,
+}
+
+impl Finding {
+    /// Of a file that holds no data of the disk.
+    pub fn of_file(file: String, what: String) -> Self {
+        Self { file, extent: None, what, from_cut: u64::MAX, one_cut: false, extents: Some(Vec::new()) }
+    }
 }
 
 impl From<ReadError> for Finding {
@@ -43,7 +56,7 @@ impl From<ReadError> for Finding {
             ReadError::Damaged { file, extent, what } => (file, extent, what),
             ReadError::Io { file, source } => (file, None, format!("cannot be read: {source}")),
         };
-        Self { file, extent, what, from_cut: 0, one_cut: false }
+        Self { file, extent, what, from_cut: 0, one_cut: false, extents: None }
     }
 }
 
@@ -59,6 +72,36 @@ pub struct ScrubReport {
     pub bytes: u64,
     pub findings: Vec<Finding>,
     pub findings_left_off: u64,
+    /// First cuts of segments whose index is to be made again.
+    #[serde(skip)]
+    pub indexes: Vec<u64>,
+}
+
+/// Where a scrub is: in this order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cursor {
+    #[default]
+    Start,
+    /// Sealed segments that begin after this cut.
+    Segments(u64),
+    /// Merged indexes behind this one, by last and first cut.
+    Indexes(u64, u64),
+    /// The base, from this byte on.
+    Base(u64),
+    End,
+}
+
+/// Told what was read; waits as long as it likes, and says whether to go on.
+pub trait Pace {
+    fn tick(&self, bytes: u64) -> bool;
+}
+
+/// As fast as it goes.
+impl Pace for Stop {
+    fn tick(&self, _bytes: u64) -> bool {
+        !self.is_stopped()
+    }
 }
 
 impl ScrubReport {
@@ -68,6 +111,11 @@ impl ScrubReport {
         } else {
             self.findings_left_off += 1;
         }
+    }
+
+    /// Takes the findings out, so that something is done about them.
+    pub fn take_findings(&mut self) -> (Vec<Finding>, Vec<u64>) {
+        (std::mem::take(&mut self.findings), std::mem::take(&mut self.indexes))
     }
 
     fn finish(mut self, finished: bool) -> Self {
@@ -91,11 +139,21 @@ impl ScrubReport {
                 self.cuts += inspection.cuts;
                 self.chunks += inspection.chunks;
                 self.bytes += bytes;
+                for cut in inspection.altered {
+                    let what = format!("cut {} at {}: {}", cut.cut, cut.at, cut.what);
+                    self.find(Finding::of_file(name.to_owned(), what));
+                }
                 for cut in inspection.damaged {
                     let what = format!("cut {} at {}: {}", cut.cut, cut.at, cut.what);
+                    if cut.at >= frames_end && cut.extents.is_some() {
+                        self.indexes.push(first_cut);
+                    }
                     // Behind the last whole frame any number of cuts may be gone.
                     let one_cut = cut.at < frames_end && cut.cut < first_cut + inspection.cuts;
-                    self.find(Finding { file: name.to_owned(), extent: None, what, from_cut: cut.cut, one_cut });
+                    let extents = cut.extents.filter(|_| one_cut || cut.at >= frames_end);
+                    let finding =
+                        Finding { file: name.to_owned(), extent: None, what, from_cut: cut.cut, one_cut, extents };
+                    self.find(finding);
                 }
             }
             Err(error) => self.find(Finding { from_cut: first_cut, ..error.into() }),
@@ -109,7 +167,26 @@ pub struct ActiveSegment {
     pub header: Header,
     pub key: FrameKey,
     pub end: u64,
-    pub extents: u64,
+    pub entries: Vec<Entry>,
+    /// How many of them each cut ends with.
+    pub ends: Vec<u64>,
+}
+
+impl ActiveSegment {
+    /// What was appended, as memory knows it, against what is in the file.
+    fn check(&self, tick: &dyn Fn(u64) -> bool) -> Result<Inspection, ReadError> {
+        let mut inspection = inspect(&self.segment, &self.header, &self.key, self.end, tick)?;
+        for damaged in &mut inspection.damaged {
+            damaged.extents = self.entries_of(damaged.cut).map(|entries| unreadable(&self.segment, entries));
+        }
+        Ok(inspection)
+    }
+
+    fn entries_of(&self, cut: u64) -> Option<&[Entry]> {
+        let index = usize::try_from(cut.checked_sub(self.header.first_cut)?).ok()?;
+        let start = index.checked_sub(1).map_or(Some(0), |before| self.ends.get(before).copied())?;
+        self.entries.get(start as usize..*self.ends.get(index)? as usize)
+    }
 }
 
 /// Checks every byte that a cut needs: all data of the disk is read, past every cache, and proven.
@@ -141,7 +218,8 @@ pub fn verify(replica: &Replica, cut: u64, stop: &Stop) -> Result<ScrubReport, R
 }
 
 fn finding_of(error: std::io::Error, extent: Extent) -> Finding {
-    Finding { file: String::new(), extent: Some(extent), what: error.to_string(), from_cut: 0, one_cut: false }
+    let (file, what) = (String::new(), error.to_string());
+    Finding { file, extent: Some(extent), what, from_cut: 0, one_cut: false, extents: None }
 }
 
 /// Of `cuts`, in ascending order, those at which the disk cannot be read whole any more because of what a scrub found.
@@ -149,18 +227,17 @@ fn finding_of(error: std::io::Error, extent: Extent) -> Finding {
 pub fn touched(replica: &Replica, findings: &[Finding], cuts: &[u64], stop: &Stop) -> Option<BTreeSet<u64>> {
     let mut places: BTreeMap<u64, Vec<Extent>> = BTreeMap::new();
     for finding in findings {
-        let whole = || vec![Extent::new(0, replica.disk_bytes())];
-        let extents = match finding.extent {
-            Some(extent) => vec![extent],
-            None if finding.one_cut => replica.cut_extents(finding.from_cut).unwrap_or_else(whole),
-            None => whole(),
-        };
-        places.entry(finding.from_cut).or_default().extend(extents);
+        let extents = replica.extents_of_finding(finding);
+        if !extents.is_empty() {
+            places.entry(finding.from_cut).or_default().extend(extents);
+        }
     }
     let mut found = BTreeSet::new();
     for (from, mut extents) in places {
         extents.sort_by_key(|extent| extent.offset);
         extents.dedup();
+        // What is older than the base cannot be shown, damaged or not.
+        let from = from.max(replica.floor());
         let later = &cuts[cuts.partition_point(|&cut| cut < from)..];
         // What a later cut wrote over is whole again for good, so the first cut that can be read ends the search.
         let (mut low, mut high) = (0, later.len());
@@ -229,7 +306,8 @@ fn read_piece(
     }
 }
 
-/// Reads a whole replica: every segment, frame by frame and against its index, and the base against its sums.
+/// Reads a whole replica: every segment, frame by frame and against its index, every merged index, the base against its
+/// sums, and the small files against memory.
 pub fn scrub(replica: &Replica, stop: &Stop) -> Result<ScrubReport, ReplicaError> {
     let mut report = ScrubReport::default();
     for what in &replica.open_report().damage {
@@ -240,70 +318,148 @@ pub fn scrub(replica: &Replica, stop: &Stop) -> Result<ScrubReport, ReplicaError
             // No view opens at a cut that opening found to be damaged.
             from_cut: u64::MAX,
             one_cut: false,
+            extents: None,
         });
     }
-    // The active one first: it may be sealed and folded while the others are read.
-    if let Some(active) = replica.active() {
-        let inspected = inspect(&active.segment, &active.header, &active.key, active.end);
-        report.segment(&active.segment.name, active.end, active.header.first_cut, active.end, inspected);
-    }
-    for part in replica.parts() {
-        if stop.is_stopped() {
-            return Ok(report.finish(false));
-        }
-        // Broken ones were named when the replica was opened.
-        if let Part::Sealed(sealed) = part {
-            let (name, bytes) = (&sealed.segment.name, sealed.file_bytes);
-            report.segment(name, bytes, sealed.first_cut(), sealed.data_end, sealed.check());
+    let mut cursor = Cursor::Start;
+    while cursor != Cursor::End {
+        match advance(replica, cursor, stop, &mut report)? {
+            Some(next) => cursor = next,
+            None => return Ok(report.finish(false)),
         }
     }
-    let finished = scrub_base(replica, &mut report, stop)?;
-    Ok(report.finish(finished))
+    Ok(report.finish(true))
 }
 
-fn scrub_base(replica: &Replica, report: &mut ScrubReport, stop: &Stop) -> Result<bool, ReplicaError> {
-    let sources = replica.fold_sources()?;
-    let layers: Result<Vec<Layer>, ReadError> =
-        sources.into_iter().map(|source| source.layer(replica.cache())).collect();
-    let layers = layers.unwrap_or_default();
+/// One unit of a scrub: the small files and the active segment, a segment, an index, or a piece of the base. Returns where
+/// to go on; `None`: it was stopped in the middle.
+pub fn advance(
+    replica: &Replica,
+    cursor: Cursor,
+    pace: &dyn Pace,
+    report: &mut ScrubReport,
+) -> Result<Option<Cursor>, ReplicaError> {
+    if !pace.tick(0) {
+        return Ok(None);
+    }
+    let tick = |bytes| pace.tick(bytes);
+    Ok(match cursor {
+        Cursor::Start => {
+            replica.check_files().into_iter().for_each(|finding| report.find(finding));
+            // The active one first: it may be sealed and folded while the others are read.
+            if let Some(active) = replica.active() {
+                let checked = active.check(&tick);
+                if checked.as_ref().is_ok_and(|inspection| !inspection.finished) {
+                    return Ok(None);
+                }
+                report.segment(&active.segment.name, active.end, active.header.first_cut, active.end, checked);
+            }
+            Some(Cursor::Segments(0))
+        }
+        Cursor::Segments(after) => {
+            // Broken ones were named when the replica was opened.
+            let next = replica.parts().into_iter().find_map(|part| match part {
+                Part::Sealed(sealed) if sealed.first_cut() > after => Some(sealed),
+                _ => None,
+            });
+            let Some(sealed) = next else { return Ok(Some(Cursor::Indexes(0, 0))) };
+            if !check_segment(&sealed, &tick, report) {
+                return Ok(None);
+            }
+            Some(Cursor::Segments(sealed.first_cut()))
+        }
+        Cursor::Indexes(last, first) => {
+            let mut indexes = replica.merged_indexes();
+            indexes.sort_by_key(|index| (index.last, index.first));
+            let next = indexes.into_iter().find(|index| (index.last, index.first) > (last, first));
+            let Some(index) = next else { return Ok(Some(Cursor::Base(0))) };
+            match index.check() {
+                Ok(()) => report.bytes += index.bytes,
+                Err(error) => report.find(Finding::of_file(index.name().to_owned(), error.to_string())),
+            }
+            if !tick(index.bytes) {
+                return Ok(None);
+            }
+            Some(Cursor::Indexes(index.last, index.first))
+        }
+        Cursor::Base(offset) => scrub_base(replica, offset, &tick, report)?,
+        Cursor::End => Some(Cursor::End),
+    })
+}
+
+/// Reads a segment; false: it was stopped.
+fn check_segment(sealed: &Sealed, tick: &dyn Fn(u64) -> bool, report: &mut ScrubReport) -> bool {
+    let checked = sealed.check(tick);
+    if checked.as_ref().is_ok_and(|inspection| !inspection.finished) {
+        return false;
+    }
+    report.segment(&sealed.segment.name, sealed.file_bytes, sealed.first_cut(), sealed.data_end, checked);
+    true
+}
+
+/// Looks into what a read found to be damaged: the whole segment, or the block of the base.
+pub fn look_into(replica: &Replica, suspect: &Suspect, stop: &Stop, report: &mut ScrubReport) {
+    let (file, extent) = suspect;
+    let tick = |_| !stop.is_stopped();
+    if file == replica.base().name() {
+        let Some(extent) = extent else { return };
+        let mut buffer = vec![0; extent.length as usize];
+        read_piece(report, *extent, &mut buffer, |offset, part| replica.base().read_at(offset, part));
+        return;
+    }
+    if let Some(active) = replica.active().filter(|active| active.segment.name == *file) {
+        let checked = active.check(&tick);
+        report.segment(file, active.end, active.header.first_cut, active.end, checked);
+    }
+    for part in replica.parts() {
+        if let Part::Sealed(sealed) = part
+            && sealed.segment.name == *file
+        {
+            check_segment(&sealed, &tick, report);
+        }
+    }
+}
+
+/// The next piece of the base that holds anything.
+fn scrub_base(
+    replica: &Replica,
+    offset: u64,
+    tick: &dyn Fn(u64) -> bool,
+    report: &mut ScrubReport,
+) -> Result<Option<Cursor>, ReplicaError> {
     let base = replica.base();
+    let at = match base.nothing_until(offset) {
+        Ok(at) if at >= base.disk_bytes() => return Ok(Some(Cursor::End)),
+        Ok(at) => at / BLOCK_BYTES * BLOCK_BYTES,
+        Err(error) => {
+            report.find(error);
+            return Ok(Some(Cursor::End));
+        }
+    };
+    let length = PIECE_BYTES.min(base.disk_bytes() - at);
     let mut found = ScrubReport::default();
-    let mut buffer = vec![0; PIECE_BYTES as usize];
-    let mut at = 0;
-    while at < base.disk_bytes() {
-        if stop.is_stopped() {
-            return Ok(false);
-        }
-        let length = match base.allocation(at, base.disk_bytes()) {
-            Ok((length, Allocation::Hole)) => length,
-            Ok((length, Allocation::Data)) => {
-                // Whole blocks, so that each is read once.
-                let length = length.min(PIECE_BYTES - at % BLOCK_BYTES);
-                read_piece(&mut found, Extent::new(at, length), &mut buffer, |offset, part| base.read_at(offset, part));
-                length
-            }
-            Err(error) => {
-                report.find(error);
-                return Ok(true);
-            }
-        };
-        at += length;
-    }
+    let mut buffer = vec![0; length as usize];
+    read_piece(&mut found, Extent::new(at, length), &mut buffer, |offset, part| base.read_at(offset, part));
     report.bytes += found.bytes;
-    // A block that a fold cut short was writing may be torn; the fold writes it again and no view reads it here.
-    for finding in found.findings {
-        if !finding.extent.is_some_and(|extent| covered(&layers, extent, replica.cache())) {
-            report.find(finding);
+    if !found.findings.is_empty() {
+        // A block that a fold cut short was writing may be torn; the fold writes it again and no view reads it here.
+        let sources = replica.fold_sources()?;
+        let layers: Result<Vec<Layer>, ReadError> =
+            sources.into_iter().map(|source| source.layer(replica.cache())).collect();
+        let layers = layers.unwrap_or_default();
+        for finding in found.findings {
+            if !finding.extent.is_some_and(|extent| covered(&layers, extent, replica.cache())) {
+                report.find(finding);
+            }
         }
     }
-    report.findings_left_off += found.findings_left_off;
-    Ok(true)
+    Ok(tick(length).then_some(Cursor::Base(at + length)))
 }
 
 fn covered(layers: &[Layer], extent: Extent, cache: &BlockCache) -> bool {
     let mut gaps = tidemark_base::ExtentSet::from_iter([extent]);
     for layer in layers {
-        if layer.overlapping(extent, cache, &mut |part, _| gaps.remove(part)).is_err() {
+        if layer.overlapping(extent, cache, &mut |found| gaps.remove(found.extent)).is_err() {
             return false;
         }
     }
@@ -362,7 +518,7 @@ pub fn inspect_folder(storage: Arc<dyn Storage>) -> Result<FolderReport, ReadErr
             last_cut: statistics.last_cut,
             state: "active",
             bytes: active.end,
-            extents: active.extents,
+            extents: active.entries.len() as u64,
         });
     }
     Ok(FolderReport {

@@ -464,4 +464,9 @@ pub struct ReplicaDisk {
     /// Journal and base, as allocated.
     pub stored_bytes: u64,
     pub problems: Vec<Problem>,
+    /// When every byte was last read and proven.
+    pub scrubbed_time: Option<Timestamp>,
+    /// The pass that is under way: when it began, and what it has read.
+    pub scrub_started: Option<Timestamp>,
+    pub scrub_bytes: u64,
 }

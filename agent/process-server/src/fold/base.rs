@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::unistd::Whence;
 use tidemark_base::disk::{Allocation, is_zero};
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
-use tidemark_base::sync::RwLock;
+use tidemark_base::sync::{RwLock, RwLockReadGuard};
 use tidemark_base::{DiskId, Extent};
 
 use crate::journal::ReadError;
@@ -32,14 +33,51 @@ pub struct Block {
     pub data: Option<Vec<u8>>,
 }
 
-pub struct BaseStore {
+/// The two files. A file whose sync failed takes no more writes until it is opened again.
+struct Files {
     data: Arc<dyn StorageFile>,
     sums: Arc<dyn StorageFile>,
+}
+
+impl Files {
+    fn open(storage: &dyn Storage, disk_bytes: u64, write: bool) -> Result<Self, ReadError> {
+        let mode = if write { OpenMode::ReadWrite } else { OpenMode::Read };
+        let open = |name: &str, bytes: u64| {
+            let path = storage.path(name).display().to_string();
+            let io = |source| ReadError::Io { file: path.clone(), source };
+            let file = storage.open(name, mode).map_err(io)?;
+            let found = file.bytes().map_err(io)?;
+            if found != bytes {
+                return Err(ReadError::damaged(&path, format!("it has {found} bytes and should have {bytes}")));
+            }
+            Ok(file)
+        };
+        Ok(Self {
+            data: open(DATA_NAME, disk_bytes)?,
+            sums: open(SUMS_NAME, disk_bytes.div_ceil(BLOCK_BYTES) * SUM_BYTES)?,
+        })
+    }
+
+    fn zero_run(&self, first: u64, end: u64, disk_bytes: u64) -> io::Result<()> {
+        let (from, to) = (first * BLOCK_BYTES, (end * BLOCK_BYTES).min(disk_bytes));
+        punch(&*self.data, from, to - from)?;
+        punch(&*self.sums, first * SUM_BYTES, (end - first) * SUM_BYTES)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.data.sync()?;
+        self.sums.sync()
+    }
+}
+
+pub struct BaseStore {
     name: String,
     key: [u8; 32],
     disk_bytes: u64,
     /// Held for writing while a block and its sum differ, so that no reader takes that for damage.
-    lock: RwLock<()>,
+    files: RwLock<Files>,
+    /// A write or a sync failed: what was written since the last sync is written again, through files opened anew.
+    failed: AtomicBool,
     /// Blocks of a fold that was cut short, when they may not be written back (offline inspection).
     overlay: BTreeMap<u64, Vec<u8>>,
 }
@@ -57,26 +95,39 @@ impl BaseStore {
     }
 
     pub fn open(storage: &dyn Storage, disk: DiskId, disk_bytes: u64, write: bool) -> Result<Self, ReadError> {
-        let mode = if write { OpenMode::ReadWrite } else { OpenMode::Read };
-        let open = |name: &str, bytes: u64| {
-            let path = storage.path(name).display().to_string();
-            let io = |source| ReadError::Io { file: path.clone(), source };
-            let file = storage.open(name, mode).map_err(io)?;
-            let found = file.bytes().map_err(io)?;
-            if found != bytes {
-                return Err(ReadError::damaged(&path, format!("it has {found} bytes and should have {bytes}")));
-            }
-            Ok(file)
-        };
         Ok(Self {
-            data: open(DATA_NAME, disk_bytes)?,
-            sums: open(SUMS_NAME, disk_bytes.div_ceil(BLOCK_BYTES) * SUM_BYTES)?,
+            files: RwLock::new(Files::open(storage, disk_bytes, write)?),
+            failed: AtomicBool::new(false),
             name: storage.path(DATA_NAME).display().to_string(),
             key: blake3::derive_key("tidemark 2026-11 sum of a base block", disk.as_bytes()),
             disk_bytes,
-            lock: RwLock::new(()),
             overlay: BTreeMap::new(),
         })
+    }
+
+    /// After a failure: opens the files anew, when that is needed. The fold that was at work begins its step again.
+    pub fn reopen(&self, storage: &dyn Storage) -> Result<(), ReadError> {
+        if self.failed.load(Ordering::Acquire) {
+            *self.files.write().expect("no panic while held") = Files::open(storage, self.disk_bytes, true)?;
+            self.failed.store(false, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn reading(&self) -> RwLockReadGuard<'_, Files> {
+        self.files.read().expect("no panic while held")
+    }
+
+    fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        if result.is_err() {
+            self.failed.store(true, Ordering::Release);
+        }
+        result
+    }
+
+    /// The data's file, as messages name it.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     pub fn disk_bytes(&self) -> u64 {
@@ -88,7 +139,7 @@ impl BaseStore {
     }
 
     pub fn allocated_bytes(&self) -> io::Result<u64> {
-        self.data.allocated_bytes()
+        self.reading().data.allocated_bytes()
     }
 
     pub fn set_overlay(&mut self, blocks: impl IntoIterator<Item = (u64, Vec<u8>)>) {
@@ -116,9 +167,9 @@ impl BaseStore {
         buffer.resize(bytes, 0);
         let mut sums = vec![0; (count * SUM_BYTES) as usize];
         {
-            let _reading = self.lock.read().expect("no panic while held");
-            self.sums.read_at(first * SUM_BYTES, &mut sums).map_err(|error| self.io(error))?;
-            self.data.read_at(first * BLOCK_BYTES, buffer).map_err(|error| self.io(error))?;
+            let files = self.reading();
+            files.sums.read_at(first * SUM_BYTES, &mut sums).map_err(|error| self.io(error))?;
+            files.data.read_at(first * BLOCK_BYTES, buffer).map_err(|error| self.io(error))?;
         }
         for ((number, sum), block) in
             (first..).zip(sums.chunks_exact(SUM_BYTES as usize)).zip(buffer.chunks_mut(BLOCK_BYTES as usize))
@@ -167,14 +218,18 @@ impl BaseStore {
 
     /// Writes whole blocks with their sums. Not durable until [`BaseStore::sync`].
     pub fn write_blocks(&self, blocks: &[Block]) -> io::Result<()> {
-        let _writing = self.lock.write().expect("no panic while held");
+        let files = self.files.write().expect("no panic while held");
+        self.note(self.write_runs(&files, blocks))
+    }
+
+    fn write_runs(&self, files: &Files, blocks: &[Block]) -> io::Result<()> {
         let mut run: Vec<u8> = Vec::new();
         let mut sums: Vec<u8> = Vec::new();
         let mut run_start = 0;
         let flush = |start: u64, run: &mut Vec<u8>, sums: &mut Vec<u8>| -> io::Result<()> {
             if !run.is_empty() {
-                self.data.write_at(start * BLOCK_BYTES, run)?;
-                self.sums.write_at(start * SUM_BYTES, sums)?;
+                files.data.write_at(start * BLOCK_BYTES, run)?;
+                files.sums.write_at(start * SUM_BYTES, sums)?;
                 run.clear();
                 sums.clear();
             }
@@ -193,7 +248,7 @@ impl BaseStore {
                     run.extend_from_slice(data);
                     sums.extend_from_slice(&self.sum(block.number, data));
                 }
-                None => self.zero_run(block.number, block.number + 1)?,
+                None => files.zero_run(block.number, block.number + 1, self.disk_bytes)?,
             }
         }
         flush(run_start, &mut run, &mut sums)
@@ -201,19 +256,13 @@ impl BaseStore {
 
     /// Makes whole blocks `first..end` read as zeroes, and gives their room back.
     pub fn zero_blocks(&self, first: u64, end: u64) -> io::Result<()> {
-        let _writing = self.lock.write().expect("no panic while held");
-        self.zero_run(first, end)
-    }
-
-    fn zero_run(&self, first: u64, end: u64) -> io::Result<()> {
-        let (from, to) = (first * BLOCK_BYTES, (end * BLOCK_BYTES).min(self.disk_bytes));
-        punch(&*self.data, from, to - from)?;
-        punch(&*self.sums, first * SUM_BYTES, (end - first) * SUM_BYTES)
+        let files = self.files.write().expect("no panic while held");
+        self.note(files.zero_run(first, end, self.disk_bytes))
     }
 
     pub fn sync(&self) -> io::Result<()> {
-        self.data.sync()?;
-        self.sums.sync()
+        let files = self.reading();
+        self.note(files.sync())
     }
 
     /// The run of one kind at `offset`, up to `end`.
@@ -224,7 +273,7 @@ impl BaseStore {
         let first = offset / BLOCK_BYTES;
         let count = (end.div_ceil(BLOCK_BYTES) - first).min(SEARCH_BLOCKS);
         let mut sums = vec![0; (count * SUM_BYTES) as usize];
-        self.sums.read_at(first * SUM_BYTES, &mut sums).map_err(|error| self.io(error))?;
+        self.reading().sums.read_at(first * SUM_BYTES, &mut sums).map_err(|error| self.io(error))?;
         let is_hole = |sum: &[u8]| *sum == NO_SUM;
         let kind = is_hole(&sums[..SUM_BYTES as usize]);
         let run = sums.chunks_exact(SUM_BYTES as usize).take_while(|sum| is_hole(sum) == kind).count() as u64;
@@ -232,8 +281,18 @@ impl BaseStore {
         Ok((length, if kind { Allocation::Hole } else { Allocation::Data }))
     }
 
+    /// The end of the run at `offset` that must read as zeroes because nothing is there; `offset` when something is. A
+    /// file without a map of its holes is read everywhere.
+    pub fn nothing_until(&self, offset: u64) -> Result<u64, ReadError> {
+        match self.seek(offset, self.disk_bytes).map_err(|error| self.io(error))? {
+            Some((length, Allocation::Hole)) => Ok(offset + length),
+            _ => Ok(offset),
+        }
+    }
+
     fn seek(&self, offset: u64, end: u64) -> io::Result<Option<(u64, Allocation)>> {
-        let Some(file) = self.data.as_file().filter(|_| self.overlay.is_empty()) else { return Ok(None) };
+        let files = self.reading();
+        let Some(file) = files.data.as_file().filter(|_| self.overlay.is_empty()) else { return Ok(None) };
         let seek = |whence| match nix::unistd::lseek(file.as_fd(), offset as i64, whence) {
             Ok(at) => Ok(at as u64),
             Err(nix::Error::ENXIO) => Ok(end),
@@ -241,15 +300,15 @@ impl BaseStore {
         };
         let data = seek(Whence::SeekData)?.min(end);
         if data > offset {
-            return self.hole_with_sums(offset, data).map(Some);
+            return self.hole_with_sums(&*files.sums, offset, data).map(Some);
         }
         Ok(Some((seek(Whence::SeekHole)?.clamp(offset + 1, end) - offset, Allocation::Data)))
     }
 
     /// A hole ends where a block has a sum: that block's data was lost, and whoever reads it must learn so.
-    fn hole_with_sums(&self, offset: u64, end: u64) -> io::Result<(u64, Allocation)> {
+    fn hole_with_sums(&self, sums_file: &dyn StorageFile, offset: u64, end: u64) -> io::Result<(u64, Allocation)> {
         let hole = (end - offset, Allocation::Hole);
-        let Some(file) = self.sums.as_file() else { return Ok(hole) };
+        let Some(file) = sums_file.as_file() else { return Ok(hole) };
         let mut number = offset / BLOCK_BYTES;
         while number * BLOCK_BYTES < end {
             number = match nix::unistd::lseek(file.as_fd(), (number * SUM_BYTES) as i64, Whence::SeekData) {
@@ -260,7 +319,7 @@ impl BaseStore {
             // Sums lie in file-system blocks: most of one that holds any may be unused.
             let count = (self.blocks().saturating_sub(number)).min(SEARCH_BLOCKS);
             let mut sums = vec![0; (count * SUM_BYTES) as usize];
-            self.sums.read_at(number * SUM_BYTES, &mut sums)?;
+            sums_file.read_at(number * SUM_BYTES, &mut sums)?;
             match sums.chunks_exact(SUM_BYTES as usize).position(|sum| *sum != NO_SUM) {
                 Some(index) => {
                     let lost = (number + index as u64) * BLOCK_BYTES;

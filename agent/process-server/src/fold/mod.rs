@@ -4,11 +4,13 @@ pub mod base;
 mod pending;
 pub mod plan;
 
+use std::sync::Arc;
+
 use tidemark_base::stop::Stop;
-use tidemark_base::storage::Storage;
+use tidemark_base::storage::{Storage, os_error};
 use tidemark_base::{Extent, ExtentMap, SECTOR_BYTES};
 
-use crate::journal::{Layer, Part, Place, ReadError};
+use crate::journal::{Layer, Part, Place, ReadError, SegmentFile};
 use crate::replica::manifest::Manifest;
 use crate::replica::{Replica, ReplicaError};
 use base::{BLOCK_BYTES, BaseStore, Block};
@@ -31,65 +33,105 @@ pub struct Folded {
 
 /// Makes the base whole after a crash in the middle of a batch; without `write` in memory only.
 pub fn recover(storage: &dyn Storage, manifest: &Manifest, base: &mut BaseStore, write: bool) -> Result<(), ReadError> {
-    let Some(fold_to) = manifest.fold_to else { return Ok(()) };
-    let blocks = Pending::load(storage, manifest.base.cut, fold_to, base)?;
     if !write {
-        base.set_overlay(blocks);
+        if let Some(step) = manifest.fold_step {
+            base.set_overlay(Pending::load(storage, manifest.base.cut, step, base)?);
+        }
         return Ok(());
     }
+    finish_batch(storage, manifest, base)
+}
+
+/// Writes the batch that was being written again, and syncs it.
+fn finish_batch(storage: &dyn Storage, manifest: &Manifest, base: &BaseStore) -> Result<(), ReadError> {
+    let Some(step) = manifest.fold_step else { return Ok(()) };
+    let blocks = Pending::load(storage, manifest.base.cut, step, base)?;
     let blocks: Vec<Block> = blocks.into_iter().map(|(number, data)| Block { number, data: Some(data) }).collect();
     base.write_blocks(&blocks)
         .and_then(|()| base.sync())
         .map_err(|source| ReadError::Io { file: storage.path(base::DATA_NAME).display().to_string(), source })
 }
 
-/// Folds towards `target`, in steps; finishes what an earlier run began first. Stops between batches.
+/// Folds towards `target`, in steps; goes on with what an earlier run began. Stops between batches.
 pub fn fold(replica: &Replica, target: u64, stop: &Stop) -> Result<Folded, ReplicaError> {
     let _one = replica.fold_lock().lock().expect("no panic while held");
     let from = replica.manifest().base.cut;
     let mut folded = Folded { from, to: from, bytes: 0, finished: true };
-    loop {
-        let step = step_target(replica, folded.to, target);
-        let Some((to, sources)) = replica.declare_fold(step)? else { return Ok(folded) };
-        let read = |source| ReplicaError::Read { disk: replica.disk(), source };
-        let layers = sources
-            .into_iter()
-            .map(|source| source.layer(replica.cache()))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(read)?;
-        let mut sweep = Sweep { replica, layers, from: folded.to, to, bytes: 0, dirty: false };
-        if !sweep.run(stop)? {
-            return Ok(Folded { finished: false, bytes: folded.bytes + sweep.bytes, ..folded });
+    let Some(target) = replica.declare_fold(target)? else { return Ok(folded) };
+    while folded.to < target {
+        let mut outcome = step(replica, next_step(replica, folded.to, target), stop);
+        // What is damaged in the step may have been written over between its end and the target.
+        if matches!(outcome, Err(ReplicaError::Read { source: ReadError::Damaged { .. }, .. })) {
+            outcome = step(replica, target, stop);
         }
-        folded.bytes += sweep.bytes;
-        replica.finish_fold(to)?;
+        let (to, bytes) = outcome?;
+        folded.bytes += bytes;
+        let Some(to) = to else { return Ok(Folded { finished: false, ..folded }) };
         folded.to = to;
         if stop.is_stopped() {
             return Ok(Folded { finished: to >= target, ..folded });
         }
     }
+    Ok(folded)
 }
 
-/// The end of a step of at most [`SEGMENTS_MAX`] segments that is consistent; the whole way when there is none. Where
-/// room is short, no more segments than the base has room to take: each gives its own back when it is done.
-fn step_target(replica: &Replica, base: u64, target: u64) -> u64 {
-    let parts = replica.parts();
-    let mut room = replica.storage().available_bytes().unwrap_or(u64::MAX);
-    let fits = |part: &&Part| {
-        let bytes = if let Part::Sealed(sealed) = part { sealed.file_bytes } else { 0 };
-        let fits = bytes <= room;
+/// One step: the base becomes the state at `to`. Returns where it stands and what was written; without a place: it was stopped.
+fn step(replica: &Replica, to: u64, stop: &Stop) -> Result<(Option<u64>, u64), ReplicaError> {
+    let read = |source| ReplicaError::Read { disk: replica.disk(), source };
+    // A batch that failed half-way is made whole before anything else is read from the base.
+    replica.base().reopen(&**replica.storage()).map_err(read)?;
+    finish_batch(&**replica.storage(), &replica.manifest(), replica.base()).map_err(read)?;
+    let sources = replica.declare_step(to)?;
+    let layers =
+        sources.into_iter().map(|source| source.layer(replica.cache())).collect::<Result<Vec<_>, _>>().map_err(read)?;
+    let from = replica.manifest().base.cut;
+    let mut sweep = Sweep { replica, layers, from, to, bytes: 0, dirty: false };
+    if !sweep.run(stop).map_err(|error| without_room(replica, to, error))? {
+        return Ok((None, sweep.bytes));
+    }
+    replica.finish_step(to)?;
+    Ok((Some(to), sweep.bytes))
+}
+
+/// Says how much room a step takes at most, when there was too little.
+fn without_room(replica: &Replica, to: u64, error: ReplicaError) -> ReplicaError {
+    match &error {
+        ReplicaError::Write { source, .. } if matches!(os_error(source), Some(libc::ENOSPC | libc::EDQUOT)) => {
+            let taken =
+                replica.parts().into_iter().filter(|part| part.first() <= to).map(|part| base_bytes(&part)).sum();
+            let available_bytes = replica.storage().available_bytes().unwrap_or(0);
+            ReplicaError::FoldNoRoom { disk: replica.disk(), needed_bytes: taken, available_bytes }
+        }
+        _ => error,
+    }
+}
+
+/// What a segment takes in the base at most.
+fn base_bytes(part: &Part) -> u64 {
+    if let Part::Sealed(sealed) = part { sealed.base_bytes } else { 0 }
+}
+
+/// The end of the next step: as many segments as there is room for in the base, one at least. Each gives its own room
+/// back when its step is done, so that folding never needs the room of all of them at once. The state in between may be
+/// the middle of a scan: no view opens before the declared target.
+fn next_step(replica: &Replica, base: u64, target: u64) -> u64 {
+    let mut room = replica.storage().available_bytes().unwrap_or(u64::MAX) / 2;
+    let mut step = None;
+    for (count, part) in replica.parts().iter().filter(|part| part.last() > base).enumerate() {
+        let bytes = base_bytes(part);
+        if let Some(step) = step.filter(|_| count >= SEGMENTS_MAX || bytes > room) {
+            return step;
+        }
+        if part.last() >= target {
+            break;
+        }
         room = room.saturating_sub(bytes);
-        fits
-    };
-    let count = parts.iter().take_while(fits).count().clamp(1, SEGMENTS_MAX);
-    let Some(last) = parts.get(count - 1) else { return target };
-    if count == parts.len() {
-        return target;
+        // Only a cut that can be read again is a place for the base to stand.
+        if replica.commit(part.last()).is_ok_and(|commit| commit.is_some()) {
+            step = Some(part.last());
+        }
     }
-    match replica.consistent_at_or_before(last.last().min(target)) {
-        step if step > base => step,
-        _ => target,
-    }
+    target
 }
 
 struct Sweep<'a> {
@@ -196,17 +238,17 @@ impl Sweep<'_> {
 
     /// The window's blocks as they are at the target, and the numbers of those that the layers cover only in part.
     fn blocks(&self, window: Extent, base: &BaseStore) -> Result<(Vec<Block>, Vec<u64>), ReadError> {
-        let mut newest: ExtentMap<LayerPlace> = ExtentMap::new();
-        for (number, layer) in self.layers.iter().enumerate().rev() {
-            layer.overlapping(window, self.replica.cache(), &mut |extent, place| {
-                newest.insert(extent, LayerPlace { layer: number, place });
+        let mut newest: ExtentMap<LayerPlace<'_>> = ExtentMap::new();
+        for layer in self.layers.iter().rev() {
+            layer.overlapping(window, self.replica.cache(), &mut |found| {
+                newest.insert(found.extent, LayerPlace { segment: found.segment, place: found.place });
             })?;
         }
         let mut building: std::collections::BTreeMap<u64, (Vec<u8>, u8)> = Default::default();
         let mut data = Vec::new();
-        for (extent, &LayerPlace { layer, place }) in newest.iter() {
+        for (extent, &LayerPlace { segment, place }) in newest.iter() {
             data.resize(extent.length as usize, 0);
-            self.layers[layer].segment().read_extent(extent, &place, &mut data, self.replica.cache())?;
+            segment.read_extent(extent, &place, &mut data, self.replica.cache())?;
             let mut at = extent.offset;
             while at < extent.end() {
                 let number = at / BLOCK_BYTES;
@@ -241,13 +283,13 @@ impl Sweep<'_> {
 }
 
 #[derive(Clone, Copy)]
-struct LayerPlace {
-    layer: usize,
+struct LayerPlace<'a> {
+    segment: &'a Arc<SegmentFile>,
     place: Place,
 }
 
-impl tidemark_base::extent::Sliced for LayerPlace {
+impl tidemark_base::extent::Sliced for LayerPlace<'_> {
     fn slice(&self, skip: u64) -> Self {
-        Self { layer: self.layer, place: self.place.slice(skip) }
+        Self { segment: self.segment, place: self.place.slice(skip) }
     }
 }

@@ -7,10 +7,10 @@ use tidemark_base::Extent;
 use tidemark_base::chunk::{ChunkError, ChunkKey, Opener, UnverifiedChunk};
 use tidemark_base::storage::{OpenMode, Storage};
 
-use super::index::{CommitEntry, Entry, Place, SegmentFile, ZEROES, check_of, commit_flags};
+use super::index::{CommitEntry, Entry, IndexFile, Place, SegmentFile, ZEROES, check_of, commit_flags};
 use super::sealed::{Boundary, BoundaryKind, Contents, encode_index};
 use super::segment::{
-    FRAME_HEADER_BYTES, Frame, FrameKey, FrameKind, HEADER_BYTES, Header, SegmentName, encode_commit,
+    FRAME_HEADER_BYTES, Frame, FrameKey, FrameKind, HEADER_BYTES, Header, SegmentName, body_sum, encode_commit,
 };
 use super::{Limits, Tip};
 use crate::view::cache::FileNumber;
@@ -23,6 +23,8 @@ pub struct Active {
     pub frame_key: FrameKey,
     /// The end of the last commit: what is behind it does not exist.
     pub data_end: u64,
+    /// What was behind this when the last sync ended is not proven to be on the media.
+    pub durable_end: u64,
     pub entries: Vec<Entry>,
     pub commits: Vec<CommitEntry>,
     pub boundaries: Vec<Boundary>,
@@ -138,10 +140,9 @@ impl Active {
         data_end: u64,
     ) -> Self {
         let path = SegmentName::Active { first: header.first_cut }.path();
+        let name = storage.path(&path).display().to_string();
         let segment = SegmentFile {
-            file,
-            number: FileNumber::next(),
-            name: storage.path(&path).display().to_string(),
+            source: IndexFile { file, number: FileNumber::next(), name },
             key: ChunkKey::new(header.disk, header.generation),
             disk_bytes: header.disk_bytes,
         };
@@ -151,6 +152,7 @@ impl Active {
             head,
             header,
             data_end,
+            durable_end: data_end,
             entries: Vec::new(),
             commits: Vec::new(),
             boundaries: Vec::new(),
@@ -162,7 +164,7 @@ impl Active {
     /// Takes what recovery found.
     pub fn recovered(&mut self, found: super::recovery::Recovered) {
         (self.entries, self.commits, self.boundaries) = (found.entries, found.commits, found.boundaries);
-        (self.data_end, self.write_at) = (found.data_end, found.data_end);
+        (self.data_end, self.write_at, self.durable_end) = (found.data_end, found.data_end, found.data_end);
     }
 
     pub fn last_cut(&self) -> u64 {
@@ -215,7 +217,8 @@ impl Active {
     }
 
     fn write_frame(&mut self, kind: FrameKind, cut: u64, body: &[u8]) -> io::Result<()> {
-        let head = self.frame_key.encode(Frame { kind, body_bytes: body.len() as u32, cut }, self.write_at);
+        let frame = Frame { kind, body_bytes: body.len() as u32, cut, sum: body_sum(body) };
+        let head = self.frame_key.encode(frame, self.write_at);
         self.segment.file.write_vectored_at(self.write_at, &[IoSlice::new(&head), IoSlice::new(body)])?;
         self.write_at += (head.len() + body.len()) as u64;
         Ok(())

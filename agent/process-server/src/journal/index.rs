@@ -1,5 +1,7 @@
 //! Extents of a segment: where each one's chunk is; tables of them on disk, in pages that prove themselves.
 
+use std::marker::PhantomData;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use tidemark_base::chunk::{ChunkHash, ChunkKey, Opener, UnverifiedChunk};
@@ -15,9 +17,13 @@ use crate::view::cache::{BlockCache, FileNumber};
 pub const ZEROES: u32 = u32::MAX;
 pub const ENTRY_BYTES: usize = 40;
 pub const COMMIT_ENTRY_BYTES: usize = 32;
-/// Divisible by both entries' sizes.
+/// Divisible by all entries' sizes: these two, and those of merged indexes.
 pub const PAGE_BYTES: usize = 16_320;
-const _: () = assert!(PAGE_BYTES.is_multiple_of(ENTRY_BYTES) && PAGE_BYTES.is_multiple_of(COMMIT_ENTRY_BYTES));
+const _: () = assert!(
+    PAGE_BYTES.is_multiple_of(ENTRY_BYTES)
+        && PAGE_BYTES.is_multiple_of(COMMIT_ENTRY_BYTES)
+        && PAGE_BYTES.is_multiple_of(48)
+);
 
 /// Where an extent's data is: in the chunk at `chunk_at` of the segment's file, from `raw_at` of the chunk's raw data.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -49,14 +55,29 @@ pub fn check_of(hash: &ChunkHash) -> u64 {
     u64::from_le_bytes(hash[..8].try_into().expect("eight bytes"))
 }
 
+/// What is found by its place on the disk in a sorted table.
+pub trait Located: Copy {
+    const BYTES: usize;
+
+    fn encode(&self, out: &mut Vec<u8>);
+
+    /// # Panics
+    /// Unless there are [`Located::BYTES`].
+    fn decode(bytes: &[u8]) -> Self;
+
+    fn extent(&self) -> Extent;
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Entry {
     pub extent: Extent,
     pub place: Place,
 }
 
-impl Entry {
-    pub fn encode(&self, out: &mut Vec<u8>) {
+impl Located for Entry {
+    const BYTES: usize = ENTRY_BYTES;
+
+    fn encode(&self, out: &mut Vec<u8>) {
         for number in [self.extent.offset, self.extent.length, self.place.chunk_at] {
             out.extend_from_slice(&number.to_le_bytes());
         }
@@ -65,14 +86,16 @@ impl Entry {
         out.extend_from_slice(&self.place.check.to_le_bytes());
     }
 
-    /// # Panics
-    /// Unless there are [`ENTRY_BYTES`].
-    pub fn decode(bytes: &[u8]) -> Self {
+    fn decode(bytes: &[u8]) -> Self {
         let mut fields = Fields(bytes);
         let mut next = || fields.u64().expect("40 bytes");
         let extent = Extent::new(next(), next());
         let (chunk_at, sizes, check) = (next(), next(), next());
         Self { extent, place: Place { chunk_at, sealed_bytes: sizes as u32, raw_at: (sizes >> 32) as u32, check } }
+    }
+
+    fn extent(&self) -> Extent {
+        self.extent
     }
 }
 
@@ -112,16 +135,18 @@ impl CommitEntry {
     }
 }
 
-/// A segment's file as readers need it: chunks, each verified, through the shared cache.
-pub struct SegmentFile {
+/// A file opened for reading, as the cache and messages name it.
+pub struct IndexFile {
     pub file: Arc<dyn StorageFile>,
     pub number: FileNumber,
     pub name: String,
-    pub key: ChunkKey,
-    pub disk_bytes: u64,
 }
 
-impl SegmentFile {
+impl IndexFile {
+    pub fn bytes(&self) -> Result<u64, ReadError> {
+        self.file.bytes().map_err(|source| ReadError::Io { file: self.name.clone(), source })
+    }
+
     pub fn read(&self, at: u64, bytes: usize) -> Result<Vec<u8>, ReadError> {
         let mut buffer = vec![0; bytes];
         match self.file.read_at(at, &mut buffer) {
@@ -132,7 +157,24 @@ impl SegmentFile {
             Err(source) => Err(ReadError::Io { file: self.name.clone(), source }),
         }
     }
+}
 
+/// A segment's file as readers need it: chunks, each verified, through the shared cache.
+pub struct SegmentFile {
+    pub source: IndexFile,
+    pub key: ChunkKey,
+    pub disk_bytes: u64,
+}
+
+impl Deref for SegmentFile {
+    type Target = IndexFile;
+
+    fn deref(&self) -> &IndexFile {
+        &self.source
+    }
+}
+
+impl SegmentFile {
     /// The raw data of the chunk at `place`, every byte of it proven.
     pub fn chunk(&self, place: &Place, extent: Extent, cache: &BlockCache) -> Result<Arc<Vec<u8>>, ReadError> {
         if let Some(raw) = cache.get(self.number, place.chunk_at) {
@@ -143,7 +185,8 @@ impl SegmentFile {
         Ok(raw)
     }
 
-    fn verified(&self, place: &Place, extent: Extent) -> Result<Vec<u8>, ReadError> {
+    /// As [`SegmentFile::chunk`], past the cache.
+    pub fn verified(&self, place: &Place, extent: Extent) -> Result<Vec<u8>, ReadError> {
         let damaged = |what: String| ReadError::Damaged {
             file: self.name.clone(),
             extent: Some(extent),
@@ -203,32 +246,136 @@ impl Table {
     }
 
     /// The page, proven; the last one may be short.
-    pub fn page(&self, page: u64, segment: &SegmentFile, cache: &BlockCache) -> Result<Arc<Vec<u8>>, ReadError> {
+    pub fn page(&self, page: u64, file: &IndexFile, cache: &BlockCache) -> Result<Arc<Vec<u8>>, ReadError> {
         let at = self.at + page * PAGE_BYTES as u64;
-        if let Some(bytes) = cache.get(segment.number, at) {
+        if let Some(bytes) = cache.get(file.number, at) {
             return Ok(bytes);
         }
+        let bytes = Arc::new(self.read_page(page, file)?);
+        cache.put(file.number, at, bytes.clone());
+        Ok(bytes)
+    }
+
+    /// As [`Table::page`], past the cache.
+    pub fn read_page(&self, page: u64, file: &IndexFile) -> Result<Vec<u8>, ReadError> {
+        let at = self.at + page * PAGE_BYTES as u64;
         let total = self.entries * self.width as u64;
         let length = (total - page * PAGE_BYTES as u64).min(PAGE_BYTES as u64) as usize;
-        let bytes = segment.read(at, length)?;
+        let bytes = file.read(at, length)?;
         if page_hash(&bytes, at) != self.page_hashes[page as usize] {
-            return Err(ReadError::damaged(&segment.name, format!("the index page at {at} is damaged")));
+            return Err(ReadError::damaged(&file.name, format!("the index page at {at} is damaged")));
         }
-        let bytes = Arc::new(bytes);
-        cache.put(segment.number, at, bytes.clone());
         Ok(bytes)
     }
 
     pub fn with_entry<T>(
         &self,
         index: u64,
-        segment: &SegmentFile,
+        file: &IndexFile,
         cache: &BlockCache,
         decode: impl FnOnce(&[u8]) -> T,
     ) -> Result<T, ReadError> {
-        let page = self.page(index / self.per_page(), segment, cache)?;
+        let page = self.page(index / self.per_page(), file, cache)?;
         let from = (index % self.per_page()) as usize * self.width;
         Ok(decode(&page[from..from + self.width]))
+    }
+}
+
+/// A table in order of place, whose entries do not overlap, with the first offset of each page.
+pub struct Sorted<E> {
+    pub table: Table,
+    fences: Vec<u64>,
+    entry: PhantomData<fn() -> E>,
+}
+
+impl<E: Located> Sorted<E> {
+    pub fn new(table: Table, fences: Vec<u64>) -> Self {
+        Self { table, fences, entry: PhantomData }
+    }
+
+    fn entry(&self, index: u64, file: &IndexFile, cache: &BlockCache) -> Result<E, ReadError> {
+        self.table.with_entry(index, file, cache, E::decode)
+    }
+
+    /// The number of the first entry that ends after `offset`.
+    fn after(&self, offset: u64, file: &IndexFile, cache: &BlockCache) -> Result<u64, ReadError> {
+        // The entry that holds `offset` is on the last page whose fence is not after it, or the next page begins with what follows.
+        let page = self.fences.partition_point(|&fence| fence <= offset).saturating_sub(1) as u64;
+        let (mut low, mut high) =
+            (page * self.table.per_page(), ((page + 1) * self.table.per_page()).min(self.table.entries));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.entry(middle, file, cache)?.extent().end() <= offset {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        Ok(low)
+    }
+
+    /// The first entry at or after `offset` that is wanted, and its part from there on.
+    pub fn first_from(
+        &self,
+        offset: u64,
+        file: &IndexFile,
+        cache: &BlockCache,
+        wanted: impl Fn(&E) -> bool,
+    ) -> Result<Option<(E, Extent)>, ReadError> {
+        for index in self.after(offset, file, cache)?..self.table.entries {
+            let entry = self.entry(index, file, cache)?;
+            if wanted(&entry) {
+                let extent = entry.extent();
+                let skip = offset.saturating_sub(extent.offset);
+                return Ok(Some((entry, Extent::new(extent.offset + skip, extent.length - skip))));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The entries that overlap `within`, in order, each with its part inside.
+    pub fn overlapping(
+        &self,
+        within: Extent,
+        file: &IndexFile,
+        cache: &BlockCache,
+        found: &mut dyn FnMut(E, Extent),
+    ) -> Result<(), ReadError> {
+        for index in self.after(within.offset, file, cache)?..self.table.entries {
+            let entry = self.entry(index, file, cache)?;
+            let Some(part) = entry.extent().intersection(&within) else { break };
+            found(entry, part);
+        }
+        Ok(())
+    }
+
+    /// All entries in order, past the cache.
+    pub fn cursor<'a>(&'a self, file: &'a IndexFile) -> Cursor<'a, E> {
+        Cursor { sorted: self, file, page: Vec::new(), at: 0, next_page: 0 }
+    }
+}
+
+/// Goes through a sorted table once, a page in memory.
+pub struct Cursor<'a, E> {
+    sorted: &'a Sorted<E>,
+    file: &'a IndexFile,
+    page: Vec<u8>,
+    at: usize,
+    next_page: u64,
+}
+
+impl<E: Located> Cursor<'_, E> {
+    pub fn next(&mut self) -> Result<Option<E>, ReadError> {
+        if self.at == self.page.len() {
+            if self.next_page == Table::pages(self.sorted.table.entries, E::BYTES) {
+                return Ok(None);
+            }
+            self.page = self.sorted.table.read_page(self.next_page, self.file)?;
+            (self.at, self.next_page) = (0, self.next_page + 1);
+        }
+        let entry = E::decode(&self.page[self.at..self.at + E::BYTES]);
+        self.at += E::BYTES;
+        Ok(Some(entry))
     }
 }
 

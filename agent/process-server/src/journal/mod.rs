@@ -4,6 +4,9 @@ mod active;
 mod error;
 mod history;
 mod index;
+mod lookup;
+pub mod merged;
+mod open;
 mod recovery;
 mod sealed;
 mod segment;
@@ -12,8 +15,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use tidemark_base::storage::{OpenMode, Storage, StorageFile, os_error, write_again};
-use tidemark_base::{DiskId, Extent, ExtentMap, FRAME_BYTES_MAX, Generation, Position, Timestamp};
+use tidemark_base::storage::{Storage, StorageFile, os_error};
+use tidemark_base::{DiskId, FRAME_BYTES_MAX, Generation, Position, Timestamp};
 
 use crate::view::cache::BlockCache;
 pub use active::verify_chunks;
@@ -21,8 +24,10 @@ use active::{Active, OpenCut, SealError};
 pub use error::{JournalError, ReadError};
 pub use history::{History, Interval};
 pub use index::{Entry, Place, SegmentFile, commit_flags, flatten};
+pub use lookup::{Found, Layer, Source};
+use merged::Levels;
 pub use recovery::{DamagedCut, Inspection, inspect};
-pub use sealed::{Boundary, BoundaryKind, Sealed, read_commit};
+pub use sealed::{Boundary, BoundaryKind, Sealed, read_commit, unreadable};
 pub use segment::{
     Commit, FRAME_HEADER_BYTES, Fields, Frame, FrameKey, FrameKind, HEADER_BYTES, Header, SegmentName, decode_commit,
 };
@@ -107,74 +112,14 @@ impl Part {
     }
 }
 
-/// What one segment contributes to the disk at some cut.
-#[derive(Clone)]
-pub enum Layer {
-    /// All of it.
-    Whole(Arc<Sealed>),
-    /// Its cuts up to one.
-    Front { segment: Arc<SegmentFile>, map: Arc<ExtentMap<Place>> },
-}
-
-impl Layer {
-    pub fn segment(&self) -> &Arc<SegmentFile> {
-        match self {
-            Layer::Whole(sealed) => &sealed.segment,
-            Layer::Front { segment, .. } => segment,
-        }
-    }
-
-    /// The parts of `within` that this layer covers, in order.
-    pub fn overlapping(
-        &self,
-        within: Extent,
-        cache: &BlockCache,
-        found: &mut dyn FnMut(Extent, Place),
-    ) -> Result<(), ReadError> {
-        match self {
-            Layer::Whole(sealed) => sealed.overlapping(within, cache, found),
-            Layer::Front { map, .. } => {
-                map.overlapping(within).for_each(|(extent, place)| found(extent, place));
-                Ok(())
-            }
-        }
-    }
-
-    /// The first part at or after `offset` that this layer covers.
-    pub fn next(&self, offset: u64, cache: &BlockCache) -> Result<Option<(Extent, Place)>, ReadError> {
-        match self {
-            Layer::Whole(sealed) => sealed.next(offset, cache),
-            Layer::Front { map, .. } => Ok(map.overlapping(Extent::new(offset, u64::MAX - offset)).next()),
-        }
-    }
-}
-
-/// A layer that is still to be made, outside of the journal's lock.
-pub enum Source {
-    Whole(Arc<Sealed>),
-    Front(Arc<Sealed>, u64),
-    Entries(Arc<SegmentFile>, Vec<Entry>),
-}
-
-impl Source {
-    pub fn layer(self, cache: &BlockCache) -> Result<Layer, ReadError> {
-        Ok(match self {
-            Source::Whole(sealed) => Layer::Whole(sealed),
-            Source::Front(sealed, cut) => {
-                let map = Arc::new(flatten(&sealed.entries_up_to(cut, cache)?));
-                Layer::Front { segment: sealed.segment.clone(), map }
-            }
-            Source::Entries(segment, entries) => Layer::Front { segment, map: Arc::new(flatten(&entries)) },
-        })
-    }
-}
-
 /// What opening found.
 #[derive(Default, Debug, Clone, serde::Serialize)]
 pub struct OpenReport {
     /// Bytes behind the last whole cut, truncated.
     pub torn_bytes: u64,
     pub damage: Vec<String>,
+    /// Merged indexes that were damaged or do not fit: removed, and made again.
+    pub rebuilt: Vec<String>,
 }
 
 /// Appends cuts and finds them again. One lock around it (`Replica`'s); only [`SyncHandle::sync`] runs outside.
@@ -184,17 +129,25 @@ pub struct Journal {
     limits: Limits,
     cache: Arc<BlockCache>,
     parts: VecDeque<Part>,
+    levels: Levels,
     active: Option<Active>,
     tip: Tip,
     durable: Tip,
     history: History,
     failed: Option<String>,
+    /// What was free when the volume last had no room for what came; none since something was appended again.
+    no_room: Option<u64>,
+    /// Counts openings: a sync that began before the last one says nothing about it.
+    opened: u64,
 }
 
 /// Makes what was appended durable, outside of the lock.
 pub struct SyncHandle {
     file: Option<Arc<dyn StorageFile>>,
     tip: Tip,
+    /// The end of the last commit in the file.
+    end: u64,
+    opened: u64,
 }
 
 impl SyncHandle {
@@ -207,179 +160,6 @@ impl SyncHandle {
 }
 
 impl Journal {
-    /// Opens what is in `segments/`. `base` is where the base stands: segments at or before it are leftovers of a fold.
-    /// With `write` leftovers and torn tails go; without it nothing is changed.
-    pub fn open(
-        storage: Arc<dyn Storage>,
-        info: JournalInfo,
-        base: Tip,
-        limits: Limits,
-        cache: Arc<BlockCache>,
-        write: bool,
-    ) -> Result<(Self, OpenReport), ReadError> {
-        let io = |source| ReadError::Io { file: storage.path("segments").display().to_string(), source };
-        let mut names: Vec<SegmentName> =
-            storage.list("segments").map_err(io)?.iter().filter_map(|name| SegmentName::parse(name)).collect();
-        names.sort_by_key(|name| (name.first(), matches!(name, SegmentName::Active { .. })));
-        let mut journal = Self {
-            storage: storage.clone(),
-            info,
-            limits,
-            cache,
-            parts: VecDeque::new(),
-            active: None,
-            tip: base.clone(),
-            durable: base.clone(),
-            history: History::default(),
-            failed: None,
-        };
-        let mut report = OpenReport::default();
-        for name in names {
-            match name {
-                SegmentName::Sealed { last, .. } | SegmentName::Broken { last, .. } if last <= base.cut => {
-                    if write {
-                        storage.remove(&name.path()).map_err(io)?;
-                    }
-                }
-                SegmentName::Sealed { first, last } => journal.open_sealed(first, last, &mut report)?,
-                SegmentName::Broken { first, last } => {
-                    journal.broken(first, last, "its header was destroyed", &mut report)
-                }
-                // The rename that sealed it was cut short where a file system makes it in two steps: both names are of one file.
-                SegmentName::Active { first } if matches!(journal.parts.back(), Some(Part::Sealed(sealed)) if sealed.first_cut() == first) => {
-                    if write {
-                        storage.remove(&name.path()).and_then(|()| storage.sync_folder("segments")).map_err(io)?;
-                    }
-                }
-                SegmentName::Active { first } => journal.open_active(first, write, &mut report)?,
-            }
-        }
-        journal.durable = journal.tip.clone();
-        Ok((journal, report))
-    }
-
-    fn broken(&mut self, first: u64, last: u64, what: &str, report: &mut OpenReport) {
-        let what = format!("cuts {first} to {last} are lost: {what}");
-        report.damage.push(what.clone());
-        self.history.apply(Boundary { cut: first, what: BoundaryKind::Damaged });
-        self.parts.push_back(Part::Broken { first, last, what });
-        self.tip.cut = last;
-    }
-
-    /// Whether the segment follows what was opened before it; a gap becomes a broken part.
-    fn join(&mut self, header: &Header, report: &mut OpenReport) {
-        let opened_any = !self.parts.is_empty();
-        let after_broken = matches!(self.parts.back(), Some(Part::Broken { .. }));
-        if header.first_cut > self.tip.cut + 1 {
-            let (first, last) = (self.tip.cut + 1, header.first_cut - 1);
-            self.broken(first, last, "their segment is missing", report);
-        } else if opened_any && !after_broken && header.commit_before != self.tip.commit {
-            let first = header.first_cut;
-            report.damage.push(format!("the segment of cut {first} does not follow the one before it"));
-            self.history.apply(Boundary { cut: first, what: BoundaryKind::Damaged });
-        }
-        if !opened_any && header.first_cut <= self.tip.cut && header.scan_open {
-            self.history.apply(Boundary { cut: header.first_cut, what: BoundaryKind::ScanStart });
-        }
-    }
-
-    fn open_sealed(&mut self, first: u64, last: u64, report: &mut OpenReport) -> Result<(), ReadError> {
-        let opened = Sealed::open(&*self.storage, first, last).and_then(|sealed| match self.belongs(&sealed.header) {
-            true => Ok(sealed),
-            false => Err(ReadError::damaged(&sealed.segment.name, "it is of another disk")),
-        });
-        let sealed = match opened {
-            Ok(sealed) => sealed,
-            Err(ReadError::Damaged { file, what, .. }) => {
-                self.broken(first, last, &format!("{file}: {what}"), report);
-                return Ok(());
-            }
-            Err(error) => return Err(error),
-        };
-        self.join(&sealed.header, report);
-        sealed.boundaries.iter().for_each(|boundary| self.history.apply(*boundary));
-        self.tip = Tip {
-            cut: last,
-            position: sealed.last_position.or(self.tip.position),
-            time: sealed.last_time,
-            commit: sealed.last_commit,
-        };
-        self.parts.push_back(Part::Sealed(Arc::new(sealed)));
-        Ok(())
-    }
-
-    fn belongs(&self, header: &Header) -> bool {
-        header.disk == self.info.disk && header.disk_bytes == self.info.disk_bytes
-    }
-
-    fn open_active(&mut self, first: u64, write: bool, report: &mut OpenReport) -> Result<(), ReadError> {
-        let path = SegmentName::Active { first }.path();
-        let name = self.storage.path(&path).display().to_string();
-        let io = |source| ReadError::Io { file: name.clone(), source };
-        let file = self.storage.open(&path, if write { OpenMode::ReadWrite } else { OpenMode::Read }).map_err(io)?;
-        let bytes = file.bytes().map_err(io)?;
-        let mut head = [0; HEADER_BYTES];
-        let header = if bytes < HEADER_BYTES as u64 {
-            Err("too short")
-        } else {
-            file.read_at(0, &mut head).map_err(io)?;
-            Header::decode(&head)
-        };
-        let header = match header {
-            Ok(header) if header.first_cut == first && self.belongs(&header) => header,
-            _ if bytes <= HEADER_BYTES as u64 => {
-                // Its creation was never finished, so no cut was ever in it.
-                if write {
-                    self.storage.remove(&path).and_then(|()| self.storage.sync_folder("segments")).map_err(io)?;
-                }
-                return Ok(());
-            }
-            _ => {
-                // How many cuts it held is unknown; none of their numbers may come again.
-                let last = first + self.limits.segment_cuts as u64;
-                if write {
-                    self.storage
-                        .rename(&path, &SegmentName::Broken { first, last }.path())
-                        .and_then(|()| self.storage.sync_folder("segments"))
-                        .map_err(io)?;
-                }
-                self.broken(first, last, "the active segment's header is destroyed", report);
-                return Ok(());
-            }
-        };
-        self.join(&header, report);
-        let mut active = Active::resume(&*self.storage, file, head, header, HEADER_BYTES as u64);
-        let found = recovery::recover(&active.segment, &active.header, &active.frame_key)?;
-        if let Some((position, time, commit)) = found.last {
-            self.tip = Tip { cut: self.tip.cut, position: Some(position), time, commit };
-        }
-        self.tip.cut = first + found.commits.len() as u64 - 1;
-        if write {
-            let file = &active.segment.file;
-            let truncated = if found.torn_bytes > 0 { file.set_bytes(found.data_end) } else { Ok(()) };
-            // After a kill the cuts behind the last sync are only in the page cache, and the host is told that it
-            // need not keep them. Where that sync failed, neither file nor folder would be written by another one alone.
-            truncated
-                .and_then(|()| write_again(&**file, found.data_end))
-                .and_then(|()| file.sync())
-                .and_then(|()| self.storage.sync_folder("segments"))
-                .map_err(io)?;
-        }
-        report.torn_bytes += found.torn_bytes;
-        for cut in &found.damaged {
-            report.damage.push(format!("{name}: cut {} at {}: {}", cut.cut, cut.at, cut.what));
-        }
-        found.boundaries.iter().for_each(|boundary| self.history.apply(*boundary));
-        active.recovered(found);
-        let damaged = active.boundaries.iter().any(|boundary| boundary.what == BoundaryKind::Damaged);
-        self.active = Some(active);
-        if damaged && write {
-            // From now on its index says which cuts were lost; the evidence stays as it is.
-            self.seal().map_err(|error| io(error.into_io()))?;
-        }
-        Ok(())
-    }
-
     pub fn info(&self) -> &JournalInfo {
         &self.info
     }
@@ -404,15 +184,11 @@ impl Journal {
         self.active.as_ref().map(|active| (&active.segment, &active.header, &active.frame_key))
     }
 
-    /// What the cut that has not ended covers so far.
-    pub fn open_extents(&self) -> Vec<Extent> {
-        let open = self.active.as_ref().and_then(|active| active.open.as_ref());
-        open.map(|open| open.entries.iter().map(|entry| entry.extent).collect()).unwrap_or_default()
-    }
-
-    /// The end of the active segment's last commit, and its extents.
-    pub fn active_end(&self) -> Option<(u64, u64)> {
-        self.active.as_ref().map(|active| (active.data_end, active.entries.len() as u64))
+    /// The end of the active segment's last commit, its extents, and how many of them each cut ends with.
+    pub fn active_content(&self) -> Option<(u64, Vec<Entry>, Vec<u64>)> {
+        let active = self.active.as_ref()?;
+        let ends = active.commits.iter().map(|commit| commit.log_end).collect();
+        Some((active.data_end, active.entries.clone(), ends))
     }
 
     pub fn segments(&self) -> usize {
@@ -441,7 +217,8 @@ impl Journal {
         }
     }
 
-    fn no_room(&self, available_bytes: u64) -> JournalError {
+    fn no_room(&mut self, available_bytes: u64) -> JournalError {
+        self.no_room = Some(available_bytes);
         let place = self.storage.path("segments").display().to_string();
         JournalError::NoRoom { disk: self.info.disk, place, available_bytes }
     }
@@ -449,6 +226,11 @@ impl Journal {
     /// The failure that latched, if one did.
     pub fn failure(&self) -> Option<&str> {
         self.failed.as_deref()
+    }
+
+    /// What was free when the last thing that came was refused for want of room.
+    pub fn lacks_room(&self) -> Option<u64> {
+        self.no_room
     }
 
     fn check_usable(&self) -> Result<(), JournalError> {
@@ -535,7 +317,19 @@ impl Journal {
             let what = format!("the cut has more than {cut_extents_max} extents");
             return Err(JournalError::Protocol { disk, cut, what });
         }
-        active.append(cut, bytes, verified).map_err(|error| self.write_failed(error))
+        match active.append(cut, bytes, verified) {
+            Ok(()) => {
+                self.no_room = None;
+                Ok(())
+            }
+            Err(error) => Err(self.write_failed(error)),
+        }
+    }
+
+    /// What the cut that has not ended covers so far.
+    pub fn open_extents(&self) -> Vec<tidemark_base::Extent> {
+        let open = self.active.as_ref().and_then(|active| active.open.as_ref());
+        open.map(|open| open.entries.iter().map(|entry| entry.extent).collect()).unwrap_or_default()
     }
 
     /// Ends a cut: checks that it continues the journal and that its chunks are all there, then appends its commit.
@@ -638,23 +432,31 @@ impl Journal {
         self.active = None;
         self.parts.push_back(Part::Sealed(Arc::new(sealed)));
         self.durable = self.tip.clone();
+        self.no_room = None;
         Ok(())
     }
 
     /// What has to be synced so that everything up to the last commit is durable.
     pub fn begin_sync(&mut self) -> Result<SyncHandle, JournalError> {
         self.check_usable()?;
-        let file = match &self.active {
-            Some(active) if self.durable.cut < self.tip.cut => Some(active.segment.file.clone()),
-            _ => None,
+        let (file, end) = match &self.active {
+            Some(active) if self.durable.cut < self.tip.cut => (Some(active.segment.file.clone()), active.data_end),
+            _ => (None, 0),
         };
-        Ok(SyncHandle { file, tip: self.tip.clone() })
+        Ok(SyncHandle { file, tip: self.tip.clone(), end, opened: self.opened })
     }
 
     /// Notes the outcome of a sync; a failed one latches.
     pub fn finish_sync(&mut self, handle: SyncHandle, outcome: io::Result<()>) -> Result<(), JournalError> {
+        if handle.opened != self.opened {
+            let source = Some(io::Error::other("it was opened again meanwhile"));
+            return Err(JournalError::StoreFailed { disk: self.info.disk, source });
+        }
         match outcome {
             Ok(()) => {
+                if let Some(active) = self.active.as_mut().filter(|active| active.header.first_cut <= handle.tip.cut) {
+                    active.durable_end = active.durable_end.max(handle.end);
+                }
                 if handle.tip.cut > self.durable.cut {
                     self.durable = handle.tip;
                 }
@@ -671,97 +473,16 @@ impl Journal {
         self.leave_generation()
     }
 
-    /// The layers of the disk at `cut`, newest first; those at or before `base` are in the base.
-    pub fn sources(&self, base: u64, cut: u64) -> Result<Vec<Source>, ReadError> {
-        let mut sources = Vec::new();
-        if let Some(active) = self.active.as_ref().filter(|active| active.header.first_cut <= cut) {
-            let index = (cut - active.header.first_cut) as usize;
-            let end = active.commits.get(index).map_or(0, |commit| commit.log_end);
-            sources.push(Source::Entries(active.segment.clone(), active.entries[..end as usize].to_vec()));
-        }
-        for part in self.parts.iter().rev().filter(|part| part.first() <= cut && part.last() > base) {
-            match part {
-                Part::Sealed(sealed) if sealed.last_cut <= cut => sources.push(Source::Whole(sealed.clone())),
-                Part::Sealed(sealed) => sources.push(Source::Front(sealed.clone(), cut)),
-                // A scan that ended after the damage wrote every block again, so nothing older is needed.
-                Part::Broken { last, .. } if *last < cut => {}
-                Part::Broken { what, .. } => {
-                    return Err(ReadError::damaged(self.storage.path("segments").display().to_string(), what));
-                }
+    /// Puts a segment that was written again in its place; false when the old one is gone.
+    pub fn replace(&mut self, old: &Arc<Sealed>, new: Arc<Sealed>) -> bool {
+        let is_old = |part: &Part| matches!(part, Part::Sealed(sealed) if Arc::ptr_eq(sealed, old));
+        match self.parts.iter().position(is_old) {
+            Some(index) => {
+                self.parts[index] = Part::Sealed(new);
+                true
             }
+            None => false,
         }
-        Ok(sources)
-    }
-
-    /// The commit record of a cut; `None` when the journal does not hold it (any more), or it was lost.
-    pub fn commit(&self, cut: u64) -> Result<Option<Commit>, ReadError> {
-        if let Some(active) = self.active.as_ref().filter(|active| active.header.first_cut <= cut) {
-            let entry = active.commits.get((cut - active.header.first_cut) as usize);
-            return match entry {
-                Some(entry) if entry.commit_at != 0 => {
-                    read_commit(&active.segment, &active.frame_key, entry.commit_at, cut).map(Some)
-                }
-                _ => Ok(None),
-            };
-        }
-        match self.part_of(cut) {
-            Some(Part::Sealed(sealed)) => sealed.commit(cut, &self.cache),
-            _ => Ok(None),
-        }
-    }
-
-    /// The extents that a cut's own chunks cover.
-    pub fn extents_of(&self, cut: u64) -> Result<Vec<Extent>, ReadError> {
-        let start = |first: u64| -> Result<u64, ReadError> {
-            let before = if cut > first { self.commit_entry(cut - 1)? } else { None };
-            Ok(before.map_or(0, |entry| entry.log_end))
-        };
-        let extents = |entries: &[Entry]| entries.iter().map(|entry| entry.extent).collect();
-        if let Some(active) = self.active.as_ref().filter(|active| active.header.first_cut <= cut) {
-            let end = self.commit_entry(cut)?.map_or(0, |entry| entry.log_end);
-            return Ok(extents(&active.entries[start(active.header.first_cut)? as usize..end as usize]));
-        }
-        match self.part_of(cut) {
-            Some(Part::Sealed(sealed)) => {
-                let entries = sealed.entries_up_to(cut, &self.cache)?;
-                Ok(extents(&entries[start(sealed.first_cut())? as usize..]))
-            }
-            _ => Ok(Vec::new()),
-        }
-    }
-
-    fn part_of(&self, cut: u64) -> Option<&Part> {
-        let index = self.parts.partition_point(|part| part.first() <= cut);
-        self.parts.get(index.checked_sub(1)?).filter(|part| cut <= part.last())
-    }
-
-    /// What the index says of a cut.
-    pub fn commit_entry(&self, cut: u64) -> Result<Option<index::CommitEntry>, ReadError> {
-        if let Some(active) = self.active.as_ref().filter(|active| active.header.first_cut <= cut) {
-            return Ok(active.commits.get((cut - active.header.first_cut) as usize).copied());
-        }
-        match self.part_of(cut) {
-            Some(Part::Sealed(sealed)) => sealed.commit_entry(cut, &self.cache).map(Some),
-            _ => Ok(None),
-        }
-    }
-
-    /// The last cut at or before `time`; `None` when all that the journal holds are later.
-    pub fn last_cut_at(&self, time: Timestamp) -> Result<Option<u64>, ReadError> {
-        if let Some(active) = &self.active {
-            let index = active.commits.partition_point(|commit| commit.time <= time);
-            if index > 0 {
-                return Ok(Some(active.header.first_cut + index as u64 - 1));
-            }
-        }
-        for part in self.parts.iter().rev() {
-            if let Part::Sealed(sealed) = part
-                && let Some(cut) = sealed.last_cut_at(time, &self.cache)?
-            {
-                return Ok(Some(cut));
-            }
-        }
-        Ok(None)
     }
 
     /// Takes the segments at or before `base` out and removes their files. Readers that hold them keep reading.
@@ -777,6 +498,13 @@ impl Journal {
                 }
             }
             self.parts.pop_front();
+        }
+        for name in self.levels.drop_up_to(base) {
+            match self.storage.remove(&name) {
+                Ok(()) => removed = true,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
         }
         self.history.forget(base);
         if removed { self.storage.sync_folder("segments") } else { Ok(()) }

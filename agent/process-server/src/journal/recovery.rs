@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use tidemark_base::{FRAME_BYTES_MAX, Position, Timestamp};
+use tidemark_base::{Extent, FRAME_BYTES_MAX, Position, Timestamp};
 
 use super::active::{OpenCut, boundary_of, commit_entry, verify_chunks, wiped};
 use super::error::ReadError;
@@ -17,7 +17,7 @@ use super::index::{CommitEntry, Entry, SegmentFile, commit_flags};
 use super::sealed::{Boundary, BoundaryKind};
 use super::segment::{
     COMMIT_BYTES_MAX, Commit, FRAME_HEADER_BYTES, FRAME_MAGIC, Frame, FrameKey, FrameKind, HEADER_BYTES, Header,
-    decode_commit,
+    body_sum, decode_commit,
 };
 
 /// A cut of which something is missing.
@@ -26,6 +26,14 @@ pub struct DamagedCut {
     pub cut: u64,
     pub at: u64,
     pub what: String,
+    /// The parts of the disk whose data of this cut is damaged; none when that is not known.
+    pub extents: Option<Vec<Extent>>,
+}
+
+impl DamagedCut {
+    fn new(what: String) -> Self {
+        Self { cut: 0, at: 0, what, extents: None }
+    }
 }
 
 #[derive(Default)]
@@ -39,6 +47,8 @@ pub struct Recovered {
     pub damaged: Vec<DamagedCut>,
     /// Bytes behind the last commit that was kept.
     pub torn_bytes: u64,
+    /// Up to here a later commit proves that a sync was seen to succeed; 0 when there is no such proof.
+    pub proven_end: u64,
 }
 
 /// One cut on the way through the file.
@@ -53,6 +63,8 @@ struct Walk<'a> {
     /// Why the open cut cannot be whole.
     trouble: Option<(u64, String)>,
     cuts: Vec<WalkedCut>,
+    /// Frames whose stored bytes changed though their content is proven.
+    altered: Vec<DamagedCut>,
 }
 
 struct WalkedCut {
@@ -67,7 +79,7 @@ struct WalkedCut {
 /// Reads the segment from its first frame on and decides what it holds. Writes nothing.
 pub fn recover(segment: &Arc<SegmentFile>, header: &Header, key: &FrameKey) -> Result<Recovered, ReadError> {
     let end = segment.file.bytes().map_err(|source| ReadError::Io { file: segment.name.clone(), source })?;
-    Ok(decide(walk(segment, header, key, end)?, header, end))
+    Ok(decide(walk(segment, header, key, end, &|_| true)?.cuts, header, end))
 }
 
 /// What a walk over a segment that should be whole up to `end` saw.
@@ -76,28 +88,51 @@ pub struct Inspection {
     pub cuts: u64,
     /// Cuts that are not whole.
     pub damaged: Vec<DamagedCut>,
+    /// Places where stored bytes changed, though what they say is proven.
+    pub altered: Vec<DamagedCut>,
+    /// False: it was stopped.
+    pub finished: bool,
     /// What the index of this segment should say.
     pub recovered: Recovered,
 }
 
 /// Reads every frame up to `end` and proves it. Writes nothing.
-pub fn inspect(segment: &SegmentFile, header: &Header, key: &FrameKey, end: u64) -> Result<Inspection, ReadError> {
-    let cuts = walk(segment, header, key, end)?;
+/// `tick` is told what was read, and says whether to go on.
+pub fn inspect(
+    segment: &SegmentFile,
+    header: &Header,
+    key: &FrameKey,
+    end: u64,
+    tick: &dyn Fn(u64) -> bool,
+) -> Result<Inspection, ReadError> {
+    let Walked { cuts, altered, finished } = walk(segment, header, key, end, tick)?;
     let trouble = |cut: &WalkedCut| {
         let (at, what) = cut.trouble.clone()?;
-        Some(DamagedCut { cut: cut.cut, at, what })
+        Some(DamagedCut { cut: cut.cut, at, ..DamagedCut::new(what) })
     };
     let mut damaged: Vec<DamagedCut> = cuts.iter().filter_map(trouble).collect();
     let ends_at = cuts.last().map_or(HEADER_BYTES as u64, |cut| cut.ends_at);
-    if ends_at != end {
+    if ends_at != end && finished {
         let cut = cuts.last().map_or(header.first_cut, |cut| cut.cut + 1);
-        damaged.push(DamagedCut { cut, at: ends_at, what: format!("nothing whole follows up to {end}") });
+        damaged.push(DamagedCut { cut, at: ends_at, ..DamagedCut::new(format!("nothing whole follows up to {end}")) });
     }
     let chunks = cuts.iter().filter_map(|cut| Some(cut.commit.as_ref()?.0.end.chunks)).sum();
-    Ok(Inspection { chunks, cuts: cuts.len() as u64, damaged, recovered: decide(cuts, header, end) })
+    Ok(Inspection { chunks, cuts: cuts.len() as u64, damaged, altered, finished, recovered: decide(cuts, header, end) })
 }
 
-fn walk(segment: &SegmentFile, header: &Header, key: &FrameKey, end: u64) -> Result<Vec<WalkedCut>, ReadError> {
+struct Walked {
+    cuts: Vec<WalkedCut>,
+    altered: Vec<DamagedCut>,
+    finished: bool,
+}
+
+fn walk(
+    segment: &SegmentFile,
+    header: &Header,
+    key: &FrameKey,
+    end: u64,
+    tick: &dyn Fn(u64) -> bool,
+) -> Result<Walked, ReadError> {
     let start = HEADER_BYTES as u64;
     let mut walk = Walk {
         segment,
@@ -109,9 +144,10 @@ fn walk(segment: &SegmentFile, header: &Header, key: &FrameKey, end: u64) -> Res
         open_at: start,
         trouble: None,
         cuts: Vec::new(),
+        altered: Vec::new(),
     };
-    walk.run()?;
-    Ok(walk.cuts)
+    let finished = walk.run(tick)?;
+    Ok(Walked { cuts: walk.cuts, altered: walk.altered, finished })
 }
 
 fn decide(cuts: Vec<WalkedCut>, header: &Header, file_end: u64) -> Recovered {
@@ -127,6 +163,9 @@ fn decide(cuts: Vec<WalkedCut>, header: &Header, file_end: u64) -> Recovered {
     let mut recovered = Recovered { data_end: HEADER_BYTES as u64, ..Recovered::default() };
     let mut time = header.time_before;
     for cut in cuts.into_iter().take(keep) {
+        if cut.cut <= proven {
+            recovered.proven_end = cut.ends_at;
+        }
         let log_end = |entries: &Vec<Entry>| entries.len() as u64;
         recovered.data_end = cut.ends_at;
         if let Some((at, what)) = cut.trouble {
@@ -140,7 +179,8 @@ fn decide(cuts: Vec<WalkedCut>, header: &Header, file_end: u64) -> Recovered {
             }
             recovered.commits.push(entry);
             recovered.boundaries.push(Boundary { cut: cut.cut, what: BoundaryKind::Damaged });
-            recovered.damaged.push(DamagedCut { cut: cut.cut, at: at.max(cut.starts_at), what });
+            let at = at.max(cut.starts_at);
+            recovered.damaged.push(DamagedCut { cut: cut.cut, at, ..DamagedCut::new(what) });
             continue;
         }
         if cut.commit.as_ref().is_some_and(|(commit, _)| commit.wipes) {
@@ -159,7 +199,8 @@ fn decide(cuts: Vec<WalkedCut>, header: &Header, file_end: u64) -> Recovered {
 }
 
 impl Walk<'_> {
-    fn run(&mut self) -> Result<(), ReadError> {
+    /// False: it was stopped.
+    fn run(&mut self, tick: &dyn Fn(u64) -> bool) -> Result<bool, ReadError> {
         let mut commit_before = self.header.commit_before;
         while let Some(frame) = self.next_frame()? {
             let body_at = self.at + FRAME_HEADER_BYTES as u64;
@@ -175,8 +216,11 @@ impl Walk<'_> {
             if frame.kind == FrameKind::Commit {
                 self.open_at = self.at;
             }
+            if !tick(u64::from(frame.body_bytes)) {
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn frame_at(&self, bytes: &[u8], at: u64) -> Option<Frame> {
@@ -236,6 +280,10 @@ impl Walk<'_> {
                 self.open.bytes += body.len() as u64;
                 self.open.hashes.update(&verified.hashes);
                 self.open.entries.extend(verified.entries);
+                if body_sum(body) != frame.sum {
+                    let what = "stored bytes changed where nothing reads them; the data is whole".to_owned();
+                    self.altered.push(DamagedCut { cut: frame.cut, at: body_at, ..DamagedCut::new(what) });
+                }
             }
             Err(error) => {
                 self.trouble.get_or_insert((body_at, error.to_string()));

@@ -6,13 +6,15 @@ use std::sync::Arc;
 use tidemark_base::chunk::ChunkKey;
 use tidemark_base::extent::Sliced;
 use tidemark_base::storage::{OpenMode, Storage};
-use tidemark_base::{Extent, Position, Timestamp};
+use tidemark_base::sync::Mutex;
+use tidemark_base::{Extent, ExtentMap, Position, Timestamp};
 
 use super::error::ReadError;
 use super::index::{
-    COMMIT_ENTRY_BYTES, CommitEntry, ENTRY_BYTES, Entry, PAGE_BYTES, Place, SegmentFile, Table, flatten, page_hash,
+    COMMIT_ENTRY_BYTES, CommitEntry, Cursor, ENTRY_BYTES, Entry, IndexFile, Located, PAGE_BYTES, Place, SegmentFile,
+    Sorted, Table, flatten, page_hash,
 };
-use super::recovery::{DamagedCut, Inspection, inspect};
+use super::recovery::{DamagedCut, Inspection, inspect, recover};
 use super::segment::{
     COMMIT_BYTES_MAX, Commit, FRAME_HEADER_BYTES, Fields, FrameKey, FrameKind, HEADER_BYTES, Header, POSITION_BYTES,
     SegmentName, decode_commit, put_position,
@@ -21,6 +23,8 @@ use crate::view::cache::{BlockCache, FileNumber};
 
 pub const FOOTER_BYTES: usize = 512;
 const FOOTER_MAGIC: [u8; 8] = *b"TDMKEND1";
+/// As blocks of the base ([`crate::fold::base`]) are counted.
+const BASE_BLOCK_BYTES: u64 = 4096;
 /// A directory longer than this is not ours: (entries of the largest cut) / (entries a page) × (hash + fence), doubled.
 const DIRECTORY_BYTES_MAX: u64 = 64 << 20;
 
@@ -60,11 +64,23 @@ pub struct Sealed {
     pub last_commit: [u8; 32],
     pub data_end: u64,
     pub file_bytes: u64,
+    /// What its data takes in the base at most.
+    pub base_bytes: u64,
     pub boundaries: Vec<Boundary>,
+    /// The hash that ends the header.
+    pub head_hash: [u8; 32],
     log: Table,
     commits: Table,
-    flat: Table,
-    fences: Vec<u64>,
+    flat: Sorted<Entry>,
+    /// The index, made again from the frames, when a page of it is damaged.
+    rescued: Mutex<Option<Option<Arc<Rescued>>>>,
+}
+
+/// What the index says, read from the frames.
+struct Rescued {
+    flat: ExtentMap<Place>,
+    entries: Vec<Entry>,
+    commits: Vec<CommitEntry>,
 }
 
 /// The index and footer of a segment, to be written at `contents.data_end`.
@@ -89,6 +105,9 @@ pub fn encode_index(header: &[u8; HEADER_BYTES], contents: &Contents<'_>) -> Vec
     table(bytes, contents.commits.len(), &mut out);
 
     let flat = flatten(contents.entries);
+    let blocks = |extent: Extent| extent.end().div_ceil(BASE_BLOCK_BYTES) - extent.offset / BASE_BLOCK_BYTES;
+    let data = flat.iter().filter(|(_, place)| !place.is_zeroes());
+    let base_bytes = data.map(|(extent, _)| blocks(extent) * BASE_BLOCK_BYTES).sum::<u64>();
     let mut fences = Vec::new();
     let mut bytes = Vec::with_capacity(flat.len() * ENTRY_BYTES);
     for (number, (extent, place)) in flat.iter().enumerate() {
@@ -125,6 +144,7 @@ pub fn encode_index(header: &[u8; HEADER_BYTES], contents: &Contents<'_>) -> Vec
     }
     footer.extend_from_slice(&contents.last_commit);
     footer.extend_from_slice(blake3::hash(&directory).as_bytes());
+    footer.extend_from_slice(&base_bytes.to_le_bytes());
     footer.resize(FOOTER_BYTES - 32, 0);
     let hash = footer_hash(header, &footer);
     footer.extend_from_slice(&hash);
@@ -170,6 +190,7 @@ impl Sealed {
         let last_position = fields.position().filter(|_| has_position);
         let last_commit = fields.array().expect("the footer is 512 bytes");
         let directory_hash: [u8; 32] = fields.array().expect("the footer is 512 bytes");
+        let base_bytes = fields.u64().expect("the footer is 512 bytes");
         if header.first_cut != first || first + commits.entries != last + 1 || directory_bytes > DIRECTORY_BYTES_MAX {
             return Err(damaged("its name and its footer differ"));
         }
@@ -198,9 +219,7 @@ impl Sealed {
             boundaries.push(Boundary { cut, what });
         }
         let segment = SegmentFile {
-            file,
-            number: FileNumber::next(),
-            name,
+            source: IndexFile { file, number: FileNumber::next(), name },
             key: ChunkKey::new(header.disk, header.generation),
             disk_bytes: header.disk_bytes,
         };
@@ -214,12 +233,71 @@ impl Sealed {
             last_commit,
             data_end,
             file_bytes,
+            base_bytes,
             boundaries,
+            head_hash: head[HEADER_BYTES - 32..].try_into().expect("32 bytes"),
             log,
             commits,
-            flat,
-            fences,
+            flat: Sorted::new(flat, fences),
+            rescued: Mutex::new(None),
         })
+    }
+
+    /// Makes index and footer again from the frames, in a copy that replaces the file. `None`: the frames do not hold every
+    /// cut that the name claims.
+    pub fn rebuild(storage: &dyn Storage, first: u64, last: u64) -> Result<Option<Self>, ReadError> {
+        let path = SegmentName::Sealed { first, last }.path();
+        let name = storage.path(&path).display().to_string();
+        let io = |source: io::Error| ReadError::Io { file: name.clone(), source };
+        let file = storage.open(&path, OpenMode::Read).map_err(io)?;
+        if file.bytes().map_err(io)? < HEADER_BYTES as u64 {
+            return Ok(None);
+        }
+        let mut head = [0; HEADER_BYTES];
+        file.read_at(0, &mut head).map_err(io)?;
+        let Some(header) = Header::decode(&head).ok().filter(|header| header.first_cut == first) else {
+            return Ok(None);
+        };
+        let segment = Arc::new(SegmentFile {
+            source: IndexFile { file: file.clone(), number: FileNumber::next(), name: name.clone() },
+            key: ChunkKey::new(header.disk, header.generation),
+            disk_bytes: header.disk_bytes,
+        });
+        let found = recover(&segment, &header, &FrameKey::new(&head))?;
+        let Some((position, time, commit)) = found.last.filter(|_| first + found.commits.len() as u64 == last + 1)
+        else {
+            return Ok(None);
+        };
+        let index = encode_index(
+            &head,
+            &Contents {
+                entries: &found.entries,
+                commits: &found.commits,
+                boundaries: &found.boundaries,
+                data_end: found.data_end,
+                last_position: Some(position),
+                last_time: time,
+                last_commit: commit,
+            },
+        );
+        let copy = format!("{path}.repair");
+        let copied = storage.open(&copy, OpenMode::OpenOrCreate).and_then(|to| {
+            to.set_bytes(0)?;
+            let mut piece = Vec::new();
+            let mut at = 0;
+            while at < found.data_end {
+                piece.resize((found.data_end - at).min(1 << 20) as usize, 0);
+                file.read_at(at, &mut piece)?;
+                to.write_at(at, &piece)?;
+                at += piece.len() as u64;
+            }
+            to.write_at(found.data_end, &index)?;
+            to.sync()?;
+            storage.rename(&copy, &path)?;
+            storage.sync_folder("segments")
+        });
+        copied.map_err(io)?;
+        Self::open(storage, first, last).map(Some)
     }
 
     pub fn first_cut(&self) -> u64 {
@@ -231,17 +309,22 @@ impl Sealed {
     }
 
     pub fn commit_entry(&self, cut: u64, cache: &BlockCache) -> Result<CommitEntry, ReadError> {
-        self.commits.with_entry(cut - self.first_cut(), &self.segment, cache, CommitEntry::decode)
+        let index = cut - self.first_cut();
+        self.commits
+            .with_entry(index, &self.segment, cache, CommitEntry::decode)
+            .or_else(|error| Ok(self.rescue(error)?.commits[index as usize]))
     }
 
     /// Reads the whole segment and says what is not sound: each frame, and the index against what the frames say.
-    pub fn check(&self) -> Result<Inspection, ReadError> {
-        let mut inspection = inspect(&self.segment, &self.header, &self.frame_key, self.data_end)?;
-        let known_damage = self.boundaries.iter().any(|boundary| boundary.what == BoundaryKind::Damaged);
-        if known_damage {
-            // Named when it was found, and marked as such: no view uses these cuts.
-            inspection.damaged.clear();
+    /// `tick` is told what was read, and says whether to go on.
+    pub fn check(&self, tick: &dyn Fn(u64) -> bool) -> Result<Inspection, ReadError> {
+        let mut inspection = inspect(&self.segment, &self.header, &self.frame_key, self.data_end, tick)?;
+        if !inspection.finished {
+            return Ok(inspection);
         }
+        // Named when it was found, and marked as such: no view uses these cuts.
+        let is_known = |cut| self.boundaries.contains(&Boundary { cut, what: BoundaryKind::Damaged });
+        inspection.damaged.retain(|damaged| !is_known(damaged.cut));
         let found = &inspection.recovered;
         let contents = Contents {
             entries: &found.entries,
@@ -260,9 +343,25 @@ impl Sealed {
                 cut: self.first_cut(),
                 at: self.data_end,
                 what: "the index does not say what the frames hold".to_owned(),
+                extents: Some(Vec::new()),
             });
         }
+        for damaged in inspection.damaged.iter_mut().filter(|damaged| damaged.at < self.data_end) {
+            damaged.extents = self.damaged_extents(damaged.cut);
+        }
         Ok(inspection)
+    }
+
+    /// The parts of the disk for which a cut's chunks do not verify, as the index knows their places; `None` when it
+    /// cannot tell.
+    fn damaged_extents(&self, cut: u64) -> Option<Vec<Extent>> {
+        if cut < self.first_cut() || cut > self.last_cut {
+            return None;
+        }
+        let cache = BlockCache::new(0);
+        let entries = self.entries_up_to(cut, &cache).ok()?;
+        let start = if cut > self.first_cut() { self.commit_entry(cut - 1, &cache).ok()?.log_end } else { 0 };
+        Some(unreadable(&self.segment, entries.get(start as usize..)?))
     }
 
     /// The commit record of a cut; `None` when it was lost.
@@ -277,6 +376,10 @@ impl Sealed {
     /// What the segment held after `cut`: entries in order, later ones replace earlier ones. Bounded by the segment.
     pub fn entries_up_to(&self, cut: u64, cache: &BlockCache) -> Result<Vec<Entry>, ReadError> {
         let end = self.commit_entry(cut, cache)?.log_end;
+        self.log_entries(end, cache).or_else(|error| Ok(self.rescue(error)?.entries[..end as usize].to_vec()))
+    }
+
+    fn log_entries(&self, end: u64, cache: &BlockCache) -> Result<Vec<Entry>, ReadError> {
         let mut entries = Vec::with_capacity(end as usize);
         for page in 0..Table::pages(end, ENTRY_BYTES) {
             let bytes = self.log.page(page, &self.segment, cache)?;
@@ -286,37 +389,45 @@ impl Sealed {
         Ok(entries)
     }
 
-    fn flat_entry(&self, index: u64, cache: &BlockCache) -> Result<Entry, ReadError> {
-        self.flat.with_entry(index, &self.segment, cache, Entry::decode)
+    pub fn flat_cursor(&self) -> Cursor<'_, Entry> {
+        self.flat.cursor(&self.segment)
     }
 
-    /// The number of the first flat entry that ends after `offset`.
-    fn flat_after(&self, offset: u64, cache: &BlockCache) -> Result<u64, ReadError> {
-        // The entry that holds `offset` is on the last page whose fence is not after it, or the next page begins with what follows.
-        let page = self.fences.partition_point(|&fence| fence <= offset).saturating_sub(1) as u64;
-        let (mut low, mut high) =
-            (page * self.flat.per_page(), ((page + 1) * self.flat.per_page()).min(self.flat.entries));
-        while low < high {
-            let middle = low + (high - low) / 2;
-            if self.flat_entry(middle, cache)?.extent.end() <= offset {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
+    /// Whether a page of its index did not prove itself.
+    pub fn is_index_damaged(&self) -> bool {
+        self.rescued.lock().expect("no panic while held").is_some()
+    }
+
+    /// The index as the frames have it, when a page of the one on disk is damaged; the error when they are, too.
+    fn rescue(&self, error: ReadError) -> Result<Arc<Rescued>, ReadError> {
+        if !matches!(error, ReadError::Damaged { .. }) {
+            return Err(error);
         }
-        Ok(low)
+        let mut rescued = self.rescued.lock().expect("no panic while held");
+        if rescued.is_none() {
+            tracing::error!(segment = self.segment.name, %error, "an index is damaged and read from the frames instead");
+            *rescued = Some(self.read_frames().map(Arc::new));
+        }
+        rescued.as_ref().and_then(Clone::clone).ok_or(error)
+    }
+
+    fn read_frames(&self) -> Option<Rescued> {
+        let inspection = inspect(&self.segment, &self.header, &self.frame_key, self.data_end, &|_| true).ok()?;
+        // Damaged cuts that it was sealed with are in no index, and no view shows them.
+        let known = self.boundaries.iter().filter(|boundary| boundary.what == BoundaryKind::Damaged).count();
+        let found = inspection.recovered;
+        let whole = inspection.damaged.len() == known
+            && found.entries.len() as u64 == self.log.entries
+            && found.commits.len() as u64 == self.commits.entries;
+        whole.then(|| Rescued { flat: flatten(&found.entries), entries: found.entries, commits: found.commits })
     }
 
     /// The first part at or after `offset` that the segment covers.
     pub fn next(&self, offset: u64, cache: &BlockCache) -> Result<Option<(Extent, Place)>, ReadError> {
-        let index = self.flat_after(offset, cache)?;
-        if index >= self.flat.entries {
-            return Ok(None);
+        match self.flat.first_from(offset, &self.segment, cache, |_| true) {
+            Ok(found) => Ok(found.map(|(entry, part)| (part, entry.place.slice(part.offset - entry.extent.offset)))),
+            Err(error) => Ok(self.rescue(error)?.flat.overlapping(Extent::new(offset, u64::MAX - offset)).next()),
         }
-        let entry = self.flat_entry(index, cache)?;
-        let skip = offset.saturating_sub(entry.extent.offset);
-        let extent = Extent::new(entry.extent.offset + skip, entry.extent.length - skip);
-        Ok(Some((extent, entry.place.slice(skip))))
     }
 
     /// The parts of `within` that the segment covers, in order, handed to `found`.
@@ -326,11 +437,14 @@ impl Sealed {
         cache: &BlockCache,
         found: &mut dyn FnMut(Extent, Place),
     ) -> Result<(), ReadError> {
-        for index in self.flat_after(within.offset, cache)?..self.flat.entries {
-            let entry = self.flat_entry(index, cache)?;
-            let Some(part) = entry.extent.intersection(&within) else { break };
-            found(part, entry.place.slice(part.offset - entry.extent.offset));
+        let mut pieces = Vec::new();
+        let result = self.flat.overlapping(within, &self.segment, cache, &mut |entry: Entry, part| {
+            pieces.push((part, entry.place.slice(part.offset - entry.extent.offset)));
+        });
+        if let Err(error) = result {
+            pieces = self.rescue(error)?.flat.overlapping(within).collect();
         }
+        pieces.into_iter().for_each(|(extent, place)| found(extent, place));
         Ok(())
     }
 
@@ -347,6 +461,23 @@ impl Sealed {
         }
         Ok(low.checked_sub(1).map(|index| self.first_cut() + index))
     }
+}
+
+/// The extents of `entries` whose chunks do not verify.
+pub fn unreadable(segment: &SegmentFile, entries: &[Entry]) -> Vec<Extent> {
+    let mut damaged = Vec::new();
+    let mut last: Option<(u64, bool)> = None;
+    for entry in entries.iter().filter(|entry| !entry.place.is_zeroes()) {
+        let whole = match last {
+            Some((chunk_at, whole)) if chunk_at == entry.place.chunk_at => whole,
+            _ => segment.verified(&entry.place, entry.extent).is_ok(),
+        };
+        last = Some((entry.place.chunk_at, whole));
+        if !whole {
+            damaged.push(entry.extent);
+        }
+    }
+    damaged
 }
 
 /// The commit record in the frame at `at`.

@@ -9,7 +9,7 @@ pub const FRAME_HEADER_BYTES: usize = 32;
 pub const FRAME_MAGIC: [u8; 4] = *b"TDFR";
 pub const POSITION_BYTES: usize = 56;
 const MAGIC: [u8; 8] = *b"TDMKSEG1";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const COMMIT_FIXED_BYTES: usize = 232;
 const MARK_FIXED_BYTES: usize = 40;
 /// The longest commit record; a frame that claims more is none.
@@ -102,7 +102,7 @@ impl Header {
             return Err("the header's hash does not hold");
         }
         let mut fields = Fields(content);
-        Self::fields(&mut fields).ok_or("not a redo segment of version 1")
+        Self::fields(&mut fields).ok_or("not a redo segment of version 2")
     }
 
     fn fields(fields: &mut Fields<'_>) -> Option<Self> {
@@ -146,6 +146,28 @@ pub struct Frame {
     pub kind: FrameKind,
     pub body_bytes: u32,
     pub cut: u64,
+    /// [`body_sum`] of the body as it is stored.
+    pub sum: u64,
+}
+
+/// 56 bits over stored bytes in which every single changed bit shows. Not a proof of content, chunks have that: it
+/// finds the bits that a decompressor ignores.
+pub fn body_sum(body: &[u8]) -> u64 {
+    // Odd, so that a difference of less than 32 bits is never multiplied away.
+    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+    let word = |bytes: &[u8]| u64::from(u32::from_le_bytes(bytes.try_into().expect("four bytes")));
+    let mut lanes = [body.len() as u64, 1, 2, 3];
+    let mut blocks = body.chunks_exact(16);
+    for block in &mut blocks {
+        for (lane, bytes) in lanes.iter_mut().zip(block.chunks_exact(4)) {
+            *lane = lane.wrapping_mul(FACTOR).wrapping_add(word(bytes));
+        }
+    }
+    let mut sum = lanes.into_iter().fold(0u64, |sum, lane| sum.wrapping_mul(FACTOR).wrapping_add(lane));
+    for &byte in blocks.remainder() {
+        sum = sum.wrapping_mul(FACTOR).wrapping_add(u64::from(byte));
+    }
+    sum & ((1 << 56) - 1)
 }
 
 impl FrameKey {
@@ -157,7 +179,10 @@ impl FrameKey {
         let mut out = [0; FRAME_HEADER_BYTES];
         out[..4].copy_from_slice(&FRAME_MAGIC);
         out[4] = frame.kind as u8;
+        let sum = frame.sum.to_le_bytes();
+        out[5..8].copy_from_slice(&sum[..3]);
         out[8..12].copy_from_slice(&frame.body_bytes.to_le_bytes());
+        out[12..16].copy_from_slice(&sum[3..7]);
         out[16..24].copy_from_slice(&frame.cut.to_le_bytes());
         let check = self.check(&out[..24], at);
         out[24..].copy_from_slice(&check);
@@ -174,7 +199,11 @@ impl FrameKey {
             _ => return None,
         };
         let body_bytes = u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes"));
-        Some(Frame { kind, body_bytes, cut: u64::from_le_bytes(bytes[16..24].try_into().expect("eight bytes")) })
+        let mut sum = [0; 8];
+        sum[..3].copy_from_slice(&bytes[5..8]);
+        sum[3..7].copy_from_slice(&bytes[12..16]);
+        let cut = u64::from_le_bytes(bytes[16..24].try_into().expect("eight bytes"));
+        Some(Frame { kind, body_bytes, cut, sum: u64::from_le_bytes(sum) })
     }
 
     fn check(&self, front: &[u8], at: u64) -> [u8; 8] {
@@ -389,9 +418,23 @@ mod tests {
     }
 
     #[test]
+    fn every_bit_of_a_body_changes_its_sum() {
+        let body: Vec<u8> = (0..200u32).map(|number| (number * 7) as u8).collect();
+        for length in [1, 15, 16, 17, 200] {
+            let sum = body_sum(&body[..length]);
+            for bit in 0..length * 8 {
+                let mut damaged = body[..length].to_vec();
+                damaged[bit / 8] ^= 1 << (bit % 8);
+                assert_ne!(body_sum(&damaged), sum, "bit {bit} of {length} bytes");
+            }
+        }
+        assert_ne!(body_sum(&[0; 16]), body_sum(&[0; 17]));
+    }
+
+    #[test]
     fn a_frame_at_another_place_is_none() {
         let key = FrameKey([1; 32]);
-        let frame = Frame { kind: FrameKind::Chunks, body_bytes: 5, cut: 2 };
+        let frame = Frame { kind: FrameKind::Chunks, body_bytes: 5, cut: 2, sum: body_sum(b"hello") };
         let bytes = key.encode(frame, 512);
         assert_eq!(key.decode(&bytes, 512), Some(frame));
         assert_eq!(key.decode(&bytes, 513), None);

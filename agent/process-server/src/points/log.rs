@@ -65,6 +65,11 @@ impl PointLog {
                 None => pending += 1,
             }
         }
+        // A last line that ends as lines do was written whole: it is damaged, not torn. So is one that would be whole if
+        // its last byte ended it.
+        let last = &content[end as usize..];
+        let ended = last.split_last().is_some_and(|(byte, line)| *byte == b'\n' || record_of(line).is_some());
+        damaged += if ended { pending } else { 0 };
         if write && end < bytes {
             file.set_bytes(end)?;
             file.sync()?;
@@ -73,9 +78,34 @@ impl PointLog {
         Ok((Self { storage, file, end, failed: false, lines }, records, damaged))
     }
 
+    /// Nothing is appended any more until it was replaced.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Reads every line again; says what is wrong.
+    pub fn check(&self) -> io::Result<Option<String>> {
+        let path = || self.storage.path(NAME).display().to_string();
+        let mut content = vec![0; self.end as usize];
+        match self.file.read_at(0, &mut content) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Ok(Some(format!("{}: it ends before byte {}", path(), self.end)));
+            }
+            result => result?,
+        }
+        let mut at = 0;
+        for line in content.split_inclusive(|&byte| byte == b'\n') {
+            if line.strip_suffix(b"\n").and_then(record_of).is_none() {
+                return Ok(Some(format!("{}: the line at {at} is damaged", path())));
+            }
+            at += line.len();
+        }
+        Ok(None)
+    }
+
     pub fn append(&mut self, records: &[Record], durable: bool) -> io::Result<()> {
         if self.failed {
-            return Err(io::Error::other("the log of points failed before; restart the process server"));
+            return Err(io::Error::other("the log of points failed before and is to be replaced"));
         }
         let text: String = records.iter().map(line_of).collect();
         let result = self.file.write_at(self.end, text.as_bytes());
@@ -103,6 +133,7 @@ impl PointLog {
         self.file = self.storage.open(NAME, OpenMode::ReadWrite)?;
         self.end = text.len() as u64;
         self.lines = records.len();
+        self.failed = false;
         Ok(())
     }
 }

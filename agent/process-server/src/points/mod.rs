@@ -92,6 +92,8 @@ impl Point {
 pub struct HeldMark {
     pub mark: Mark,
     pub held: PointDisk,
+    /// False: data that the disk shows at this mark is damaged.
+    pub whole: bool,
 }
 
 /// POINT as a user names it.
@@ -171,6 +173,7 @@ struct State {
 struct Pending {
     arrival: u64,
     mark: Mark,
+    damaged: bool,
     held: BTreeMap<DiskId, PointDisk>,
 }
 
@@ -208,20 +211,30 @@ impl PointStore {
     pub fn hold(&self, marks: impl IntoIterator<Item = HeldMark>) -> Result<Vec<Point>, PointError> {
         let mut state = self.state();
         let mut complete = Vec::new();
-        for HeldMark { mark, held } in marks {
+        for HeldMark { mark, held, whole } in marks {
             if mark.machine != self.machine || state.known.contains(&mark.id) || !mark.disks.contains(&held.disk) {
                 continue;
             }
-            complete.extend(state.hold(mark, held));
+            complete.extend(state.hold(mark, held, whole));
         }
         if complete.is_empty() {
             return Ok(complete);
         }
         let records: Vec<Record> = complete.iter().cloned().map(Record::Point).collect();
         let durable = complete.iter().any(|point| point.keep);
-        state.log.append(&records, durable).map_err(|source| self.store_error(source))?;
+        state.append(&records, durable).map_err(|source| self.store_error(source))?;
         records.into_iter().for_each(|record| state.apply(record));
         Ok(complete)
+    }
+
+    /// Reads the log again. What is wrong with it is returned, and it is written again from memory.
+    pub fn check(&self) -> Result<Option<String>, PointError> {
+        let mut state = self.state();
+        let wrong = state.log.check().map_err(|source| self.store_error(source))?;
+        if wrong.is_some() {
+            state.compact().map_err(|source| self.store_error(source))?;
+        }
+        Ok(wrong)
     }
 
     /// All complete points and places, oldest first.
@@ -269,7 +282,7 @@ impl PointStore {
         if records.is_empty() {
             return Ok(0);
         }
-        state.log.append(&records, true).map_err(|source| self.store_error(source))?;
+        state.append(&records, true).map_err(|source| self.store_error(source))?;
         let flagged = records.len();
         records.into_iter().for_each(|record| state.apply(record));
         Ok(flagged)
@@ -281,7 +294,7 @@ impl PointStore {
         if find(&state).is_none() {
             return Err(PointError::Absent { machine: self.machine, selector: PointSelector::Id(id) });
         }
-        state.log.append(std::slice::from_ref(&record), true).map_err(|source| self.store_error(source))?;
+        state.append(std::slice::from_ref(&record), true).map_err(|source| self.store_error(source))?;
         state.apply(record);
         Ok(find(&state).expect("just found"))
     }
@@ -293,7 +306,7 @@ impl PointStore {
         }
         let mut state = self.state();
         let record = Record::Drop { ids: ids.to_vec() };
-        state.log.append(std::slice::from_ref(&record), true).map_err(|source| self.store_error(source))?;
+        state.append(std::slice::from_ref(&record), true).map_err(|source| self.store_error(source))?;
         state.apply(record);
         if state.log.lines > 2 * state.points.len() + DEAD_LINES_MAX {
             state.compact().map_err(|source| self.store_error(source))?;
@@ -303,11 +316,13 @@ impl PointStore {
 }
 
 impl State {
-    fn hold(&mut self, mark: Mark, held: PointDisk) -> Option<Point> {
+    fn hold(&mut self, mark: Mark, held: PointDisk, whole: bool) -> Option<Point> {
         self.arrivals += 1;
         let (id, disks) = (mark.id, mark.disks.len());
         let arrival = self.arrivals;
-        let pending = self.pending.entry(id).or_insert_with(|| Pending { arrival, mark, held: BTreeMap::new() });
+        let new = || Pending { arrival, mark, damaged: false, held: BTreeMap::new() };
+        let pending = self.pending.entry(id).or_insert_with(new);
+        pending.damaged |= !whole;
         pending.held.insert(held.disk, held);
         if pending.held.len() < disks {
             if self.pending.len() > PENDING_MAX {
@@ -318,7 +333,7 @@ impl State {
             }
             return None;
         }
-        let Pending { mark, held, .. } = self.pending.remove(&id)?;
+        let Pending { mark, held, damaged, .. } = self.pending.remove(&id)?;
         Some(Point {
             id,
             machine: mark.machine,
@@ -328,7 +343,7 @@ impl State {
             keep: mark.keep,
             disks: held.into_values().collect(),
             locked: false,
-            damaged: false,
+            damaged,
         })
     }
 
@@ -361,6 +376,14 @@ impl State {
                 }
             }
         }
+    }
+
+    /// Appends; a log that failed before is first replaced by a new one, which holds what is known.
+    fn append(&mut self, records: &[Record], durable: bool) -> io::Result<()> {
+        if self.log.has_failed() {
+            self.compact()?;
+        }
+        self.log.append(records, durable)
     }
 
     fn compact(&mut self) -> io::Result<()> {
@@ -407,7 +430,7 @@ mod tests {
 
     fn held(mark: &Mark, disk: DiskId, cut: u64) -> HeldMark {
         let position = tidemark_base::Epoch([1; 16]).start();
-        HeldMark { mark: mark.clone(), held: PointDisk { disk, cut, position, changed_bytes: 10 } }
+        HeldMark { mark: mark.clone(), held: PointDisk { disk, cut, position, changed_bytes: 10 }, whole: true }
     }
 
     fn open(folder: &tempfile::TempDir) -> (PointStore, usize) {

@@ -9,6 +9,7 @@ use tidemark_base::storage::{Storage, read_file, replace_file};
 use tidemark_base::{DiskId, Generation, HistoryHash, MachineId, Position, Timestamp};
 
 use crate::journal::{ReadError, Tip};
+use crate::table::{seal, unseal};
 
 pub const NAME: &str = "manifest";
 const VERSION: u32 = 1;
@@ -24,6 +25,9 @@ pub struct Manifest {
     pub base: BaseTip,
     /// A fold to this cut was begun: from now on the base is of no older cut, whether the fold finished or not.
     pub fold_to: Option<u64>,
+    /// The step that the fold is at: the base becomes the state at this cut next.
+    #[serde(default)]
+    pub fold_step: Option<u64>,
     pub pins: Vec<Pin>,
 }
 
@@ -60,13 +64,12 @@ pub struct Pin {
 impl Manifest {
     pub fn new(disk: DiskId, machine: MachineId, disk_bytes: u64, generation: Generation) -> Self {
         let base = Tip::default().into();
-        Self { version: VERSION, disk, machine, disk_bytes, generation, base, fold_to: None, pins: Vec::new() }
+        let (fold_to, fold_step, pins) = (None, None, Vec::new());
+        Self { version: VERSION, disk, machine, disk_bytes, generation, base, fold_to, fold_step, pins }
     }
 
     pub fn store(&self, storage: &dyn Storage) -> io::Result<()> {
-        let json = serde_json::to_string_pretty(self).map_err(io::Error::other)?;
-        let text = format!("{}\n{json}\n", blake3::hash(json.as_bytes()).to_hex());
-        replace_file(storage, NAME, text.as_bytes())
+        replace_file(storage, NAME, seal(self)?.as_bytes())
     }
 
     pub fn load(storage: &dyn Storage) -> Result<Self, ReadError> {
@@ -74,13 +77,7 @@ impl Manifest {
         let content =
             read_file(storage, NAME, BYTES_MAX).map_err(|source| ReadError::Io { file: file.clone(), source })?;
         let damaged = |what: &str| ReadError::damaged(&file, what);
-        let text = std::str::from_utf8(&content).map_err(|_| damaged("not a text"))?;
-        let (digest, json) = text.split_once('\n').ok_or_else(|| damaged("no line with a hash"))?;
-        let json = json.strip_suffix('\n').ok_or_else(|| damaged("cut short"))?;
-        if blake3::hash(json.as_bytes()).to_hex().as_str() != digest {
-            return Err(damaged("its hash does not hold"));
-        }
-        let manifest: Self = serde_json::from_str(json).map_err(|error| damaged(&error.to_string()))?;
+        let manifest: Self = unseal(&content).map_err(|reason| damaged(&reason))?;
         if manifest.version != VERSION {
             return Err(damaged(&format!("version {} is not known", manifest.version)));
         }

@@ -21,33 +21,43 @@
 //! *Cancellation.* A session can end anywhere: its incomplete cut is discarded when the next begins. A fold stops between batches.
 //! *Crash.* See the journal's and the fold's numbered lists; opening a replica does what they say.
 
+pub mod damage;
+mod folding;
 pub mod manifest;
 mod needs;
+mod reading;
+mod session;
 mod set;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_faults;
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
+use tidemark_base::stop::Stop;
 use tidemark_base::storage::Storage;
 use tidemark_base::sync::{Mutex, MutexGuard};
-use tidemark_base::{DiskId, Extent, Generation, MachineId, Position, Timestamp};
-use tidemark_proto::replication::CutEnd;
+use tidemark_base::{DiskId, Extent, ExtentSet, Generation, MachineId, Position, Timestamp};
 
 use crate::fold::{self, base::BaseStore};
+use crate::journal::merged::{self, MergeError, Merged};
 use crate::journal::{
-    Commit, Interval, Journal, JournalError, JournalInfo, Limits, OpenReport, Part, ReadError, Source, commit_flags,
+    Commit, Interval, Journal, JournalError, JournalInfo, Limits, OpenReport, Part, ReadError, commit_flags,
 };
-use crate::points::{HeldMark, PointDisk};
+use crate::points::HeldMark;
+use crate::table::Table;
 use crate::view::cache::BlockCache;
-use crate::view::{Pins, View};
-use manifest::{Manifest, Pin};
+use crate::view::{Pins, Suspects};
+use manifest::Manifest;
 pub use needs::Needs;
+pub use session::{Session, Synced};
 pub use set::{FoldOutcome, Maintenance, OpenFailure, Place, ReplicaSet, SetError};
 
 /// How far back opening looks for the kept point before, to count what changed since.
@@ -78,14 +88,6 @@ pub struct DurableState {
     pub consistent_cut: u64,
 }
 
-/// What a sync brought about.
-#[derive(Clone, Debug)]
-pub struct Synced {
-    pub durable: DurableState,
-    /// Marks that this disk now holds, for the machine's [`crate::points::PointStore`].
-    pub marks: Vec<HeldMark>,
-}
-
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Statistics {
     pub journal_bytes: u64,
@@ -96,6 +98,10 @@ pub struct Statistics {
     pub durable_cut: u64,
     pub views: usize,
     pub inconsistent: Vec<Interval>,
+    /// Merged indexes.
+    pub indexes: usize,
+    /// Bytes of the disk whose newest content is damaged and comes again from the source.
+    pub needed_bytes: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +122,12 @@ pub enum ReplicaError {
     Read { disk: DiskId, source: ReadError },
     #[error("disk {disk}: the replica cannot be written")]
     Write { disk: DiskId, source: io::Error },
+    #[error(
+        "disk {disk}: no room to fold: up to {needed_bytes} bytes are needed for a while, {available_bytes} are free"
+    )]
+    FoldNoRoom { disk: DiskId, needed_bytes: u64, available_bytes: u64 },
+    #[error("disk {disk}: indexes cannot be merged")]
+    Merge { disk: DiskId, source: MergeError },
     #[error(transparent)]
     Journal(#[from] JournalError),
 }
@@ -132,6 +144,12 @@ impl ReplicaError {
             ReplicaError::Busy { .. } => "stop what uses it, then try again",
             ReplicaError::Read { source, .. } => source.help(),
             ReplicaError::Write { .. } => "check the process server's volume (see its kernel log)",
+            ReplicaError::FoldNoRoom { .. } => {
+                "free or add room on the process server's volume; everything stays servable, and folding goes on by itself"
+            }
+            ReplicaError::Merge { .. } => {
+                "check the process server's volume (free room, kernel log); reads take longer until then"
+            }
             ReplicaError::Journal(error) => error.help(),
         }
     }
@@ -146,9 +164,13 @@ pub struct Replica {
     base: Arc<BaseStore>,
     pins: Arc<Pins>,
     open_report: OpenReport,
+    damage: Table<damage::Known>,
+    suspects: Arc<Suspects>,
     needs: Arc<Needs>,
+    appended_bytes: AtomicU64,
     syncing: Mutex<()>,
     folding: Mutex<()>,
+    merging: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -160,66 +182,11 @@ struct State {
     /// Marks of cuts that are not durable yet.
     marks: VecDeque<(u64, HeldMark)>,
     changed_bytes: u64,
+    /// Parts of the disk whose newest content is damaged.
+    need: ExtentSet,
+    /// What the cuts up to here wrote was taken out of it.
+    healed_to: u64,
     removed: bool,
-}
-
-/// One stream's right to append. A newer session of the disk takes it away.
-pub struct Session {
-    replica: Arc<Replica>,
-    number: u64,
-}
-
-impl Session {
-    pub fn replica(&self) -> &Arc<Replica> {
-        &self.replica
-    }
-
-    fn state(&self) -> Result<MutexGuard<'_, State>, JournalError> {
-        let state = self.replica.state();
-        if state.session != self.number || state.removed {
-            return Err(JournalError::Fenced { disk: self.replica.disk });
-        }
-        Ok(state)
-    }
-
-    /// Appends chunks of the cut after the last one; every chunk is verified first, and none is kept if one fails.
-    pub fn append_chunks(&self, cut: u64, chunks: &[u8]) -> Result<(), JournalError> {
-        self.state()?.journal.append_chunks(cut, chunks)
-    }
-
-    /// Ends a cut. It exists from now on, and is durable after the next [`Replica::sync`].
-    pub fn end_cut(&self, end: &CutEnd) -> Result<(), JournalError> {
-        let mut state = self.state()?;
-        let needs = &self.replica.needs;
-        let came = if needs.is_empty() { Vec::new() } else { state.journal.open_extents() };
-        state.journal.end_cut(end)?;
-        came.into_iter().for_each(|extent| needs.came(extent));
-        state.changed_bytes += end.written_bytes;
-        if let Some(mark) = &end.mark {
-            let changed_bytes = state.changed_bytes;
-            if mark.keep {
-                state.changed_bytes = 0;
-            }
-            let held = PointDisk { disk: self.replica.disk, cut: end.cut.0, position: end.to, changed_bytes };
-            state.marks.push_back((end.cut.0, HeldMark { mark: mark.clone(), held }));
-        }
-        Ok(())
-    }
-
-    pub fn sync(&self) -> Result<Synced, JournalError> {
-        drop(self.state()?);
-        self.replica.sync()
-    }
-}
-
-impl Drop for Session {
-    /// The cut that did not end is gone, unless a newer session has begun.
-    fn drop(&mut self) {
-        if let Ok(mut state) = self.state() {
-            // A failure latches in the journal, and the next session says so.
-            let _ = state.journal.discard_open();
-        }
-    }
 }
 
 impl Replica {
@@ -253,9 +220,18 @@ impl Replica {
         fold::recover(&*storage, &manifest, &mut base, write)?;
         let info = JournalInfo { disk, disk_bytes, generation: manifest.generation };
         let tip = (&manifest.base).into();
-        let (journal, open_report) = Journal::open(storage.clone(), info, tip, limits, cache.clone(), write)?;
-        let mut state =
-            State { journal, session: 0, marks: VecDeque::new(), changed_bytes: 0, removed: false, manifest };
+        let (journal, mut open_report) = Journal::open(storage.clone(), info, tip, limits, cache.clone(), write)?;
+        let (damage, forgotten) = Table::open_or_forget(storage.clone(), damage::NAME).map_err(|error| {
+            ReadError::Io { file: storage.path(damage::NAME).display().to_string(), source: io::Error::other(error) }
+        })?;
+        // What was known to be damaged is found again by the next scrub.
+        open_report.rebuilt.extend(forgotten);
+        let needs = Needs::new(disk_bytes);
+        let need = ExtentSet::from_iter(damage.read(|known: &damage::Known| known.need.clone()));
+        needs.ask(need.iter());
+        let (marks, session, changed_bytes, removed) = (VecDeque::new(), 0, 0, false);
+        let healed_to = journal.durable().cut;
+        let mut state = State { journal, session, marks, changed_bytes, need, healed_to, removed, manifest };
         // Only a label for people: damage in the way does not keep a replica closed.
         state.changed_bytes = state.changed_since_point().unwrap_or(0);
         Ok(Arc::new(Self {
@@ -267,9 +243,13 @@ impl Replica {
             base: Arc::new(base),
             pins: Arc::default(),
             open_report,
-            needs: Needs::new(disk_bytes),
+            damage,
+            suspects: Arc::default(),
+            needs,
+            appended_bytes: AtomicU64::new(0),
             syncing: Mutex::new(()),
             folding: Mutex::new(()),
+            merging: Mutex::new(()),
             state: Mutex::new(state),
         }))
     }
@@ -344,201 +324,19 @@ impl Replica {
         Ok(state.journal.set_generation(to)?)
     }
 
-    /// Begins a session for a host that says this generation and size; fences the session before it and discards its incomplete cut.
-    pub fn begin_session(self: &Arc<Self>, generation: Generation, disk_bytes: u64) -> Result<Session, JournalError> {
-        let mut state = self.state();
-        let current = state.manifest.generation;
-        if state.removed {
-            return Err(JournalError::Fenced { disk: self.disk });
-        }
-        if generation != current {
-            return Err(JournalError::Generation { disk: self.disk, asked: generation, current });
-        }
-        if disk_bytes != self.disk_bytes {
-            return Err(JournalError::SizeChanged { disk: self.disk, known: self.disk_bytes, asked: disk_bytes });
-        }
-        state.journal.discard_open()?;
-        state.session += 1;
-        Ok(Session { number: state.session, replica: self.clone() })
-    }
-
-    /// Makes every committed cut durable: one `fdatasync` for all that waited.
-    pub fn sync(&self) -> Result<Synced, JournalError> {
-        let _one = self.syncing.lock().expect("no panic while held");
-        let handle = self.state().journal.begin_sync()?;
-        let outcome = handle.sync();
-        let mut state = self.state();
-        state.journal.finish_sync(handle, outcome)?;
-        let durable = state.durable();
-        let mut marks = Vec::new();
-        while let Some((cut, _)) = state.marks.front() {
-            if *cut > durable.cut {
-                break;
-            }
-            let (cut, mark) = state.marks.pop_front().expect("just seen");
-            if state.journal.history().is_consistent(cut) {
-                marks.push(mark);
-            }
-        }
-        Ok(Synced { durable, marks })
-    }
-
     pub fn durable(&self) -> DurableState {
         self.state().durable()
     }
 
-    /// The disk at a cut, read-only and pinned for as long as the view lives. Opening costs the number of segments.
-    pub fn view(&self, cut: u64) -> Result<View, ReplicaError> {
-        self.view_through(cut, &self.cache)
+    /// What was free on the volume when the last thing that came was refused for want of room; none since something
+    /// was taken again.
+    pub fn lacks_room(&self) -> Option<u64> {
+        self.state().journal.lacks_room()
     }
 
-    /// A view that reads through another cache: what verifies must not believe what was read before.
-    pub(crate) fn view_through(&self, cut: u64, cache: &Arc<BlockCache>) -> Result<View, ReplicaError> {
-        let not_viewable = |what: String| ReplicaError::NotViewable { disk: self.disk, cut, what };
-        let (sources, at, pin) = {
-            let state = self.state();
-            let (floor, durable) = (state.manifest.floor(), state.journal.durable().cut);
-            if cut < floor || cut > durable || cut == 0 {
-                return Err(not_viewable(format!("the replica holds cuts {} to {durable}", floor.max(1))));
-            }
-            if let Some(interval) = state.journal.history().interval(cut) {
-                let why = if interval.damaged { "cuts before it were lost" } else { "a scan was under way" };
-                return Err(not_viewable(why.to_owned()));
-            }
-            let sources =
-                state.journal.sources(state.manifest.base.cut, cut).map_err(|error| self.read_error(error))?;
-            let (position, time) = state.position_of(cut).map_err(|error| self.read_error(error))?;
-            (sources, (cut, position, time), self.pins.pin(cut))
-        };
-        let layers = sources.into_iter().map(|source: Source| source.layer(cache)).collect::<Result<_, _>>();
-        let layers = layers.map_err(|error| self.read_error(error))?;
-        Ok(View::new(layers, self.base.clone(), cache.clone(), at, pin))
-    }
-
-    /// The last consistent durable cut at or before `time` that is still there; `None`: all are later.
-    pub fn cut_at(&self, time: Timestamp) -> Result<Option<u64>, ReplicaError> {
-        let state = self.state();
-        let floor = state.manifest.floor();
-        let cut = match state.journal.last_cut_at(time).map_err(|error| self.read_error(error))? {
-            Some(cut) => cut.min(state.journal.durable().cut),
-            None if state.manifest.base.time <= time => state.manifest.base.cut,
-            None => return Ok(None),
-        };
-        let cut = state.journal.history().consistent_at_or_before(cut);
-        Ok((cut >= floor && cut > 0).then_some(cut))
-    }
-
-    /// The commit record of a cut; `None` when it was folded away or lost.
-    pub fn commit(&self, cut: u64) -> Result<Option<Commit>, ReplicaError> {
-        self.state().journal.commit(cut).map_err(|error| self.read_error(error))
-    }
-
-    /// Position and time of a cut that can be viewed.
-    pub fn position_of(&self, cut: u64) -> Result<(Option<Position>, Timestamp), ReplicaError> {
-        self.state().position_of(cut).map_err(|error| self.read_error(error))
-    }
-
-    /// Whether a point's cut is what the journal holds under this number, as far as that can be told: a journal whose
-    /// end was lost gives its numbers to other cuts.
-    pub(crate) fn may_hold(&self, held: &PointDisk) -> bool {
-        let state = self.state();
-        if held.cut > state.journal.durable().cut || !state.journal.history().is_consistent(held.cut) {
-            return false;
-        }
-        // A cut that cannot be read says so when it is opened.
-        !matches!(state.position_of(held.cut), Ok((Some(position), _)) if position != held.position)
-    }
-
-    /// The oldest cut that can still be viewed, unless it is not consistent.
-    pub fn floor(&self) -> u64 {
-        self.state().manifest.floor()
-    }
-
-    /// Marks of durable, consistent cuts after `cut`, found in the journal's index: what a point store may have missed.
-    /// Those that cannot be read are left out: the first failure is told, and how many cuts it was.
-    pub fn marks_after(&self, cut: u64) -> (Vec<HeldMark>, Option<(ReplicaError, u64)>) {
-        let (mut cut, end) = {
-            let state = self.state();
-            (cut.max(state.manifest.floor()), state.journal.durable().cut)
-        };
-        let mut marks = Vec::new();
-        let mut failed: Option<(ReplicaError, u64)> = None;
-        while cut < end {
-            cut += 1;
-            // The lock is taken for one cut at a time: appends go on.
-            let state = self.state();
-            if !state.journal.history().is_consistent(cut) {
-                continue;
-            }
-            let found = match state.marked_commit(cut) {
-                Ok(found) => found,
-                Err(error) => {
-                    failed.get_or_insert_with(|| (self.read_error(error), 0)).1 += 1;
-                    continue;
-                }
-            };
-            if let Some(commit) = found
-                && let Some(mark) = commit.end.mark
-            {
-                let held = PointDisk {
-                    disk: self.disk,
-                    cut,
-                    position: commit.end.to,
-                    changed_bytes: commit.end.written_bytes,
-                };
-                marks.push(HeldMark { mark, held });
-            }
-        }
-        (marks, failed)
-    }
-
-    /// Holds a cut against folding until [`Replica::unpin`], across restarts.
-    pub fn pin(&self, holder: &str, cut: u64, now: Timestamp) -> Result<(), ReplicaError> {
-        let mut state = self.state();
-        if cut < state.manifest.floor() {
-            let what = format!("the replica begins at cut {}", state.manifest.floor());
-            return Err(ReplicaError::NotViewable { disk: self.disk, cut, what });
-        }
-        let mut next = state.manifest.clone();
-        next.pins.retain(|pin| pin.holder != holder);
-        next.pins.push(Pin { holder: holder.to_owned(), cut, since: now });
-        self.store_pins(&mut state, next)
-    }
-
-    /// A volume without room keeps nobody from what is on it: pins are kept in memory then, and are durable with the next
-    /// manifest that can be stored. Nothing folds past them meanwhile; whoever holds one across a restart pins again.
-    fn store_pins(&self, state: &mut State, next: Manifest) -> Result<(), ReplicaError> {
-        match next.store(&*self.storage) {
-            Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
-                tracing::warn!(disk = %self.disk, %error, "no room to make pins durable");
-            }
-            outcome => outcome.map_err(|error| self.write_error(error))?,
-        }
-        state.manifest = next;
-        Ok(())
-    }
-
-    /// Gives a holder's pin back; one that is not there is fine.
-    pub fn unpin(&self, holder: &str) -> Result<(), ReplicaError> {
-        let mut state = self.state();
-        let mut next = state.manifest.clone();
-        next.pins.retain(|pin| pin.holder != holder);
-        match next.pins.len() != state.manifest.pins.len() {
-            true => self.store_pins(&mut state, next),
-            false => Ok(()),
-        }
-    }
-
-    /// Gives back the pins of everything whose name begins so.
-    pub fn unpin_all(&self, prefixes: &[&str]) -> Result<(), ReplicaError> {
-        let stale = self.durable_pins().into_iter().map(|pin| pin.holder);
-        let stale: Vec<String> =
-            stale.filter(|holder| prefixes.iter().any(|prefix| holder.starts_with(prefix))).collect();
-        stale.iter().try_for_each(|holder| self.unpin(holder))
-    }
-
-    pub fn durable_pins(&self) -> Vec<Pin> {
-        self.state().manifest.pins.clone()
+    /// Bytes that came since the replica was opened: how busy it is.
+    pub fn appended_bytes(&self) -> u64 {
+        self.appended_bytes.load(Ordering::Relaxed)
     }
 
     /// Why nothing is appended until the replica is opened again; `None`: it works.
@@ -558,6 +356,8 @@ impl Replica {
             durable_cut: state.journal.durable().cut,
             views: self.pins.count(),
             inconsistent: state.journal.history().intervals().to_vec(),
+            indexes: state.journal.merged_indexes().len(),
+            needed_bytes: state.need.iter().map(|extent| extent.length).sum(),
         }
     }
 
@@ -573,6 +373,47 @@ impl Replica {
             (views, _) => format!("{views} views of it are open"),
         };
         Err(ReplicaError::Busy { disk: self.disk, what })
+    }
+}
+
+/// Indexes.
+impl Replica {
+    /// Merges indexes until none is due, and replaces damaged ones. Returns how many were made. Blocks for as long as that takes.
+    pub fn merge_indexes(&self, stop: &Stop) -> Result<usize, ReplicaError> {
+        let _one = self.merging.lock().expect("no panic while held");
+        let damaged = self.state().journal.take_damaged_indexes();
+        for index in damaged {
+            self.storage.remove(&merged::name_of(index.first, index.last)).map_err(|error| self.write_error(error))?;
+        }
+        let mut made = 0;
+        while !stop.is_stopped() {
+            let Some(children) = self.state().journal.due_merge() else { break };
+            let index = match merged::merge(&*self.storage, self.disk, &children, stop) {
+                Ok(index) => index,
+                Err(MergeError::Stopped) => break,
+                Err(source) => return Err(ReplicaError::Merge { disk: self.disk, source }),
+            };
+            let (first, last) = (index.first, index.last);
+            let mut state = self.state();
+            let base = state.manifest.base.cut;
+            if state.journal.add_merged(index, base) {
+                made += 1;
+            } else {
+                drop(state);
+                // A fold removed its segments meanwhile.
+                self.storage.remove(&merged::name_of(first, last)).map_err(|error| self.write_error(error))?;
+            }
+        }
+        Ok(made)
+    }
+
+    /// Files that reads found to be damaged since this was last asked.
+    pub(crate) fn take_suspects(&self) -> std::collections::BTreeSet<crate::view::Suspect> {
+        self.suspects.take()
+    }
+
+    pub(crate) fn merged_indexes(&self) -> Vec<Arc<Merged>> {
+        self.state().journal.merged_indexes()
     }
 }
 
@@ -605,88 +446,21 @@ impl Replica {
     /// The active segment's file and the cuts that it held when this was called.
     pub(crate) fn active(&self) -> Option<crate::scrub::ActiveSegment> {
         let state = self.state();
-        let (end, extents) = state.journal.active_end()?;
+        let (end, entries, ends) = state.journal.active_content()?;
         let (segment, header, key) = state.journal.active_file()?;
         Some(crate::scrub::ActiveSegment {
             segment: segment.clone(),
             header: header.clone(),
             key: key.clone(),
             end,
-            extents,
+            entries,
+            ends,
         })
     }
 
     /// The extents that a cut's own chunks cover; `None` when its index cannot be read.
     pub(crate) fn cut_extents(&self, cut: u64) -> Option<Vec<Extent>> {
         self.state().journal.extents_of(cut).ok()
-    }
-
-    /// The oldest cut that a pin or an open view stands on.
-    pub(crate) fn oldest_pin(&self) -> Option<u64> {
-        let state = self.state();
-        let durable = state.manifest.pins.iter().map(|pin| pin.cut).min();
-        durable.into_iter().chain(self.pins.oldest()).min()
-    }
-
-    /// Every cut that a durable pin or an open view stands on.
-    pub(crate) fn pinned_cuts(&self) -> Vec<u64> {
-        let mut cuts: Vec<u64> = self.state().manifest.pins.iter().map(|pin| pin.cut).collect();
-        cuts.extend(self.pins.cuts());
-        cuts
-    }
-
-    /// What covers the cuts of a fold that was begun; nothing when none was.
-    pub(crate) fn fold_sources(&self) -> Result<Vec<Source>, ReplicaError> {
-        let state = self.state();
-        let Some(fold_to) = state.manifest.fold_to else { return Ok(Vec::new()) };
-        state.journal.sources(state.manifest.base.cut, fold_to).map_err(|error| self.read_error(error))
-    }
-
-    /// The newest consistent durable cut at or before `cut`.
-    pub(crate) fn consistent_at_or_before(&self, cut: u64) -> u64 {
-        let state = self.state();
-        state.journal.history().consistent_at_or_before(cut.min(state.journal.durable().cut))
-    }
-
-    /// Declares a fold to `target`, durably: no older view opens from now on. The target is lowered to the oldest pin; `None`: nothing to do.
-    pub(crate) fn declare_fold(&self, target: u64) -> Result<Option<(u64, Vec<Source>)>, ReplicaError> {
-        let mut state = self.state();
-        let pinned = state.manifest.pins.iter().map(|pin| pin.cut).chain(self.pins.oldest()).min();
-        // A fold that was begun is finished first, to where it was declared.
-        let target = state.manifest.fold_to.unwrap_or_else(|| pinned.map_or(target, |pinned| pinned.min(target)));
-        if state.journal.durable().cut < target {
-            let what = format!("it ends at cut {}, a fold to {target} was begun", state.journal.durable().cut);
-            return Err(self.read_error(ReadError::damaged(self.storage.path("segments").display().to_string(), what)));
-        }
-        if target <= state.manifest.base.cut {
-            return Ok(None);
-        }
-        let sources = state.journal.sources(state.manifest.base.cut, target).map_err(|error| self.read_error(error))?;
-        if state.manifest.fold_to != Some(target) {
-            let next = Manifest { fold_to: Some(target), ..state.manifest.clone() };
-            next.store(&*self.storage).map_err(|error| self.write_error(error))?;
-            state.manifest = next;
-        }
-        Ok(Some((target, sources)))
-    }
-
-    /// The base is at `target`: records that, then removes the segments that nothing needs any more.
-    pub(crate) fn finish_fold(&self, target: u64) -> Result<(), ReplicaError> {
-        let mut state = self.state();
-        let commit = state.journal.commit(target).map_err(|error| self.read_error(error))?;
-        let Some(commit) = commit else {
-            return Err(self.read_error(ReadError::damaged("segments", format!("cut {target} has no commit record"))));
-        };
-        let base = crate::journal::Tip {
-            cut: target,
-            position: Some(commit.end.to),
-            time: commit.end.time,
-            commit: commit.hash,
-        };
-        let next = Manifest { base: base.into(), fold_to: None, ..state.manifest.clone() };
-        next.store(&*self.storage).map_err(|error| self.write_error(error))?;
-        state.manifest = next;
-        state.journal.drop_up_to(target).map_err(|error| self.write_error(error))
     }
 }
 
@@ -708,8 +482,14 @@ impl State {
         if cut == self.manifest.base.cut {
             return Ok((self.manifest.base.position, self.manifest.base.time));
         }
-        let commit = self.journal.commit(cut)?;
-        Ok(commit.map_or((None, Timestamp(0)), |commit| (Some(commit.end.to), commit.end.time)))
+        match self.journal.commit(cut) {
+            Ok(commit) => Ok(commit.map_or((None, Timestamp(0)), |commit| (Some(commit.end.to), commit.end.time))),
+            // The index has its time, and the data is as whole as it proves itself to be: only the position is lost.
+            Err(ReadError::Damaged { .. }) => {
+                Ok((None, self.journal.commit_entry(cut)?.map_or(Timestamp(0), |entry| entry.time)))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn marked_commit(&self, cut: u64) -> Result<Option<Commit>, ReadError> {

@@ -14,8 +14,9 @@ use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
 
 use super::{DurableState, Replica, ReplicaError, ReplicaInfo};
 use crate::fold::{self, Folded, plan};
-use crate::journal::{JournalError, Limits, ReadError};
+use crate::journal::{JournalError, Limits, Part, ReadError};
 use crate::points::{Point, PointConsistency, PointError, PointSelector, PointStore, Retention, effective_times};
+use crate::scrub::{Finding, ScrubReport, look_into, touched};
 use crate::view::View;
 use crate::view::cache::{BlockCache, CACHE_BYTES};
 
@@ -81,6 +82,8 @@ pub struct FoldOutcome {
 
 #[derive(Debug, Default)]
 pub struct Maintenance {
+    /// Points that could not be stored when their marks came, and are now.
+    pub made: Vec<Point>,
     pub dropped: Vec<MarkId>,
     pub folds: Vec<FoldOutcome>,
 }
@@ -91,12 +94,16 @@ pub struct ReplicaSet {
     limits: Limits,
     replicas: RwLock<HashMap<DiskId, Arc<Replica>>>,
     machines: RwLock<HashMap<MachineId, Arc<PointStore>>>,
+    /// Lines of their logs that were damaged when these were opened.
+    damaged_lines: Mutex<BTreeMap<MachineId, usize>>,
     /// One maintenance at a time; points are thinned and disks folded by it alone.
     maintaining: Mutex<()>,
     /// Disks whose marks may not all be in their machine's points: these are found again in the journal.
     unheld: Mutex<BTreeSet<DiskId>>,
     /// Disks with marks that could not be read: the points that these would have been are gone.
     unread: Mutex<BTreeMap<DiskId, String>>,
+    /// What went wrong when a replica was last looked after.
+    untended: Mutex<BTreeMap<DiskId, String>>,
 }
 
 impl ReplicaSet {
@@ -111,9 +118,11 @@ impl ReplicaSet {
             limits,
             replicas: RwLock::default(),
             machines: RwLock::default(),
+            damaged_lines: Mutex::default(),
             maintaining: Mutex::new(()),
             unheld: Mutex::default(),
             unread: Mutex::default(),
+            untended: Mutex::default(),
             storage: storage.clone(),
         };
         let mut failures = Vec::new();
@@ -140,7 +149,7 @@ impl ReplicaSet {
     }
 
     /// Gives the machine's points the marks that the journal holds. What fails is tried again by the next maintenance.
-    fn hold_again(&self, replica: &Replica) -> Result<(), PointError> {
+    fn hold_again(&self, replica: &Replica) -> Result<Vec<Point>, PointError> {
         let disk = replica.disk();
         self.unheld.lock().expect("no panic while held").insert(disk);
         let points = self.points(replica.machine())?;
@@ -155,7 +164,7 @@ impl ReplicaSet {
             tracing::error!(%disk, message, "points are missing");
             self.unread.lock().expect("no panic while held").insert(disk, message);
         }
-        points.hold(marks)?;
+        let made = points.hold(marks)?;
         let lost: Vec<MarkId> = points
             .all()
             .iter()
@@ -166,12 +175,39 @@ impl ReplicaSet {
             tracing::error!(%disk, points = lost.len(), "the journal lost what these points were of");
         }
         self.unheld.lock().expect("no panic while held").remove(&disk);
-        Ok(())
+        Ok(made)
     }
 
     /// What is wrong with a disk's marks, when something is.
     pub fn unread_marks(&self, disk: DiskId) -> Option<String> {
         self.unread.lock().expect("no panic while held").get(&disk).cloned()
+    }
+
+    /// How many lines of a machine's log of points were damaged and left out: its points are found again in the journals,
+    /// a lock that was in them is gone.
+    pub fn damaged_lines(&self, machine: MachineId) -> usize {
+        self.damaged_lines.lock().expect("no panic while held").get(&machine).copied().unwrap_or(0)
+    }
+
+    /// What keeps a replica from being looked after, when something does.
+    pub fn untended(&self, disk: DiskId) -> Option<String> {
+        self.untended.lock().expect("no panic while held").get(&disk).cloned()
+    }
+
+    /// Bytes that came for all disks since the start: how busy this process server is.
+    pub fn appended_bytes(&self) -> u64 {
+        self.replicas().iter().map(|replica| replica.appended_bytes()).sum()
+    }
+
+    /// Reads the logs of points again. What is wrong with them is returned, and they are written again from memory.
+    pub fn check_points(&self) -> Vec<(MachineId, String)> {
+        let machines: Vec<Arc<PointStore>> =
+            self.machines.read().expect("no panic while held").values().cloned().collect();
+        let checked = machines.iter().filter_map(|store| {
+            let wrong = store.check().unwrap_or_else(|error| Some(error.to_string()));
+            Some((store.machine(), wrong?))
+        });
+        checked.collect()
     }
 
     pub fn storage(&self) -> &Arc<dyn Storage> {
@@ -255,6 +291,7 @@ impl ReplicaSet {
         let (points, damaged) = open().map_err(|source| PointError::Store { machine, source })?;
         if damaged > 0 {
             tracing::warn!(%machine, lines = damaged, "lines of the point log were damaged and left out");
+            self.damaged_lines.lock().expect("no panic while held").insert(machine, damaged);
         }
         let points = Arc::new(points);
         machines.insert(machine, points.clone());
@@ -336,9 +373,11 @@ impl ReplicaSet {
         let _one = self.maintaining.lock().expect("no panic while held");
         let store = self.points(machine)?;
         let replicas = self.of_machine(machine);
+        let mut made = Vec::new();
         for replica in &replicas {
-            if self.unheld.lock().expect("no panic while held").contains(&replica.disk()) {
-                self.hold_again(replica)?;
+            let unheld = self.unheld.lock().expect("no panic while held").contains(&replica.disk());
+            if unheld {
+                made.extend(self.hold_again(replica)?);
             }
         }
         let pinned: HashMap<DiskId, Vec<u64>> =
@@ -379,11 +418,15 @@ impl ReplicaSet {
             });
             match result {
                 Ok(None) => {}
-                Ok(Some(folded)) => folds.push(FoldOutcome { disk, result: Ok(folded) }),
+                Ok(Some(folded)) => {
+                    replica.forget_damage();
+                    replica.check_need();
+                    folds.push(FoldOutcome { disk, result: Ok(folded) });
+                }
                 Err(error) => folds.push(FoldOutcome { disk, result: Err(error) }),
             }
         }
-        Ok(Maintenance { dropped, folds })
+        Ok(Maintenance { made, dropped, folds })
     }
 
     fn holds(
@@ -414,5 +457,84 @@ impl ReplicaSet {
             window_start,
             oldest_pin: replica.oldest_pin(),
         })
+    }
+}
+
+/// What a finding of damage came to.
+#[derive(Debug, Default)]
+pub struct Quarantined {
+    /// Places that were not known to be damaged before.
+    pub new: usize,
+    /// Recovery points that show what was found.
+    pub points: Vec<MarkId>,
+}
+
+/// Damage, and what is done about it.
+impl ReplicaSet {
+    /// Names damage, flags the points that show it, and notes what has to come again from the source. `None`: it was
+    /// stopped; finding the damage again does the rest.
+    pub fn quarantine(
+        &self,
+        replica: &Replica,
+        findings: &[Finding],
+        stop: &Stop,
+    ) -> Result<Option<Quarantined>, PointError> {
+        let disk = replica.disk();
+        let new = replica.note_damage(findings, Timestamp::now());
+        let store = self.points(replica.machine())?;
+        let points: Vec<_> = store.all().into_iter().filter_map(|point| Some((point.cut_of(disk)?, point))).collect();
+        let mut cuts: Vec<u64> = points.iter().map(|(cut, _)| *cut).collect();
+        cuts.sort_unstable();
+        let Some(touched) = touched(replica, findings, &cuts, stop) else { return Ok(None) };
+        let hit: Vec<&Point> = points.iter().filter(|(cut, _)| touched.contains(cut)).map(|(_, point)| point).collect();
+        store.flag_all_damaged(&hit.iter().map(|point| point.id).collect::<Vec<_>>())?;
+        let kept: Vec<&Point> = hit.into_iter().filter(|point| point.keep).collect();
+        for damage in &new {
+            let times = kept.first().zip(kept.last()).map(|(first, last)| format!("{} to {}", first.time, last.time));
+            let needed_bytes = replica.statistics().needed_bytes;
+            tracing::error!(%disk, file = damage.file, what = damage.what, points = kept.len(), times, needed_bytes, "damaged data is quarantined");
+        }
+        Ok(Some(Quarantined { new: new.len(), points: kept.iter().map(|point| point.id).collect() }))
+    }
+
+    /// Looks after every replica: indexes are merged and repaired, what reads found to be damaged is looked into. Cheap when
+    /// there is nothing to do.
+    pub fn tend(&self, stop: &Stop) {
+        for replica in self.replicas() {
+            if stop.is_stopped() {
+                return;
+            }
+            let disk = replica.disk();
+            if let Err(error) = self.tend_replica(&replica, stop) {
+                // Said once for each message: a full volume stays full for a while.
+                let message = error.to_string();
+                let before = self.untended.lock().expect("no panic while held").insert(disk, message.clone());
+                if before.as_ref() != Some(&message) {
+                    tracing::warn!(%disk, %error, "indexes cannot be looked after");
+                }
+            } else {
+                self.untended.lock().expect("no panic while held").remove(&disk);
+            }
+        }
+    }
+
+    fn tend_replica(&self, replica: &Replica, stop: &Stop) -> Result<(), SetError> {
+        let mut report = ScrubReport::default();
+        for suspect in replica.take_suspects() {
+            look_into(replica, &suspect, stop, &mut report);
+        }
+        let (findings, mut indexes) = report.take_findings();
+        if !findings.is_empty() {
+            self.quarantine(replica, &findings, stop)?;
+        }
+        indexes.extend(replica.parts().iter().filter_map(|part| match part {
+            Part::Sealed(sealed) if sealed.is_index_damaged() => Some(sealed.first_cut()),
+            _ => None,
+        }));
+        for first in indexes {
+            replica.repair_segment(first)?;
+        }
+        replica.merge_indexes(stop)?;
+        Ok(())
     }
 }

@@ -68,6 +68,7 @@ struct World {
     /// What may still be written behind the ends of files; all of it when `None`.
     room: Option<u64>,
     syncs_fail: bool,
+    next_sync_fails: bool,
 }
 
 impl World {
@@ -109,6 +110,30 @@ impl SimStorage {
     /// From now on every sync of a file fails.
     pub fn fail_syncs(&self) {
         self.world.lock().unwrap().syncs_fail = true;
+    }
+
+    /// The next sync of a file fails, and what it was for never reaches the media.
+    pub fn fail_next_sync(&self) {
+        self.world.lock().unwrap().next_sync_fails = true;
+    }
+
+    /// What is there now, as another machine would have it.
+    pub fn copy(&self) -> SimStorage {
+        self.after_crash(1)
+    }
+
+    /// Puts the files of another storage whose names begin so in the place of its own.
+    pub fn replace_files(&self, prefix: &str, from: &SimStorage) {
+        let files = from.files();
+        let mut world = self.world.lock().unwrap();
+        world.names.retain(|name, _| !name.starts_with(prefix));
+        for (name, content) in files.into_iter().filter(|(name, _)| name.starts_with(prefix)) {
+            world.next += 1;
+            let inode = world.next;
+            world.inodes.insert(inode, Inode { now: content.clone(), durable: content, changes: Vec::new() });
+            world.names.insert(name, inode);
+        }
+        world.durable_names = world.names.clone();
     }
 
     pub fn is_off(&self) -> bool {
@@ -344,12 +369,15 @@ impl StorageFile for SimFile {
     fn sync(&self) -> io::Result<()> {
         let mut world = self.world.lock().unwrap();
         world.step()?;
-        if world.syncs_fail {
+        let fails = world.syncs_fail || world.next_sync_fails;
+        world.next_sync_fails = false;
+        let file = world.inodes.get_mut(&self.inode).unwrap();
+        let changes = std::mem::take(&mut file.changes);
+        if fails {
+            // As the kernel does: what could not be written is called clean, and is in memory alone.
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        let file = world.inodes.get_mut(&self.inode).unwrap();
-        file.durable = file.now.clone();
-        file.changes.clear();
+        changes.iter().for_each(|change| apply(&mut file.durable, change));
         Ok(())
     }
 
@@ -500,6 +528,35 @@ impl TestHost {
             written_bytes: 512,
             mark,
         }
+    }
+
+    /// Sends a cut that holds the newest content of these places.
+    pub fn send_at(
+        &mut self,
+        session: &Session,
+        places: &[Extent],
+        mark: Option<Mark>,
+    ) -> Result<(), crate::journal::JournalError> {
+        let mut sealer = Sealer::new(ChunkKey::new(self.info.disk, self.info.generation), Compression::Off);
+        let mut chunks = Vec::new();
+        for place in places {
+            let mut at = place.offset;
+            while at < place.end() {
+                let length = (place.end() - at).min(65536);
+                let mut sealed = Vec::new();
+                let data = &self.content[at as usize..(at + length) as usize];
+                sealer.seal(&[Extent::new(at, length)], data, &mut sealed);
+                chunks.push(sealed);
+                at += length;
+            }
+        }
+        let end = self.end(CutKind::Records, &chunks, mark);
+        chunks.iter().try_for_each(|chunk| session.append_chunks(end.cut.0, chunk))?;
+        session.end_cut(&end)?;
+        (self.cut, self.position) = (end.cut.0, Some(end.to));
+        self.positions.insert(self.cut, end.to);
+        self.contents.insert(self.cut, self.content.clone());
+        Ok(())
     }
 
     /// Sends one cut. After an error the host is as it was, but for `content`.

@@ -19,28 +19,28 @@ use crate::scrub;
 use crate::view::cache::BlockCache;
 
 /// 81 sectors: the last block is short.
-const DISK_BYTES: u64 = 41_472;
+pub(super) const DISK_BYTES: u64 = 41_472;
 
-fn small() -> Limits {
+pub(super) fn small() -> Limits {
     Limits { segment_bytes: 24 << 10, segment_extents: 40, segment_cuts: 6, reserve_bytes: 0, ..Limits::default() }
 }
 
-fn tight() -> Retention {
+pub(super) fn tight() -> Retention {
     Retention { any_time_window: Duration::ZERO, point_age_max: Duration::ZERO, points_max: 0 }
 }
 
-fn open(storage: &SimStorage) -> ReplicaSet {
+pub(super) fn open(storage: &SimStorage) -> ReplicaSet {
     let (set, failures) = ReplicaSet::open(Arc::new(storage.clone()), small()).unwrap();
     assert!(failures.is_empty(), "{failures:?}");
     set
 }
 
-fn session(replica: &Arc<Replica>) -> Session {
+pub(super) fn session(replica: &Arc<Replica>) -> Session {
     replica.begin_session(replica.generation(), DISK_BYTES).unwrap()
 }
 
 /// Every cut that the replica holds shows what the host had, through reads of odd places as well; others are refused.
-fn check(replica: &Replica, contents: &BTreeMap<u64, Vec<u8>>) -> u64 {
+pub(super) fn check(replica: &Replica, contents: &BTreeMap<u64, Vec<u8>>) -> u64 {
     let durable = replica.durable();
     let mut shown = 0;
     for cut in 1..=durable.cut + 1 {
@@ -682,7 +682,7 @@ fn a_folder_is_inspected_and_verified_without_a_write() {
 }
 
 /// A replica that was scanned and has `cuts` more, each at a mark.
-fn scanned(storage: &SimStorage, cuts: u64) -> (ReplicaSet, Arc<Replica>, TestHost, Session, Chance) {
+pub(super) fn scanned(storage: &SimStorage, cuts: u64) -> (ReplicaSet, Arc<Replica>, TestHost, Session, Chance) {
     let set = open(storage);
     let mut host = TestHost::new(DISK_BYTES);
     let mut chance = Chance(11);
@@ -799,8 +799,11 @@ fn a_full_volume_refuses_loses_nothing_and_goes_on_when_there_is_room() {
         host.send(&stream, CutKind::Records, Some(mark.clone()), &mut chance).unwrap();
         set.sync(&replica).unwrap();
         let all = Retention { any_time_window: Duration::MAX, point_age_max: Duration::MAX, points_max: usize::MAX };
-        set.maintain(host.info.machine, &all, Timestamp(host.time), &Stop::new()).unwrap();
+        let before = points.list().len();
+        let done = set.maintain(host.info.machine, &all, Timestamp(host.time), &Stop::new()).unwrap();
         let points = points.list();
+        // Who waits for a point is told by these.
+        assert_eq!(done.made.len(), points.len() - before);
         assert_eq!(points.len() as u64, host.cut - 1, "room {room}: every mark is a point in the end");
         assert_eq!(points.last().unwrap().id, mark.id);
         check(&replica, &host.contents);

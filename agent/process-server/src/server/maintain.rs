@@ -11,6 +11,8 @@ use tidemark_base::thread::JoinHandle;
 use tidemark_base::{DiskId, MachineId};
 use tidemark_proto::control::Problem;
 
+use tokio::sync::watch;
+
 use super::now;
 use crate::replica::ReplicaSet;
 use crate::settings::Settings;
@@ -24,15 +26,22 @@ pub struct Maintainer {
 struct Worker {
     set: Arc<ReplicaSet>,
     settings: Arc<Settings>,
+    points: Arc<watch::Sender<u64>>,
     stop: Stop,
     /// What went wrong the last time, by disk; shown in the status until it goes well.
     problems: Mutex<BTreeMap<DiskId, Problem>>,
 }
 
 impl Maintainer {
-    pub fn start(set: Arc<ReplicaSet>, settings: Arc<Settings>, interval: Duration) -> io::Result<Self> {
-        let worker = Arc::new(Worker { set, settings, stop: Stop::new(), problems: Mutex::default() });
-        let thread = tidemark_base::thread::Builder::new().name("maintain".to_owned()).spawn({
+    /// `points` grows whenever points were made.
+    pub fn start(
+        set: Arc<ReplicaSet>,
+        settings: Arc<Settings>,
+        points: Arc<watch::Sender<u64>>,
+        interval: Duration,
+    ) -> io::Result<Self> {
+        let worker = Arc::new(Worker { set, settings, points, stop: Stop::new(), problems: Mutex::default() });
+        let thread = std::thread::Builder::new().name("maintain".to_owned()).spawn({
             let worker = worker.clone();
             move || {
                 while !worker.stop.wait_for(interval) {
@@ -70,6 +79,10 @@ impl Worker {
             }
             match self.set.maintain(machine, &settings.retention, now(), &self.stop) {
                 Ok(maintenance) => {
+                    if !maintenance.made.is_empty() {
+                        tracing::info!(%machine, points = maintenance.made.len(), "points were stored after all");
+                        self.points.send_modify(|changes| *changes += 1);
+                    }
                     if !maintenance.dropped.is_empty() {
                         tracing::debug!(%machine, points = maintenance.dropped.len(), "points thinned");
                     }

@@ -11,6 +11,7 @@ mod pins;
 mod recover;
 mod report;
 mod scrubber;
+mod tend;
 #[cfg(test)]
 mod tests;
 
@@ -35,14 +36,18 @@ use crate::journal::Limits;
 use crate::points::{self, PointError};
 use crate::replica::{OpenFailure, ReplicaError, ReplicaInfo, ReplicaSet, SetError};
 use crate::serve::Serves;
-use crate::settings::{MachineSettings, Settings};
+use crate::settings::{self, MachineSettings, Settings};
+use crate::table::TableError;
 use maintain::Maintainer;
-use scrubber::Scrubber;
+use scrubber::{Scrubber, Tables};
+use tend::Tender;
 
 /// How often points are thinned and journals folded.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(10);
 /// How often every byte of a replica is read again.
 const SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 86_400);
+/// How fast a scrub reads, on average: 2.7 TB a day, and a small part of what a disk can do.
+const SCRUB_RATE_BYTES: u64 = 32 << 20;
 
 pub struct ProcessServerConfig {
     /// Replicas, points and settings. Made when it is absent.
@@ -59,6 +64,8 @@ pub struct ProcessServerConfig {
     pub qemu_img: PathBuf,
     pub maintenance_interval: Duration,
     pub scrub_interval: Duration,
+    /// What a scrub in the background reads in a second at most.
+    pub scrub_rate_bytes: u64,
 }
 
 impl ProcessServerConfig {
@@ -74,6 +81,7 @@ impl ProcessServerConfig {
             qemu_img: "qemu-img".into(),
             maintenance_interval: MAINTENANCE_INTERVAL,
             scrub_interval: SCRUB_INTERVAL,
+            scrub_rate_bytes: SCRUB_RATE_BYTES,
         }
     }
 }
@@ -97,6 +105,7 @@ struct Inner {
     transport: Mutex<Option<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>>>,
     maintainer: Maintainer,
     scrubber: Scrubber,
+    tender: Tender,
     /// Locked until everything has stopped; the lock goes with the descriptor.
     lock: Mutex<Option<Arc<dyn StorageFile>>>,
 }
@@ -125,6 +134,7 @@ impl ProcessServer {
     }
 
     fn open(config: ProcessServerConfig, address: SocketAddr) -> Result<Self, Failure> {
+        raise_file_limit();
         let storage = RealStorage::create(&config.folder).map_err(|error| store_failed(&error))?;
         let lock = lock_folder(&*storage)?;
         let (set, open_failures) = ReplicaSet::open(storage.clone(), config.limits).map_err(set_failed)?;
@@ -134,16 +144,18 @@ impl ProcessServer {
         let set = Arc::new(set);
         pins::release_stale(&set);
         let authorisations = Arc::new(Authorisations::open(storage.clone()).map_err(authorise_failed)?);
-        let settings = Arc::new(Settings::open(storage.clone()).map_err(|error| store_failed(&error))?);
+        let settings = Arc::new(Settings::open(storage.clone(), settings::FILE).map_err(table_failed)?);
         let serves = Serves::open(storage.clone(), &config.socket)?;
         let points = Arc::new(watch::channel(0).0);
         let stores = ReplicaStores::new(set.clone(), points.clone());
         let acceptor =
             Acceptor::new(authorisations.clone(), stores, config.pool_bytes).map_err(|error| store_failed(&error))?;
-        let maintainer = Maintainer::start(set.clone(), settings.clone(), config.maintenance_interval)
+        let maintainer = Maintainer::start(set.clone(), settings.clone(), points.clone(), config.maintenance_interval)
             .map_err(|error| store_failed(&error))?;
-        let scrubber =
-            Scrubber::start(set.clone(), storage, config.scrub_interval).map_err(|error| store_failed(&error))?;
+        let tables = Tables { authorisations: authorisations.clone(), settings: settings.clone() };
+        let scrubber = Scrubber::start(set.clone(), tables, storage, config.scrub_interval, config.scrub_rate_bytes)
+            .map_err(|error| store_failed(&error))?;
+        let tender = Tender::start(set.clone()).map_err(|error| store_failed(&error))?;
         Ok(Self(Arc::new(Inner {
             address,
             set,
@@ -158,6 +170,7 @@ impl ProcessServer {
             transport: Mutex::default(),
             maintainer,
             scrubber,
+            tender,
             lock: Mutex::new(Some(lock)),
         })))
     }
@@ -183,6 +196,7 @@ impl ProcessServer {
         let finishing = tokio::task::spawn_blocking(move || {
             inner.maintainer.stop();
             inner.scrubber.stop();
+            inner.tender.stop();
             inner.serves.stop_all();
             drop(inner.lock.lock().expect("no panic while held").take());
         });
@@ -244,8 +258,9 @@ impl ProcessServer {
         blocking(move || {
             let change = inner.settings.change(|machines| {
                 machines.insert(grant.machine, MachineSettings { name, retention });
+                Ok(())
             });
-            change.map_err(|error| store_failed(&error))
+            change.map(drop).map_err(table_failed)
         })
         .await
     }
@@ -276,7 +291,11 @@ impl ProcessServer {
             for replica in inner.set.of_machine(machine) {
                 inner.set.remove(replica.disk()).map_err(set_failed)?;
             }
-            inner.settings.change(|machines| drop(machines.remove(&machine))).map_err(|error| store_failed(&error))?;
+            let change = inner.settings.change(|machines| {
+                machines.remove(&machine);
+                Ok(())
+            });
+            change.map_err(table_failed)?;
             // Last: until it is done the command is repeated. What stays of it would name cuts of a later replica.
             inner.set.remove_points(machine).map_err(set_failed)
         })
@@ -286,15 +305,16 @@ impl ProcessServer {
     pub async fn set_retention(&self, machine: MachineId, retention: Retention) -> Result<(), Failure> {
         let inner = self.0.clone();
         blocking(move || {
-            if inner.settings.get(machine).is_none() {
+            if !inner.settings.read(|machines| machines.contains_key(&machine)) {
                 return Err(unknown_machine(machine));
             }
             let change = inner.settings.change(|machines| {
                 if let Some(settings) = machines.get_mut(&machine) {
                     settings.retention = retention_of(retention);
                 }
+                Ok(())
             });
-            change.map_err(|error| store_failed(&error))
+            change.map(drop).map_err(table_failed)
         })
         .await
     }
@@ -354,6 +374,23 @@ impl Inner {
     }
 }
 
+/// Every segment of every replica is an open file; the usual limit of 1,024 is for programs that use `select`.
+fn raise_file_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls touch the structure alone, which lives as long as they run.
+    let raised = unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && limit.rlim_cur < limit.rlim_max {
+            limit.rlim_cur = limit.rlim_max;
+            if libc::setrlimit(libc::RLIMIT_NOFILE, &limit) == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        } else {
+            Ok(())
+        }
+    };
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
+}
+
 /// Two processes on one folder would each believe that they know the journals' ends.
 fn lock_folder(storage: &dyn Storage) -> Result<Arc<dyn StorageFile>, Failure> {
     let lock = storage.open("lock", OpenMode::OpenOrCreate).map_err(|error| store_failed(&error))?;
@@ -396,10 +433,14 @@ fn store_failed(error: &io::Error) -> Failure {
     Failure::from_error(FailureKind::Failed, error, "check the process server's volume (free room, kernel log)")
 }
 
+fn table_failed(error: TableError) -> Failure {
+    Failure::from_error(FailureKind::Failed, &error, error.help())
+}
+
 fn authorise_failed(error: AuthoriseError) -> Failure {
     let kind = match &error {
         AuthoriseError::Superseded { .. } | AuthoriseError::Size { .. } => FailureKind::Conflict,
-        AuthoriseError::Store(_) | AuthoriseError::Damaged { .. } => FailureKind::Failed,
+        AuthoriseError::Table(_) => FailureKind::Failed,
     };
     Failure::from_error(kind, &error, error.help())
 }

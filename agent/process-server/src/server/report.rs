@@ -111,7 +111,7 @@ impl ProcessServer {
 
 impl Inner {
     pub(super) fn known(&self, machine: MachineId) -> Result<(), Failure> {
-        if self.settings.get(machine).is_none() && self.set.of_machine(machine).is_empty() {
+        if !self.settings.read(|machines| machines.contains_key(&machine)) && self.set.of_machine(machine).is_empty() {
             return Err(unknown_machine(machine));
         }
         Ok(())
@@ -152,6 +152,37 @@ impl Inner {
             message: format!("disk {}: the journal failed and takes nothing more: {message}", replica.disk()),
             help: "check the process server's volume (see its kernel log), then restart the process server".to_owned(),
         }));
+        problems.extend(replica.lacks_room().map(|free| Problem {
+            critical: true,
+            message: format!(
+                "disk {}: what comes is refused for want of room: {free} bytes were free on the volume",
+                replica.disk()
+            ),
+            help: "free or add room on the process server's volume, or shorten the retention; nothing was lost, the host waits and goes on by itself".to_owned(),
+        }));
+        problems.extend(self.scrubber.file_problems().into_iter().map(|message| Problem {
+            critical: false,
+            message: format!("a file of the process server was damaged, and was written again: {message}"),
+            help: "check the process server's volume".to_owned(),
+        }));
+        problems.extend(self.set.untended(replica.disk()).map(|message| Problem {
+            critical: false,
+            message: format!("disk {}: {message}", replica.disk()),
+            help: "check the process server's volume (free room, kernel log)".to_owned(),
+        }));
+        if statistics.needed_bytes > 0 {
+            problems.push(Problem {
+                critical: true,
+                message: format!(
+                    "disk {}: {} bytes of its newest content are damaged here; recovery points made now are flagged",
+                    replica.disk(),
+                    statistics.needed_bytes
+                ),
+                help:
+                    "the host sends them again by itself when it is connected; check the volume of the process server"
+                        .to_owned(),
+            });
+        }
         if durable.needs_scan {
             problems.push(Problem {
                 critical: true,
@@ -177,6 +208,8 @@ impl Inner {
                 String::new()
             }
         };
+        let scrubbed = self.scrubber.scrubbed(replica.disk());
+        let pass = scrubbed.as_ref().and_then(|scrubbed| scrubbed.pass.as_ref());
         ReplicaDisk {
             disk: replica.disk(),
             consistent: !durable.scan_open && !durable.needs_scan && durable.consistent_cut > 0,
@@ -185,6 +218,9 @@ impl Inner {
             durable_time: (durable.cut > 0).then_some(durable.time),
             stored_bytes: statistics.journal_bytes + statistics.base_allocated_bytes,
             problems,
+            scrubbed_time: scrubbed.as_ref().and_then(|scrubbed| scrubbed.ended),
+            scrub_started: pass.map(|pass| pass.started),
+            scrub_bytes: pass.map_or(0, |pass| pass.bytes),
         }
     }
 }
@@ -202,6 +238,9 @@ fn unopened_disk(failure: &OpenFailure) -> Option<ReplicaDisk> {
         durable_time: None,
         stored_bytes: 0,
         problems: vec![problem],
+        scrubbed_time: None,
+        scrub_started: None,
+        scrub_bytes: 0,
     })
 }
 

@@ -1,6 +1,6 @@
 //! The disk as it was at one cut.
 //!
-//! A read asks the segments, newest first, and takes from the base what none of them covers. Every byte is proven on the way:
+//! A read asks the indexes, newest first (merged ones for many segments: [`crate::journal::merged`]), and takes from the base what none of them covers. Every byte is proven on the way:
 //! chunks by their hash, index pages and base blocks by their sums.
 //!
 //! *Consistency.* A view is of one consistent cut and never changes; what is appended or folded meanwhile does not show.
@@ -11,16 +11,17 @@
 pub mod cache;
 pub mod scratch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tidemark_base::disk::{Allocation, Disk, Durability};
 use tidemark_base::sync::Mutex;
 use tidemark_base::{Extent, Position, Timestamp};
 
 use crate::fold::base::BaseStore;
-use crate::journal::{Layer, Place, ReadError};
+use crate::journal::{Found, Layer, ReadError};
 use cache::BlockCache;
 
 /// How many neighbouring runs of one kind become one answer.
@@ -66,6 +67,29 @@ impl Drop for PinGuard {
     }
 }
 
+/// A file, and the part of the disk that was read, where that is known.
+pub type Suspect = (String, Option<Extent>);
+
+/// What reads found to be damaged, until somebody looks into it.
+#[derive(Default)]
+pub struct Suspects(Mutex<BTreeSet<Suspect>>);
+
+impl Suspects {
+    /// More are not remembered: the scrub finds them.
+    const MAX: usize = 64;
+
+    fn note(&self, file: &str, extent: Option<Extent>) {
+        let mut suspects = self.0.lock().expect("no panic while held");
+        if suspects.len() < Self::MAX {
+            suspects.insert((file.to_owned(), extent));
+        }
+    }
+
+    pub fn take(&self) -> BTreeSet<Suspect> {
+        std::mem::take(&mut *self.0.lock().expect("no panic while held"))
+    }
+}
+
 /// A read-only disk.
 pub struct View {
     layers: Vec<Layer>,
@@ -75,6 +99,9 @@ pub struct View {
     position: Option<Position>,
     time: Timestamp,
     _pin: PinGuard,
+    suspects: Arc<Suspects>,
+    /// Indexes that reads asked, the base counted as one.
+    look_ups: AtomicU64,
 }
 
 impl View {
@@ -85,8 +112,10 @@ impl View {
         cache: Arc<BlockCache>,
         at: (u64, Option<Position>, Timestamp),
         pin: PinGuard,
+        suspects: Arc<Suspects>,
     ) -> Self {
-        Self { layers, base, cache, cut: at.0, position: at.1, time: at.2, _pin: pin }
+        let (cut, position, time) = at;
+        Self { layers, base, cache, cut, position, time, _pin: pin, suspects, look_ups: AtomicU64::new(0) }
     }
 
     pub fn cut(&self) -> u64 {
@@ -101,29 +130,45 @@ impl View {
         self.time
     }
 
+    /// Indexes that a read asks at most, without the base.
     pub fn layers(&self) -> usize {
         self.layers.len()
     }
 
+    /// Indexes that reads asked since the view was opened, the base counted as one.
+    pub fn look_ups(&self) -> u64 {
+        self.look_ups.load(Ordering::Relaxed)
+    }
+
     /// Fills `buffer` from `offset`; the range lies on the disk.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        let result = self.read_layers(offset, buffer);
+        if let Err(ReadError::Damaged { file, extent, .. }) = &result {
+            self.suspects.note(file, *extent);
+        }
+        result
+    }
+
+    fn read_layers(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
         let mut gaps = vec![Extent::new(offset, buffer.len() as u64)];
-        let mut pieces: Vec<(Extent, Place)> = Vec::new();
+        let mut pieces: Vec<Found<'_>> = Vec::new();
+        let mut asked = 0;
         for layer in &self.layers {
             if gaps.is_empty() {
                 break;
             }
+            asked += 1;
             let mut left = Vec::new();
             for gap in gaps {
                 pieces.clear();
-                layer.overlapping(gap, &self.cache, &mut |extent, place| pieces.push((extent, place)))?;
+                layer.overlapping(gap, &self.cache, &mut |found| pieces.push(found))?;
                 let mut at = gap.offset;
-                for (extent, place) in &pieces {
+                for Found { extent, place, segment } in &pieces {
                     if extent.offset > at {
                         left.push(Extent::new(at, extent.offset - at));
                     }
                     let part = &mut buffer[(extent.offset - offset) as usize..][..extent.length as usize];
-                    layer.segment().read_extent(*extent, place, part, &self.cache)?;
+                    segment.read_extent(*extent, place, part, &self.cache)?;
                     at = extent.end();
                 }
                 if at < gap.end() {
@@ -132,6 +177,8 @@ impl View {
             }
             gaps = left;
         }
+        asked += u64::from(!gaps.is_empty());
+        self.look_ups.fetch_add(asked, Ordering::Relaxed);
         for gap in gaps {
             self.base.read_at(gap.offset, &mut buffer[(gap.offset - offset) as usize..][..gap.length as usize])?;
         }
