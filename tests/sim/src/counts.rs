@@ -64,7 +64,6 @@ kinds! {
     NewEpoch "scan-started",
     Fold "fold",
     PointChecked "point-checked",
-    CutChecked "cut-checked",
     FloorChecked "flush-contract-checked",
     Converged "converged",
 }

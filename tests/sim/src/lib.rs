@@ -35,6 +35,19 @@ use oracle::{Content, Oracle};
 use server::ServerState;
 use world::{Process, Sim};
 
+/// Safeguards of `tidemark_base::sabotage` whose loss some seed was seen to fail of.
+pub const SEEN_SABOTAGES: &[&str] = &[
+    "journal-sync",
+    "disk-flush",
+    "intent-wait",
+    "slots-read",
+    "dirty-mark",
+    "fold-sync",
+    "scan-acknowledged",
+    "replace-sync",
+    "epoch-scan",
+];
+
 /// What one run came to.
 pub struct Outcome {
     pub seed: u64,

@@ -606,7 +606,9 @@ impl StorageFile for MediaFile {
     }
 
     fn write_vectored_at(&self, offset: u64, data: &[IoSlice<'_>]) -> io::Result<()> {
-        self.write(offset, data.iter().flat_map(|slice| slice.iter().copied()).collect())
+        let mut all = Vec::with_capacity(data.iter().map(|slice| slice.len()).sum());
+        data.iter().for_each(|slice| all.extend_from_slice(slice));
+        self.write(offset, all)
     }
 
     fn sync(&self) -> io::Result<()> {

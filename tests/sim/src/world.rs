@@ -464,6 +464,8 @@ impl Sim {
     }
 
     fn end(&self) {
+        // Nobody runs any more, also when a failure ended the run in the middle.
+        self.current.set(0);
         for process in [Process::Host, Process::Server, Process::Outside] {
             self.kill(process);
         }
