@@ -41,7 +41,7 @@ impl Maintainer {
         interval: Duration,
     ) -> io::Result<Self> {
         let worker = Arc::new(Worker { set, settings, points, stop: Stop::new(), problems: Mutex::default() });
-        let thread = std::thread::Builder::new().name("maintain".to_owned()).spawn({
+        let thread = tidemark_base::thread::Builder::new().name("maintain".to_owned()).spawn({
             let worker = worker.clone();
             move || {
                 while !worker.stop.wait_for(interval) {
