@@ -14,7 +14,7 @@ use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::identity::{Identity, PeerIdentity, Role};
-use crate::{CONNECTION_WINDOW_BYTES, HTTP2_FRAME_BYTES_MAX, STREAM_WINDOW_BYTES, tls};
+use crate::{CONNECTION_WINDOW_BYTES, HTTP2_FRAME_BYTES_MAX, STREAM_WINDOW_BYTES, TLS_BUFFER_BYTES, tls};
 
 /// How long dialling and the handshake may take together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -127,10 +127,12 @@ pub async fn dial(address: &str, config: Arc<ClientConfig>) -> Result<TlsStream<
     let dialling = async {
         let stream = TcpStream::connect(address).await.map_err(unreachable)?;
         stream.set_nodelay(true).map_err(unreachable)?;
-        TlsConnector::from(config)
+        let mut stream = TlsConnector::from(config)
             .connect(name, stream)
             .await
-            .map_err(|error| ConnectError::Refused { address: address.to_owned(), reason: error.to_string() })
+            .map_err(|error| ConnectError::Refused { address: address.to_owned(), reason: error.to_string() })?;
+        stream.get_mut().1.set_buffer_limit(Some(TLS_BUFFER_BYTES));
+        Ok(stream)
     };
     tokio::time::timeout(CONNECT_TIMEOUT, dialling).await.unwrap_or_else(|_| Err(unreachable(late())))
 }

@@ -9,12 +9,14 @@
 pub mod client;
 pub mod export;
 pub mod identity;
+pub mod messages;
 pub mod server;
 pub mod tls;
 
 pub use client::{ConnectError, Expected, connect};
 pub use export::{ExportAuthority, ExportTlsError};
 pub use identity::{Authority, Identity, IdentityError, PeerIdentity, Role};
+pub use messages::{Message, Messages};
 pub use server::{Connection, PeerInfo, TlsListener, peer_of, serve};
 
 /// Windows and frames of HTTP/2, the same on both ends. The protocol's default window of 64 KiB allows 3 MB/s at a
@@ -22,6 +24,9 @@ pub use server::{Connection, PeerInfo, TlsListener, peer_of, serve};
 pub const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 pub const HTTP2_FRAME_BYTES_MAX: u32 = 1 << 20;
+
+/// What one connection ciphers ahead of the network: a frame of disk data goes out in one call.
+pub const TLS_BUFFER_BYTES: usize = 256 << 10;
 
 /// The largest message that a service of ours decodes: a frame of chunks and what is around it.
 pub const MESSAGE_BYTES_MAX: usize = tidemark_base::FRAME_BYTES_MAX + (64 << 10);

@@ -23,7 +23,7 @@ use tonic::transport::server::Connected;
 
 use crate::client::{KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT};
 use crate::identity::PeerIdentity;
-use crate::{CONNECTION_WINDOW_BYTES, HTTP2_FRAME_BYTES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX};
+use crate::{CONNECTION_WINDOW_BYTES, HTTP2_FRAME_BYTES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX, TLS_BUFFER_BYTES};
 
 /// Handshakes under way at once; more wait in the kernel's queue.
 pub const HANDSHAKES_MAX: usize = 64;
@@ -150,7 +150,8 @@ async fn shake_hands(
     stream: TcpStream,
 ) -> io::Result<(TlsStream<TcpStream>, Option<PeerIdentity>)> {
     stream.set_nodelay(true)?;
-    let stream = acceptor.accept(stream).await?;
+    let mut stream = acceptor.accept(stream).await?;
+    stream.get_mut().1.set_buffer_limit(Some(TLS_BUFFER_BYTES));
     let identity = match stream.get_ref().1.peer_certificates().and_then(<[_]>::first) {
         Some(certificate) => Some(PeerIdentity::of_certificate(certificate).map_err(io::Error::other)?),
         None => None,

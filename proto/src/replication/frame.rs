@@ -1,6 +1,7 @@
 //! The frames of a stream.
 
-use bytes::Bytes;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use prost::Message as _;
 use tidemark_base::{DiskId, Extent, FRAME_BYTES_MAX, Generation, Position};
 
 use super::{CutEnd, CutOrdinal, Differing, Hashes, Need, Refusal, WireError, array, id, positive, wire};
@@ -85,6 +86,56 @@ pub struct Durable {
 pub struct Close {
     pub cuts: u64,
     pub bytes: u64,
+}
+
+impl HostFrame {
+    /// The encoded frame in two parts: what is around its payload, and the payload, which is not copied.
+    pub fn encode(self) -> (Bytes, Bytes) {
+        match self {
+            HostFrame::Data(Data { cut, chunks }) => (data_head(cut, chunks.len()), chunks),
+            frame => (wire::HostFrame::from(frame).encode_to_vec().into(), Bytes::new()),
+        }
+    }
+
+    /// A payload that lies in one piece of `bytes` is not copied.
+    pub fn decode(bytes: impl Buf) -> Result<Self, WireError> {
+        wire::HostFrame::decode(bytes).map_err(|error| WireError::Encoding(error.to_string()))?.try_into()
+    }
+}
+
+impl ServerFrame {
+    pub fn encode(self) -> Bytes {
+        wire::ServerFrame::from(self).encode_to_vec().into()
+    }
+
+    pub fn decode(bytes: impl Buf) -> Result<Self, WireError> {
+        wire::ServerFrame::decode(bytes).map_err(|error| WireError::Encoding(error.to_string()))?.try_into()
+    }
+}
+
+/// All of an encoded `Data` frame up to its chunks: the fields of a oneof of one message in another, in their order.
+fn data_head(cut: CutOrdinal, chunks_bytes: usize) -> Bytes {
+    const BODY_DATA: u8 = 2 << 3 | 2;
+    const DATA_CUT: u8 = 1 << 3;
+    const DATA_CHUNKS: u8 = 2 << 3 | 2;
+    let put_number = |number: u64, out: &mut BytesMut| {
+        // A protobuf length is any variable-length number.
+        prost::encode_length_delimiter(number as usize, out).expect("the buffer grows");
+    };
+    let mut inner = BytesMut::with_capacity(32);
+    if cut.0 != 0 {
+        inner.put_u8(DATA_CUT);
+        put_number(cut.0, &mut inner);
+    }
+    if chunks_bytes != 0 {
+        inner.put_u8(DATA_CHUNKS);
+        put_number(chunks_bytes as u64, &mut inner);
+    }
+    let mut head = BytesMut::with_capacity(48);
+    head.put_u8(BODY_DATA);
+    put_number((inner.len() + chunks_bytes) as u64, &mut head);
+    head.put(inner);
+    head.freeze()
 }
 
 impl TryFrom<wire::HostFrame> for HostFrame {
@@ -271,6 +322,25 @@ mod tests {
         assert_eq!(HostFrame::try_from(wire::HostFrame::from(data.clone())), Ok(data));
         let durable = ServerFrame::Durable(Durable { cut: CutOrdinal(4), position: Epoch::random().start() });
         assert_eq!(ServerFrame::try_from(wire::ServerFrame::from(durable.clone())), Ok(durable));
+    }
+
+    #[test]
+    fn a_frame_of_data_is_encoded_as_protobuf_is_without_a_copy_of_its_chunks() {
+        for (cut, bytes) in [(1, 1), (127, 127), (128, 128), (300, 16_384), (u64::MAX, FRAME_BYTES_MAX)] {
+            let chunks = Bytes::from(vec![7; bytes]);
+            let frame = HostFrame::Data(Data { cut: CutOrdinal(cut), chunks: chunks.clone() });
+            let (head, payload) = frame.clone().encode();
+            assert_eq!(payload.as_ptr(), chunks.as_ptr());
+            assert_eq!([head, payload].concat(), wire::HostFrame::from(frame.clone()).encode_to_vec());
+            let encoded = Bytes::from(wire::HostFrame::from(frame.clone()).encode_to_vec());
+            assert_eq!(HostFrame::decode(encoded), Ok(frame));
+        }
+        let close = HostFrame::Close(Close { cuts: 3, bytes: 4 });
+        let (head, payload) = close.clone().encode();
+        assert_eq!((HostFrame::decode(head), payload.len()), (Ok(close), 0));
+        let grant = ServerFrame::Grant(5);
+        assert_eq!(ServerFrame::decode(grant.clone().encode()), Ok(grant));
+        assert!(matches!(HostFrame::decode(&b"\xff\xff"[..]), Err(WireError::Encoding(_))));
     }
 
     #[test]

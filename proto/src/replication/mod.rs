@@ -14,6 +14,9 @@ pub mod wire {
     tonic::include_proto!("tidemark.replication.v1");
 }
 
+/// The one method of the service.
+pub const REPLICATE: &str = "/tidemark.replication.v1.Replication/Replicate";
+
 pub use compare::{
     Claim, DIFFERING_RUNS_MAX, Differing, DifferingRun, Found, HashedRun, Hashes, NEED_EXTENTS_MAX, Need, NeedReason,
     QUESTION_BLOCKS_MAX, QUESTION_RUNS_MAX, QUESTIONS_MAX,
@@ -29,6 +32,8 @@ use tidemark_base::{Epoch, HistoryHash, Position, Sequence};
 /// Why a frame is not one of ours. The stream that carried it is closed.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum WireError {
+    #[error("a frame cannot be decoded: {0}")]
+    Encoding(String),
     #[error("a frame has no body that this version knows")]
     Empty,
     #[error("{0} is missing")]

@@ -7,9 +7,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use futures_util::StreamExt;
-use tidemark_proto::replication::wire::replication_client::ReplicationClient;
-use tidemark_proto::replication::{HostFrame, ServerFrame, wire};
-use tidemark_transport::{Expected, Identity, MESSAGE_BYTES_MAX};
+use tidemark_proto::replication::{HostFrame, REPLICATE, ServerFrame};
+use tidemark_transport::messages::call;
+use tidemark_transport::{Expected, Identity, Message};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -84,13 +84,13 @@ impl Shared {
         events: &dyn LinkEvents,
     ) -> Result<(), LinkError> {
         let channel = self.channel(traffic).await?;
-        let mut client = ReplicationClient::new(channel)
-            .max_encoding_message_size(MESSAGE_BYTES_MAX)
-            .max_decoding_message_size(ANSWER_BYTES_MAX);
-        // The permit is dropped when the frame is taken to be encoded: what HTTP/2 holds is bounded by its windows.
-        let frames = ReceiverStream::new(outgoing).map(|(frame, _permit)| wire::HostFrame::from(frame));
-        let mut answers = match client.replicate(frames).await {
-            Ok(response) => response.into_inner(),
+        // The permit is dropped when the frame is taken to be sent: what HTTP/2 holds is bounded by its windows.
+        let frames = ReceiverStream::new(outgoing).map(|(frame, _permit)| {
+            let (head, payload) = frame.encode();
+            Message { head, payload }
+        });
+        let mut answers = match call(channel, REPLICATE, frames, ANSWER_BYTES_MAX).await {
+            Ok(answers) => answers,
             Err(status) => {
                 // The connection itself may be what failed: the next stream dials anew.
                 self.channels.lock().await.remove(&traffic);
@@ -98,9 +98,9 @@ impl Shared {
             }
         };
         loop {
-            match answers.message().await {
+            match answers.next().await {
                 Ok(Some(answer)) => {
-                    let frame = ServerFrame::try_from(answer)
+                    let frame = ServerFrame::decode(answer)
                         .map_err(|error| LinkError::Protocol { reason: error.to_string() })?;
                     if !events.frame(frame) {
                         return Ok(());

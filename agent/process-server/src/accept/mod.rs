@@ -25,18 +25,24 @@ pub(crate) mod testing;
 mod tests;
 
 use std::collections::{HashMap, VecDeque};
+use std::convert::Infallible;
+use std::future::{Ready, ready};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tidemark_base::{DiskId, Generation, Position};
-use tidemark_proto::replication::wire::replication_server::{Replication, ReplicationServer};
-use tidemark_proto::replication::{CutEnd, CutOrdinal, Durable, Hello, Refusal, RefusalReason, SessionId, wire};
-use tidemark_transport::{MESSAGE_BYTES_MAX, PeerInfo};
+use tidemark_proto::replication::{CutEnd, CutOrdinal, Durable, Hello, REPLICATE, Refusal, RefusalReason, SessionId};
+use tidemark_transport::messages::answer;
+use tidemark_transport::{MESSAGE_BYTES_MAX, Message, Messages, PeerInfo};
 use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::Status;
+use tonic::body::Body;
+use tonic::codegen::{Service, http};
 
 use crate::replica::Needs;
 use authorise::{Authorisation, Authorisations};
@@ -148,8 +154,8 @@ impl Acceptor {
         })))
     }
 
-    pub fn service(&self) -> ReplicationServer<Acceptor> {
-        ReplicationServer::new(self.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    pub fn service(&self) -> ReplicationService {
+        ReplicationService(self.clone())
     }
 
     /// Refuses every stream with `Stopping` and waits until all have appended their last byte.
@@ -282,14 +288,30 @@ impl Inner {
     }
 }
 
-#[tonic::async_trait]
-impl Replication for Acceptor {
-    type ReplicateStream = ReceiverStream<Result<wire::ServerFrame, Status>>;
+/// `Replication` of `replication.proto`, served without a codec: chunks go from the connection to the journal without
+/// being copied.
+#[derive(Clone)]
+pub struct ReplicationService(Acceptor);
 
-    async fn replicate(
-        &self,
-        request: Request<Streaming<wire::HostFrame>>,
-    ) -> Result<Response<Self::ReplicateStream>, Status> {
+impl Service<http::Request<Body>> for ReplicationService {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        ready(Ok(self.0.replicate(request).unwrap_or_else(|status| status.into_http())))
+    }
+}
+
+impl Acceptor {
+    fn replicate(&self, request: http::Request<Body>) -> Result<http::Response<Body>, Status> {
+        if request.uri().path() != REPLICATE {
+            return Err(Status::unimplemented("there is no such method here"));
+        }
         let peer = *request
             .extensions()
             .get::<PeerInfo>()
@@ -299,11 +321,12 @@ impl Replication for Acceptor {
         };
         let (sender, receiver) = mpsc::channel(OUTBOUND_FRAMES_MAX);
         let inner = self.0.clone();
+        let inbound = Messages::new(request.into_body(), MESSAGE_BYTES_MAX);
         self.0.streams.spawn(async move {
-            stream::run(inner, peer, request.into_inner(), sender).await;
+            stream::run(inner, peer, inbound, sender).await;
             drop(place);
         });
-        Ok(Response::new(ReceiverStream::new(receiver)))
+        Ok(answer(ReceiverStream::new(receiver).map(Message::from)))
     }
 }
 

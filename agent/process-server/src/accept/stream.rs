@@ -7,14 +7,16 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tidemark_base::DiskId;
 use tidemark_proto::replication::{
     Close, Credit, CutOrdinal, Data, Durable, Hello, HostFrame, NEED_EXTENTS_MAX, Need, NeedReason, PROTOCOL_VERSION,
-    Refusal, RefusalReason, ServerFrame, Welcome, wire,
+    Refusal, RefusalReason, ServerFrame, Welcome,
 };
-use tidemark_transport::PeerInfo;
+use tidemark_transport::messages::Pieces;
+use tidemark_transport::{Messages, PeerInfo};
 use tokio::sync::mpsc;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 
 use super::lane::{CutGate, Lane, Work};
 use super::pool::{STANDING_BYTES, Share};
@@ -29,7 +31,8 @@ const LAST_FRAME_TIMEOUT: Duration = Duration::from_secs(5);
 /// Cuts received and not durable, after which frames are left on the connection until some are.
 pub const CUTS_PENDING_MAX: u64 = 256;
 
-type Outbound = mpsc::Sender<Result<wire::ServerFrame, Status>>;
+/// Of encoded frames.
+type Outbound = mpsc::Sender<Bytes>;
 
 /// How a stream ended.
 enum End {
@@ -40,7 +43,7 @@ enum End {
     Refused(Refusal),
 }
 
-pub async fn run(inner: Arc<Inner>, peer: PeerInfo, mut inbound: Streaming<wire::HostFrame>, outbound: Outbound) {
+pub async fn run(inner: Arc<Inner>, peer: PeerInfo, mut inbound: Messages, outbound: Outbound) {
     let end = match first_frame(&inner, &peer, &mut inbound).await {
         Ok(hello) => {
             let disk = hello.disk;
@@ -70,23 +73,23 @@ pub async fn run(inner: Arc<Inner>, peer: PeerInfo, mut inbound: Streaming<wire:
         End::Refused(refusal) => ServerFrame::Refusal(refusal),
         End::Cut(_) => return,
     };
-    let _ = tokio::time::timeout(LAST_FRAME_TIMEOUT, outbound.send(Ok(last.into()))).await;
+    let _ = tokio::time::timeout(LAST_FRAME_TIMEOUT, outbound.send(last.encode())).await;
 }
 
-async fn first_frame(inner: &Inner, peer: &PeerInfo, inbound: &mut Streaming<wire::HostFrame>) -> Result<Hello, End> {
+async fn first_frame(inner: &Inner, peer: &PeerInfo, inbound: &mut Messages) -> Result<Hello, End> {
     let protocol = |message: String| {
         tracing::warn!(peer = %peer.address, message, "replication stream refused");
         End::Refused(refusal(RefusalReason::Protocol, message, "use the same version of tidemark on both ends"))
     };
     let frame = tokio::select! {
         () = inner.stop.cancelled() => return Err(End::Refused(stopping())),
-        frame = tokio::time::timeout(HELLO_TIMEOUT, inbound.message()) => frame,
+        frame = tokio::time::timeout(HELLO_TIMEOUT, inbound.next()) => frame,
     };
     match frame {
         Err(_) => Err(protocol(format!("no hello within {} s", HELLO_TIMEOUT.as_secs()))),
         Ok(Err(status)) => Err(End::Cut(status.to_string())),
         Ok(Ok(None)) => Err(End::Cut("it ended before hello".to_owned())),
-        Ok(Ok(Some(frame))) => match HostFrame::try_from(frame) {
+        Ok(Ok(Some(frame))) => match HostFrame::decode(frame) {
             Ok(HostFrame::Hello(hello)) => Ok(hello),
             Ok(_) => Err(protocol("the first frame is no hello".to_owned())),
             Err(error) => Err(protocol(format!("the first frame is no hello: {error}"))),
@@ -177,7 +180,7 @@ impl Stream {
         })
     }
 
-    async fn serve(&mut self, inbound: &mut Streaming<wire::HostFrame>) -> End {
+    async fn serve(&mut self, inbound: &mut Messages) -> End {
         let mut authorisations = self.inner.authorisations.changes();
         let stop = self.inner.stop.clone();
         let notify = self.progress.notify.clone();
@@ -202,11 +205,11 @@ impl Stream {
                 permit = outbound.reserve(), if !self.outbox.is_empty() => {
                     let Ok(permit) = permit else { return End::Cut("the host left".to_owned()) };
                     if let Some(frame) = self.outbox.pop_front() {
-                        permit.send(Ok(frame.into()));
+                        permit.send(frame.encode());
                     }
                 }
                 () = notify.notified() => {}
-                frame = inbound.message(), if may_read => {
+                frame = inbound.next(), if may_read => {
                     if let Err(end) = self.receive(frame) {
                         return end;
                     }
@@ -251,17 +254,17 @@ impl Stream {
         (done && cuts == self.received.cuts).then_some(End::Closed(Close { cuts, bytes }))
     }
 
-    fn receive(&mut self, frame: Result<Option<wire::HostFrame>, Status>) -> Result<(), End> {
+    fn receive(&mut self, frame: Result<Option<Pieces>, Status>) -> Result<(), End> {
         let frame = match frame {
             Ok(Some(frame)) => frame,
             Ok(None) => return Err(End::Cut("it ended without close".to_owned())),
-            // What tonic says of a message above its limit.
+            // A message above the limit.
             Err(status) if status.code() == Code::OutOfRange => {
                 return Err(self.protocol(format!("a frame is too large: {}", status.message())));
             }
             Err(status) => return Err(End::Cut(status.to_string())),
         };
-        match HostFrame::try_from(frame).map_err(|error| self.protocol(error.to_string()))? {
+        match HostFrame::decode(frame).map_err(|error| self.protocol(error.to_string()))? {
             HostFrame::Data(data) => self.receive_data(data),
             HostFrame::CutEnd(end) => {
                 if end.cut != self.cut {
