@@ -28,7 +28,7 @@ pub use time::{Clock, SystemClock, Timestamp};
 pub const SECTOR_BYTES: u64 = 512;
 
 /// The most payload that one chunk carries.
-pub const CHUNK_BYTES_MAX: usize = 64 << 10;
+pub const CHUNK_BYTES_MAX: usize = 256 << 10;
 
 /// The most encoded chunks that one frame on the wire carries.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;

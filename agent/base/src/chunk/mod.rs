@@ -9,12 +9,14 @@ pub const EXTENT_BYTES: usize = 12;
 pub const EXTENTS_MAX: usize = 128;
 /// The longest extent: its length in sectors is 32 bits wide.
 pub const EXTENT_LENGTH_MAX: u64 = u32::MAX as u64 * SECTOR_BYTES;
+/// Where the data of a chunk of one extent begins.
+pub const IN_PLACE_AT: usize = HEADER_BYTES + EXTENT_BYTES;
 /// The most that one sealed chunk occupies.
 pub const SEALED_BYTES_MAX: usize = HEADER_BYTES + EXTENTS_MAX * EXTENT_BYTES + CHUNK_BYTES_MAX;
 
 const VERSION: u8 = 1;
 const HASH_AT: usize = 16;
-const _: () = assert!(HASH_AT + 32 == HEADER_BYTES && EXTENTS_MAX * SECTOR_BYTES as usize == CHUNK_BYTES_MAX);
+const _: () = assert!(HASH_AT + 32 == HEADER_BYTES && EXTENTS_MAX * SECTOR_BYTES as usize <= CHUNK_BYTES_MAX);
 
 /// What a chunk's hash is bound to.
 #[derive(Clone, PartialEq, Eq)]
@@ -68,11 +70,12 @@ pub struct Sealer {
     key: ChunkKey,
     compression: Compression,
     compressor: Option<zstd::bulk::Compressor<'static>>,
+    compressed: Vec<u8>,
 }
 
 impl Sealer {
     pub fn new(key: ChunkKey, compression: Compression) -> Self {
-        let mut sealer = Self { key, compression: Compression::Off, compressor: None };
+        let mut sealer = Self { key, compression: Compression::Off, compressor: None, compressed: Vec::new() };
         sealer.set_compression(compression);
         sealer
     }
@@ -110,27 +113,44 @@ impl Sealer {
         );
         let start = self.begin(extents, out);
         let hash = hash(&self.key, &out[start + HEADER_BYTES..], raw);
-        let payload = out.len();
-        let mut encoding = Encoding::Raw;
-        if let Some(compressor) = &mut self.compressor
-            && !looks_random(raw)
-        {
-            // A payload that would not shrink by 1/16 is not worth decompressing later.
-            let room = raw.len() - raw.len() / 16;
-            out.resize(payload + room, 0);
-            match compressor.compress_to_buffer(raw, &mut out[payload..]) {
-                Ok(stored) => {
-                    out.truncate(payload + stored);
-                    encoding = Encoding::Zstd;
-                }
-                Err(_) => out.truncate(payload),
-            }
-        }
-        if encoding == Encoding::Raw {
-            out.extend_from_slice(raw);
-        }
-        let stored = out.len() - payload;
+        let (encoding, stored) = match self.compress(raw) {
+            Some(compressed) => (Encoding::Zstd, compressed),
+            None => (Encoding::Raw, raw),
+        };
+        out.extend_from_slice(stored);
+        let stored = stored.len();
         finish(&mut out[start..], encoding, extents.len(), raw.len(), stored, &hash);
+        hash
+    }
+
+    /// `None` when that is switched off or not worth it.
+    fn compress(&mut self, raw: &[u8]) -> Option<&[u8]> {
+        let compressor = self.compressor.as_mut()?;
+        if looks_random(raw) {
+            return None;
+        }
+        // Of its own and never cleared, so that nothing is written here but what zstd writes.
+        if self.compressed.len() < raw.len() {
+            self.compressed.resize(raw.len(), 0);
+        }
+        // A payload that would not shrink by 1/16 is not worth decompressing later.
+        let room = raw.len() - raw.len() / 16;
+        let stored = compressor.compress_to_buffer(raw, &mut self.compressed[..room]).ok()?;
+        Some(&self.compressed[..stored])
+    }
+
+    /// Seals data where it lies: `chunk` is room for what comes before the data of one extent, [`IN_PLACE_AT`] bytes, and
+    /// then the data, which stays as it is. For data that is not to be compressed.
+    ///
+    /// # Panics
+    /// When the extent is not as long as the data, not on sectors, or longer than a chunk.
+    pub fn seal_in_place(&self, extent: Extent, chunk: &mut [u8]) -> ChunkHash {
+        let (head, raw) = chunk.split_at_mut(IN_PLACE_AT);
+        assert!(extent.is_valid_on(u64::MAX) && extent.length == raw.len() as u64 && raw.len() <= CHUNK_BYTES_MAX);
+        head.fill(0);
+        put_extent(&extent, &mut head[HEADER_BYTES..]);
+        let hash = hash(&self.key, &head[HEADER_BYTES..], raw);
+        finish(head, Encoding::Raw, 1, raw.len(), raw.len(), &hash);
         hash
     }
 
@@ -149,11 +169,17 @@ impl Sealer {
         out.resize(start + HEADER_BYTES, 0);
         for extent in extents {
             assert!(extent.length > 0 && extent.length <= EXTENT_LENGTH_MAX && extent.is_valid_on(u64::MAX));
-            out.extend_from_slice(&extent.offset.to_le_bytes());
-            out.extend_from_slice(&((extent.length / SECTOR_BYTES) as u32).to_le_bytes());
+            let at = out.len();
+            out.resize(at + EXTENT_BYTES, 0);
+            put_extent(extent, &mut out[at..]);
         }
         start
     }
+}
+
+fn put_extent(extent: &Extent, entry: &mut [u8]) {
+    entry[..8].copy_from_slice(&extent.offset.to_le_bytes());
+    entry[8..].copy_from_slice(&((extent.length / SECTOR_BYTES) as u32).to_le_bytes());
 }
 
 fn finish(chunk: &mut [u8], encoding: Encoding, extents: usize, raw: usize, stored: usize, hash: &ChunkHash) {
@@ -424,6 +450,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_is_sealed_in_place_is_what_is_sealed() {
+        let extent = Extent::new(8192, CHUNK_BYTES_MAX as u64);
+        let raw: Vec<u8> = (0..CHUNK_BYTES_MAX).map(|index| (index / 300) as u8).collect();
+        let mut chunk = [vec![0xee; IN_PLACE_AT], raw.clone()].concat();
+        Sealer::new(key(), Compression::Level(1)).seal_in_place(extent, &mut chunk);
+        assert_eq!(chunk, sealed(Compression::Off, &[extent], &raw));
     }
 
     #[test]

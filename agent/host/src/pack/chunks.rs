@@ -6,7 +6,7 @@ use tidemark_base::disk::is_zero;
 use tidemark_base::{CHUNK_BYTES_MAX, Extent};
 
 /// Zeroes in data are looked for in blocks of this size, aligned on the disk.
-const ZERO_BLOCK_BYTES: u64 = 4096;
+pub(super) const ZERO_BLOCK_BYTES: u64 = 4096;
 
 /// What happens to blocks that are all zero.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,6 +33,7 @@ pub struct Sealed {
 pub(super) struct ChunkWriter<'a> {
     sealer: &'a mut Sealer,
     zero_policy: ZeroPolicy,
+    chunk_bytes: usize,
     extents: Vec<Extent>,
     raw: Vec<u8>,
     zeroes: Vec<Extent>,
@@ -42,11 +43,13 @@ pub(super) struct ChunkWriter<'a> {
 }
 
 impl<'a> ChunkWriter<'a> {
-    /// `bytes` is how much data is expected.
-    pub fn new(sealer: &'a mut Sealer, zero_policy: ZeroPolicy, bytes: usize) -> Self {
+    /// `chunk_bytes` is the most data in a chunk, `bytes` how much is expected in all.
+    pub fn new(sealer: &'a mut Sealer, zero_policy: ZeroPolicy, chunk_bytes: usize, bytes: usize) -> Self {
+        debug_assert!(chunk_bytes <= CHUNK_BYTES_MAX);
         Self {
             sealer,
             zero_policy,
+            chunk_bytes,
             extents: Vec::new(),
             raw: Vec::new(),
             zeroes: Vec::new(),
@@ -103,9 +106,9 @@ impl<'a> ChunkWriter<'a> {
 
     fn push(&mut self, mut extent: Extent, mut data: &[u8]) {
         while !data.is_empty() {
-            if self.raw.is_empty() && data.len() >= CHUNK_BYTES_MAX {
+            if self.raw.is_empty() && data.len() >= self.chunk_bytes {
                 // A whole chunk in one piece needs no copy.
-                let (chunk, rest) = data.split_at(CHUNK_BYTES_MAX);
+                let (chunk, rest) = data.split_at(self.chunk_bytes);
                 let hash = self.sealer.seal(&[Extent::new(extent.offset, chunk.len() as u64)], chunk, &mut self.out);
                 self.hashes.push(hash);
                 self.raw_bytes += chunk.len() as u64;
@@ -113,7 +116,7 @@ impl<'a> ChunkWriter<'a> {
                 data = rest;
                 continue;
             }
-            let (now, rest) = data.split_at(data.len().min(CHUNK_BYTES_MAX - self.raw.len()));
+            let (now, rest) = data.split_at(data.len().min(self.chunk_bytes - self.raw.len()));
             self.raw.extend_from_slice(now);
             match self.extents.last_mut() {
                 Some(last) if last.end() == extent.offset => last.length += now.len() as u64,
@@ -121,7 +124,7 @@ impl<'a> ChunkWriter<'a> {
             }
             extent = Extent::new(extent.offset + now.len() as u64, rest.len() as u64);
             data = rest;
-            if self.raw.len() == CHUNK_BYTES_MAX || self.extents.len() == EXTENTS_MAX {
+            if self.raw.len() == self.chunk_bytes || self.extents.len() == EXTENTS_MAX {
                 self.seal();
             }
         }

@@ -2,12 +2,12 @@
 
 use std::io;
 
-use tidemark_base::Extent;
-use tidemark_base::chunk::{ChunkKey, Compression};
-use tidemark_base::disk::Disk;
+use tidemark_base::chunk::{ChunkKey, Compression, IN_PLACE_AT};
+use tidemark_base::disk::{Disk, is_zero};
+use tidemark_base::{CHUNK_BYTES_MAX, Extent};
 
-use super::chunks::ChunkWriter;
-use super::{Content, Piece, Sealed, Worker, ZeroPolicy};
+use super::chunks::{ChunkWriter, ZERO_BLOCK_BYTES};
+use super::{Content, LIVE_CHUNK_BYTES, Piece, Sealed, Worker, ZeroPolicy};
 use crate::source::{DataRef, ReadDataError, Source};
 
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +64,7 @@ pub fn seal_pieces(
     }
     let raw: u64 =
         pieces.iter().map(|(extent, piece)| if piece.content == Content::Zeroes { 0 } else { extent.length }).sum();
-    let mut writer = ChunkWriter::new(sealer, ZeroPolicy::Send, raw as usize);
+    let mut writer = ChunkWriter::new(sealer, ZeroPolicy::Send, LIVE_CHUNK_BYTES, raw as usize);
     for (extent, piece) in pieces {
         match &piece.content {
             Content::Zeroes => writer.zeroes(*extent),
@@ -90,6 +90,11 @@ pub fn seal_blocks(
     holes: &[Extent],
     zero_policy: ZeroPolicy,
 ) -> Result<Sealed, PackError> {
+    if let ([block], [], Compression::Off) = (blocks, holes, compression)
+        && let Some(sealed) = seal_in_place(worker, disk, key, *block)?
+    {
+        return Ok(sealed);
+    }
     let bytes: u64 = blocks.iter().map(|extent| extent.length).sum();
     let (sealer, buffer) = worker.tools(key, compression, bytes as usize);
     let mut rest = &mut buffer[..];
@@ -98,7 +103,7 @@ pub fn seal_blocks(
         disk.read_at(extent.offset, now).map_err(|source| PackError::Disk { extent: *extent, source })?;
         rest = later;
     }
-    let mut writer = ChunkWriter::new(sealer, zero_policy, bytes as usize);
+    let mut writer = ChunkWriter::new(sealer, zero_policy, CHUNK_BYTES_MAX, bytes as usize);
     let mut rest = &buffer[..];
     let mut holes = holes.iter().peekable();
     for extent in blocks {
@@ -111,4 +116,33 @@ pub fn seal_blocks(
     }
     holes.for_each(|hole| writer.zeroes(*hole));
     Ok(writer.finish(Vec::new()))
+}
+
+/// Reads one run of blocks to where it leaves from. `None` when some block of it is all zeroes, which is not sent as
+/// data.
+fn seal_in_place(
+    worker: &mut Worker,
+    disk: &dyn Disk,
+    key: &ChunkKey,
+    run: Extent,
+) -> Result<Option<Sealed>, PackError> {
+    if !run.offset.is_multiple_of(ZERO_BLOCK_BYTES) {
+        return Ok(None);
+    }
+    let count = run.length.div_ceil(CHUNK_BYTES_MAX as u64) as usize;
+    let mut room = worker.room(run.length as usize + count * IN_PLACE_AT);
+    let (sealer, _) = worker.tools(key, Compression::Off, 0);
+    let mut hashes = Vec::with_capacity(count);
+    let mut offset = run.offset;
+    for chunk in room.as_mut_slice().chunks_mut(IN_PLACE_AT + CHUNK_BYTES_MAX) {
+        let data = &mut chunk[IN_PLACE_AT..];
+        let extent = Extent::new(offset, data.len() as u64);
+        disk.read_at(offset, data).map_err(|source| PackError::Disk { extent, source })?;
+        if data.chunks_exact(ZERO_BLOCK_BYTES as usize).any(is_zero) {
+            return Ok(None);
+        }
+        hashes.push(sealer.seal_in_place(extent, chunk));
+        offset = extent.end();
+    }
+    Ok(Some(Sealed { chunks: room.freeze(), hashes, raw_bytes: run.length, damaged: Vec::new() }))
 }

@@ -24,6 +24,7 @@ mod chunks;
 mod gather;
 mod job;
 mod level;
+mod room;
 mod workers;
 
 pub use budget::{Budget, Permit};
@@ -32,6 +33,11 @@ pub use gather::{Content, CutLimits, CutPieces, CutSpan, Piece, Records};
 pub use job::{PackError, seal_blocks, seal_pieces};
 pub use level::{CompressionPolicy, Level, Waits};
 pub use workers::{Lost, Priority, Ticket, Worker, Workers};
+
+/// Data in one chunk of live changes: it is recovered in small pieces while it is young, and a chunk is read, proven and
+/// unfolded as a whole. Chunks of a scan are as long as the format allows.
+pub const LIVE_CHUNK_BYTES: usize = 64 << 10;
+const _: () = assert!(LIVE_CHUNK_BYTES <= tidemark_base::CHUNK_BYTES_MAX);
 
 /// Extents that the map of one pass over a cut holds: about 20 MiB.
 pub const MAP_ENTRIES_MAX: usize = 128 << 10;

@@ -9,6 +9,8 @@ use tidemark_base::chunk::{ChunkKey, Compression, Sealer};
 use tidemark_base::sync::{Condvar, Mutex};
 use tidemark_base::thread::JoinHandle;
 
+use super::room::{Room, Rooms};
+
 /// More threads than this do not help: the link and the other end need processors, too.
 const THREADS_MAX: usize = 4;
 
@@ -24,6 +26,7 @@ pub enum Priority {
 pub struct Worker {
     sealer: Option<Sealer>,
     buffer: Vec<u8>,
+    rooms: Rooms,
 }
 
 impl Worker {
@@ -36,6 +39,11 @@ impl Worker {
             self.buffer.resize(bytes, 0);
         }
         (sealer, &mut self.buffer[..bytes])
+    }
+
+    /// Memory for a frame.
+    pub(super) fn room(&self, bytes: usize) -> Room {
+        self.rooms.take(bytes)
     }
 }
 
