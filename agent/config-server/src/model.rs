@@ -110,7 +110,7 @@ pub struct Policy {
     pub retention_count: Option<u64>,
     /// A kept crash-consistent point that often; 0: none.
     pub point_interval_seconds: u64,
-    /// zstd level; 0: off.
+    /// zstd level; 0: off; 1: begins there and adapts.
     pub compression: i32,
     /// The most that the log of one disk may occupy; absent: the agent's own default.
     pub log_limit_bytes: Option<u64>,

@@ -437,10 +437,17 @@ fn log_limits(limits: &HostLimits, policy: &ReplicationPolicy, disk_bytes: u64) 
     }
 }
 
+/// The level of a policy that names none: begun with, and left as link and processors allow.
+const COMPRESSION_ADAPTS: i32 = 1;
+
 pub(crate) fn send_policy(policy: &ReplicationPolicy) -> SendPolicy {
     SendPolicy {
         mode: if policy.cycle.is_some() { ShipMode::Interval } else { ShipMode::Continuous },
-        compression: policy.compression.map_or(CompressionPolicy::Off, CompressionPolicy::Level),
+        compression: match policy.compression {
+            None => CompressionPolicy::Off,
+            Some(COMPRESSION_ADAPTS) => CompressionPolicy::Auto,
+            Some(level) => CompressionPolicy::Level(level),
+        },
         bytes_per_second_max: policy.throttle_bytes_per_second,
     }
 }

@@ -274,7 +274,7 @@ pub struct PolicyArgs {
     /// A kept crash-consistent point that often; 0s: none.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub point_interval: Option<Duration>,
-    /// zstd level; 0: off.
+    /// zstd level; 0: off; 1, the default: adapts to link and processors.
     #[arg(long, value_name = "LEVEL", allow_negative_numbers = true)]
     pub compression: Option<i32>,
     /// The most that the log of one disk may occupy, such as 10G.

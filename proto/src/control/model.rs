@@ -84,7 +84,7 @@ pub struct ReplicationPolicy {
     pub cycle: Option<Duration>,
     /// A kept crash-consistent point that often.
     pub point_interval: Option<Duration>,
-    /// zstd level; `None`: off.
+    /// zstd level; `None`: off; 1: begins there and adapts.
     pub compression: Option<i32>,
     /// `None`: the agent's own default.
     pub log_limit_bytes: Option<u64>,
