@@ -7,7 +7,7 @@
 //! * [`isolate`]: a network namespace of our own, so that the bytes on its loopback are the bytes on the wire.
 //! * [`meter`]: wall time, processor seconds, bytes on the wire, memory.
 //! * [`peers`], [`reference`], [`bitmap`]: the others. [`ours`]: Tidemark, through its command line.
-//! * [`initial`], [`delta`], [`frontend`], [`rpo`], [`serve`]: what is measured.
+//! * [`initial`], [`delta`], [`resync`], [`frontend`], [`intent`], [`rpo`], [`serve`]: what is measured.
 //! * [`report`]: tables, JSON, goals.
 
 mod bitmap;
@@ -15,6 +15,7 @@ mod delta;
 mod frontend;
 mod image;
 mod initial;
+mod intent;
 mod isolate;
 mod meter;
 mod options;
@@ -22,6 +23,7 @@ mod ours;
 mod peers;
 mod reference;
 mod report;
+mod resync;
 mod rpo;
 mod serve;
 mod spinners;
@@ -68,7 +70,7 @@ fn measure(options: &Options) -> Result<(), Failure> {
         eprintln!("touching the machine's memory");
         isolate::touch_memory(folder.path())?;
     }
-    if options.wants("initial") || options.wants("delta") || options.wants("append") {
+    if ["initial", "delta", "append", "resync"].iter().any(|kind| options.wants(kind)) {
         let source = folder.path().join("source.img");
         eprintln!("making the disk: {} MiB", options.bytes >> 20);
         report.image(image::make(&source, options.bytes)?);
@@ -80,10 +82,16 @@ fn measure(options: &Options) -> Result<(), Failure> {
                 delta::measure(options, folder.path(), &source, kind, &mut report)?;
             }
         }
+        if options.wants("resync") {
+            resync::measure(options, folder.path(), &source, &mut report)?;
+        }
         std::fs::remove_file(&source)?;
     }
     if options.wants("frontend") {
         frontend::measure(options, folder.path(), &mut report)?;
+    }
+    if options.wants("intent") {
+        intent::measure(options, folder.path(), &mut report)?;
     }
     if options.wants("rpo") {
         rpo::measure(options, folder.path(), &mut report)?;

@@ -3,24 +3,26 @@
 use std::path::PathBuf;
 
 pub const USAGE: &str = "\
-usage: tidemark-bench WHAT… [--size 4G] [--rounds 3] [--seconds 3] [--dir /dev/shm] [--json FILE] [--only TOOL,TOOL…] [--quick]
+usage: tidemark-bench WHAT… [--size 4G] [--rounds 3] [--seconds 3] [--working-set 8G] [--dir /dev/shm] [--json FILE] [--only TOOL,TOOL…] [--quick]
 
-WHAT: all, initial, delta, append, frontend, rpo, serve
+WHAT: all, initial, delta, append, resync, frontend, intent, rpo, serve
 --size     of the disk that is replicated
 --rounds   how often each is measured; tools alternate within a round, and medians are compared
 --seconds  of each load at the front end; the RPO is measured for ten times as long
+--working-set  that the write-intent bitmap is measured on
 --dir      where the disks lie: a tmpfs, so that the media is not the limit
 --only     tools to measure, by the beginnings of their names; goals that need others are not judged
 --quick    does not touch the machine's memory beforehand: for a try, not for numbers";
 
 /// What can be measured, in the order it is.
-const KINDS: [&str; 6] = ["initial", "delta", "append", "frontend", "rpo", "serve"];
+const KINDS: [&str; 8] = ["initial", "delta", "append", "resync", "frontend", "intent", "rpo", "serve"];
 
 pub struct Options {
     pub what: Vec<String>,
     pub bytes: u64,
     pub rounds: usize,
     pub seconds: u64,
+    pub working_set: u64,
     pub dir: PathBuf,
     pub json: Option<PathBuf>,
     pub only: Vec<String>,
@@ -36,6 +38,7 @@ impl Options {
             bytes: 4 << 30,
             rounds: 3,
             seconds: 3,
+            working_set: 8 << 30,
             dir: "/dev/shm".into(),
             json: None,
             only: Vec::new(),
@@ -49,6 +52,7 @@ impl Options {
                 "--size" => options.bytes = size(value()?)?,
                 "--rounds" => options.rounds = number(value()?)?.max(1) as usize,
                 "--seconds" => options.seconds = number(value()?)?.max(1),
+                "--working-set" => options.working_set = size(value()?)?,
                 "--dir" => options.dir = value()?.into(),
                 "--json" => options.json = Some(value()?.into()),
                 "--only" => options.only = value()?.split(',').map(str::to_owned).collect(),

@@ -54,6 +54,12 @@ impl Ours {
         Self { site, api }
     }
 
+    /// After `down`.
+    pub fn up(&mut self) {
+        self.site.up();
+        self.api = Api::connect(&self.site.ready);
+    }
+
     pub fn protect(&self, disk: &Path) -> Machine {
         self.site.protect(NAME, &[disk], &["--policy", "measured"])
     }
@@ -66,6 +72,21 @@ impl Ours {
     pub fn wait_protected(&mut self) {
         self.poll("the machine is protected", |status| {
             status["state"] == "protected" && status["disks"][0]["consistent"] == true
+        });
+    }
+
+    /// The epoch that the process server holds durably.
+    pub fn epoch(&mut self) -> String {
+        epoch_of(&self.status())
+    }
+
+    /// Until the replica is consistent in another epoch than this one: what was changed while nobody looked is there.
+    pub fn wait_compared(&mut self, before: &str) {
+        self.poll("the replica was compared", |status| {
+            let epoch = epoch_of(status);
+            // What the process server reports may be of the epoch before; what the agent scans is not.
+            let disk = &status["disks"][0];
+            !epoch.is_empty() && epoch != before && disk["progress"].is_null() && disk["consistent"] == true
         });
     }
 
@@ -101,6 +122,11 @@ impl Ours {
         let _ = std::fs::remove_file(self.site.path(file));
         Ok(self.site.export(NAME, &text(&point["id"]), file, "raw"))
     }
+}
+
+fn epoch_of(status: &Value) -> String {
+    let durable = status["disks"][0]["positions"]["durable"].as_str().unwrap_or_default();
+    durable.split(':').next().unwrap_or_default().to_owned()
 }
 
 /// As a guest writes: through the protected disk, with a flush at the end.

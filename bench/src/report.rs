@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::Failure;
 use crate::frontend::{LOADS, Load, NBDKIT, PAUSED, QEMU_NBD};
 use crate::image::Content;
+use crate::intent::IntentCost;
 use crate::meter::Cost;
 use crate::options::Options;
 use crate::ours::Compression;
@@ -26,6 +27,7 @@ pub struct Report {
     loads: Vec<(&'static str, &'static str, Vec<Load>)>,
     seconds: Vec<(&'static str, Vec<f64>)>,
     behind: Option<Behind>,
+    intent: Vec<IntentCost>,
 }
 
 struct Goal {
@@ -49,6 +51,7 @@ impl Report {
             loads: Vec::new(),
             seconds: Vec::new(),
             behind: None,
+            intent: Vec::new(),
         }
     }
 
@@ -95,6 +98,14 @@ impl Report {
         self.behind = Some(behind);
     }
 
+    pub fn intent(&mut self, cost: IntentCost) {
+        eprintln!(
+            "intent bitmap: {:.1} ns a write, {:.0} ns where it is the first of its region",
+            cost.steady_nanoseconds, cost.first_touch_nanoseconds
+        );
+        self.intent.push(cost);
+    }
+
     pub fn print(&self) {
         print!("{}", self.markdown());
     }
@@ -125,10 +136,22 @@ impl Report {
             ("initial", "Initial replication"),
             ("delta", "1 % of all 4 KiB blocks"),
             ("append", "Appended in one piece"),
+            ("resync", "Compared with a replica that differs"),
         ] {
             self.cost_table(&mut text, what, title);
         }
         self.load_table(&mut text);
+        if !self.intent.is_empty() {
+            let of = |figure: fn(&IntentCost) -> f64| self.intent.iter().map(figure).collect::<Vec<f64>>();
+            let _ = writeln!(
+                text,
+                "\n### Write-intent bitmap\n\n| a write in steady state, ns (min..max) | the first write of a region, ns | share of a write at QD32 |\n\
+                 |---|---|---|\n| {} | {:.0} | {} |",
+                spread(&of(|cost| cost.steady_nanoseconds), 1),
+                median(&of(|cost| cost.first_touch_nanoseconds)),
+                self.intent_share().map_or("–".into(), |share| format!("{:.3} %", 100.0 * share)),
+            );
+        }
         if let Some(behind) = &self.behind {
             let _ = write!(
                 text,
@@ -242,6 +265,10 @@ impl Report {
         ratio("front end, QD32: IOPS, × qemu-nbd", deep_paused, self.operations(deep, QEMU_NBD), 2.0, false);
         let nbdkit = self.operations(sequential, NBDKIT);
         ratio("front end, 128 KiB: IOPS, × nbdkit", sequential_paused, nbdkit, 0.5, false);
+        if let Some(value) = self.intent_share() {
+            let what = "write-intent bitmap: share of a 4 KiB write, steady state".into();
+            goals.push(Goal { what, limit: 0.03, value, at_most: true, unit: "" });
+        }
         let mut peak = self.costs.iter().filter(|(_, tool, _)| tool.starts_with(ours)).flat_map(|(_, _, costs)| costs);
         let mut anonymous = peak.by_ref().map(|cost| cost.anonymous_bytes_peak).max();
         if let Some(behind) = &self.behind {
@@ -272,6 +299,13 @@ impl Report {
             goals.push(Goal { what, limit: 512.0, value: mib(bytes), at_most: true, unit: " MiB" });
         }
         goals
+    }
+
+    /// Of the time that a write takes at the front end, all of them together keeping it busy.
+    fn intent_share(&self) -> Option<f64> {
+        let operations = self.operations(LOADS[1].0, PAUSED)?;
+        let steady: Vec<f64> = self.intent.iter().map(|cost| cost.steady_nanoseconds).collect();
+        (!steady.is_empty()).then(|| median(&steady) * operations / 1e9)
     }
 
     fn wall(&self, what: &str, tool: &str) -> Option<f64> {
@@ -329,6 +363,9 @@ impl Report {
         });
         json!({
             "command": self.command, "machine": self.machine, "wire_is_isolated": self.isolated,
+            "intent": self.intent.iter().map(|cost| json!({
+                "steady_nanoseconds": cost.steady_nanoseconds, "first_touch_nanoseconds": cost.first_touch_nanoseconds,
+            })).collect::<Vec<_>>(),
             "costs": costs.collect::<Vec<_>>(), "loads": loads.collect::<Vec<_>>(), "rpo": behind,
             "seconds": self.seconds.iter().map(|(what, all)| json!({"what": what, "rounds": all})).collect::<Vec<_>>(),
             "goals": self.goals().iter().map(goal).collect::<Vec<_>>(),
