@@ -12,7 +12,7 @@ use hyper::body::Bytes;
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tidemark_transport::tls;
+use tidemark_transport::tls::{self, ShownAuthority};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::ClientConfig;
@@ -35,6 +35,8 @@ pub enum ClientError {
     Refused { status: u16, message: String, help: String },
     #[error("cannot reach the configuration server at {address}: {reason}")]
     Unreachable { address: String, reason: String },
+    #[error("the server at {address} is not the one that was expected: {reason}")]
+    Untrusted { address: String, reason: String },
     #[error("the configuration server at {address} gave an answer that makes no sense: {reason}")]
     Nonsense { address: String, reason: String },
     #[error("cannot use {path}: {reason}")]
@@ -53,6 +55,10 @@ impl ClientError {
             ClientError::Refused { help, .. } => help.clone(),
             ClientError::Unreachable { .. } => {
                 "check that it runs (`tidemark up --dir DIR`), and that the address is right".to_owned()
+            }
+            ClientError::Untrusted { .. } => {
+                "compare the fingerprint with what `tidemark config-server init` prints there, and both clocks; nothing was sent"
+                    .to_owned()
             }
             ClientError::Nonsense { .. } => "check that the address is that of Tidemark's API".to_owned(),
             ClientError::File { .. } => "name the files that the server's ready line names".to_owned(),
@@ -78,16 +84,7 @@ pub struct Client {
 
 impl Client {
     pub fn new(server: &str, token_file: &Path, ca_file: &Path) -> Result<Self, ClientError> {
-        let address = server
-            .strip_prefix("https://")
-            .map(|rest| rest.trim_end_matches('/'))
-            .map(|rest| rest.strip_suffix("/api/v1").unwrap_or(rest))
-            .filter(|rest| !rest.contains('/'))
-            .ok_or_else(|| ClientError::Address(server.to_owned()))?;
-        let (host, port) = address.rsplit_once(':').ok_or_else(|| ClientError::Address(server.to_owned()))?;
-        if port.parse::<u16>().is_err() {
-            return Err(ClientError::Address(server.to_owned()));
-        }
+        let (address, host) = address_of(server)?;
         let unusable = |path: &Path, reason: String| ClientError::File { path: path.to_owned(), reason };
         let token = std::fs::read_to_string(token_file).map_err(|error| unusable(token_file, error.to_string()))?;
         let token = token.trim().to_owned();
@@ -96,7 +93,20 @@ impl Client {
         }
         let authority = CertificateDer::from_pem_file(ca_file).map_err(|error| unusable(ca_file, error.to_string()))?;
         let tls = tls::api_client(&authority).map_err(|error| unusable(ca_file, error.to_string()))?;
-        Ok(Self { address: address.to_owned(), host: host.trim_matches(['[', ']']).to_owned(), token, tls })
+        Ok(Self { address, host, token, tls })
+    }
+
+    /// For registering: a server whose authority has this fingerprint, and what it showed.
+    pub fn registering(server: &str, fingerprint: &str) -> Result<(Self, ShownAuthority), ClientError> {
+        let (address, host) = address_of(server)?;
+        let (tls, shown) = tls::registering_client(fingerprint.trim())
+            .map_err(|error| ClientError::Untrusted { address: address.clone(), reason: error.to_string() })?;
+        Ok((Self { address, host, token: String::new(), tls }, shown))
+    }
+
+    /// The name or address that was dialled.
+    pub fn host(&self) -> String {
+        if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() }
     }
 
     /// The server of an all-in-one's folder.
@@ -134,17 +144,23 @@ impl Client {
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, connecting)
             .await
             .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
-            .map_err(|error| self.unreachable(&error))?;
+            .map_err(|error| match error.get_ref().is_some_and(|inner| inner.is::<tokio_rustls::rustls::Error>()) {
+                true if self.token.is_empty() => {
+                    ClientError::Untrusted { address: self.address.clone(), reason: error.to_string() }
+                }
+                _ => self.unreachable(&error),
+            })?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.unreachable(&error))?;
         tokio::spawn(connection);
         let body = body.map_or_else(Bytes::new, |body| body.to_string().into());
-        let request = Request::builder()
-            .method(method)
-            .uri(format!("/api/v1{path}"))
-            .header(header::HOST, &self.address)
-            .header(header::AUTHORIZATION, format!("Bearer {}", self.token))
+        let mut request =
+            Request::builder().method(method).uri(format!("/api/v1{path}")).header(header::HOST, &self.address);
+        if !self.token.is_empty() {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {}", self.token));
+        }
+        let request = request
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(body))
             .map_err(|error| self.nonsense(&error))?;
@@ -179,7 +195,7 @@ impl Client {
             told = told.max(steps.len());
             match job["state"].as_str() {
                 Some("succeeded") => return Ok(job["result"].take()),
-                Some("failed") => return Err(refused(StatusCode::OK, &job["failure"])),
+                Some("failed" | "cancelled") => return Err(refused(StatusCode::OK, &job["failure"])),
                 _ => {}
             }
             let (Some(id), Some(version)) = (job["id"].as_str(), job["version"].as_u64()) else {
@@ -188,6 +204,22 @@ impl Client {
             job = self.get(&format!("/jobs/{id}?version={version}&wait_seconds={POLL_SECONDS}")).await?;
         }
     }
+}
+
+/// HOST:PORT, and the host alone.
+fn address_of(server: &str) -> Result<(String, String), ClientError> {
+    let wrong = || ClientError::Address(server.to_owned());
+    let address = server
+        .strip_prefix("https://")
+        .map(|rest| rest.trim_end_matches('/'))
+        .map(|rest| rest.strip_suffix("/api/v1").unwrap_or(rest))
+        .filter(|rest| !rest.contains('/'))
+        .ok_or_else(wrong)?;
+    let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
+    if port.parse::<u16>().is_err() {
+        return Err(wrong());
+    }
+    Ok((address.to_owned(), host.trim_matches(['[', ']']).to_owned()))
 }
 
 fn refused(status: StatusCode, value: &Value) -> ClientError {

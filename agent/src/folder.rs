@@ -163,9 +163,8 @@ impl Folder {
             .map_err(|error| self.io(error))
     }
 
-    /// The role's certificate; made at the first start, and again when it is about to expire. `hosts` are the names
-    /// under which it is reached.
-    pub fn identity(&self, role: Role, hosts: &[String]) -> Result<Identity, FolderError> {
+    /// The authority of the installation; made at the first start.
+    pub fn authority(&self) -> Result<Authority, FolderError> {
         // Roles that start at the same time make one authority.
         let file = self.open_lock("authority.lock")?;
         let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| self.io(error.into()))?;
@@ -174,6 +173,18 @@ impl Folder {
             replace_file(&*self.storage, CA_FILE, authority.certificate_pem().as_bytes())
                 .map_err(|error| self.io(error))?;
         }
+        Ok(authority)
+    }
+
+    /// Whether a role has an identity already.
+    pub fn has_identity(&self, role: Role) -> Result<bool, FolderError> {
+        self.role(role).exists(IDENTITY_FILE).map_err(|error| self.io(error))
+    }
+
+    /// The role's certificate; made at the first start, and again when it is about to expire. `hosts` are the names
+    /// under which it is reached.
+    pub fn identity(&self, role: Role, hosts: &[String]) -> Result<Identity, FolderError> {
+        let authority = self.authority()?;
         let own = self.role(role);
         let before = match own.exists(IDENTITY_FILE).map_err(|error| self.io(error))? {
             true => Some(Identity::load(&*own, IDENTITY_FILE)?),
@@ -268,7 +279,7 @@ mod tests {
         let first = folder.identity(Role::Agent, &[]).unwrap();
         let token = folder.token().unwrap();
         let again = Folder::create(&path).unwrap();
-        assert_eq!(again.identity(Role::Agent, &[]).unwrap().chain, first.chain);
+        assert_eq!(again.identity(Role::Agent, &[]).unwrap().chain(), first.chain());
         assert_eq!(again.token().unwrap(), token);
         let server = again.identity(Role::ConfigServer, &["localhost".into()]).unwrap();
         assert_eq!(

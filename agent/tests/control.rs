@@ -11,8 +11,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tidemark::client::{Client, ClientError};
 use tidemark::folder::Folder;
-use tidemark::roles::config_server::{self, RunningConfigServer};
+use tidemark::roles::config_server::{self, RunningConfigServer, Settings};
 use tidemark::roles::link::{self, Command, Handler};
+use tidemark::roles::outbox::Draft;
 use tidemark::roles::place::Place;
 use tidemark_base::disk::{Access, Disk, FileDisk};
 use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
@@ -32,6 +33,10 @@ struct Fake {
     /// Answers Protect with this.
     refuses: Mutex<Option<Failure>>,
     policy: Mutex<Option<ReplicationPolicy>>,
+    denied: Mutex<DenyList>,
+    /// What happened since it was asked last.
+    news: Mutex<Vec<Draft>>,
+    log_bytes: Mutex<u64>,
 }
 
 impl Fake {
@@ -91,9 +96,17 @@ impl Fake {
                 Ok(Reply::Done)
             }
             AgentCommand::Mark(_) => Ok(Reply::Marked { mark: MarkId::random(), time: Timestamp(1) }),
+            AgentCommand::Deny(list) => {
+                *self.denied.lock().unwrap() = list;
+                Ok(Reply::Done)
+            }
             AgentCommand::Status => {
                 let machines = self.machines.lock().unwrap();
-                let disks = machines.values().flatten().map(|disk| source_disk(disk.disk)).collect();
+                let disks = machines
+                    .values()
+                    .flatten()
+                    .map(|disk| SourceDisk { log_bytes: *self.log_bytes.lock().unwrap(), ..source_disk(disk.disk) });
+                let disks = disks.collect();
                 Ok(Reply::Agent(AgentReport { time: Timestamp(1), disks }))
             }
         }
@@ -177,6 +190,10 @@ impl Fake {
                     .collect();
                 Ok(Reply::Exported(Exported { point: MarkId::random(), time: Timestamp(1), files }))
             }
+            ServerCommand::Deny(list) => {
+                *self.denied.lock().unwrap() = list;
+                Ok(Reply::Done)
+            }
             ServerCommand::Status => Ok(Reply::Server(ServerReport {
                 time: Timestamp(1),
                 disks: Vec::new(),
@@ -218,37 +235,48 @@ impl Handler for Fake {
             Command::Server(command) => self.server(command),
         }
     }
+
+    fn events(&self) -> Vec<Draft> {
+        std::mem::take(&mut self.news.lock().unwrap())
+    }
 }
 
 /// A role that dials, until it is dropped.
 struct Dialling {
     fake: Arc<Fake>,
     stop: CancellationToken,
-    _place: Place,
+    place: Place,
 }
 
 impl Dialling {
     fn start(folder: &Folder, role: Role) -> Self {
-        let place = Place::in_folder(folder, role).unwrap();
+        Self::at(Place::in_folder(folder, role).unwrap(), &format!("fake-{role}"))
+    }
+
+    fn at(place: Place, name: &str) -> Self {
         let peer = match place.identity.peer() {
             PeerIdentity::Agent(id) => Peer::Agent { id },
             PeerIdentity::ProcessServer(id) => Peer::ProcessServer { id, address: "127.0.0.1:1".into() },
             PeerIdentity::ConfigServer(_) => unreachable!(),
         };
-        let name = format!("fake-{role}");
+        let name = name.to_owned();
         let fake = Arc::new(Fake {
-            register: Register { peer, name, software: "test".into(), boot: String::new() },
+            register: Register { peer, name, software: "test".into(), boot: String::new(), instance: None, time: None },
             told: Mutex::default(),
             machines: Mutex::default(),
             points: Mutex::default(),
             serves: Mutex::default(),
             refuses: Mutex::default(),
             policy: Mutex::default(),
+            denied: Mutex::default(),
+            news: Mutex::default(),
+            log_bytes: Mutex::new(40),
         });
         let stop = CancellationToken::new();
         let handler: Arc<dyn Handler> = fake.clone();
-        tokio::spawn(link_until(place.identity.clone(), place.config_server.clone(), handler, stop.clone()));
-        Self { fake, stop, _place: place }
+        let link = link_until(place.identity.clone(), place.config_server.clone(), handler, place.kept(), stop.clone());
+        tokio::spawn(link);
+        Self { fake, stop, place }
     }
 }
 
@@ -257,10 +285,11 @@ async fn link_until(
     identity: tidemark_transport::Identity,
     address: link::Address,
     handler: Arc<dyn Handler>,
+    kept: Arc<link::Kept>,
     stop: CancellationToken,
 ) {
     tokio::select! {
-        () = link::run(identity, address, handler, CancellationToken::new()) => {}
+        () = link::run(identity, address, handler, kept, CancellationToken::new()) => {}
         () = stop.cancelled() => {}
     }
 }
@@ -293,7 +322,7 @@ impl Site {
     }
 
     async fn start_config_server(&mut self) {
-        self.config_server = Some(config_server::start(&self.folder, None, None).await.unwrap());
+        self.config_server = Some(config_server::start(&self.folder, Settings::default()).await.unwrap());
     }
 
     async fn stop_config_server(&mut self) {
@@ -616,4 +645,516 @@ async fn a_serve_that_is_stopped_leaves_nothing() {
     let status = tokio::time::timeout(SOON, child.wait()).await.unwrap().unwrap();
     assert!(status.success(), "{status}");
     assert!(site.server().serves.lock().unwrap().is_empty());
+}
+
+fn draft(message: &str) -> Draft {
+    Draft {
+        time: Timestamp(1),
+        severity: Severity::Warning,
+        machine: None,
+        disk: None,
+        kind: "test".into(),
+        message: message.into(),
+        help: "do".into(),
+    }
+}
+
+/// Texts of the events of the fakes, in order.
+async fn told(client: &Client) -> Vec<String> {
+    let events = client.get("/events?limit=1000").await.unwrap();
+    let of_fakes = events.as_array().unwrap().iter().filter(|event| event["kind"] == "test");
+    of_fakes.map(|event| event["message"].as_str().unwrap().to_owned()).collect()
+}
+
+async fn until_told(client: &Client, expected: &[&str]) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(50));
+    let waiting = async {
+        while told(client).await != expected {
+            ticks.tick().await;
+        }
+    };
+    if tokio::time::timeout(SOON, waiting).await.is_err() {
+        panic!("{:?}, not {expected:?}", told(client).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_arrive_once_over_restarts_of_both_ends() {
+    let mut site = Site::start().await;
+    site.agent().news.lock().unwrap().push(draft("one"));
+    until_told(&site.client(), &["one"]).await;
+
+    // The command follows them, from now on and filtered, until it is told to stop.
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_tidemark"));
+    command
+        .args(["events", "--watch", "--severity", "warning", "--json"])
+        .env("TIDEMARK_DIR", site.folder.path())
+        .stdout(std::process::Stdio::piped())
+        .kill_on_drop(true);
+    let mut child = command.spawn().unwrap();
+    let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().unwrap()));
+    // It says nothing when it is ready: events go on until it shows one.
+    let mut ticks = tokio::time::interval(Duration::from_millis(200));
+    let mut sent = vec!["one".to_owned()];
+    let line = loop {
+        tokio::select! {
+            line = lines.next_line() => break line.unwrap().unwrap(),
+            _ = ticks.tick() => {
+                let message = format!("more {}", sent.len());
+                site.agent().news.lock().unwrap().push(draft(&message));
+                sent.push(message);
+            }
+        }
+        assert!(sent.len() < 200, "the watch shows nothing");
+    };
+    let event: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((&event["severity"], &event["kind"], &event["help"]), (&json!("warning"), &json!("test"), &json!("do")));
+    assert!(event["source"].as_str().unwrap().contains("fake-agent"), "{event}");
+    let pid = nix::unistd::Pid::from_raw(child.id().unwrap() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(tokio::time::timeout(SOON, child.wait()).await.unwrap().unwrap().success());
+
+    // While the configuration server is away they wait; over the agent's restart too.
+    site.stop_config_server().await;
+    site.agent().news.lock().unwrap().push(draft("while it was away"));
+    until("collecting", || site.agent().news.lock().unwrap().is_empty()).await;
+    let kept = site.folder.role_path(Role::Agent).join("events.json");
+    let is_kept = || std::fs::read_to_string(&kept).is_ok_and(|text| text.contains("while it was away"));
+    until("keeping", is_kept).await;
+    site.agent = None;
+    site.start_config_server().await;
+    site.agent = Some(Dialling::start(&site.folder, Role::Agent));
+    site.settled(2).await;
+    site.agent().news.lock().unwrap().push(draft("last"));
+    sent.extend(["while it was away".to_owned(), "last".to_owned()]);
+    until_told(&site.client(), &sent.iter().map(String::as_str).collect::<Vec<_>>()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_stream_of_events_goes_on_after_the_last_one_that_was_seen() {
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    let site = Site::start().await;
+    site.agent().news.lock().unwrap().extend([draft("one"), draft("two")]);
+    until_told(&site.client(), &["one", "two"]).await;
+    let events = site.client().get("/events?limit=1000").await.unwrap();
+    let first = events.as_array().unwrap().iter().find(|event| event["message"] == "one").unwrap()["id"].clone();
+    let api = site.folder.config_server().unwrap().unwrap().api;
+    let authority = std::fs::read(site.folder.ca_file()).unwrap();
+    let authority = rustls_pki_types_pem(&authority);
+    let tls = tidemark_transport::tls::api_client(&authority).unwrap();
+    let stream = tidemark_transport::client::dial(&api.to_string(), tls).await.unwrap();
+    let (reader, mut writer) = tokio::io::split(stream);
+    let token = site.folder.token().unwrap();
+    let request = format!(
+        "GET /api/v1/events/stream HTTP/1.1\r\nHost: {api}\r\nAuthorization: Bearer {token}\r\nLast-Event-ID: {first}\r\n\r\n"
+    );
+    writer.write_all(request.as_bytes()).await.unwrap();
+    let mut lines = BufReader::new(reader).lines();
+    let mut seen = Vec::new();
+    let reading = async {
+        while seen.len() < 2 {
+            let line = lines.next_line().await.unwrap().expect("the stream goes on");
+            if let Some(event) = line.strip_prefix("data: ").and_then(|data| serde_json::from_str::<Value>(data).ok())
+                && event["kind"] == "test"
+            {
+                seen.push(event["message"].as_str().unwrap().to_owned());
+                // What happens while it is followed comes as well.
+                site.agent().news.lock().unwrap().push(draft("three"));
+            }
+        }
+    };
+    tokio::time::timeout(SOON, reading).await.unwrap();
+    assert_eq!(seen, ["two", "three"]);
+}
+
+fn rustls_pki_types_pem(pem: &[u8]) -> tokio_rustls::rustls::pki_types::CertificateDer<'static> {
+    use tokio_rustls::rustls::pki_types::pem::PemObject;
+    tokio_rustls::rustls::pki_types::CertificateDer::from_pem_slice(pem).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_register_with_passphrase_fingerprint_and_approval() {
+    let site = Site::start().await;
+    let json_of = async |arguments: &[&str]| -> Value {
+        let output = site.run(&[arguments, &["--json"]].concat()).await;
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{arguments:?}: {error}"))
+    };
+    let server = format!("https://{}", site.folder.config_server().unwrap().unwrap().api);
+    let fingerprint = site.folder.authority().unwrap().fingerprint();
+    let file = site.top.path().join("passphrase");
+    let write = |text: &str| std::fs::write(&file, text).unwrap();
+    let dir = |name: &str| site.top.path().join(name).to_str().unwrap().to_owned();
+    let (file_name, agent_dir, server_dir) = (file.to_str().unwrap(), dir("agent-2"), dir("server-2"));
+    fn register<'a>(role: &'a str, dir: &'a str, server: &'a str, file: &'a str, print: &'a str) -> Vec<&'a str> {
+        let more = ["--server", server, "--passphrase-file", file, "--ca-fingerprint", print, "--name", "second"];
+        [&[role, "register", "--dir", dir, "--no-wait"][..], &more].concat()
+    }
+
+    let made = json_of(&["passphrase", "create", "--role", "agent"]).await;
+    write(made["passphrase"].as_str().unwrap());
+    let other = "0".repeat(64);
+    site.refused(&register("agent", &agent_dir, &server, file_name, &other), "fingerprint").await;
+    assert_eq!(json_of(&["passphrase", "list"]).await[0]["uses_left"], 1, "the passphrase went to nobody");
+    let registered = json_of(&register("agent", &agent_dir, &server, file_name, &fingerprint)).await;
+    let identity = registered["identity"].as_str().unwrap().to_owned();
+    assert!(identity.starts_with("tidemark://agent/"), "{registered}");
+    site.refused(&register("agent", &agent_dir, &server, file_name, &fingerprint), "registered already").await;
+    let third = dir("agent-3");
+    site.refused(&register("agent", &third, &server, file_name, &fingerprint), "used up").await;
+
+    // A process server gets nothing before somebody approved it.
+    let made = json_of(&["passphrase", "create", "--role", "process-server"]).await;
+    write(made["passphrase"].as_str().unwrap());
+    let waiting = json_of(&register("process-server", &server_dir, &server, file_name, &fingerprint)).await;
+    assert_eq!(waiting["state"], "waiting");
+    assert!(!Path::new(&server_dir).join("identity.pem").exists());
+    assert_eq!(json_of(&["process-server", "list"]).await[0]["name"], "second");
+    json_of(&["process-server", "approve", waiting["registration"].as_str().unwrap()]).await;
+    let registered = json_of(&register("process-server", &server_dir, &server, file_name, &fingerprint)).await;
+    assert!(registered["identity"].as_str().unwrap().starts_with("tidemark://process-server/"));
+
+    // What was registered runs with what the registration left there.
+    let config = tidemark::roles::place::RoleConfig {
+        dir: agent_dir.clone().into(),
+        listen: None,
+        control_listen: None,
+        names: Vec::new(),
+        database: None,
+        config_server: None,
+    };
+    let place = Place::configured(config, Role::Agent).unwrap();
+    let second = Dialling::at(place, "second");
+    site.settled(3).await;
+    // Revoked: its stream ends, others are told, it does not come back.
+    json_of(&["identity", "revoke", &identity, "--reason", "stolen"]).await;
+    until("telling", || site.server().denied.lock().unwrap().identities == [identity.clone()]).await;
+    let client = site.client();
+    let is_gone = async || {
+        let peers = client.get("/peers").await.unwrap();
+        peers["connected"].as_array().unwrap().iter().all(|peer| peer["name"] != "second")
+    };
+    let mut ticks = tokio::time::interval(Duration::from_millis(50));
+    let going = async {
+        while !is_gone().await {
+            ticks.tick().await;
+        }
+    };
+    tokio::time::timeout(SOON, going).await.expect("its stream ends");
+    json_of(&["identity", "restore", &identity]).await;
+    site.settled(3).await;
+    drop(second);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_is_renewed_over_the_stream_and_kept() {
+    let top = tempfile::tempdir().unwrap();
+    let folder = Folder::create(&top.path().join("site")).unwrap();
+    // Issued so long ago that a third of its life is over.
+    let authority = folder.authority().unwrap();
+    let id = tidemark_base::HostId::random();
+    let request = tidemark_transport::KeyRequest::new().unwrap();
+    let day = Duration::from_secs(86_400);
+    let now = Duration::from_nanos(tidemark_base::time::Clock::wall_now(&tidemark_base::SystemClock::new()).0);
+    let certificate = authority.sign_for(PeerIdentity::Agent(id), request.request(), now - 31 * day, 90 * day).unwrap();
+    let identity = request.complete(&certificate, authority.certificate()).unwrap();
+    let before = identity.expires();
+    identity.save(&*folder.role(Role::Agent), "identity.pem").unwrap();
+
+    let config_server = config_server::start(&folder, Settings::default()).await.unwrap();
+    let config = tidemark::roles::place::RoleConfig {
+        dir: folder.role_path(Role::Agent),
+        listen: None,
+        control_listen: None,
+        names: Vec::new(),
+        database: None,
+        config_server: Some(config_server.addresses.control.to_string()),
+    };
+    let place = Place::configured(config, Role::Agent).unwrap();
+    let agent = Dialling::at(place, "old");
+    let saved = || tidemark_transport::Identity::load(&*folder.role(Role::Agent), "identity.pem").unwrap().expires();
+    until("renewing", || saved() > before).await;
+    let renewed = agent.place.identity.expires();
+    assert_eq!(
+        (renewed, agent.place.identity.peer()),
+        (saved(), PeerIdentity::Agent(id)),
+        "running connections use it"
+    );
+    drop(agent);
+    config_server.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_allow_what_their_role_does() {
+    let site = Site::start().await;
+    let admin = site.client();
+    let api = site.folder.config_server().unwrap().unwrap().api;
+    let mut clients = Vec::new();
+    for role in ["reader", "operator"] {
+        admin.post("/users", &json!({ "name": role, "role": role })).await.unwrap();
+        let token = admin.post("/tokens", &json!({ "user": role })).await.unwrap();
+        let file = site.top.path().join(role);
+        std::fs::write(&file, token["token"].as_str().unwrap()).unwrap();
+        clients.push(Client::new(&format!("https://{api}"), &file, &site.folder.ca_file()).unwrap());
+        let listed = admin.get("/tokens").await.unwrap().to_string();
+        assert!(!listed.contains(token["token"].as_str().unwrap()), "it is shown once");
+    }
+    let [reader, operator] = &clients[..] else { unreachable!() };
+    let forbidden = |outcome: Result<Value, ClientError>| match outcome {
+        Err(ClientError::Refused { status: 403, message, help }) => {
+            assert!(message.contains("role") && !help.is_empty())
+        }
+        other => panic!("{other:?}"),
+    };
+    reader.get("/machines").await.unwrap();
+    forbidden(reader.post("/policies", &json!({ "name": "p" })).await);
+    operator.post("/policies", &json!({ "name": "p" })).await.unwrap();
+    forbidden(operator.post("/passphrases", &json!({ "role": "agent" })).await);
+    forbidden(operator.get("/tokens").await);
+    admin.request(hyper::Method::DELETE, "/users/reader", None).await.unwrap();
+    assert!(matches!(reader.get("/machines").await, Err(ClientError::Refused { status: 401, .. })));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_document_of_the_api_is_complete() {
+    let site = Site::start().await;
+    let document = site.client().get("/openapi.json").await.unwrap();
+    let paths = document["paths"].as_object().unwrap();
+    for path in ["/machines", "/machines/{name}/points/{point}/serve", "/events/stream", "/alerts", "/register"] {
+        assert!(paths.contains_key(path), "{path}");
+    }
+    // Every reference leads somewhere.
+    let text = document.to_string();
+    for reference in text.split("\"#/components/schemas/").skip(1) {
+        let name = reference.split('"').next().unwrap();
+        assert!(document["components"]["schemas"][name].is_object(), "{name}");
+    }
+    // What is answered has the fields that are told, and no others.
+    let disk = site.disk("a.img", 1 << 20);
+    site.protect("web", &[&disk]).await.unwrap();
+    site.job("/machines/web/points", json!({})).await.unwrap();
+    let client = site.client();
+    for (path, schema) in [
+        ("/machines/web", "MachineStatus"),
+        ("/machines/web/points/latest", "Point"),
+        ("/policies/continuous", "NamedPolicy"),
+    ] {
+        let answer = client.get(path).await.unwrap();
+        let schema = &document["components"]["schemas"][schema];
+        let parts = schema["allOf"].as_array().cloned().unwrap_or_else(|| vec![schema.clone()]);
+        let told: std::collections::BTreeSet<&String> =
+            parts.iter().filter_map(|part| part["properties"].as_object()).flat_map(|of| of.keys()).collect();
+        let have: std::collections::BTreeSet<&String> = answer.as_object().unwrap().keys().collect();
+        assert_eq!(have, told, "{path}");
+    }
+}
+
+/// A request with headers of its own: status, headers as text, and body.
+async fn raw(site: &Site, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> (u16, String, Value) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let api = site.folder.config_server().unwrap().unwrap().api;
+    let authority = rustls_pki_types_pem(&std::fs::read(site.folder.ca_file()).unwrap());
+    let tls = tidemark_transport::tls::api_client(&authority).unwrap();
+    let mut stream = tidemark_transport::client::dial(&api.to_string(), tls).await.unwrap();
+    let token = site.folder.token().unwrap();
+    let more: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    let length = body.len();
+    let request = format!(
+        "{method} /api/v1{path} HTTP/1.1\r\nHost: {api}\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\
+         Content-Length: {length}\r\n{more}\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    let _ = tokio::time::timeout(SOON, stream.read_to_end(&mut answer)).await.unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, head.to_lowercase(), serde_json::from_str(body).unwrap_or(Value::Null))
+}
+
+fn header(head: &str, name: &str) -> String {
+    let found = head.lines().find_map(|line| line.strip_prefix(&format!("{name}: ")));
+    found.unwrap_or_else(|| panic!("{name} in {head}")).to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_creation_that_is_repeated_with_its_key_happens_once() {
+    let mut site = Site::start().await;
+    let key = [("Idempotency-Key", "0190-a")];
+    let body = r#"{"name":"gold","compression":3}"#;
+    let (status, head, first) = raw(&site, "POST", "/policies", &key, body).await;
+    assert!(status == 200 && !head.contains("idempotency-replayed"), "{head} {first}");
+    // The answer may have been lost, and the server restarted since.
+    site.stop_config_server().await;
+    site.start_config_server().await;
+    let (status, head, again) = raw(&site, "POST", "/policies", &key, body).await;
+    assert_eq!((status, &again), (200, &first));
+    assert_eq!(header(&head, "idempotency-replayed"), "true");
+    let (status, _, refused) = raw(&site, "POST", "/policies", &key, r#"{"name":"silver"}"#).await;
+    assert!(status == 422 && refused["help"].as_str().unwrap().contains("key"), "{refused}");
+    let (status, _, _) = raw(&site, "POST", "/policies", &[], body).await;
+    assert_eq!(status, 409, "without the key it is another request");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_was_meant_for_another_version_is_refused() {
+    let site = Site::start().await;
+    let (_, head, _) = raw(&site, "POST", "/policies", &[], r#"{"name":"gold"}"#).await;
+    let first = header(&head, "etag");
+    let mine = [("If-Match", first.as_str())];
+    let (status, head, _) = raw(&site, "PATCH", "/policies/gold", &mine, r#"{"compression":3}"#).await;
+    assert_eq!(status, 200);
+    let second = header(&head, "etag");
+    assert_ne!(first, second);
+    let (status, _, refused) = raw(&site, "PATCH", "/policies/gold", &mine, r#"{"compression":4}"#).await;
+    assert!(status == 412 && refused["error"].as_str().unwrap().contains("changed meanwhile"), "{refused}");
+    let (_, head, shown) = raw(&site, "GET", "/policies/gold", &[], "").await;
+    assert_eq!((header(&head, "etag"), &shown["compression"]), (second.clone(), &json!(3)));
+    assert_eq!(raw(&site, "DELETE", "/policies/gold", &mine, "").await.0, 412);
+    assert_eq!(raw(&site, "DELETE", "/policies/gold", &[("If-Match", "gold")], "").await.0, 400);
+    assert_eq!(raw(&site, "DELETE", "/policies/gold", &[("If-Match", &second)], "").await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_that_is_in_the_way_is_named_before_anything_is_touched() {
+    let site = Site::start().await;
+    let good = site.disk("good.img", 1 << 20);
+    let odd = site.disk("odd.img", 1000);
+    let absent = site.top.path().join("absent.img");
+    site.protect("first", &[&good]).await.unwrap();
+    let told = (site.agent().was_told("protect"), site.server().was_told("authorise"));
+    match site.protect("web", &[&good, &odd, &absent]).await {
+        Err(ClientError::Refused { message, help, .. }) => {
+            for part in ["3 things", "first", "1000 bytes", "absent.img"] {
+                assert!(message.contains(part), "{part}: {message}");
+            }
+            assert!(help.contains("1. ") && help.contains("3. "), "{help}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!((site.agent().was_told("protect"), site.server().was_told("authorise")), told);
+    assert_eq!(site.client().get("/machines").await.unwrap().as_array().unwrap().len(), 1);
+    // Looking only.
+    let request = json!({ "name": "web", "disks": [odd], "check_only": true });
+    let looked = site.job("/machines", request).await.unwrap();
+    let failing: Vec<&Value> =
+        looked["checks"].as_array().unwrap().iter().filter(|check| check["ok"] == false).collect();
+    assert!(failing.len() == 1 && failing[0]["check"] == "disk" && failing[0]["help"].is_string(), "{looked}");
+    // What is left out is not looked at.
+    let other = site.disk("other.img", 1 << 20);
+    let request = json!({ "name": "web", "disks": [other, odd], "exclude": [odd] });
+    assert_eq!(site.job("/machines", request).await.unwrap()["disks"].as_array().unwrap().len(), 1);
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    site.refused(&["protect", "x", "--disk", &text(&other), "--exclude", &text(&odd)], "left out").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_lasts_is_an_alert_and_metrics_tell_it() {
+    let site = Site::start().await;
+    let disk = site.disk("a.img", 1 << 20);
+    let client = site.client();
+    client.post("/policies", &json!({ "name": "strict", "log_limit_bytes": 1 << 20 })).await.unwrap();
+    site.job("/machines", json!({ "name": "web", "disks": [disk], "policy": "strict" })).await.unwrap();
+    assert_eq!(client.get("/machines/web").await.unwrap()["health"], "ok");
+    *site.agent().log_bytes.lock().unwrap() = 900_000;
+    let mut ticks = tokio::time::interval(Duration::from_millis(100));
+    let raised = async {
+        loop {
+            let alerts = client.get("/alerts").await.unwrap();
+            if let Some(alert) = alerts.as_array().unwrap().first() {
+                return alert.clone();
+            }
+            ticks.tick().await;
+        }
+    };
+    let alert = tokio::time::timeout(SOON, raised).await.expect("an alert is raised");
+    assert_eq!(
+        (&alert["kind"], &alert["machine"], &alert["severity"]),
+        (&json!("log"), &json!("web"), &json!("warning"))
+    );
+    let status = client.get("/machines/web").await.unwrap();
+    assert_eq!((&status["health"], &status["reasons"][0]["kind"]), (&json!("warning"), &json!("log")));
+    let (_, head, _) = raw(&site, "GET", "/metrics", &[], "").await;
+    assert!(header(&head, "content-type").contains("openmetrics"));
+    let output = site.run(&["alert", "list"]).await;
+    assert!(String::from_utf8_lossy(&output.stdout).contains("of its limit"));
+    // The policy allows more: no alert any more, and both are events.
+    client.request(hyper::Method::PATCH, "/policies/strict", Some(&json!({ "alarm_log_percent": 95 }))).await.unwrap();
+    let mut ticks = tokio::time::interval(Duration::from_millis(100));
+    let cleared = async {
+        while client.get("/alerts").await.unwrap() != json!([]) {
+            ticks.tick().await;
+        }
+    };
+    tokio::time::timeout(SOON, cleared).await.expect("the alert ends");
+    let events = client.get("/events?machine=web&limit=1000").await.unwrap();
+    let kinds: Vec<&str> = events.as_array().unwrap().iter().map(|event| event["kind"].as_str().unwrap()).collect();
+    let at = |kind| kinds.iter().position(|known| *known == kind).unwrap_or_else(|| panic!("{kind} in {kinds:?}"));
+    assert!(at("alert_raised") < at("alert_cleared"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_that_contradict_themselves_are_refused_and_short_retention_shortens_the_rest() {
+    let site = Site::start().await;
+    for (settings, part) in [
+        (json!({ "retention_seconds": 600, "any_time_seconds": 7200 }), "any_time_seconds"),
+        (json!({ "retention_seconds": 600, "point_interval_seconds": 3600 }), "point_interval_seconds"),
+        (json!({ "throttle_bytes_per_second": 0 }), "throttle"),
+        (json!({ "log_limit_bytes": 1 }), "log"),
+        (json!({ "alarm_log_percent": 101 }), "alarm_log_percent"),
+        (json!({ "throttle_schedule": [{ "from": "9", "to": "10:00" }] }), "time of a day"),
+    ] {
+        let mut body = settings.clone();
+        body["name"] = json!("p");
+        match site.client().post("/policies", &body).await {
+            Err(ClientError::Refused { status: 400, message, help }) => {
+                assert!(message.contains(part) && !help.is_empty(), "{message}");
+            }
+            other => panic!("{settings}: {other:?}"),
+        }
+    }
+    let output = site.run(&["policy", "create", "short", "--retention", "30m", "--json"]).await;
+    let policy: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&policy["retention_seconds"], &policy["any_time_seconds"]), (&json!(1800), &json!(1800)));
+    let window = ["--throttle-window", "1-5,7 08:00-18:00 10M", "--throttle-window", "22:00-06:00 none"];
+    let output = site.run(&[&["policy", "set", "short", "--json"][..], &window].concat()).await;
+    let policy: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(policy["throttle_schedule"][0]["days"], json!([1, 2, 3, 4, 5, 7]));
+    assert_eq!(policy["throttle_schedule"][1]["bytes_per_second"], Value::Null);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_set_up_prints_what_registering_needs_and_the_pages_are_made() {
+    let top = tempfile::tempdir().unwrap();
+    let run = async |arguments: &[&str]| {
+        let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_tidemark"));
+        let output = command.args(arguments).output().await.unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let dir = top.path().join("cs");
+    let made: Value =
+        serde_json::from_str(&run(&["config-server", "init", "--dir", dir.to_str().unwrap(), "--json"]).await).unwrap();
+    let folder = Folder::create(&dir).unwrap();
+    assert_eq!(made["ca_fingerprint"], json!(folder.authority().unwrap().fingerprint()));
+    assert!(Path::new(made["token_file"].as_str().unwrap()).exists());
+    // The passphrase that it printed registers an agent once the server runs.
+    let config_server = config_server::start(&folder, Settings::default()).await.unwrap();
+    let registration = tidemark::roles::register::Registration {
+        role: Role::Agent,
+        server: format!("https://{}", config_server.addresses.api),
+        passphrase: made["agent_passphrase"].as_str().unwrap().to_owned(),
+        fingerprint: made["ca_fingerprint"].as_str().unwrap().to_owned(),
+        name: "web-1".to_owned(),
+        dir: top.path().join("agent"),
+        wait: true,
+    };
+    let outcome = tidemark::roles::register::register(registration, |_| ()).await.unwrap();
+    assert!(matches!(outcome, tidemark::roles::register::Outcome::Registered { .. }));
+    config_server.server.stop().await;
+
+    assert!(run(&["completions", "bash"]).await.contains("tidemark"));
+    let pages = top.path().join("man");
+    run(&["man", "--dir", pages.to_str().unwrap()]).await;
+    assert!(std::fs::read_to_string(pages.join("tidemark-protect.1")).unwrap().contains("protect"));
 }

@@ -9,7 +9,9 @@ use tidemark_proto::control::{AgentCommand, Failure, FailureKind, Reply, ServerC
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::history::History;
 use crate::hub::{Hub, PeerId, unexpected};
+use crate::identity::Registrar;
 use crate::jobs::Jobs;
 use crate::model::Machine;
 use crate::serves::Serves;
@@ -23,9 +25,11 @@ pub const SETTLE: Duration = Duration::from_secs(60);
 pub const WHOLE_DISK: Duration = Duration::from_secs(7 * 86_400);
 
 pub struct Core {
-    pub store: Store,
+    pub store: Arc<Store>,
     pub hub: Arc<Hub>,
     pub jobs: Arc<Jobs>,
+    pub history: Arc<History>,
+    pub registrar: Arc<Registrar>,
     pub serves: Serves,
     pub stop: CancellationToken,
     pub clock: SystemClock,
@@ -44,11 +48,19 @@ pub enum Side {
 }
 
 impl Core {
-    pub fn new(store: Store, hub: Arc<Hub>, jobs: Arc<Jobs>) -> Arc<Self> {
+    pub fn new(
+        store: Arc<Store>,
+        hub: Arc<Hub>,
+        jobs: Arc<Jobs>,
+        history: Arc<History>,
+        registrar: Arc<Registrar>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             store,
             hub,
             jobs,
+            history,
+            registrar,
             serves: Serves::default(),
             stop: CancellationToken::new(),
             clock: SystemClock::new(),

@@ -1,38 +1,51 @@
 //! Jobs: what was asked for, how far it is, and how it ended.
 //!
 //! *Consistency.* A job's steps are told in order; its outcome comes last and never changes. *Retries.* None: a job that
-//! failed says why and what to do. *Cancellation.* Jobs run to their end. *Crash.* The history is saved soon after each
+//! failed says why and what to do. *Cancellation.* Jobs that only wait for others, or read, can be cancelled; what an agent or
+//! a process server began for it may still end there. Others run to their end. *Crash.* The history is saved soon after each
 //! change; a job whose end was not saved is shown as interrupted, and what it wanted is in the state.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_base::storage::{Storage, read_file};
 use tidemark_base::{Clock, SystemClock, Timestamp};
-use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_proto::control::{Failure, FailureKind, Severity};
 use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::database::{Database, DatabaseError, Statement};
+use crate::history::{History, News};
+
+/// What the first version kept; read once.
 const FILE: &str = "jobs.json";
+const IMPORTED: &str = "jobs.json.imported";
 const FILE_BYTES_MAX: u64 = 64 << 20;
-/// Jobs that are remembered; the oldest that are done go first.
-const HISTORY_MAX: usize = 500;
+/// Jobs that are at hand; the oldest that are done are asked of the database.
+const AT_HAND_MAX: usize = 500;
+/// Jobs that are remembered.
+const HISTORY_MAX: u64 = 10_000;
 /// Jobs that run at once; more are refused.
 const RUNNING_MAX: usize = 64;
+/// Those that can be cancelled: they wait, or read.
+const CANCELLABLE: [&str; 3] = ["point_create", "point_verify", "point_export"];
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum JobState {
     Running,
     Succeeded,
     Failed,
+    /// Somebody did not want it any more.
+    Cancelled,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Job {
     pub id: Uuid,
     /// `protect`, `point_create`, …
@@ -40,27 +53,41 @@ pub struct Job {
     pub machine: Option<String>,
     pub state: JobState,
     pub steps: Vec<Step>,
+    #[schema(value_type = String, format = "date-time")]
     pub started: Timestamp,
+    #[schema(value_type = Option<String>, format = "date-time")]
     pub finished: Option<Timestamp>,
     /// What it was for: of the shape that its kind has.
     pub result: Option<Value>,
+    #[schema(value_type = Option<crate::api::schema::FailureSchema>)]
     pub failure: Option<Failure>,
     /// Grows with each change, for long polls.
     pub version: u64,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Step {
     pub name: String,
+    #[schema(value_type = String, format = "date-time")]
     pub started: Timestamp,
+    #[schema(value_type = Option<String>, format = "date-time")]
     pub finished: Option<Timestamp>,
 }
 
 pub struct Jobs {
-    storage: Arc<dyn Storage>,
-    jobs: Mutex<VecDeque<watch::Sender<Job>>>,
+    database: Database,
+    history: Arc<History>,
+    jobs: Mutex<VecDeque<Entry>>,
+    /// Those whose last change is not saved.
+    unsaved: Mutex<BTreeSet<Uuid>>,
     changed: Notify,
     clock: SystemClock,
+}
+
+#[derive(Clone)]
+struct Entry {
+    job: watch::Sender<Job>,
+    cancel: CancellationToken,
 }
 
 /// Given to a running job, to tell its steps.
@@ -88,31 +115,31 @@ fn finish_step(job: &mut Job, now: Timestamp) {
 }
 
 impl Jobs {
-    pub fn open(storage: Arc<dyn Storage>) -> Arc<Self> {
-        let mut history: Vec<Job> = match storage.exists(FILE) {
-            Ok(true) => read_file(&*storage, FILE, FILE_BYTES_MAX)
-                .map_err(|error| error.to_string())
-                .and_then(|content| serde_json::from_slice(&content).map_err(|error| error.to_string()))
-                .unwrap_or_else(|error| {
-                    // History only: what is wanted is in the state.
-                    tracing::warn!(error, "the history of jobs cannot be read; a new one begins");
-                    Vec::new()
-                }),
-            _ => Vec::new(),
-        };
-        for job in &mut history {
-            if job.state == JobState::Running {
-                job.state = JobState::Failed;
-                job.finished = job.steps.last().map(|step| step.started).or(Some(job.started));
-                job.failure = Some(Failure::new(
-                    FailureKind::Failed,
-                    "the configuration server stopped while the job ran",
-                    "what it wanted was kept and is being done; see `tidemark status`",
-                ));
-            }
+    pub fn open(database: Database, history: Arc<History>, storage: &dyn Storage) -> Result<Arc<Self>, DatabaseError> {
+        import(&database, storage)?;
+        let sql = "SELECT body FROM jobs ORDER BY started DESC, id LIMIT $1";
+        let rows = database.read(Statement::new(sql, [(AT_HAND_MAX as u64).into()]))?;
+        let mut at_hand: Vec<Job> = rows.iter().rev().filter_map(|row| job_of(row[0].text())).collect();
+        let mut interrupted = BTreeSet::new();
+        for job in at_hand.iter_mut().filter(|job| job.state == JobState::Running) {
+            interrupted.insert(job.id);
+            job.state = JobState::Failed;
+            job.finished = job.steps.last().map(|step| step.started).or(Some(job.started));
+            job.failure = Some(Failure::new(
+                FailureKind::Failed,
+                "the configuration server stopped while the job ran",
+                "what it wanted was kept and is being done; see `tidemark status`",
+            ));
         }
-        let jobs = history.into_iter().map(watch::Sender::new).collect();
-        Arc::new(Self { storage, jobs: Mutex::new(jobs), changed: Notify::new(), clock: SystemClock::new() })
+        let entry = |job| Entry { job: watch::Sender::new(job), cancel: CancellationToken::new() };
+        Ok(Arc::new(Self {
+            database,
+            history,
+            jobs: Mutex::new(at_hand.into_iter().map(entry).collect()),
+            unsaved: Mutex::new(interrupted),
+            changed: Notify::new(),
+            clock: SystemClock::new(),
+        }))
     }
 
     /// Starts a job; it runs whether or not anyone waits for it.
@@ -138,42 +165,61 @@ impl Jobs {
             version: 1,
         };
         let sender = watch::Sender::new(job.clone());
+        let cancel = CancellationToken::new();
         {
             let mut jobs = self.jobs.lock().expect("no panic while held");
-            let is_running = |job: &watch::Sender<Job>| job.borrow().state == JobState::Running;
-            if jobs.iter().filter(|job| is_running(job)).count() >= RUNNING_MAX {
+            let is_running = |entry: &Entry| entry.job.borrow().state == JobState::Running;
+            if jobs.iter().filter(|entry| is_running(entry)).count() >= RUNNING_MAX {
                 return Err(Failure::new(
                     FailureKind::Unavailable,
                     format!("{RUNNING_MAX} jobs are running, which is the limit"),
                     "wait for some of them: `tidemark job list`",
                 ));
             }
-            jobs.push_back(sender.clone());
-            while jobs.len() > HISTORY_MAX
-                && let Some(index) = jobs.iter().position(|job| !is_running(job))
-            {
-                jobs.remove(index);
-            }
+            jobs.push_back(Entry { job: sender.clone(), cancel: cancel.clone() });
         }
+        self.unsaved.lock().expect("no panic while held").insert(job.id);
         self.changed.notify_one();
         let work = work(Progress { jobs: self.clone(), job: sender.clone() });
         let jobs = self.clone();
         tokio::spawn(async move {
             // A task of its own, so that a panic in it fails the job and not its watchers.
-            let outcome = tokio::spawn(work).await.unwrap_or_else(|error| {
-                Err(Failure::new(FailureKind::Failed, format!("the job stopped abruptly: {error}"), "see the log"))
-            });
+            let mut working = tokio::spawn(work);
+            let outcome = tokio::select! {
+                outcome = &mut working => Some(outcome.unwrap_or_else(|error| {
+                    Err(Failure::new(FailureKind::Failed, format!("the job stopped abruptly: {error}"), "see the log"))
+                })),
+                () = cancel.cancelled() => {
+                    working.abort();
+                    None
+                }
+            };
             let now = jobs.clock.wall_now();
             jobs.update(&sender, |job| {
                 job.finished = Some(now);
                 match outcome {
-                    Ok(result) => {
+                    None => {
+                        job.state = JobState::Cancelled;
+                        job.failure = Some(Failure::new(
+                            FailureKind::Conflict,
+                            "the job was cancelled",
+                            "what was begun at the agent or the process server may still end there; nothing was lost",
+                        ));
+                    }
+                    Some(Ok(result)) => {
                         finish_step(job, now);
                         job.state = JobState::Succeeded;
                         job.result = Some(result);
                     }
-                    Err(failure) => {
+                    Some(Err(failure)) => {
                         tracing::warn!(job = %job.id, kind = job.kind, %failure, "a job failed");
+                        jobs.history.note(News {
+                            severity: Severity::Warning,
+                            kind: "job_failed",
+                            machine: job.machine.clone(),
+                            message: format!("{} failed: {}", job.kind, failure.message),
+                            help: failure.help.clone(),
+                        });
                         job.state = JobState::Failed;
                         job.failure = Some(failure);
                     }
@@ -188,20 +234,49 @@ impl Jobs {
             edit(job);
             job.version += 1;
         });
+        self.unsaved.lock().expect("no panic while held").insert(job.borrow().id);
         self.changed.notify_one();
+    }
+
+    /// Ends a job that can be cancelled.
+    pub fn cancel(&self, id: Uuid) -> Result<Job, Failure> {
+        let conflict = |message: String, help: &str| Err(Failure::new(FailureKind::Conflict, message, help));
+        let Some(entry) = self.entry(id) else {
+            return Err(Failure::new(FailureKind::NotFound, "there is no such job", "see `tidemark job list`"));
+        };
+        let job = entry.job.borrow().clone();
+        if job.state != JobState::Running {
+            return conflict("the job has ended already".to_owned(), "see `tidemark job show`");
+        }
+        if !CANCELLABLE.contains(&job.kind.as_str()) {
+            return conflict(
+                format!("a job of the kind {} runs to its end", job.kind),
+                "wait for it, then ask for the opposite",
+            );
+        }
+        entry.cancel.cancel();
+        Ok(job)
+    }
+
+    fn entry(&self, id: Uuid) -> Option<Entry> {
+        let jobs = self.jobs.lock().expect("no panic while held");
+        jobs.iter().find(|entry| entry.job.borrow().id == id).cloned()
     }
 
     /// Newest first.
     pub fn list(&self) -> Vec<Job> {
-        self.jobs.lock().expect("no panic while held").iter().rev().map(|job| job.borrow().clone()).collect()
+        self.jobs.lock().expect("no panic while held").iter().rev().map(|entry| entry.job.borrow().clone()).collect()
     }
 
     /// The job; waits up to `wait` for it to differ from `version`.
     pub async fn get(&self, id: Uuid, version: u64, wait: Duration) -> Option<Job> {
-        let mut receiver = {
-            let jobs = self.jobs.lock().expect("no panic while held");
-            jobs.iter().find(|job| job.borrow().id == id)?.subscribe()
+        let Some(entry) = self.entry(id) else {
+            // An older one.
+            let sql = "SELECT body FROM jobs WHERE id = $1";
+            let rows = self.database.read(Statement::new(sql, [id.to_string().into()])).ok()?;
+            return job_of(rows.first()?[0].text());
         };
+        let mut receiver = entry.job.subscribe();
         let changed = receiver.wait_for(|job| job.version != version || job.state != JobState::Running);
         let _ = tokio::time::timeout(wait, changed).await;
         let job = receiver.borrow().clone();
@@ -218,21 +293,76 @@ impl Jobs {
     }
 
     pub fn save(&self) {
-        let jobs: Vec<Job> = {
-            let jobs = self.jobs.lock().expect("no panic while held");
-            jobs.iter().map(|job| job.borrow().clone()).collect()
-        };
-        let content = serde_json::to_vec(&jobs).expect("jobs are plain data");
-        if let Err(error) = replace_file(&*self.storage, FILE, &content) {
-            tracing::warn!(%error, "the history of jobs cannot be saved");
+        let unsaved = std::mem::take(&mut *self.unsaved.lock().expect("no panic while held"));
+        let mut statements: Vec<Statement> = Vec::new();
+        for id in &unsaved {
+            let Some(entry) = self.entry(*id) else { continue };
+            statements.push(saved(&entry.job.borrow()));
+        }
+        let sql = "DELETE FROM jobs WHERE started < \
+                   (SELECT MIN(started) FROM (SELECT started FROM jobs ORDER BY started DESC LIMIT $1) AS newest)";
+        statements.push(Statement::new(sql, [HISTORY_MAX.into()]));
+        if let Err(error) = self.database.write(statements) {
+            tracing::warn!(%error, "the history of jobs cannot be saved; trying again");
+            self.unsaved.lock().expect("no panic while held").extend(unsaved);
+            return;
+        }
+        // What is saved and done need not be at hand.
+        let unsaved = self.unsaved.lock().expect("no panic while held").clone();
+        let mut jobs = self.jobs.lock().expect("no panic while held");
+        while jobs.len() > AT_HAND_MAX
+            && let Some(index) = jobs.iter().position(|entry| {
+                let job = entry.job.borrow();
+                job.state != JobState::Running && !unsaved.contains(&job.id)
+            })
+        {
+            jobs.remove(index);
         }
     }
+}
+
+fn saved(job: &Job) -> Statement {
+    let sql = "INSERT INTO jobs (id, started, body) VALUES ($1, $2, $3) \
+               ON CONFLICT (id) DO UPDATE SET body = excluded.body";
+    let body = serde_json::to_string(job).expect("jobs are plain data");
+    Statement::new(sql, [job.id.to_string().into(), job.started.0.into(), body.into()])
+}
+
+/// History only: what cannot be read is left out.
+fn job_of(body: &str) -> Option<Job> {
+    serde_json::from_str(body).inspect_err(|error| tracing::warn!(%error, "a job of the history cannot be read")).ok()
+}
+
+/// Takes over the history of the first version.
+fn import(database: &Database, storage: &dyn Storage) -> Result<(), DatabaseError> {
+    if !storage.exists(FILE).unwrap_or(false) {
+        return Ok(());
+    }
+    let content = read_file(storage, FILE, FILE_BYTES_MAX).map_err(|error| error.to_string());
+    match content.and_then(|content| serde_json::from_slice::<Vec<Job>>(&content).map_err(|error| error.to_string())) {
+        Ok(jobs) => database.write(jobs.iter().map(saved).collect())?,
+        Err(error) => tracing::warn!(error, "the history of jobs cannot be read; a new one begins"),
+    }
+    if let Err(error) = storage.rename(FILE, IMPORTED) {
+        tracing::warn!(%error, "the older history of jobs stays where it is and will be read again");
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::database::DatabaseSetting;
     use tidemark_base::storage::RealStorage;
+
+    fn open(folder: &std::path::Path) -> Arc<Jobs> {
+        open_in(folder, Database::open(&DatabaseSetting::Sqlite(folder.join("config.db"))).unwrap())
+    }
+
+    fn open_in(folder: &std::path::Path, database: Database) -> Arc<Jobs> {
+        let history = Arc::new(History::open(database.clone()).unwrap());
+        Jobs::open(database, history, &*RealStorage::open_folder(folder)).unwrap()
+    }
 
     const SOON: Duration = Duration::from_secs(10);
 
@@ -250,8 +380,7 @@ mod tests {
     #[tokio::test]
     async fn a_job_tells_steps_and_outcome_and_survives() {
         let folder = tempfile::tempdir().unwrap();
-        let storage = RealStorage::open_folder(folder.path());
-        let jobs = Jobs::open(storage.clone());
+        let jobs = open(folder.path());
         let good = jobs
             .start("protect", Some("web"), |progress| async move {
                 progress.step("one");
@@ -273,7 +402,7 @@ mod tests {
 
         let hanging = jobs.start("export", None, |_| std::future::pending()).unwrap();
         jobs.save();
-        let again = Jobs::open(storage);
+        let again = open_in(folder.path(), jobs.database.clone());
         assert_eq!(again.list().len(), 3);
         let interrupted = again.get(hanging.id, 0, SOON).await.unwrap();
         assert_eq!(interrupted.state, JobState::Failed);
@@ -283,8 +412,21 @@ mod tests {
     #[tokio::test]
     async fn a_panic_fails_the_job() {
         let folder = tempfile::tempdir().unwrap();
-        let jobs = Jobs::open(RealStorage::open_folder(folder.path()));
+        let jobs = open(folder.path());
         let job = jobs.start("x", None, |_| async { panic!("boom") }).unwrap();
         assert_eq!(end(&jobs, job.id).await.state, JobState::Failed);
+    }
+
+    #[tokio::test]
+    async fn what_only_waits_can_be_cancelled() {
+        let folder = tempfile::tempdir().unwrap();
+        let jobs = open(folder.path());
+        let point = jobs.start("point_create", None, |_| std::future::pending()).unwrap();
+        let protect = jobs.start("protect", None, |_| std::future::pending()).unwrap();
+        assert!(jobs.cancel(protect.id).unwrap_err().message.contains("runs to its end"));
+        jobs.cancel(point.id).unwrap();
+        assert_eq!(end(&jobs, point.id).await.state, JobState::Cancelled);
+        assert!(jobs.cancel(point.id).unwrap_err().message.contains("ended already"));
+        assert_eq!(jobs.cancel(Uuid::new_v4()).unwrap_err().kind, FailureKind::NotFound);
     }
 }

@@ -4,14 +4,19 @@
 //! the streams that they keep ([`hub`]); and answers operators over REST ([`api`]). It never sees disk data, and losing
 //! it stops no replication.
 //!
-//! *Consistency.* One file, [`store`], holds what is wanted; it is durable before anyone is told. *Retries.* What is
+//! *Consistency.* One database, [`database`], holds what is wanted ([`store`]); it is durable before anyone is told. *Retries.* What is
 //! wanted is told again whenever an agent or a process server connects, until it was done ([`reconcile`]). *Cancellation.*
-//! A job that was interrupted leaves what is wanted; reconciling finishes it. *Crash.* The state is replaced as a whole.
+//! A job that was interrupted leaves what is wanted; reconciling finishes it. *Crash.* A change of the state is there or not.
 
+mod alerts;
 pub mod api;
 mod console;
 mod core;
+pub mod database;
+mod denials;
+pub mod history;
 pub mod hub;
+pub mod identity;
 pub mod jobs;
 mod machines;
 pub mod model;
@@ -19,9 +24,10 @@ mod names;
 mod points;
 mod policies;
 mod reconcile;
+mod schedule;
 mod server;
 mod serves;
 mod status;
 pub mod store;
 
-pub use server::{ConfigServer, Options, StartError};
+pub use server::{ConfigServer, Options, StartError, init};

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tidemark_base::{Clock, DiskId, Generation, HostId, MachineId, ServerId};
 use tidemark_proto::control::{
-    AgentCommand, AttachedDisk, DISKS_MAX, Endpoint, Failure, FailureKind, MachineGrant, MachineSpec, Reply,
-    ServerCommand,
+    AgentCommand, AttachedDisk, DISKS_MAX, Endpoint, Failure, FailureKind, MachineGrant, MachineSpec, ProbedDisk,
+    Reply, ServerCommand,
 };
 
 use crate::core::{Core, QUICK, SETTLE, Side};
@@ -19,8 +19,12 @@ use crate::hub::{PeerId, unexpected};
 use crate::jobs::{Job, Progress};
 use crate::model::{DEFAULT_POLICY, Machine, MachineDisk, State, Wanted};
 use crate::names::{bad_request, check_name, check_path};
+use crate::status::CLOCK_OFF_SECONDS_MAX;
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// How many versions apart agents, process servers and configuration servers work together.
+const VERSIONS_APART_MAX: u64 = 2;
+
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProtectRequest {
     pub name: String,
@@ -35,6 +39,12 @@ pub struct ProtectRequest {
     /// Where the host serves the disks over TLS as well: IP:PORT, or `none`. Absent: as before.
     #[serde(default)]
     pub listen: Option<String>,
+    /// Of `disks`, those that are left out.
+    #[serde(default)]
+    pub exclude: Vec<String>,
+    /// Whether to look only: the job's result says what is in the way.
+    #[serde(default)]
+    pub check_only: bool,
 }
 
 impl ProtectRequest {
@@ -51,8 +61,17 @@ impl ProtectRequest {
 }
 
 /// Starts the job that protects a machine. Protecting the same again is no change, and answers with the same addresses.
-pub fn protect(core: &Arc<Core>, request: ProtectRequest) -> Result<Job, Failure> {
+pub fn protect(core: &Arc<Core>, mut request: ProtectRequest) -> Result<Job, Failure> {
     check_name("machine", &request.name)?;
+    if let Some(unknown) = request.exclude.iter().find(|path| !request.disks.contains(path)) {
+        let shown: String = unknown.chars().take(200).collect();
+        return Err(bad_request(
+            format!("disk {shown:?} is left out, and not among those that are named"),
+            "leave out disks by the paths that they are named with",
+        ));
+    }
+    let excluded = std::mem::take(&mut request.exclude);
+    request.disks.retain(|path| !excluded.contains(path));
     if request.disks.is_empty() {
         return Err(bad_request(format!("machine {:?} has no disks", request.name), "name at least one disk"));
     }
@@ -90,13 +109,12 @@ async fn run_protect(
     host: HostId,
     server: ServerId,
 ) -> Result<Value, Failure> {
-    progress.step("check the disks");
-    // An already attached disk is exclusively open at its agent, which answers for it as well.
-    let probe = AgentCommand::Probe { paths: request.disks.clone() };
-    let probed = match core.agent(host, &probe, SETTLE).await? {
-        Reply::Probed(disks) if disks.len() == request.disks.len() => disks,
-        other => return Err(unexpected(PeerId::Agent(host), &other)),
-    };
+    progress.step("check what is needed");
+    let Preflight { checks, disks: probed } = preflight(core, &request, host, server).await;
+    if request.check_only {
+        return Ok(json!({ "machine": request.name, "checks": checks }));
+    }
+    refuse_failing(&checks)?;
     let paths: Vec<&str> = probed.iter().map(|disk| disk.path.as_str()).collect();
 
     let existing = core.store.state().machines.get(&request.name).cloned();
@@ -139,6 +157,126 @@ async fn run_protect(
                 tracing::warn!(machine = machine.name, error = %left, "undoing a failed protect is not complete yet");
             }
             Err(failure)
+        }
+    }
+}
+
+/// One prerequisite of a protection.
+#[derive(Clone, Debug, Serialize)]
+struct Check {
+    /// `host`, `process_server`, `version`, `clock`, `disk`.
+    check: &'static str,
+    of: String,
+    ok: bool,
+    error: Option<String>,
+    help: Option<String>,
+    #[serde(skip)]
+    failure: Option<Failure>,
+}
+
+impl Check {
+    fn new(check: &'static str, of: impl Into<String>, outcome: Result<(), Failure>) -> Self {
+        let failure = outcome.err();
+        Self {
+            check,
+            of: of.into(),
+            ok: failure.is_none(),
+            error: failure.as_ref().map(|failure| failure.message.clone()),
+            help: failure.as_ref().map(|failure| failure.help.clone()),
+            failure,
+        }
+    }
+}
+
+struct Preflight {
+    checks: Vec<Check>,
+    /// Those that were found, in order; all of them where no check of a disk failed.
+    disks: Vec<ProbedDisk>,
+}
+
+/// Looks at everything that a protection needs, and touches nothing.
+async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, server: ServerId) -> Preflight {
+    let mut checks = Vec::new();
+    let connected = core.hub.connected();
+    let present = |peer: PeerId| connected.iter().any(|(known, _)| *known == peer);
+    let (agent, keeper) = (PeerId::Agent(host), PeerId::ProcessServer(server));
+    // Asking who is away would only wait for the same answer.
+    let asked = core.agent(host, &AgentCommand::Status, QUICK).await.map(drop);
+    checks.push(Check::new("host", host.to_string(), asked));
+    let asked = core.server(server, &ServerCommand::Status, QUICK).await.map(drop);
+    checks.push(Check::new("process_server", server.to_string(), asked));
+    for peer in [agent, keeper].into_iter().filter(|peer| present(*peer)) {
+        let software = core.hub.software(peer).unwrap_or_default();
+        checks.push(Check::new("version", peer.to_string(), version_fits(peer, &software)));
+        let ahead = core.hub.clock_ahead_seconds(peer);
+        let clock = match ahead.unsigned_abs() <= CLOCK_OFF_SECONDS_MAX {
+            true => Ok(()),
+            false => Err(Failure::new(
+                FailureKind::Conflict,
+                format!("the clock of {peer} is {} s off the configuration server's", ahead.unsigned_abs()),
+                "set the clock that is wrong; NTP on both does",
+            )),
+        };
+        checks.push(Check::new("clock", peer.to_string(), clock));
+    }
+    let mut disks = Vec::new();
+    if present(agent) {
+        // An already attached disk is exclusively open at its agent, which answers for it as well.
+        let probes = request.disks.iter().map(|path| async move {
+            let probe = AgentCommand::Probe { paths: vec![path.clone()] };
+            match core.agent(host, &probe, SETTLE).await {
+                Ok(Reply::Probed(mut disks)) if disks.len() == 1 => Ok(disks.remove(0)),
+                Ok(other) => Err(unexpected(PeerId::Agent(host), &other)),
+                Err(failure) => Err(failure),
+            }
+        });
+        let probed = futures_util::future::join_all(probes).await;
+        let state = core.store.state();
+        for (path, outcome) in request.disks.iter().zip(probed) {
+            let of_others = outcome.and_then(|disk| {
+                let mut others = State::clone(&state);
+                others.machines.remove(&request.name);
+                disks_are_free(&others, host, &[disk.path.as_str()]).map(|()| disk)
+            });
+            checks.push(Check::new("disk", path, of_others.map(|disk| disks.push(disk))));
+        }
+    }
+    Preflight { checks, disks }
+}
+
+/// Two versions apart work together; a development build has no version to compare.
+fn version_fits(peer: PeerId, software: &str) -> Result<(), Failure> {
+    let minor = |text: &str| -> Option<(u64, u64)> {
+        let mut parts = text.split('.');
+        Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+    };
+    match (minor(software), minor(env!("CARGO_PKG_VERSION"))) {
+        (Some((major, theirs)), Some((ours_major, ours)))
+            if major != ours_major || theirs.abs_diff(ours) > VERSIONS_APART_MAX =>
+        {
+            Err(Failure::new(
+                FailureKind::Conflict,
+                format!("{peer} runs version {software}, this configuration server {}", env!("CARGO_PKG_VERSION")),
+                "bring them within two versions of each other, process servers and configuration server first",
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// One failure for all that is in the way.
+fn refuse_failing(checks: &[Check]) -> Result<(), Failure> {
+    let failing: Vec<&Failure> = checks.iter().filter_map(|check| check.failure.as_ref()).collect();
+    match failing.as_slice() {
+        [] => Ok(()),
+        [failure] => Err((*failure).clone()),
+        all => {
+            let list = |part: fn(&Failure) -> &str| {
+                let numbered = (1..).zip(all).map(|(number, failure)| format!("{number}. {}", part(failure)));
+                numbered.collect::<Vec<_>>().join("; ")
+            };
+            let message = format!("{} things are in the way: {}", all.len(), list(|failure| &failure.message));
+            Err(Failure::new(all[0].kind, message, list(|failure| &failure.help)))
         }
     }
 }
@@ -236,7 +374,7 @@ pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<Attached
             machine: machine.id,
             name: machine.name.clone(),
             disks: machine.disks.iter().map(MachineDisk::spec).collect(),
-            policy: find_policy(&state, &machine.policy)?.replication(),
+            policy: find_policy(&state, &machine.policy)?.replication(core.clock.wall_now()),
             server: Endpoint { server: machine.server, address: server.address.clone() },
             paused: machine.wanted == Wanted::Paused,
             listen: machine.listen,

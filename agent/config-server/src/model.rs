@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::{DiskId, Generation, HostId, MachineId, ServerId, Timestamp};
-use tidemark_proto::control::{DiskSpec, ReplicationPolicy, Retention};
+use tidemark_proto::control::{DiskSpec, ReplicationPolicy, Retention, Severity};
 
 /// Everything that must outlive the process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -17,6 +17,143 @@ pub struct State {
     pub policies: BTreeMap<String, Policy>,
     pub hosts: BTreeMap<HostId, Host>,
     pub servers: BTreeMap<ServerId, Server>,
+    #[serde(default)]
+    pub passphrases: BTreeMap<String, Passphrase>,
+    #[serde(default)]
+    pub registrations: BTreeMap<String, Registration>,
+    /// By the URI in their certificates.
+    #[serde(default)]
+    pub identities: BTreeMap<String, IdentityRecord>,
+    #[serde(default)]
+    pub users: BTreeMap<String, User>,
+    #[serde(default)]
+    pub tokens: BTreeMap<String, ApiToken>,
+    #[serde(default)]
+    pub alerts: BTreeMap<String, Alert>,
+    /// How often each row was changed, by table and id.
+    #[serde(skip)]
+    pub revisions: BTreeMap<(&'static str, String), u64>,
+}
+
+/// Lets a role register.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Passphrase {
+    pub role: PeerRole,
+    /// Argon2id, with its parameters and salt.
+    pub hash: String,
+    pub created: Timestamp,
+    pub expires: Timestamp,
+    pub uses_left: u32,
+    /// The identity that may be taken over: an operator's consent for a host that was installed again.
+    pub replaces: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PeerRole {
+    Agent,
+    ProcessServer,
+}
+
+impl PeerRole {
+    pub fn name(self) -> &'static str {
+        match self {
+            PeerRole::Agent => "agent",
+            PeerRole::ProcessServer => "process-server",
+        }
+    }
+}
+
+/// A process server that waits for an operator's approval, or for fetching what was approved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registration {
+    pub role: PeerRole,
+    pub name: String,
+    pub identity: String,
+    /// PKCS #10, DER, in hex.
+    pub request: String,
+    pub asked: Timestamp,
+    pub address: String,
+    pub approved: bool,
+    pub replaces: bool,
+}
+
+/// Who was given a certificate.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityRecord {
+    pub name: String,
+    pub registered: Timestamp,
+    /// Those that may still be shown.
+    pub certificates: Vec<IssuedCertificate>,
+    pub standing: Standing,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IssuedCertificate {
+    /// BLAKE3 of its DER, in hex.
+    pub digest: String,
+    pub expires: Timestamp,
+    /// Not taken any more although it has not expired: its owner was installed again.
+    #[serde(default)]
+    pub denied: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    Good,
+    /// An operator said so.
+    Revoked {
+        since: Timestamp,
+        reason: String,
+    },
+    /// Two live instances were seen.
+    Fenced {
+        since: Timestamp,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum UserRole {
+    /// Sees everything but secrets.
+    Reader,
+    /// Protects, recovers, changes policies.
+    Operator,
+    /// Users, tokens, passphrases and certificates as well.
+    Administrator,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    pub role: UserRole,
+    pub created: Timestamp,
+}
+
+/// What shows who a request is from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApiToken {
+    pub user: String,
+    pub label: String,
+    /// BLAKE3 of it, in hex; it is random and long, so that no slow hash is needed.
+    pub digest: String,
+    pub created: Timestamp,
+    pub expires: Option<Timestamp>,
+}
+
+/// Something that lasts and needs someone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Alert {
+    /// `warning` or `critical`.
+    #[schema(value_type = String)]
+    pub severity: Severity,
+    /// Which rule raised it.
+    pub kind: String,
+    pub machine: Option<String>,
+    pub message: String,
+    pub help: String,
+    #[schema(value_type = String, format = "date-time")]
+    pub since: Timestamp,
 }
 
 pub const STATE_VERSION: u32 = 1;
@@ -31,6 +168,13 @@ impl Default for State {
             policies: BTreeMap::from([(DEFAULT_POLICY.to_owned(), Policy::default())]),
             hosts: BTreeMap::new(),
             servers: BTreeMap::new(),
+            passphrases: BTreeMap::new(),
+            registrations: BTreeMap::new(),
+            identities: BTreeMap::new(),
+            users: BTreeMap::new(),
+            tokens: BTreeMap::new(),
+            alerts: BTreeMap::new(),
+            revisions: BTreeMap::new(),
         }
     }
 }
@@ -98,7 +242,7 @@ pub struct Server {
 }
 
 /// How a machine is protected. Durations are seconds in JSON.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
     pub frequency: Frequency,
@@ -116,9 +260,34 @@ pub struct Policy {
     pub log_limit_bytes: Option<u64>,
     /// The most that is sent in a second; absent: no limit.
     pub throttle_bytes_per_second: Option<u64>,
+    /// Other limits at some times of the week; the first that fits counts.
+    pub throttle_schedule: Vec<ThrottleWindow>,
+    /// A kept app-consistent point that often; 0: none.
+    pub app_point_interval_seconds: u64,
+    /// An alert when the RPO is over this; 0: three cycles, at least a minute.
+    pub alarm_rpo_seconds: u64,
+    /// An alert when a log takes so much of its limit.
+    pub alarm_log_percent: u8,
+    /// An alert when nothing was heard of a host or process server for so long.
+    pub alarm_no_contact_seconds: u64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// A limit for some hours of some days, in UTC.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ThrottleWindow {
+    /// Monday is 1; none: every day.
+    #[serde(default)]
+    pub days: Vec<u8>,
+    /// `HH:MM`.
+    pub from: String,
+    /// `HH:MM`, `24:00` for the day's end; before `from`: on the day after.
+    pub to: String,
+    /// Absent: no limit then.
+    pub bytes_per_second: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum Frequency {
     #[default]
     #[serde(rename = "continuous")]
@@ -142,24 +311,42 @@ impl Default for Policy {
             compression: 1,
             log_limit_bytes: None,
             throttle_bytes_per_second: None,
+            throttle_schedule: Vec::new(),
+            app_point_interval_seconds: 0,
+            alarm_rpo_seconds: 0,
+            alarm_log_percent: 80,
+            alarm_no_contact_seconds: 300,
         }
     }
 }
 
 impl Policy {
-    pub fn replication(&self) -> ReplicationPolicy {
-        let cycle = match self.frequency {
-            Frequency::Continuous => None,
-            Frequency::Seconds30 => Some(30),
-            Frequency::Minutes5 => Some(300),
-            Frequency::Minutes15 => Some(900),
+    fn cycle(&self) -> Option<Duration> {
+        let seconds = match self.frequency {
+            Frequency::Continuous => return None,
+            Frequency::Seconds30 => 30,
+            Frequency::Minutes5 => 300,
+            Frequency::Minutes15 => 900,
         };
+        Some(Duration::from_secs(seconds))
+    }
+
+    /// The RPO that an alert is raised above.
+    pub fn alarm_rpo(&self) -> Duration {
+        match self.alarm_rpo_seconds {
+            0 => (self.cycle().unwrap_or_default() * 3).max(Duration::from_secs(60)),
+            seconds => Duration::from_secs(seconds),
+        }
+    }
+
+    /// As agents are told at a time: the throttle follows its schedule.
+    pub fn replication(&self, now: Timestamp) -> ReplicationPolicy {
         ReplicationPolicy {
-            cycle: cycle.map(Duration::from_secs),
+            cycle: self.cycle(),
             point_interval: (self.point_interval_seconds > 0).then(|| Duration::from_secs(self.point_interval_seconds)),
             compression: (self.compression != 0).then_some(self.compression),
             log_limit_bytes: self.log_limit_bytes,
-            throttle_bytes_per_second: self.throttle_bytes_per_second,
+            throttle_bytes_per_second: crate::schedule::throttle(self, now),
         }
     }
 

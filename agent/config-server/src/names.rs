@@ -2,12 +2,38 @@
 
 use tidemark_proto::control::{Failure, FailureKind};
 
+use crate::model::State;
+
 pub const NAME_BYTES_MAX: usize = 64;
 pub const LABEL_BYTES_MAX: usize = 256;
 const PATH_BYTES_MAX: usize = 4096;
 
 pub fn bad_request(message: impl Into<String>, help: impl Into<String>) -> Failure {
     Failure::new(FailureKind::BadRequest, message, help)
+}
+
+/// Which version of a thing a change is meant for: what `If-Match` says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Expected {
+    Any,
+    Revision(u64),
+}
+
+/// Begins the message of a change that was meant for another version.
+pub const CHANGED_MEANWHILE: &str = "it was changed meanwhile";
+
+impl Expected {
+    pub fn check(self, state: &State, table: &'static str, id: &str) -> Result<(), Failure> {
+        let revision = state.revisions.get(&(table, id.to_owned())).copied().unwrap_or(0);
+        match self {
+            Expected::Revision(expected) if expected != revision => Err(Failure::new(
+                FailureKind::Conflict,
+                format!("{CHANGED_MEANWHILE}: {id:?} is at revision {revision}, not {expected}"),
+                "read it again and repeat the change if it still makes sense",
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// `what` is "machine", "policy", …

@@ -21,19 +21,20 @@ use crate::names::{bad_request, check_label, check_path};
 /// send before it.
 const POINT_LIMIT: Duration = Duration::from_secs(900);
 
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CreateRequest {
     pub app_consistent: bool,
     pub label: String,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ExportRequest {
     /// Full path on the process server: a file, or a folder for machines of more than one disk.
     pub to: String,
     #[serde(default = "raw")]
+    #[schema(value_type = String)]
     pub format: ImageFormat,
 }
 

@@ -8,7 +8,10 @@ use tidemark_proto::control::{Failure, FailureKind};
 use crate::core::Core;
 use crate::machines::{find_policy, settle_agent, settle_server};
 use crate::model::{DEFAULT_POLICY, Policy, Wanted};
-use crate::names::{bad_request, check_name};
+use crate::names::{Expected, bad_request, check_name};
+
+/// Less is never enough for one rotation.
+const LOG_LIMIT_BYTES_MIN: u64 = 1 << 20;
 
 pub fn show(name: &str, policy: &Policy) -> Value {
     let mut value = serde_json::to_value(policy).expect("a policy is plain data");
@@ -38,8 +41,14 @@ pub fn create(core: &Core, name: &str, settings: Map<String, Value>) -> Result<V
 }
 
 /// Changes the named settings and tells those that they concern; who is away is told on coming back.
-pub async fn set(core: &Arc<Core>, name: &str, settings: Map<String, Value>) -> Result<Value, Failure> {
+pub async fn set(
+    core: &Arc<Core>,
+    name: &str,
+    settings: Map<String, Value>,
+    expected: Expected,
+) -> Result<Value, Failure> {
     let policy = core.store.change(|state| {
+        expected.check(state, "policies", name)?;
         let policy = with_settings(find_policy(state, name)?, settings)?;
         state.policies.insert(name.to_owned(), policy.clone());
         Ok(policy)
@@ -62,9 +71,10 @@ pub async fn set(core: &Arc<Core>, name: &str, settings: Map<String, Value>) -> 
     Ok(show(name, &policy))
 }
 
-pub fn delete(core: &Core, name: &str) -> Result<(), Failure> {
+pub fn delete(core: &Core, name: &str, expected: Expected) -> Result<(), Failure> {
     core.store.change(|state| {
         find_policy(state, name)?;
+        expected.check(state, "policies", name)?;
         let conflict = |what: String, help: &str| Err(Failure::new(FailureKind::Conflict, what, help));
         if name == DEFAULT_POLICY {
             return conflict(format!("policy {name:?} is the default"), "change it with `tidemark policy set` instead");
@@ -83,6 +93,7 @@ pub fn delete(core: &Core, name: &str) -> Result<(), Failure> {
 fn with_settings(policy: &Policy, settings: Map<String, Value>) -> Result<Policy, Failure> {
     let mut value = serde_json::to_value(policy).expect("a policy is plain data");
     let fields = value.as_object_mut().expect("a policy is an object");
+    shorten(fields, &settings);
     fields.extend(settings);
     let policy: Policy = serde_json::from_value(value).map_err(|error| {
         bad_request(
@@ -96,5 +107,61 @@ fn with_settings(policy: &Policy, settings: Map<String, Value>) -> Result<Policy
             "choose a zstd level from 1 to 22, negative ones down to -7 for speed, or 0 for none",
         ));
     }
+    crate::schedule::check(&policy.throttle_schedule)?;
+    contradictions(&policy)?;
     Ok(policy)
+}
+
+/// Who keeps history for a shorter time than before did not ask for more of anything else: what is not named follows.
+fn shorten(fields: &mut Map<String, Value>, settings: &Map<String, Value>) {
+    let Some(retention) = settings.get("retention_seconds").and_then(Value::as_u64).filter(|seconds| *seconds > 0)
+    else {
+        return;
+    };
+    for name in ["any_time_seconds", "point_interval_seconds", "app_point_interval_seconds"] {
+        if !settings.contains_key(name) && fields[name].as_u64().is_some_and(|seconds| seconds > retention) {
+            fields.insert(name.to_owned(), json!(retention));
+        }
+    }
+}
+
+/// A policy that contradicts itself is refused by the names of the settings that do.
+fn contradictions(policy: &Policy) -> Result<(), Failure> {
+    if policy.throttle_bytes_per_second == Some(0) {
+        return Err(bad_request("a throttle of 0 bytes in a second sends nothing", "pause the machine instead"));
+    }
+    if policy.alarm_log_percent == 0 || policy.alarm_log_percent > 100 {
+        return Err(bad_request(
+            format!("alarm_log_percent is {}", policy.alarm_log_percent),
+            "give a percentage from 1 to 100",
+        ));
+    }
+    if let Some(retention) = policy.retention_seconds {
+        for (name, interval) in [
+            ("point_interval_seconds", policy.point_interval_seconds),
+            ("app_point_interval_seconds", policy.app_point_interval_seconds),
+        ] {
+            if interval > retention && retention > 0 {
+                return Err(bad_request(
+                    format!(
+                        "{name} is {interval}, longer than retention_seconds, {retention}: points expire before the next"
+                    ),
+                    "keep points longer, or make them more often",
+                ));
+            }
+        }
+        if policy.any_time_seconds > retention && retention > 0 {
+            return Err(bad_request(
+                format!("any_time_seconds is {}, longer than retention_seconds, {retention}", policy.any_time_seconds),
+                "keep history at least as long as any moment of it shall be recovered",
+            ));
+        }
+    }
+    if policy.log_limit_bytes.is_some_and(|limit| limit < LOG_LIMIT_BYTES_MIN) {
+        return Err(bad_request(
+            format!("a log of at most {} bytes holds nothing", policy.log_limit_bytes.unwrap_or_default()),
+            format!("give at least {LOG_LIMIT_BYTES_MIN} bytes"),
+        ));
+    }
+    Ok(())
 }

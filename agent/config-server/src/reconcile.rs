@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidemark_base::Clock;
-use tidemark_proto::control::{Failure, FailureKind, Peer, Register};
+use tidemark_proto::control::{Failure, FailureKind, Peer, Register, Severity};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::core::Core;
-use crate::hub::{Event, PeerId};
+use crate::denials;
+use crate::history::News;
+use crate::hub::{Event, PeerId, Presence, kind};
 use crate::machines::{settle_agent, settle_server, settle_unprotected};
 use crate::model::{Host, Machine, Server, Wanted};
 
@@ -31,6 +33,13 @@ pub async fn run(core: Arc<Core>, mut events: mpsc::Receiver<Event>) {
             None => return,
             Some(Event::Connected(register)) => {
                 let peer = PeerId::from(&register.peer);
+                core.history.note(News {
+                    severity: Severity::Info,
+                    kind: "connected",
+                    machine: None,
+                    message: format!("{} {} connected", kind(peer), register.name),
+                    help: String::new(),
+                });
                 let moved = match note(&core, &register) {
                     Ok(moved) => moved,
                     Err(failure) => {
@@ -45,6 +54,15 @@ pub async fn run(core: Arc<Core>, mut events: mpsc::Receiver<Event>) {
                 tokio::spawn(settle(core.clone(), peer, moved, token));
             }
             Some(Event::Disconnected(peer)) => {
+                if let Presence::Gone { name, .. } = core.hub.presence(peer) {
+                    core.history.note(News {
+                        severity: Severity::Warning,
+                        kind: "disconnected",
+                        machine: None,
+                        message: format!("{} {name} disconnected", kind(peer)),
+                        help: "replication goes on without this connection".to_owned(),
+                    });
+                }
                 if let Some(token) = settling.remove(&peer) {
                     token.cancel();
                 }
@@ -97,6 +115,11 @@ async fn settle(core: Arc<Core>, peer: PeerId, moved: bool, stop: CancellationTo
     loop {
         let pass = async {
             let mut all_settled = true;
+            // Whom to refuse comes first.
+            if let Err(failure) = denials::tell(&core, peer, &core.registrar.deny_list()).await {
+                tracing::info!(%peer, %failure, "it does not know yet whom to refuse");
+                all_settled = false;
+            }
             let names: Vec<String> = core.store.state().machines.keys().cloned().collect();
             for name in names {
                 if let Err(failure) = settle_machine(&core, peer, moved, &name).await {

@@ -5,20 +5,28 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tidemark_base::storage::Storage;
-use tidemark_transport::{Identity, TlsListener, tls};
+use tidemark_proto::control::Failure;
+use tidemark_transport::{Authority, Identity, TlsListener, tls};
 use tokio::task::JoinHandle;
 
-use crate::api::{Token, router};
+use crate::api::{Access, router};
 use crate::core::Core;
+use crate::database::{Database, DatabaseError, DatabaseSetting};
+use crate::history::History;
 use crate::hub::{Hub, control_server};
+use crate::identity::{PassphraseRequest, Registrar};
 use crate::jobs::Jobs;
+use crate::model::PeerRole;
 use crate::store::{Store, StoreError};
-use crate::{api, reconcile, serves};
+use crate::{alerts, api, denials, reconcile, schedule, serves};
 
 pub struct Options {
-    /// Holds the state.
+    /// Holds the state of older versions, and the embedded database.
     pub storage: Arc<dyn Storage>,
+    pub database: DatabaseSetting,
     pub identity: Identity,
+    /// Issues certificates.
+    pub authority: Authority,
     /// As agents and process servers are told.
     pub name: String,
     /// The bearer token of the REST API.
@@ -33,8 +41,12 @@ pub struct Options {
 pub enum StartError {
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
     #[error("cannot listen on {address}")]
     Listen { address: SocketAddr, source: io::Error },
+    #[error(transparent)]
+    Passphrase(Failure),
     #[error("the server's certificate cannot be used: {0}")]
     Certificate(String),
 }
@@ -43,10 +55,36 @@ impl StartError {
     pub fn help(&self) -> &'static str {
         match self {
             StartError::Store(error) => error.help(),
+            StartError::Database(error) => error.help(),
             StartError::Listen { .. } => "choose an address of this machine and a free port; port 0 takes any free one",
+            StartError::Passphrase(_) => "see the log",
             StartError::Certificate(_) => "issue a new certificate for the configuration server",
         }
     }
+}
+
+/// The first set-up: a database, and a passphrase for an agent and one for a process server. Blocks.
+pub fn init(storage: &dyn Storage, setting: &DatabaseSetting, authority: Authority) -> Result<[String; 2], StartError> {
+    let database = Database::open(setting)?;
+    let made = first_passphrases(storage, database.clone(), authority);
+    database.close();
+    made
+}
+
+fn first_passphrases(
+    storage: &dyn Storage,
+    database: Database,
+    authority: Authority,
+) -> Result<[String; 2], StartError> {
+    let history = Arc::new(History::open(database.clone())?);
+    let store = Arc::new(Store::open(database, storage)?);
+    let registrar = Registrar::new(store, history, authority);
+    let make = |role| -> Result<String, StartError> {
+        let request = PassphraseRequest { role, lifetime_seconds: 86_400, uses: 1, replaces: None };
+        let made = registrar.create_passphrase(&request).map_err(StartError::Passphrase)?;
+        Ok(made.passphrase.unwrap_or_default())
+    };
+    Ok([make(PeerRole::Agent)?, make(PeerRole::ProcessServer)?])
 }
 
 /// A running configuration server.
@@ -60,8 +98,28 @@ pub struct ConfigServer {
 impl ConfigServer {
     /// Answers on both addresses when this returns.
     pub async fn start(options: Options) -> Result<Self, StartError> {
-        let (hub, events) = Hub::new();
-        let core = Core::new(Store::open(options.storage.clone())?, hub.clone(), Jobs::open(options.storage));
+        let database_setting = options.database.clone();
+        let database = blocking(move || Database::open(&database_setting)).await??;
+        // Everything that was opened is closed again when the rest cannot be.
+        let started = Self::start_with(options, database.clone()).await;
+        if started.is_err() {
+            let _ = blocking(move || database.close()).await;
+        }
+        started
+    }
+
+    async fn start_with(options: Options, database: Database) -> Result<Self, StartError> {
+        let storage = options.storage.clone();
+        let opened = blocking(move || -> Result<_, StartError> {
+            let history = Arc::new(History::open(database.clone())?);
+            let jobs = Jobs::open(database.clone(), history.clone(), &*storage)?;
+            let store = Arc::new(Store::open(database, &*storage)?);
+            Ok((store, history, jobs))
+        });
+        let (store, history, jobs) = opened.await??;
+        let registrar = Arc::new(Registrar::new(store.clone(), history.clone(), options.authority));
+        let (hub, events) = Hub::new(registrar.clone());
+        let core = Core::new(store, hub.clone(), jobs, history, registrar);
         let api_config =
             tls::api_server(&options.identity).map_err(|error| StartError::Certificate(error.to_string()))?;
         let control_config =
@@ -74,12 +132,15 @@ impl ConfigServer {
             .map_err(|source| StartError::Listen { address: options.control, source })?;
         let (api, control) = (api_listener.local_address(), control_listener.local_address());
 
-        let router = router(core.clone(), Token::new(&options.token));
+        let router = router(core.clone(), Access::new(&options.token), control.port());
         let service = control_server(hub, options.name);
         let stop = core.stop.clone();
         let tasks = vec![
             tokio::spawn(reconcile::run(core.clone(), events)),
             tokio::spawn(serves::sweep(core.clone())),
+            tokio::spawn(alerts::watch(core.clone())),
+            tokio::spawn(denials::push(core.clone())),
+            tokio::spawn(schedule::run(core.clone())),
             tokio::spawn(api::serve(api_listener, router, stop.clone())),
             tokio::spawn(async move {
                 let stopped = stop.cancelled_owned();
@@ -95,7 +156,7 @@ impl ConfigServer {
                     () = stop.cancelled() => {}
                     () = jobs.clone().keep_saved() => {}
                 }
-                jobs.save();
+                let _ = tokio::task::spawn_blocking(move || jobs.save()).await;
             }
         });
         tracing::info!(%api, %control, "the configuration server is up");
@@ -123,5 +184,16 @@ impl ConfigServer {
         for task in self.tasks {
             let _ = task.await;
         }
+        // What still runs finds it closed; another process may open it now.
+        let database = self.core.store.database().clone();
+        let _ = blocking(move || database.close()).await;
     }
+
+    pub fn registrar(&self) -> &Arc<Registrar> {
+        &self.core.registrar
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StartError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| StartError::Certificate(error.to_string()))
 }

@@ -1,26 +1,36 @@
 //! How a machine does, put together from what is wanted and what both sides say now.
 
-use serde::Serialize;
 use std::time::Duration;
+
+use serde::Serialize;
 use tidemark_base::{Clock, DiskId, MachineId, Timestamp};
 use tidemark_proto::control::{
     AgentCommand, AgentReport, PointInfo, Problem, ReplicaDisk, Reply, ServerCommand, ServerReport, SourceDisk,
     SourceMode, SourceState,
 };
 
+use utoipa::ToSchema;
+
+use crate::api::schema::{PointSchema, ProblemSchema};
 use crate::core::Core;
 use crate::hub::{PeerId, Presence, Report};
 use crate::model::{Machine, MachineDisk, Wanted};
 
+/// A clock that is off by more is told.
+pub const CLOCK_OFF_SECONDS_MAX: u64 = 60;
 /// How long a status waits for fresh figures; older ones are shown with their age after that.
 const FRESH: Duration = Duration::from_secs(2);
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct MachineStatus {
     pub name: String,
+    #[schema(value_type = String, format = "uuid")]
     pub id: MachineId,
     pub state: State,
     pub health: Health,
+    /// Why the health is not `ok`.
+    pub reasons: Vec<Reason>,
+    #[schema(value_type = Option<String>)]
     pub mode: Option<SourceMode>,
     /// Why a disk's mode is not `data`.
     pub mode_reason: Option<String>,
@@ -35,17 +45,34 @@ pub struct MachineStatus {
     pub log_bytes: u64,
     pub stored_bytes: u64,
     pub points: u64,
+    #[schema(value_type = Option<PointSchema>)]
     pub last_point: Option<PointInfo>,
     /// Of an initial replication or a resynchronisation.
     pub progress: Option<Progress>,
     pub disks: Vec<DiskStatus>,
+    #[schema(value_type = Vec<ProblemSchema>)]
     pub problems: Vec<Problem>,
     /// When the agent's figures were taken.
+    #[schema(value_type = Option<String>, format = "date-time")]
     pub reported: Option<Timestamp>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+/// What makes a machine's health worse than `ok`.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Reason {
+    pub health: Health,
+    /// For programs: `problem`, `rpo`, `log`, `no_contact`, `clock`, `failed`, `disconnected`.
+    pub kind: &'static str,
+    pub message: String,
+    pub help: String,
+    /// Only that nobody is connected: no alarm right after a start.
+    #[serde(skip)]
+    pub is_absence: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(as = MachineState)]
 pub enum State {
     Enabling,
     /// The agent is not connected: what it does now is not known here.
@@ -60,7 +87,7 @@ pub enum State {
     Unprotecting,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Health {
     Ok,
@@ -68,27 +95,32 @@ pub enum Health {
     Critical,
 }
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct PeerStatus {
     pub id: String,
     pub name: String,
     pub connected: bool,
+    #[schema(value_type = Option<String>, format = "date-time")]
     pub since: Option<Timestamp>,
 }
 
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+#[schema(as = ScanProgress)]
 pub struct Progress {
     pub done_bytes: u64,
     pub total_bytes: u64,
     pub fraction: f64,
 }
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct DiskStatus {
+    #[schema(value_type = String, format = "uuid")]
     pub id: DiskId,
     pub path: String,
     pub bytes: u64,
+    #[schema(value_type = Option<String>)]
     pub state: Option<SourceState>,
+    #[schema(value_type = Option<String>)]
     pub mode: Option<SourceMode>,
     pub positions: Positions,
     /// Whether the replica is consistent; absent when the process server does not say.
@@ -101,7 +133,7 @@ pub struct DiskStatus {
     pub progress: Option<Progress>,
 }
 
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, ToSchema)]
 pub struct Positions {
     pub logged: String,
     pub sent: String,
@@ -123,6 +155,26 @@ pub async fn of(core: &Core, name: &str) -> Result<MachineStatus, tidemark_proto
 pub async fn all(core: &Core) -> Vec<MachineStatus> {
     let state = core.store.state();
     futures_util::future::join_all(state.machines.values().map(|machine| fresh(core, machine))).await
+}
+
+/// From what was reported last, without asking.
+pub fn all_reported(core: &Core) -> Vec<MachineStatus> {
+    let state = core.store.state();
+    state
+        .machines
+        .values()
+        .map(|machine| {
+            let agent = match core.hub.report(PeerId::Agent(machine.host)) {
+                Some(Report::Agent(report)) => Some(report),
+                _ => None,
+            };
+            let server = match core.hub.report(PeerId::ProcessServer(machine.server)) {
+                Some(Report::Server(report)) => Some(report),
+                _ => None,
+            };
+            compose(core, machine, &Reports { agent, server })
+        })
+        .collect()
 }
 
 async fn fresh(core: &Core, machine: &Machine) -> MachineStatus {
@@ -182,11 +234,8 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
     problems.dedup();
 
     let machine_state = state_of(machine, &sources, host.connected);
-    let health = match problems.iter().any(|problem| problem.critical) || machine_state == State::Failed {
-        true => Health::Critical,
-        false if !problems.is_empty() || machine_state == State::Disconnected => Health::Warning,
-        false => Health::Ok,
-    };
+    let reasons = reasons(core, machine, machine_state, &sources, &problems, [&host, &process_server]);
+    let health = reasons.iter().map(|reason| reason.health).max().unwrap_or(Health::Ok);
     let known = sources.iter().all(Option::is_some);
     let sum = |figure: fn(&SourceDisk) -> u64| sources.iter().flatten().map(|disk| figure(disk)).sum();
     let scans: Vec<(u64, u64)> = sources.iter().flatten().filter_map(|disk| disk.scan).collect();
@@ -195,6 +244,7 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
         id: machine.id,
         state: machine_state,
         health,
+        reasons,
         mode: sources.iter().flatten().map(|disk| disk.mode).max_by_key(|mode| *mode as u8),
         mode_reason: sources.iter().flatten().map(|disk| &disk.mode_reason).find(|reason| !reason.is_empty()).cloned(),
         policy: machine.policy.clone(),
@@ -214,6 +264,82 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
         problems,
         reported: reports.agent.as_ref().map(|report| report.time),
     }
+}
+
+/// The rules of health: what both sides call a problem, and the thresholds of the machine's policy.
+fn reasons(
+    core: &Core,
+    machine: &Machine,
+    state: State,
+    sources: &[Option<&SourceDisk>],
+    problems: &[Problem],
+    peers: [&PeerStatus; 2],
+) -> Vec<Reason> {
+    let store = core.store.state();
+    let policy = store.policies.get(&machine.policy).cloned().unwrap_or_default();
+    let is_active = machine.wanted == Wanted::Protected;
+    let mut reasons: Vec<Reason> = problems
+        .iter()
+        .map(|problem| Reason {
+            health: if problem.critical { Health::Critical } else { Health::Warning },
+            kind: "problem",
+            message: problem.message.clone(),
+            help: problem.help.clone(),
+            is_absence: peers.iter().any(|peer| !peer.connected && problem.message.contains("is not connected")),
+        })
+        .collect();
+    let mut add = |health, kind, message: String, help: &str, is_absence| {
+        reasons.push(Reason { health, kind, message, help: help.to_owned(), is_absence });
+    };
+    if state == State::Failed {
+        let help = "see the problems; `tidemark resync` begins again where nothing else helps";
+        add(Health::Critical, "failed", "replication failed".to_owned(), help, false);
+    }
+    if state == State::Disconnected {
+        let help = "check that the process server runs and that the host reaches it; changes are kept at the host";
+        add(Health::Warning, "disconnected", "the host has no stream to its process server".to_owned(), help, true);
+    }
+    let now = core.clock.wall_now();
+    let limit = Duration::from_secs(policy.alarm_no_contact_seconds);
+    for (peer, what) in peers.into_iter().zip(["agent", "process server"]) {
+        let away = peer.since.filter(|_| !peer.connected).map(|since| now.saturating_since(since));
+        if away.is_some_and(|away| away > limit) {
+            let message = format!("nothing was heard of {what} {} for longer than {} s", peer.name, limit.as_secs());
+            let help = "check that its machine runs and reaches the configuration server";
+            add(Health::Critical, "no_contact", message, help, true);
+        }
+    }
+    for peer in [PeerId::Agent(machine.host), PeerId::ProcessServer(machine.server)] {
+        let ahead = core.hub.clock_ahead_seconds(peer);
+        if ahead.unsigned_abs() > CLOCK_OFF_SECONDS_MAX {
+            let side = if ahead > 0 { "ahead of" } else { "behind" };
+            let message =
+                format!("the clock of {peer} is {} s {side} the configuration server's", ahead.unsigned_abs());
+            add(Health::Warning, "clock", message, "set the clock that is wrong; NTP on both does", false);
+        }
+    }
+    if !is_active {
+        return reasons;
+    }
+    let rpo_limit = policy.alarm_rpo();
+    let rpo = sources.iter().flatten().map(|disk| disk.rpo).max().unwrap_or_default();
+    // While a scan runs there is no consistent replica yet, and no RPO to keep.
+    if state == State::Protected && rpo > rpo_limit {
+        let health = if rpo > rpo_limit * 4 { Health::Critical } else { Health::Warning };
+        let message = format!("the RPO is {:.1} s, over the limit of {} s", rpo.as_secs_f64(), rpo_limit.as_secs());
+        add(health, "rpo", message, "check the link and the process server's volume; see `tidemark status`", false);
+    }
+    if let Some(limit) = policy.log_limit_bytes {
+        for disk in sources.iter().flatten() {
+            let percent = disk.log_bytes.saturating_mul(100) / limit.max(1);
+            if percent >= u64::from(policy.alarm_log_percent) {
+                let message = format!("the log of disk {} takes {percent} % of its limit", disk.disk);
+                let help = "at the limit the mode steps down to bitmap; raise the limit or the throttle of the policy";
+                add(Health::Warning, "log", message, help, false);
+            }
+        }
+    }
+    reasons
 }
 
 fn state_of(machine: &Machine, sources: &[Option<&SourceDisk>], is_agent_connected: bool) -> State {

@@ -1,27 +1,38 @@
-//! The durable state: one JSON file, replaced as a whole.
+//! What is wanted, in memory and in the database.
 //!
-//! *Consistency.* A change is durable before it is seen by anyone: [`Store::change`] edits a copy, writes it, and only then
-//! puts it in the place of the old. *Retries.* None: a change that could not be written did not happen, and its caller says
-//! so. *Cancellation.* Changes do not await. *Crash.* See `tidemark_base::storage::replace_file`: the old state or the new.
+//! *Consistency.* A change is durable before it is seen by anyone: [`Store::change`] edits a copy, writes the rows that
+//! differ in one transaction, and only then puts it in the place of the old. *Retries.* None: a change that could not be
+//! written did not happen, and its caller says so; where that is not known (a connection to PostgreSQL broke) the next
+//! change reads everything again first. *Cancellation.* Changes do not await. *Crash.* The old rows or the new.
 
+use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::io;
+use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 
-use tidemark_base::storage::{Storage, read_file, replace_file};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tidemark_base::storage::{Storage, read_file};
 use tidemark_proto::control::{Failure, FailureKind};
 
+use crate::database::{Connection, Database, DatabaseError, Row, Statement, Value};
 use crate::model::{STATE_VERSION, State};
 
+/// What the first version kept; read once.
 const FILE: &str = "state.json";
+const IMPORTED: &str = "state.json.imported";
 /// Ten thousand machines fit in it several times.
 const STATE_BYTES_MAX: u64 = 256 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    #[error("cannot read the configuration server's state")]
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+    #[error("cannot read the state of an older version")]
     Read(#[source] io::Error),
-    #[error("{path} is damaged")]
-    Damaged { path: String, source: serde_json::Error },
+    #[error("{path} is damaged: {reason}")]
+    Damaged { path: String, reason: String },
     #[error("{path} was written by a newer Tidemark (version {version} of the state, this one knows {STATE_VERSION})")]
     Newer { path: String, version: u32 },
 }
@@ -29,10 +40,9 @@ pub enum StoreError {
 impl StoreError {
     pub fn help(&self) -> &'static str {
         match self {
+            StoreError::Database(error) => error.help(),
             StoreError::Read(_) => "check the folder's owner and mode",
-            StoreError::Damaged { .. } => {
-                "restore the file from a backup; replicas and protected disks are not affected"
-            }
+            StoreError::Damaged { .. } => "restore it from a backup; replicas and protected disks are not affected",
             StoreError::Newer { .. } => {
                 "run the newer version, or restore a backup of the state from before the upgrade"
             }
@@ -41,49 +51,188 @@ impl StoreError {
 }
 
 pub struct Store {
-    storage: Arc<dyn Storage>,
-    state: Mutex<Arc<State>>,
+    database: Database,
+    state: Mutex<Current>,
+}
+
+struct Current {
+    state: Arc<State>,
+    /// What is in the database is not known: a connection broke during a write.
+    stale: bool,
 }
 
 impl Store {
-    pub fn open(storage: Arc<dyn Storage>) -> Result<Self, StoreError> {
-        let path = || storage.path(FILE).display().to_string();
-        let state = if storage.exists(FILE).map_err(StoreError::Read)? {
-            let content = read_file(&*storage, FILE, STATE_BYTES_MAX).map_err(StoreError::Read)?;
-            let damaged = |source| StoreError::Damaged { path: path(), source };
-            // The version first: a newer state need not have today's shape.
-            let versioned: Version = serde_json::from_slice(&content).map_err(damaged)?;
-            if versioned.version > STATE_VERSION {
-                return Err(StoreError::Newer { path: path(), version: versioned.version });
-            }
-            serde_json::from_slice(&content).map_err(damaged)?
-        } else {
-            State::default()
-        };
-        Ok(Self { storage, state: Mutex::new(Arc::new(state)) })
+    /// Reads everything; takes over the file of an older version when the database is new.
+    pub fn open(database: Database, storage: &dyn Storage) -> Result<Self, StoreError> {
+        import(&database, storage)?;
+        let mut state = load(&database)?;
+        if state.policies.is_empty() {
+            // A new installation.
+            let mut first = State { policies: State::default().policies, ..State::clone(&state) };
+            let statements = differences(&state, &mut first);
+            database.write(statements)?;
+            state = first;
+        }
+        Ok(Self { database, state: Mutex::new(Current { state: Arc::new(state), stale: false }) })
+    }
+
+    pub fn database(&self) -> &Database {
+        &self.database
     }
 
     /// What is wanted now.
     pub fn state(&self) -> Arc<State> {
-        self.state.lock().expect("no panic while held").clone()
+        self.state.lock().expect("no panic while held").state.clone()
+    }
+
+    /// How often a row was changed; 0: it is not there.
+    pub fn revision(&self, table: &'static str, id: &str) -> u64 {
+        self.state().revisions.get(&(table, id.to_owned())).copied().unwrap_or(0)
     }
 
     /// Edits the state. Nothing happened when the edit refuses or the result cannot be made durable.
     pub fn change<T>(&self, edit: impl FnOnce(&mut State) -> Result<T, Failure>) -> Result<T, Failure> {
         let mut current = self.state.lock().expect("no panic while held");
-        let mut next = State::clone(&current);
+        if current.stale {
+            current.state = Arc::new(load(&self.database).map_err(failure)?);
+            current.stale = false;
+        }
+        let mut next = State::clone(&current.state);
         let result = edit(&mut next)?;
-        let content = serde_json::to_vec_pretty(&next).expect("the state is plain data");
-        replace_file(&*self.storage, FILE, &content).map_err(|error| {
-            Failure::new(
-                FailureKind::Failed,
-                format!("the configuration server cannot store its state: {error}"),
-                "free space on, or repair, the volume of its folder; nothing was changed",
-            )
-        })?;
-        *current = Arc::new(next);
+        let statements = differences(&current.state, &mut next);
+        if statements.is_empty() {
+            return Ok(result);
+        }
+        if let Err(error) = self.database.write(statements) {
+            current.stale = error.is_unknown();
+            return Err(error.into());
+        }
+        current.state = Arc::new(next);
         Ok(result)
     }
+}
+
+fn failure(error: StoreError) -> Failure {
+    Failure::from_error(FailureKind::Failed, &error, error.help())
+}
+
+/// Calls a macro with each collection and its table.
+macro_rules! collections {
+    ($apply:ident) => {
+        $apply!(machines, "machines");
+        $apply!(policies, "policies");
+        $apply!(hosts, "hosts");
+        $apply!(servers, "process_servers");
+        $apply!(passphrases, "passphrases");
+        $apply!(registrations, "registrations");
+        $apply!(identities, "identities");
+        $apply!(users, "users");
+        $apply!(tokens, "tokens");
+        $apply!(alerts, "alerts");
+    };
+}
+
+/// What makes the rows of `before` those of `after`, whose revisions it counts on.
+fn differences(before: &State, after: &mut State) -> Vec<Statement> {
+    let mut statements = Vec::new();
+    macro_rules! compare {
+        ($field:ident, $table:literal) => {
+            compare($table, &before.$field, &after.$field, &mut after.revisions, &mut statements)
+        };
+    }
+    collections!(compare);
+    statements
+}
+
+fn compare<K: Ord + Display, V: Serialize + PartialEq>(
+    table: &'static str,
+    before: &BTreeMap<K, V>,
+    after: &BTreeMap<K, V>,
+    revisions: &mut BTreeMap<(&'static str, String), u64>,
+    statements: &mut Vec<Statement>,
+) {
+    for (id, value) in after.iter().filter(|(id, value)| before.get(id) != Some(value)) {
+        let id = id.to_string();
+        let revision = revisions.entry((table, id.clone())).or_default();
+        *revision += 1;
+        let body = serde_json::to_string(value).expect("the state is plain data");
+        let sql = format!(
+            "INSERT INTO {table} (id, revision, body) VALUES ($1, $2, $3) \
+             ON CONFLICT (id) DO UPDATE SET revision = excluded.revision, body = excluded.body"
+        );
+        statements.push(Statement::new(sql, [id.into(), (*revision).into(), body.into()]));
+    }
+    for id in before.keys().filter(|id| !after.contains_key(id)) {
+        let id = id.to_string();
+        revisions.remove(&(table, id.clone()));
+        statements.push(Statement::new(format!("DELETE FROM {table} WHERE id = $1"), [id.into()]));
+    }
+}
+
+fn load(database: &Database) -> Result<State, StoreError> {
+    let name = database.name().to_owned();
+    let loaded = database.run(move |connection| {
+        let mut state = State { policies: BTreeMap::new(), ..State::default() };
+        macro_rules! read {
+            ($field:ident, $table:literal) => {
+                state.$field = read($table, connection, &mut state.revisions)?;
+            };
+        }
+        collections!(read);
+        Ok(state)
+    });
+    loaded.map_err(|error| match error {
+        DatabaseError::Damaged { reason, .. } => StoreError::Damaged { path: name, reason },
+        error => error.into(),
+    })
+}
+
+fn read<K: Ord + FromStr, V: DeserializeOwned>(
+    table: &'static str,
+    connection: &mut Connection<'_>,
+    revisions: &mut BTreeMap<(&'static str, String), u64>,
+) -> Result<BTreeMap<K, V>, DatabaseError> {
+    let rows = connection.read(Statement::new(format!("SELECT id, revision, body FROM {table}"), []))?;
+    rows.iter()
+        .map(|row: &Row| {
+            let id = row[0].text();
+            let damaged = |reason: String| DatabaseError::Damaged {
+                name: table.to_owned(),
+                reason: format!("row {id:?} of {table}: {reason}"),
+            };
+            let value = serde_json::from_str(row[2].text()).map_err(|error| damaged(error.to_string()))?;
+            let key = id.parse().map_err(|_| damaged("its id is none".to_owned()))?;
+            revisions.insert((table, id.to_owned()), u64::try_from(row[1].int()).unwrap_or_default());
+            Ok((key, value))
+        })
+        .collect()
+}
+
+/// Takes over what the first version wrote, once: noted in the transaction that stores it.
+fn import(database: &Database, storage: &dyn Storage) -> Result<(), StoreError> {
+    if !storage.exists(FILE).map_err(StoreError::Read)? {
+        return Ok(());
+    }
+    let noted = database.read(Statement::new("SELECT value FROM facts WHERE id = $1", ["imported".into()]))?;
+    if noted.is_empty() {
+        let content = read_file(storage, FILE, STATE_BYTES_MAX).map_err(StoreError::Read)?;
+        let path = || storage.path(FILE).display().to_string();
+        let damaged = |error: serde_json::Error| StoreError::Damaged { path: path(), reason: error.to_string() };
+        // The version first: a newer state need not have today's shape.
+        let versioned: Version = serde_json::from_slice(&content).map_err(damaged)?;
+        if versioned.version > STATE_VERSION {
+            return Err(StoreError::Newer { path: path(), version: versioned.version });
+        }
+        let mut state: State = serde_json::from_slice(&content).map_err(damaged)?;
+        let before = load(database)?;
+        let mut statements = differences(&before, &mut state);
+        let sql = "INSERT INTO facts (id, value) VALUES ($1, $2)";
+        statements.push(Statement::new(sql, ["imported".into(), Value::from(FILE)]));
+        database.write(statements)?;
+        tracing::info!(machines = state.machines.len(), "the state of an older version was taken over");
+    }
+    // Kept for whoever goes back to the older version.
+    storage.rename(FILE, IMPORTED).and_then(|()| storage.sync_folder("")).map_err(StoreError::Read)
 }
 
 #[derive(serde::Deserialize)]
@@ -92,55 +241,5 @@ struct Version {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::{DEFAULT_POLICY, Policy};
-    use tidemark_base::storage::RealStorage;
-
-    #[test]
-    fn changes_survive_and_refused_ones_do_not_happen() {
-        let folder = tempfile::tempdir().unwrap();
-        let open = || Store::open(RealStorage::open_folder(folder.path())).unwrap();
-        let store = open();
-        store
-            .change(|state| {
-                state.policies.insert("p".into(), Policy { compression: 7, ..Policy::default() });
-                Ok(())
-            })
-            .unwrap();
-        let refused: Result<(), Failure> = store.change(|state| {
-            state.policies.clear();
-            Err(Failure::new(FailureKind::Conflict, "no", ""))
-        });
-        assert!(refused.is_err());
-        for state in [store.state(), open().state()] {
-            assert_eq!(state.policies["p"].compression, 7);
-            assert!(state.policies.contains_key(DEFAULT_POLICY));
-        }
-    }
-
-    #[test]
-    fn a_change_that_cannot_be_written_did_not_happen() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(RealStorage::open_folder(folder.path().join("gone"))).unwrap();
-        let failure = store
-            .change(|state| {
-                state.policies.clear();
-                Ok(())
-            })
-            .unwrap_err();
-        assert!(failure.message.contains("cannot store"), "{failure}");
-        assert!(store.state().policies.contains_key(DEFAULT_POLICY));
-    }
-
-    #[test]
-    fn damaged_and_newer_states_are_refused_by_name() {
-        let folder = tempfile::tempdir().unwrap();
-        let storage = RealStorage::open_folder(folder.path());
-        for (content, part) in [("{\"version\": 1, ", "damaged"), ("{\"version\": 99, \"else\": 1}", "newer")] {
-            replace_file(&*storage, FILE, content.as_bytes()).unwrap();
-            let error = Store::open(storage.clone()).err().unwrap().to_string();
-            assert!(error.contains(part) && error.contains(FILE), "{error}");
-        }
-    }
-}
+#[path = "store/tests.rs"]
+mod tests;

@@ -59,17 +59,37 @@ pub enum Verb {
     /// The agent of a protected host.
     Agent {
         #[command(subcommand)]
-        verb: RoleVerb,
+        verb: AgentVerb,
     },
     /// The process server, which keeps replicas.
     ProcessServer {
         #[command(subcommand)]
-        verb: RoleVerb,
+        verb: ProcessServerVerb,
     },
     /// The configuration server, which knows what is wanted.
     ConfigServer {
         #[command(subcommand)]
-        verb: RoleVerb,
+        verb: ConfigServerVerb,
+    },
+    /// What lets hosts and process servers register.
+    Passphrase {
+        #[command(subcommand)]
+        verb: PassphraseVerb,
+    },
+    /// Who has certificates, and who is refused all the same.
+    Identity {
+        #[command(subcommand)]
+        verb: IdentityVerb,
+    },
+    /// Who may use the API.
+    User {
+        #[command(subcommand)]
+        verb: UserVerb,
+    },
+    /// What shows who a request is from.
+    Token {
+        #[command(subcommand)]
+        verb: TokenVerb,
     },
     /// Protects a machine: its disks are replicated from now on.
     Protect(ProtectArgs),
@@ -98,6 +118,24 @@ pub enum Verb {
         #[command(subcommand)]
         verb: JobVerb,
     },
+    /// What happened.
+    Events(EventsArgs),
+    /// What lasts and needs someone.
+    Alert {
+        #[command(subcommand)]
+        verb: AlertVerb,
+    },
+    /// Prints completions for a shell.
+    Completions {
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Writes the man pages.
+    Man {
+        /// Where to; made when it is missing.
+        #[arg(long)]
+        dir: PathBuf,
+    },
     /// Looks into a replica's folder, without a server.
     Replica {
         #[command(subcommand)]
@@ -118,9 +156,170 @@ pub struct UpArgs {
 }
 
 #[derive(Subcommand)]
-pub enum RoleVerb {
+pub enum AgentVerb {
     /// Runs the role until SIGTERM.
     Run(RoleArgs),
+    /// Gets a certificate for this host, with a passphrase.
+    Register(RegisterArgs),
+}
+
+#[derive(Subcommand)]
+pub enum ProcessServerVerb {
+    /// Runs the role until SIGTERM.
+    Run(RoleArgs),
+    /// Gets a certificate for this process server, with a passphrase and an operator's approval.
+    Register(RegisterArgs),
+    /// Lists process servers that wait for approval.
+    List,
+    /// Lets a process server have its certificate.
+    Approve { registration: String },
+    /// Refuses a registration.
+    Reject { registration: String },
+}
+
+#[derive(Subcommand)]
+pub enum ConfigServerVerb {
+    /// Runs the role until SIGTERM.
+    Run(RoleArgs),
+    /// The first set-up: authority, token, database, and a passphrase for an agent and one for a process server.
+    Init(RoleArgs),
+}
+
+/// The server is named by --server.
+#[derive(Args)]
+pub struct RegisterArgs {
+    /// The file with the passphrase; `-`: standard input.
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: PathBuf,
+    /// The fingerprint of the configuration server's authority, as `config-server init` printed it.
+    #[arg(long, value_name = "FINGERPRINT")]
+    pub ca_fingerprint: String,
+    /// How this machine is called; its host name, where nothing is given.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// The role's own folder; else the one in the configuration of this machine.
+    #[arg(long, conflicts_with = "config")]
+    pub dir: Option<PathBuf>,
+    /// The configuration of this machine.
+    #[arg(long, default_value = "/etc/tidemark/tidemark.toml")]
+    pub config: PathBuf,
+    /// Do not wait for an approval: registering again asks again.
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum RegisteringRole {
+    Agent,
+    ProcessServer,
+}
+
+#[derive(Subcommand)]
+pub enum PassphraseVerb {
+    /// Makes a passphrase and shows it, this once.
+    Create {
+        #[arg(long, value_enum)]
+        role: RegisteringRole,
+        /// How long it can be used, such as 1h.
+        #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "1day")]
+        lifetime: Duration,
+        /// How often.
+        #[arg(long, default_value_t = 1)]
+        uses: u32,
+        /// The host or process server that was installed again: it gets its old identity, and its old certificates are
+        /// refused.
+        #[arg(long, value_name = "NAME or ID")]
+        replaces: Option<String>,
+    },
+    List,
+    Delete {
+        id: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum IdentityVerb {
+    List,
+    /// Refuses a host or process server from now on; its open streams end.
+    Revoke {
+        identity: String,
+        #[arg(long, default_value = "")]
+        reason: String,
+    },
+    /// Takes it again.
+    Restore {
+        identity: String,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum UserRoleArg {
+    Reader,
+    Operator,
+    Administrator,
+}
+
+#[derive(Subcommand)]
+pub enum UserVerb {
+    Create {
+        name: String,
+        #[arg(long, value_enum)]
+        role: UserRoleArg,
+    },
+    List,
+    /// Gives a user another role.
+    Set {
+        name: String,
+        #[arg(long, value_enum)]
+        role: UserRoleArg,
+    },
+    /// Deletes a user and its tokens.
+    Delete {
+        name: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum TokenVerb {
+    /// Makes a token and shows it, this once.
+    Create {
+        #[arg(long)]
+        user: String,
+        #[arg(long, default_value = "")]
+        label: String,
+        /// How long it can be used, such as 30days; for ever, where nothing is given.
+        #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+        lifetime: Option<Duration>,
+    },
+    List,
+    Delete {
+        id: String,
+    },
+}
+
+#[derive(Args)]
+pub struct EventsArgs {
+    /// Go on with what happens from now.
+    #[arg(long)]
+    pub watch: bool,
+    /// Of this machine only.
+    #[arg(long)]
+    pub machine: Option<String>,
+    /// Of this severity and worse: info, warning or critical.
+    #[arg(long)]
+    pub severity: Option<String>,
+    /// Only later ones than the one with this id.
+    #[arg(long, value_name = "ID")]
+    pub after: Option<u64>,
+    /// At most so many.
+    #[arg(long, value_name = "COUNT", default_value_t = 100)]
+    pub limit: u64,
+}
+
+#[derive(Subcommand)]
+pub enum AlertVerb {
+    /// The worst first.
+    List,
 }
 
 #[derive(Args)]
@@ -151,6 +350,12 @@ pub struct ProtectArgs {
     /// Serves the disks over NBD with mutual TLS as well, at IP:PORT; port 0 takes any free one and keeps it. `none` ends it.
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<String>,
+    /// Of the disks that are named, one that is left out.
+    #[arg(long, value_name = "DISK")]
+    pub exclude: Vec<PathBuf>,
+    /// Look only whether everything that is needed is there.
+    #[arg(long)]
+    pub check: bool,
     /// How changes are captured.
     #[arg(long, value_enum, default_value_t = Via::Nbd)]
     pub via: Via,
@@ -283,6 +488,21 @@ pub struct PolicyArgs {
     /// The most that is sent in a second, such as 50M.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub throttle: Option<u64>,
+    /// Another limit for some hours, in UTC: `1-5 08:00-18:00 10M` (Monday is 1), `22:00-06:00 none`; may be repeated.
+    #[arg(long, value_name = "WINDOW")]
+    pub throttle_window: Vec<String>,
+    /// A kept app-consistent point that often; 0s: none.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub app_interval: Option<Duration>,
+    /// An alert when the RPO is over this; 0s: three cycles, at least a minute.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub alarm_rpo: Option<Duration>,
+    /// An alert when a log takes so much of its limit.
+    #[arg(long, value_name = "PERCENT")]
+    pub alarm_log: Option<u8>,
+    /// An alert when nothing was heard of a host or process server for so long.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub alarm_no_contact: Option<Duration>,
 }
 
 #[derive(Subcommand)]
@@ -293,6 +513,10 @@ pub enum JobVerb {
     },
     /// Waits for a job's end.
     Watch {
+        id: String,
+    },
+    /// Ends a job that waits or reads.
+    Cancel {
         id: String,
     },
 }

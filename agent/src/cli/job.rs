@@ -39,6 +39,10 @@ pub async fn run(client: &Client, verb: JobVerb, output: &Output) -> Result<(), 
             Ok(output.table(&["ID", "KIND", "MACHINE", "STATE", "STARTED", "FINISHED"], &rows)?)
         }
         JobVerb::Show { id } => show(&client.get(&format!("/jobs/{}", escape(&id))).await?, output),
+        JobVerb::Cancel { id } => {
+            let job = client.post(&format!("/jobs/{}/cancel", escape(&id)), &json!({})).await?;
+            show(&job, output)
+        }
         JobVerb::Watch { id } => {
             let job = client.get(&format!("/jobs/{}", escape(&id))).await?;
             let id = text(&job, "/id");

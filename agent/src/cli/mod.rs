@@ -1,7 +1,9 @@
 //! The command line. What a verb does, it asks the configuration server for; offline tools and roles work here.
 
+mod account;
 mod args;
 mod error;
+mod events;
 mod hrl;
 mod job;
 mod output;
@@ -15,7 +17,8 @@ mod status;
 use std::future::Future;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
+use tidemark_transport::Role;
 
 pub use args::parse_size;
 use args::{Cli, Verb};
@@ -49,9 +52,31 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             .and_then(|code| if code == ExitCode::SUCCESS { Ok(()) } else { Err(CliError::logs_not_sound()) }),
         Verb::Demo(args) => crate::demo::run(args, output),
         Verb::Up(args) => role(run::up(args)),
-        Verb::Agent { verb: args::RoleVerb::Run(args) } => role(run::agent(args)),
-        Verb::ProcessServer { verb: args::RoleVerb::Run(args) } => role(run::process_server(args)),
-        Verb::ConfigServer { verb: args::RoleVerb::Run(args) } => role(run::config_server(args)),
+        Verb::Agent { verb } => match verb {
+            args::AgentVerb::Run(args) => role(run::agent(args)),
+            args::AgentVerb::Register(args) => client(run::register(Role::Agent, target, args, output)),
+        },
+        Verb::ProcessServer { verb } => match verb {
+            args::ProcessServerVerb::Run(args) => role(run::process_server(args)),
+            args::ProcessServerVerb::Register(args) => client(run::register(Role::ProcessServer, target, args, output)),
+            verb => client(account::registrations(&target.client()?, verb, output)),
+        },
+        Verb::ConfigServer { verb } => match verb {
+            args::ConfigServerVerb::Run(args) => role(run::config_server(args)),
+            args::ConfigServerVerb::Init(args) => client(run::init(args, output)),
+        },
+        Verb::Passphrase { verb } => client(account::passphrase(&target.client()?, verb, output)),
+        Verb::Identity { verb } => client(account::identity(&target.client()?, verb, output)),
+        Verb::User { verb } => client(account::user(&target.client()?, verb, output)),
+        Verb::Token { verb } => client(account::token(&target.client()?, verb, output)),
+        Verb::Events(args) => client(events::run(&target.client()?, args, output)),
+        Verb::Alert { verb } => client(events::alert(&target.client()?, verb, output)),
+        Verb::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "tidemark", &mut text);
+            Ok(output.line(String::from_utf8_lossy(&text).trim_end())?)
+        }
+        Verb::Man { dir } => man(&dir),
         Verb::Protect(args) => client(protect::protect(&target.client()?, args, output)),
         Verb::Unprotect(args) => client(protect::unprotect(&target.client()?, args, output)),
         Verb::Pause(args) => client(protect::simple(&target.client()?, "pause", args, output)),
@@ -63,6 +88,17 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Job { verb } => client(job::run(&target.client()?, verb, output)),
         Verb::Replica { verb } => replica::run(verb, output),
     }
+}
+
+/// A page for the command and one for each of its verbs.
+fn man(dir: &std::path::Path) -> Result<(), CliError> {
+    let write = || -> std::io::Result<()> {
+        std::fs::create_dir_all(dir)?;
+        clap_mangen::generate_to(Cli::command(), dir)
+    };
+    write().map_err(|error| {
+        CliError::new(format!("cannot write to {}: {error}", dir.display()), "name a folder that this user can write")
+    })
 }
 
 /// A verb that asks a server needs one thread.
@@ -83,8 +119,13 @@ fn role<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliErro
 
 /// Logs go to stderr: everything that roles note, warnings of the rest. TIDEMARK_LOG says otherwise.
 fn start_log(verb: &Verb) {
-    let is_role =
-        matches!(verb, Verb::Up(_) | Verb::Agent { .. } | Verb::ProcessServer { .. } | Verb::ConfigServer { .. });
+    let is_role = matches!(
+        verb,
+        Verb::Up(_)
+            | Verb::Agent { verb: args::AgentVerb::Run(_) }
+            | Verb::ProcessServer { verb: args::ProcessServerVerb::Run(_) }
+            | Verb::ConfigServer { verb: args::ConfigServerVerb::Run(_) }
+    );
     let filter = tracing_subscriber::EnvFilter::try_from_env("TIDEMARK_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(if is_role { "info" } else { "warn" }));
     let _ = tracing_subscriber::fmt()

@@ -4,20 +4,20 @@ use hyper::Method;
 use serde_json::{Map, Value, json};
 
 use super::CliError;
-use super::args::{PolicyArgs, PolicyVerb};
+use super::args::{PolicyArgs, PolicyVerb, parse_size};
 use super::output::{Output, text};
 use crate::client::{Client, escape};
 
 pub async fn run(client: &Client, verb: PolicyVerb, output: &Output) -> Result<(), CliError> {
     match verb {
         PolicyVerb::Create(args) => {
-            let mut settings = settings(&args);
+            let mut settings = settings(&args)?;
             settings.insert("name".to_owned(), json!(args.name));
             show(&client.post("/policies", &Value::Object(settings)).await?, output)
         }
         PolicyVerb::Set(args) => {
             let path = format!("/policies/{}", escape(&args.name));
-            let settings = Value::Object(settings(&args));
+            let settings = Value::Object(settings(&args)?);
             show(&client.request(Method::PATCH, &path, Some(&settings)).await?, output)
         }
         PolicyVerb::List => show(&client.get("/policies").await?, output),
@@ -33,7 +33,7 @@ pub async fn run(client: &Client, verb: PolicyVerb, output: &Output) -> Result<(
     }
 }
 
-fn settings(args: &PolicyArgs) -> Map<String, Value> {
+fn settings(args: &PolicyArgs) -> Result<Map<String, Value>, CliError> {
     let mut settings = Map::new();
     let mut set = |name: &str, value: Option<Value>| {
         if let Some(value) = value {
@@ -48,7 +48,48 @@ fn settings(args: &PolicyArgs) -> Map<String, Value> {
     set("compression", args.compression.map(|value| json!(value)));
     set("log_limit_bytes", args.log_limit.map(|value| json!(value)));
     set("throttle_bytes_per_second", args.throttle.map(|value| json!(value)));
-    settings
+    set("app_point_interval_seconds", args.app_interval.map(|value| json!(value.as_secs())));
+    set("alarm_rpo_seconds", args.alarm_rpo.map(|value| json!(value.as_secs())));
+    set("alarm_log_percent", args.alarm_log.map(|value| json!(value)));
+    set("alarm_no_contact_seconds", args.alarm_no_contact.map(|value| json!(value.as_secs())));
+    let windows = args.throttle_window.iter().map(|text| window(text)).collect::<Result<Vec<_>, _>>()?;
+    set("throttle_schedule", (!windows.is_empty()).then(|| json!(windows)));
+    Ok(settings)
+}
+
+/// `1-5 08:00-18:00 10M`
+fn window(text: &str) -> Result<Value, CliError> {
+    let wrong = || {
+        CliError::new(
+            format!("{text:?} is no window of a throttle"),
+            "write days (1 is Monday; may be left out), hours and a limit: `1-5 08:00-18:00 10M`, `22:00-06:00 none`",
+        )
+    };
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let (days, hours, limit) = match words[..] {
+        [hours, limit] => (Vec::new(), hours, limit),
+        [days, hours, limit] => (days_of(days).ok_or_else(wrong)?, hours, limit),
+        _ => return Err(wrong()),
+    };
+    let (from, to) = hours.split_once('-').ok_or_else(wrong)?;
+    let limit = match limit {
+        "none" => None,
+        limit => Some(parse_size(limit).map_err(|_| wrong())?),
+    };
+    Ok(json!({ "days": days, "from": from, "to": to, "bytes_per_second": limit }))
+}
+
+fn days_of(text: &str) -> Option<Vec<u8>> {
+    let mut days = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u8, u8) = (first.parse().ok()?, last.parse().ok()?);
+        if first > last || last > 7 {
+            return None;
+        }
+        days.extend(first..=last);
+    }
+    Some(days)
 }
 
 fn show(policies: &Value, output: &Output) -> Result<(), CliError> {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use hyper::Method;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::args::{MachineArgs, ProtectArgs, UnprotectArgs};
 use super::output::{Output, text};
@@ -12,6 +12,7 @@ use crate::client::{Client, escape};
 
 pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Result<(), CliError> {
     let disks = args.disks.iter().map(|disk| full_path(disk)).collect::<Result<Vec<_>, _>>()?;
+    let exclude = args.exclude.iter().map(|disk| full_path(disk)).collect::<Result<Vec<_>, _>>()?;
     let request = json!({
         "name": args.name,
         "disks": disks,
@@ -19,11 +20,16 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
         "process_server": args.process_server,
         "policy": args.policy,
         "listen": args.listen,
+        "exclude": exclude,
+        "check_only": args.check,
     });
     let started = client.post("/machines", &request).await?;
     let Some(result) = job::finish(client, started, &args.wait, output).await? else { return Ok(()) };
     if output.is_json() {
         return Ok(output.json(&result)?);
+    }
+    if args.check {
+        return checks(&result, output);
     }
     output.line(&format!("{} is protected. Its workload opens its disks here from now on:", args.name))?;
     let rows: Vec<Vec<String>> = result["disks"]
@@ -39,6 +45,16 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
         })
         .collect();
     Ok(output.table(&["DISK", "ADDRESS"], &rows)?)
+}
+
+fn checks(result: &Value, output: &Output) -> Result<(), CliError> {
+    let rows: Vec<Vec<String>> = result["checks"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|check| ["/check", "/of", "/ok", "/error", "/help"].map(|at| text(check, at)).to_vec())
+        .collect();
+    Ok(output.table(&["CHECK", "OF", "OK", "IN THE WAY", "HELP"], &rows)?)
 }
 
 pub async fn unprotect(client: &Client, args: UnprotectArgs, output: &Output) -> Result<(), CliError> {

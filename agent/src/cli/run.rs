@@ -1,15 +1,17 @@
 //! Verbs that run a role, until SIGTERM or SIGINT.
 
+use serde_json::json;
 use tidemark_transport::Role;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::CliError;
-use super::args::{RoleArgs, UpArgs};
+use super::args::{RegisterArgs, RoleArgs, Target, UpArgs};
 use super::output::Output;
 use crate::folder::Folder;
 use crate::roles::place::{Config, Place, RoleConfig};
+use crate::roles::register::{self, Outcome, Registration};
 use crate::roles::up::Up;
-use crate::roles::{RoleError, agent, config_server, process_server};
+use crate::roles::{RoleError, agent, config_server, plain_host_name, process_server};
 
 struct Ends {
     terminate: Signal,
@@ -27,6 +29,12 @@ impl Ends {
             _ = self.interrupt.recv() => {}
         }
     }
+}
+
+/// Returns when the process is told to end.
+pub fn ended() -> std::io::Result<impl std::future::Future<Output = ()>> {
+    let mut ends = Ends::new()?;
+    Ok(async move { ends.wait().await })
 }
 
 pub async fn up(args: UpArgs) -> Result<(), CliError> {
@@ -61,17 +69,97 @@ pub async fn process_server(args: RoleArgs) -> Result<(), CliError> {
 
 pub async fn config_server(args: RoleArgs) -> Result<(), CliError> {
     let mut ends = Ends::new()?;
-    let (folder, listen, control) = match &args.dir {
-        Some(dir) => (dir.clone(), None, None),
-        None => {
-            let config = configured(&args, Role::ConfigServer)?;
-            (config.dir, config.listen, config.control_listen)
-        }
-    };
-    let folder = Folder::create(&folder).map_err(RoleError::from)?;
-    let running = config_server::start(&folder, listen, control).await?;
+    let (folder, settings) = config_server_place(&args)?;
+    let running = config_server::start(&folder, settings).await?;
     ends.wait().await;
     running.server.stop().await;
+    Ok(())
+}
+
+fn config_server_place(args: &RoleArgs) -> Result<(Folder, config_server::Settings), RoleError> {
+    let (dir, settings) = match &args.dir {
+        Some(dir) => (dir.clone(), config_server::Settings::default()),
+        None => {
+            let RoleConfig { dir, listen, control_listen, names, database, .. } = configured(args, Role::ConfigServer)?;
+            (dir, config_server::Settings { listen, control_listen, names, database })
+        }
+    };
+    Ok((Folder::create(&dir)?, settings))
+}
+
+/// The first set-up of a configuration server.
+pub async fn init(args: RoleArgs, output: &Output) -> Result<(), CliError> {
+    let (folder, settings) = config_server_place(&args)?;
+    let config_server::Initialised { fingerprint, passphrases: [agent, server] } =
+        config_server::init(&folder, &settings).await?;
+    let (token_file, ca_file) = (folder.token_file(), folder.ca_file());
+    if output.is_json() {
+        return Ok(output.json(&json!({
+            "ca_fingerprint": fingerprint,
+            "ca_file": ca_file,
+            "token_file": token_file,
+            "agent_passphrase": agent,
+            "process_server_passphrase": server,
+        }))?);
+    }
+    output.line(&format!("fingerprint of the authority  {fingerprint}"))?;
+    output.line(&format!("its certificate               {}", ca_file.display()))?;
+    output.line(&format!("token of the administrator    {}", token_file.display()))?;
+    output.line("Passphrases, each for one registration within a day, shown this once:")?;
+    output.line(&format!("  an agent                    {agent}"))?;
+    output.line(&format!("  a process server            {server}"))?;
+    Ok(())
+}
+
+/// Gets a certificate for a role of this machine.
+pub async fn register(role: Role, target: Target, args: RegisterArgs, output: &Output) -> Result<(), CliError> {
+    let server = target.server.ok_or_else(|| {
+        CliError::new("no server was named", "give --server https://HOST:PORT, the address of the configuration server")
+    })?;
+    let unreadable = |error: std::io::Error| {
+        CliError::new(
+            format!("cannot read the passphrase from {}: {error}", args.passphrase_file.display()),
+            "name the file that holds it, or `-` for standard input",
+        )
+    };
+    let passphrase = match args.passphrase_file.as_os_str() == "-" {
+        true => std::io::read_to_string(std::io::stdin()).map_err(unreadable)?,
+        false => std::fs::read_to_string(&args.passphrase_file).map_err(unreadable)?,
+    };
+    let dir = match args.dir {
+        Some(dir) => dir,
+        None => {
+            let config = Config::read(&args.config)?.of(role);
+            config.map(|config| config.dir).ok_or_else(|| {
+                CliError::new(format!("{} has no section [{role}]", args.config.display()), "add it, or give --dir")
+            })?
+        }
+    };
+    let registration = Registration {
+        role,
+        server,
+        passphrase,
+        fingerprint: args.ca_fingerprint,
+        name: args.name.unwrap_or_else(plain_host_name),
+        dir,
+        wait: !args.no_wait,
+    };
+    let tell = |text: &str| eprintln!("… {text}");
+    match register::register(registration, tell).await? {
+        Outcome::Registered { identity, control } => {
+            if output.is_json() {
+                let body = json!({ "state": "registered", "identity": identity.to_string(), "config_server": control });
+                return Ok(output.json(&body)?);
+            }
+            output.line(&format!("registered as {identity}; the configuration server is at {control}"))?;
+        }
+        Outcome::Waiting { registration } => {
+            if output.is_json() {
+                return Ok(output.json(&json!({ "state": "waiting", "registration": registration }))?);
+            }
+            output.line(&format!("waiting for approval: tidemark process-server approve {registration}"))?;
+        }
+    }
     Ok(())
 }
 

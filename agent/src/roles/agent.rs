@@ -1,18 +1,23 @@
 //! The agent as a process runs it.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tidemark_base::HostId;
+use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_host::events::Subscriber;
 use tidemark_host::freeze::{FreezeError, Freezer, Frozen, ScriptFreezer};
 use tidemark_host::{Host, HostConfig, HostError};
-use tidemark_proto::control::{AgentCommand, Failure, FailureKind, Peer, ProbedDisk, Register, Reply};
-use tidemark_transport::PeerIdentity;
+use tidemark_proto::control::{
+    AgentCommand, DenyList, Failure, FailureKind, Peer, ProbedDisk, Register, Reply, Severity,
+};
+use tidemark_transport::{Identity, PeerIdentity};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::link::{self, Command, Handler, not_mine};
+use super::outbox::Draft;
 use super::place::Place;
 use super::{RoleError, boot_id, host_name};
 
@@ -44,8 +49,12 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
     .map_err(RoleError::from)?;
     let host = Arc::new(host);
     let stop = CancellationToken::new();
-    let handler = Arc::new(AgentHandler { id, host: host.clone() });
-    let link = tokio::spawn(link::run(place.identity.clone(), place.config_server.clone(), handler, stop.clone()));
+    // Events of before this process began are in the outbox or lost.
+    let heard = Mutex::new(host.events().subscribe(0));
+    let denied = Denied::open(place.identity.clone(), place.storage());
+    let handler = Arc::new(AgentHandler { id, host: host.clone(), heard, denied });
+    let link = link::run(place.identity.clone(), place.config_server.clone(), handler, place.kept(), stop.clone());
+    let link = tokio::spawn(link);
     Ok(RunningAgent { host, stop, link, _place: place })
 }
 
@@ -63,6 +72,46 @@ impl RunningAgent {
 struct AgentHandler {
     id: HostId,
     host: Arc<Host>,
+    heard: Mutex<Subscriber>,
+    denied: Arc<Denied>,
+}
+
+/// Process servers that are not dialled; kept, so that a restart without the configuration server forgets none.
+struct Denied {
+    identity: Identity,
+    storage: Arc<dyn Storage>,
+}
+
+const DENIED_FILE: &str = "denied.json";
+const DENIED_BYTES_MAX: u64 = 64 << 20;
+
+impl Denied {
+    fn open(identity: Identity, storage: Arc<dyn Storage>) -> Arc<Self> {
+        let denied = Self { identity, storage };
+        match read_file(&*denied.storage, DENIED_FILE, DENIED_BYTES_MAX) {
+            Ok(content) => match serde_json::from_slice(&content) {
+                Ok(list) => denied.apply(&list),
+                Err(error) => tracing::warn!(%error, "who is denied cannot be read; it is told on connecting"),
+            },
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(%error, "who is denied cannot be read; it is told on connecting"),
+        }
+        Arc::new(denied)
+    }
+
+    fn apply(&self, list: &DenyList) {
+        self.identity.refuse(list.identities.iter().cloned(), list.certificates.iter().copied());
+    }
+
+    /// Blocks.
+    fn set(&self, list: &DenyList) -> Result<(), HostError> {
+        self.apply(list);
+        let content = serde_json::to_vec(list).unwrap_or_default();
+        let kept = replace_file(&*self.storage, DENIED_FILE, &content);
+        // It counts from now on; only a restart would forget it until it connects.
+        kept.unwrap_or_else(|error| tracing::warn!(%error, "who is denied cannot be kept"));
+        Ok(())
+    }
 }
 
 #[tonic::async_trait]
@@ -73,13 +122,41 @@ impl Handler for AgentHandler {
             name: host_name(),
             software: env!("CARGO_PKG_VERSION").to_owned(),
             boot: boot_id(),
+            instance: None,
+            time: None,
         }
     }
 
     async fn execute(&self, command: Command) -> Result<Reply, Failure> {
         let Command::Agent(command) = command else { return Err(not_mine()) };
+        if let AgentCommand::Deny(list) = command {
+            let denied = self.denied.clone();
+            return blocking(move || denied.set(&list).map(|()| Reply::Done)).await;
+        }
         let host = self.host.clone();
         blocking(move || execute(&host, command)).await
+    }
+
+    fn events(&self) -> Vec<Draft> {
+        let heard = self.heard.lock().expect("no panic while held").take();
+        heard.into_iter().map(draft).collect()
+    }
+}
+
+fn draft(event: tidemark_host::events::Event) -> Draft {
+    use tidemark_host::events::Severity as Host;
+    Draft {
+        time: event.time,
+        severity: match event.severity {
+            Host::Information => Severity::Info,
+            Host::Warning => Severity::Warning,
+            Host::Critical => Severity::Critical,
+        },
+        machine: event.machine,
+        disk: event.disk,
+        kind: event.kind.name().to_owned(),
+        message: event.message,
+        help: event.help,
     }
 }
 
@@ -95,6 +172,8 @@ fn execute(host: &Host, command: AgentCommand) -> Result<Reply, HostError> {
             host.mark(&request).map(|outcome| Reply::Marked { mark: outcome.id, time: outcome.time })
         }
         AgentCommand::Status => Ok(Reply::Agent(host.report())),
+        // Taken before: it is not the host's.
+        AgentCommand::Deny(_) => Ok(Reply::Done),
     }
 }
 

@@ -1,9 +1,8 @@
 //! The configuration server as a process runs it.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 
-use tidemark_base::storage::Storage;
+use tidemark_config_server::database::DatabaseSetting;
 use tidemark_config_server::{ConfigServer, Options, StartError};
 use tidemark_transport::{Identity, Role};
 
@@ -16,19 +15,65 @@ pub struct RunningConfigServer {
     _lock: RoleLock,
 }
 
+/// What a configuration server is told beside its folder.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    pub listen: Option<SocketAddr>,
+    pub control_listen: Option<SocketAddr>,
+    /// Names and addresses under which it is reached.
+    pub names: Vec<String>,
+    /// Of PostgreSQL; absent: the embedded database.
+    pub database: Option<String>,
+}
+
+impl Settings {
+    fn database(&self, folder: &Folder) -> DatabaseSetting {
+        match &self.database {
+            Some(text) => DatabaseSetting::Postgres(text.clone()),
+            None => DatabaseSetting::Sqlite(folder.role_path(Role::ConfigServer).join(DATABASE_FILE)),
+        }
+    }
+}
+
+const DATABASE_FILE: &str = "config.db";
+
+/// What the first set-up made, to be shown once.
+pub struct Initialised {
+    pub fingerprint: String,
+    /// For an agent and for a process server.
+    pub passphrases: [String; 2],
+}
+
+/// The first set-up, while nothing runs: authority, token, database, and a passphrase for each role.
+pub async fn init(folder: &Folder, settings: &Settings) -> Result<Initialised, RoleError> {
+    let _lock = folder.lock(Role::ConfigServer)?;
+    folder.token()?;
+    let (authority, database) = (folder.authority()?, settings.database(folder));
+    let fingerprint = authority.fingerprint();
+    let storage = folder.role(Role::ConfigServer);
+    let passphrases =
+        tokio::task::spawn_blocking(move || tidemark_config_server::init(&*storage, &database, authority))
+            .await
+            .map_err(|error| RoleError { message: error.to_string(), help: "see the log".to_owned() })?
+            .map_err(RoleError::from)?;
+    Ok(Initialised { fingerprint, passphrases })
+}
+
 /// Starts the role in an all-in-one's folder. Ports that were used before are used again where they are free.
-pub async fn start(
-    folder: &Folder,
-    listen: Option<SocketAddr>,
-    control_listen: Option<SocketAddr>,
-) -> Result<RunningConfigServer, RoleError> {
+pub async fn start(folder: &Folder, settings: Settings) -> Result<RunningConfigServer, RoleError> {
     let lock = folder.lock(Role::ConfigServer)?;
+    let (listen, control_listen) = (settings.listen, settings.control_listen);
     let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
     let (wanted, control_wanted) = (listen.unwrap_or(loopback), control_listen.unwrap_or(loopback));
     let mut hosts = vec!["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()];
     if !wanted.ip().is_unspecified() && !hosts.contains(&wanted.ip().to_string()) {
         hosts.push(wanted.ip().to_string());
     }
+    let others: Vec<String> =
+        settings.names.iter().cloned().chain([super::host_name()]).filter(|name| is_host(name)).collect();
+    hosts.extend(others);
+    hosts.sort();
+    hosts.dedup();
     let identity = folder.identity(Role::ConfigServer, &hosts)?;
     let token = folder.token()?;
     let before = folder.config_server()?;
@@ -38,11 +83,11 @@ pub async fn start(
     };
     let api = again(wanted, before.map(|before| before.api));
     let control = again(control_wanted, before.map(|before| before.control));
-    let storage = folder.role(Role::ConfigServer);
-    let server = match try_start(&storage, &identity, &token, api, control).await {
+    let attempt = |api, control| try_start(folder, &settings, &identity, &token, api, control);
+    let server = match attempt(api, control).await {
         // Someone else took a port meanwhile.
-        Err(StartError::Listen { .. }) if (api, control) != (wanted, control_wanted) => {
-            try_start(&storage, &identity, &token, wanted, control_wanted).await?
+        Err(error) if error.is_listen() && (api, control) != (wanted, control_wanted) => {
+            attempt(wanted, control_wanted).await?
         }
         other => other?,
     };
@@ -51,20 +96,50 @@ pub async fn start(
     Ok(RunningConfigServer { server, addresses, _lock: lock })
 }
 
+/// Whether a name can be in a certificate.
+fn is_host(name: &str) -> bool {
+    let is_plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-:".contains(&byte));
+    is_plain && !name.is_empty() && name.len() < 254
+}
+
+enum Attempt {
+    Start(StartError),
+    Role(RoleError),
+}
+
+impl Attempt {
+    fn is_listen(&self) -> bool {
+        matches!(self, Attempt::Start(StartError::Listen { .. }))
+    }
+}
+
+impl From<Attempt> for RoleError {
+    fn from(attempt: Attempt) -> Self {
+        match attempt {
+            Attempt::Start(error) => error.into(),
+            Attempt::Role(error) => error,
+        }
+    }
+}
+
 async fn try_start(
-    storage: &Arc<dyn Storage>,
+    folder: &Folder,
+    settings: &Settings,
     identity: &Identity,
     token: &str,
     api: SocketAddr,
     control: SocketAddr,
-) -> Result<ConfigServer, StartError> {
-    ConfigServer::start(Options {
-        storage: storage.clone(),
+) -> Result<ConfigServer, Attempt> {
+    let authority = folder.authority().map_err(|error| Attempt::Role(error.into()))?;
+    let options = Options {
+        storage: folder.role(Role::ConfigServer),
+        database: settings.database(folder),
         identity: identity.clone(),
+        authority,
         name: super::host_name(),
         token: token.to_owned(),
         api,
         control,
-    })
-    .await
+    };
+    ConfigServer::start(options).await.map_err(Attempt::Start)
 }

@@ -7,14 +7,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tidemark_base::storage::Storage;
+use tidemark_base::{Clock, SystemClock};
 use tidemark_proto::control::wire::control_client::ControlClient;
 use tidemark_proto::control::{
     AgentCommand, Failure, FailureKind, Peer, Register, Reply, ServerCommand, reply_to, wire,
 };
-use tidemark_transport::{Expected, Identity, Role};
+use tidemark_transport::{Expected, Identity, KeyRequest, Role};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::outbox::{Draft, Outbox};
 
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(3);
@@ -23,6 +28,8 @@ const REPORT_EVERY: Duration = Duration::from_secs(1);
 const UP_MAX: usize = 64;
 /// Commands under way at once; more are refused.
 const COMMANDS_MAX: usize = 256;
+/// How often it is looked whether the certificate is due.
+const RENEWAL_EVERY: Duration = Duration::from_secs(600);
 /// Commands carry specifications of machines: small.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
@@ -38,21 +45,53 @@ pub trait Handler: Send + Sync + 'static {
     fn register(&self) -> Register;
     /// Asked for its status, it answers with its report.
     async fn execute(&self, command: Command) -> Result<Reply, Failure>;
+    /// What happened since the last call.
+    fn events(&self) -> Vec<Draft> {
+        Vec::new()
+    }
+}
+
+/// What a link keeps on disk, in the role's own folder.
+pub struct Kept {
+    pub outbox: Outbox,
+    storage: Arc<dyn Storage>,
+    /// The file of the identity.
+    identity_file: &'static str,
+}
+
+impl Kept {
+    /// Blocks.
+    pub fn open(storage: Arc<dyn Storage>) -> Arc<Self> {
+        let outbox = Outbox::open(storage.clone());
+        Arc::new(Self { outbox, storage, identity_file: super::place::IDENTITY_FILE })
+    }
 }
 
 /// Where the configuration server is now; `None` while that is not known yet.
 pub type Address = Arc<dyn Fn() -> Option<String> + Send + Sync>;
 
 /// Keeps the stream until `stop`.
-pub async fn run(identity: Identity, address: Address, handler: Arc<dyn Handler>, stop: CancellationToken) {
+pub async fn run(
+    identity: Identity,
+    address: Address,
+    handler: Arc<dyn Handler>,
+    kept: Arc<Kept>,
+    stop: CancellationToken,
+) {
+    // Also while nobody takes them: what happened then is told later.
+    let collecting = tokio::spawn(collect(handler.clone(), kept.clone(), stop.clone()));
+    let mut register = handler.register();
+    // One for each process: two that live with the same identity are told apart by it.
+    register.instance.get_or_insert_with(Uuid::new_v4);
+    let link = Link { identity, register, handler, kept };
     let mut pause = PAUSE_MIN;
     let mut last_reason = String::new();
     loop {
         let outcome = match address() {
             None => Err("the configuration server's address is not known yet".to_owned()),
             Some(address) => tokio::select! {
-                () = stop.cancelled() => return,
-                outcome = keep(&identity, &address, &handler) => outcome,
+                () = stop.cancelled() => break,
+                outcome = link.keep(&address) => outcome,
             },
         };
         let reason = match outcome {
@@ -68,58 +107,144 @@ pub async fn run(identity: Identity, address: Address, handler: Arc<dyn Handler>
             last_reason = reason;
         }
         if tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
-            return;
+            break;
         }
         pause = (pause * 2).min(PAUSE_MAX);
     }
+    let _ = collecting.await;
 }
 
-/// One stream, to its end. `Ok` when it was established.
-async fn keep(identity: &Identity, address: &str, handler: &Arc<dyn Handler>) -> Result<(), String> {
-    let channel = tidemark_transport::connect(address, Expected::Role(Role::ConfigServer), identity)
-        .await
-        .map_err(|error| error.to_string())?;
-    let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let (up, up_receiver) = mpsc::channel(UP_MAX);
-    let register = wire::Up { body: Some(wire::up::Body::Register((&handler.register()).into())) };
-    up.try_send(register).map_err(|error| error.to_string())?;
-    let mut down = client
-        .connect(ReceiverStream::new(up_receiver))
-        .await
-        .map_err(|status| status.message().to_owned())?
-        .into_inner();
-    let commands = Arc::new(Semaphore::new(COMMANDS_MAX));
-    let reporting = Arc::new(Semaphore::new(1));
-    let mut reports = tokio::time::interval(REPORT_EVERY);
-    reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut established = false;
+async fn collect(handler: Arc<dyn Handler>, kept: Arc<Kept>, stop: CancellationToken) {
     loop {
-        let message = tokio::select! {
-            message = down.message() => message,
-            _ = reports.tick(), if established => {
-                // Beside the stream, one at a time: what a report waits for must not hold up commands.
-                if let Ok(permit) = reporting.clone().try_acquire_owned() {
-                    let (handler, up) = (handler.clone(), up.clone());
-                    tokio::spawn(async move {
-                        send_report(&handler, &up).await;
-                        drop(permit);
-                    });
+        let is_last = tokio::time::timeout(REPORT_EVERY, stop.cancelled()).await.is_ok();
+        let (handler, kept) = (handler.clone(), kept.clone());
+        let _ = tokio::task::spawn_blocking(move || kept.outbox.add(handler.events())).await;
+        if is_last {
+            return;
+        }
+    }
+}
+
+struct Link {
+    identity: Identity,
+    register: Register,
+    handler: Arc<dyn Handler>,
+    kept: Arc<Kept>,
+}
+
+impl Link {
+    /// One stream, to its end. `Ok` when it was established.
+    async fn keep(&self, address: &str) -> Result<(), String> {
+        let handler = &self.handler;
+        let channel = tidemark_transport::connect(address, Expected::Role(Role::ConfigServer), &self.identity)
+            .await
+            .map_err(|error| format!("{error}; {}", error.help()))?;
+        let mut client = ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let (up, up_receiver) = mpsc::channel(UP_MAX);
+        let now = SystemClock::new().wall_now();
+        let register = Register { time: Some(now), ..self.register.clone() };
+        let register = wire::Up { body: Some(wire::up::Body::Register((&register).into())) };
+        up.try_send(register).map_err(|error| error.to_string())?;
+        let mut down = client
+            .connect(ReceiverStream::new(up_receiver))
+            .await
+            .map_err(|status| status.message().to_owned())?
+            .into_inner();
+        let commands = Arc::new(Semaphore::new(COMMANDS_MAX));
+        let reporting = Arc::new(Semaphore::new(1));
+        let mut reports = tokio::time::interval(REPORT_EVERY);
+        reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut renewals = tokio::time::interval(RENEWAL_EVERY);
+        renewals.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut established = false;
+        // A request for a certificate that was sent, and a batch of events: one of each at a time.
+        let mut renewing: Option<KeyRequest> = None;
+        let mut telling = false;
+        loop {
+            if established && !telling {
+                telling = self.tell_events(&up);
+            }
+            let message = tokio::select! {
+                message = down.message() => message,
+                _ = reports.tick(), if established => {
+                    // Beside the stream, one at a time: what a report waits for must not hold up commands.
+                    if let Ok(permit) = reporting.clone().try_acquire_owned() {
+                        let (handler, up) = (handler.clone(), up.clone());
+                        tokio::spawn(async move {
+                            send_report(&handler, &up).await;
+                            drop(permit);
+                        });
+                    }
+                    continue;
                 }
-                continue;
+                _ = renewals.tick(), if established => {
+                    renewing = self.ask_renewal(&up, renewing);
+                    continue;
+                }
+                () = self.kept.outbox.added(), if established && !telling => continue,
+            };
+            match message {
+                Ok(Some(wire::Down { body: Some(wire::down::Body::Registered(registered)), .. })) => {
+                    tracing::info!(address, name = registered.name, "connected to the configuration server");
+                    established = true;
+                    renewals.reset_immediately();
+                }
+                Ok(Some(wire::Down { body: Some(wire::down::Body::EventsTaken(taken)), .. })) => {
+                    telling = false;
+                    if let Ok(stream) = Uuid::from_slice(&taken.stream) {
+                        let kept = self.kept.clone();
+                        let keeping = tokio::task::spawn_blocking(move || kept.outbox.taken(stream, taken.sequence));
+                        let _ = keeping.await;
+                    }
+                }
+                Ok(Some(wire::Down { body: Some(wire::down::Body::Renewed(renewed)), .. })) => {
+                    if let Some(request) = renewing.take() {
+                        self.take_renewal(request, renewed).await;
+                    }
+                }
+                Ok(Some(down)) => take(handler, &up, &commands, down),
+                Ok(None) => return Ok(()),
+                Err(status) if established => {
+                    tracing::debug!(reason = status.message(), "the control stream broke");
+                    return Ok(());
+                }
+                Err(status) => return Err(status.message().to_owned()),
             }
-        };
-        match message {
-            Ok(Some(wire::Down { body: Some(wire::down::Body::Registered(registered)), .. })) => {
-                tracing::info!(address, name = registered.name, "connected to the configuration server");
-                established = true;
-            }
-            Ok(Some(down)) => take(handler, &up, &commands, down),
-            Ok(None) => return Ok(()),
-            Err(status) if established => {
-                tracing::debug!(reason = status.message(), "the control stream broke");
-                return Ok(());
-            }
-            Err(status) => return Err(status.message().to_owned()),
+        }
+    }
+
+    /// Whether a batch was sent.
+    fn tell_events(&self, up: &mpsc::Sender<wire::Up>) -> bool {
+        let Some(batch) = self.kept.outbox.batch() else { return false };
+        up.try_send(wire::Up { body: Some(wire::up::Body::Events((&batch).into())) }).is_ok()
+    }
+
+    fn ask_renewal(&self, up: &mpsc::Sender<wire::Up>, asked: Option<KeyRequest>) -> Option<KeyRequest> {
+        if asked.is_some() || !self.identity.renewal_due(SystemClock::new().wall_now()) {
+            return asked;
+        }
+        let request = KeyRequest::new()
+            .inspect_err(|error| tracing::warn!(%error, "no key can be made for a new certificate"))
+            .ok()?;
+        let renew = wire::Renew { request: request.request().to_vec() };
+        up.try_send(wire::Up { body: Some(wire::up::Body::Renew(renew)) }).ok().map(|()| request)
+    }
+
+    async fn take_renewal(&self, request: KeyRequest, renewed: wire::Renewed) {
+        if renewed.certificate.is_empty() {
+            let failure = renewed.failure.unwrap_or_default();
+            tracing::warn!(reason = failure.message, help = failure.help, "the certificate was not renewed");
+            return;
+        }
+        let (identity, kept) = (self.identity.clone(), self.kept.clone());
+        let taking = tokio::task::spawn_blocking(move || {
+            identity.renew(request, &renewed.certificate)?;
+            identity.save(&*kept.storage, kept.identity_file)
+        });
+        match taking.await {
+            Ok(Ok(())) => tracing::info!(until = %self.identity.expires(), "the certificate was renewed"),
+            Ok(Err(error)) => tracing::warn!(%error, help = error.help(), "a new certificate cannot be used"),
+            Err(error) => tracing::error!(%error, "a new certificate cannot be used"),
         }
     }
 }

@@ -3,8 +3,10 @@
 pub mod agent;
 pub mod config_server;
 pub mod link;
+pub mod outbox;
 pub mod place;
 pub mod process_server;
+pub mod register;
 pub mod up;
 
 use tidemark_proto::control::{Failure, FailureKind};
@@ -47,6 +49,16 @@ pub fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = name.trim();
     if name.is_empty() { "localhost".to_owned() } else { name.to_owned() }
+}
+
+/// As [`host_name`], of the letters that names have.
+pub fn plain_host_name() -> String {
+    let name: String = host_name()
+        .chars()
+        .map(|letter| if letter.is_ascii_alphanumeric() || ".-_".contains(letter) { letter } else { '-' })
+        .take(63)
+        .collect();
+    if name.starts_with(|letter: char| letter.is_ascii_alphanumeric()) { name } else { format!("h{name}") }
 }
 
 /// Tells one boot of this machine from the next.

@@ -12,6 +12,9 @@ use super::RoleError;
 use super::link::Address;
 use crate::folder::{Folder, RoleLock};
 
+/// In a role's own folder.
+pub const IDENTITY_FILE: &str = "identity.pem";
+
 /// `/etc/tidemark/tidemark.toml`: only the sections of the roles that run on a machine are read.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -32,7 +35,13 @@ pub struct RoleConfig {
     /// Configuration servers: where agents and process servers dial.
     #[serde(default)]
     pub control_listen: Option<SocketAddr>,
-    /// The others: where that is, HOST:PORT.
+    /// Configuration servers: names and addresses under which they are reached, for their certificate.
+    #[serde(default)]
+    pub names: Vec<String>,
+    /// Configuration servers: `host=/run/postgresql user=tidemark dbname=tidemark` instead of the embedded database.
+    #[serde(default)]
+    pub database: Option<String>,
+    /// The others: where that is, HOST:PORT; absent: where they registered.
     #[serde(default)]
     pub config_server: Option<String>,
 }
@@ -95,8 +104,11 @@ impl Place {
             message: format!("the section of the {role} does not say {what}"),
             help: "add it; packaging/tidemark.toml shows every setting".to_owned(),
         };
-        let address =
-            config.config_server.ok_or_else(|| missing("where the configuration server is (config-server)"))?;
+        let registered = super::register::registered_address(&config.dir);
+        let address = config
+            .config_server
+            .or(registered)
+            .ok_or_else(|| missing("where the configuration server is (config-server), and it is not registered"))?;
         let unusable = |error: std::io::Error| RoleError {
             message: format!("cannot use the folder {}: {error}", config.dir.display()),
             help: "name a folder of its own that this user can write".to_owned(),
@@ -104,7 +116,7 @@ impl Place {
         create_private_folder(&config.dir).map_err(unusable)?;
         let storage: Arc<dyn Storage> = RealStorage::open_folder(&config.dir);
         let identity =
-            Identity::load(&*storage, "identity.pem").map_err(|error| RoleError::new(&error, error.help()))?;
+            Identity::load(&*storage, IDENTITY_FILE).map_err(|error| RoleError::new(&error, error.help()))?;
         if identity.peer().role() != role {
             return Err(RoleError {
                 message: format!("the identity in {} is {}, which is no {role}", config.dir.display(), identity.peer()),
@@ -124,6 +136,16 @@ impl Place {
         })
     }
 
+    /// The role's own folder.
+    pub fn storage(&self) -> Arc<dyn Storage> {
+        RealStorage::open_folder(&self.state)
+    }
+
+    /// What its link keeps; blocks.
+    pub fn kept(&self) -> Arc<super::link::Kept> {
+        super::link::Kept::open(self.storage())
+    }
+
     /// The address that a process server listens on, for its next start.
     pub fn note_process_server(&self, address: SocketAddr) -> Result<(), RoleError> {
         match &self.folder {
@@ -135,5 +157,19 @@ impl Place {
     /// Whether another port will do, when the one that was used before is taken.
     pub fn may_move(&self) -> bool {
         self.folder.is_some() && self.listen.port() != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_that_is_installed_is_sound() {
+        let config: Config = toml::from_str(include_str!("../../../packaging/tidemark.toml")).unwrap();
+        assert!(config.agent.unwrap().config_server.is_none());
+        assert_eq!(config.process_server.unwrap().listen.unwrap().port(), 7320);
+        let config_server = config.config_server.unwrap();
+        assert_eq!((config_server.listen.unwrap().port(), config_server.control_listen.unwrap().port()), (7321, 7322));
     }
 }

@@ -1,15 +1,18 @@
 //! The process server as a process runs it.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use tidemark_base::DiskId;
 use tidemark_process_server::{ProcessServer, ProcessServerConfig};
-use tidemark_proto::control::{Failure, Peer, Register, Reply};
+use tidemark_proto::control::{Failure, Peer, Problem, Register, Reply, ServerReport, Severity};
 use tidemark_transport::PeerIdentity;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::link::{self, Command, Handler, not_mine};
+use super::outbox::Draft;
 use super::place::Place;
 use super::{RoleError, boot_id, host_name};
 
@@ -28,8 +31,13 @@ pub async fn start(place: Place) -> Result<RunningProcessServer, RoleError> {
     };
     place.note_process_server(server.address())?;
     let stop = CancellationToken::new();
-    let handler = Arc::new(ServerHandler { server: server.clone(), peer: peer(&place, server.address())? });
-    let link = tokio::spawn(link::run(place.identity.clone(), place.config_server.clone(), handler, stop.clone()));
+    let handler = Arc::new(ServerHandler {
+        server: server.clone(),
+        peer: peer(&place, server.address())?,
+        heard: Mutex::default(),
+    });
+    let link = link::run(place.identity.clone(), place.config_server.clone(), handler, place.kept(), stop.clone());
+    let link = tokio::spawn(link);
     Ok(RunningProcessServer { server, stop, link, _place: place })
 }
 
@@ -65,6 +73,47 @@ impl RunningProcessServer {
 struct ServerHandler {
     server: ProcessServer,
     peer: Peer,
+    heard: Mutex<Heard>,
+}
+
+/// Problems as they were reported last, and what is to be told of their coming and going.
+#[derive(Default)]
+struct Heard {
+    problems: BTreeMap<(DiskId, String), Problem>,
+    drafts: Vec<Draft>,
+}
+
+impl Heard {
+    fn hear(&mut self, report: &ServerReport) {
+        let now: BTreeMap<(DiskId, String), Problem> = report
+            .disks
+            .iter()
+            .flat_map(|disk| disk.problems.iter().map(|problem| (told_apart(disk.disk, problem), problem.clone())))
+            .collect();
+        let draft = |disk, severity, kind: &str, message: String, help: String| Draft {
+            time: report.time,
+            severity,
+            machine: None,
+            disk: Some(disk),
+            kind: kind.to_owned(),
+            message,
+            help,
+        };
+        for ((disk, _), problem) in now.iter().filter(|(key, _)| !self.problems.contains_key(*key)) {
+            let severity = if problem.critical { Severity::Critical } else { Severity::Warning };
+            self.drafts.push(draft(*disk, severity, "problem", problem.message.clone(), problem.help.clone()));
+        }
+        for ((disk, _), problem) in self.problems.iter().filter(|(key, _)| !now.contains_key(*key)) {
+            let message = format!("no more: {}", problem.message);
+            self.drafts.push(draft(*disk, Severity::Info, "problem_ended", message, String::new()));
+        }
+        self.problems = now;
+    }
+}
+
+/// Without its figures, which change all the time.
+fn told_apart(disk: DiskId, problem: &Problem) -> (DiskId, String) {
+    (disk, problem.message.chars().filter(|letter| !letter.is_ascii_digit()).collect())
 }
 
 #[tonic::async_trait]
@@ -75,13 +124,25 @@ impl Handler for ServerHandler {
             name: host_name(),
             software: env!("CARGO_PKG_VERSION").to_owned(),
             boot: boot_id(),
+            instance: None,
+            time: None,
         }
     }
 
     async fn execute(&self, command: Command) -> Result<Reply, Failure> {
         match command {
-            Command::Server(command) => self.server.execute(command).await,
+            Command::Server(command) => {
+                let reply = self.server.execute(command).await;
+                if let Ok(Reply::Server(report)) = &reply {
+                    self.heard.lock().expect("no panic while held").hear(report);
+                }
+                reply
+            }
             Command::Agent(_) => Err(not_mine()),
         }
+    }
+
+    fn events(&self) -> Vec<Draft> {
+        std::mem::take(&mut self.heard.lock().expect("no panic while held").drafts)
     }
 }

@@ -3,17 +3,18 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
+use tidemark_base::Timestamp;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::identity::{Identity, PeerIdentity, Role};
+use crate::identity::{Identity, PeerIdentity, Role, Validity};
 use crate::{CONNECTION_WINDOW_BYTES, HTTP2_FRAME_BYTES_MAX, STREAM_WINDOW_BYTES, TLS_BUFFER_BYTES, tls};
 
 /// How long dialling and the handshake may take together.
@@ -63,8 +64,12 @@ pub enum ConnectError {
     Unreachable { address: String, reason: String },
     #[error("no secure connection with {address}: {reason}")]
     Refused { address: String, reason: String },
+    #[error("no secure connection with {address}, whose certificate does not hold at this machine's time: {reason}")]
+    Clock { address: String, reason: String },
     #[error("the identity {identity} cannot be used: {reason}")]
     Identity { identity: PeerIdentity, reason: String },
+    #[error("the certificate of {identity} holds from {begins} until {expires}, and this machine's clock says {now}")]
+    Expired { identity: PeerIdentity, begins: Timestamp, expires: Timestamp, now: Timestamp },
 }
 
 impl ConnectError {
@@ -78,7 +83,11 @@ impl ConnectError {
             ConnectError::Refused { .. } => {
                 "check that both ends were registered with the same configuration server and that their clocks agree"
             }
+            ConnectError::Clock { .. } => {
+                "set the clocks of both machines; where they are right, renew that certificate"
+            }
             ConnectError::Identity { .. } => "register this role again to get a new certificate",
+            ConnectError::Expired { .. } => "set this machine's clock; where it is right, register this role again",
         }
     }
 }
@@ -90,6 +99,10 @@ pub async fn connect(
     expected: impl Into<Expected>,
     identity: &Identity,
 ) -> Result<Channel, ConnectError> {
+    let (Validity { begins, expires }, now) = (identity.validity(), Timestamp::from_system(SystemTime::now()));
+    if now < begins || now.saturating_since(expires) > tls::EXPIRY_GRACE {
+        return Err(ConnectError::Expired { identity: identity.peer(), begins, expires, now });
+    }
     let config = tls::mutual_client(identity, expected.into())
         .map_err(|error| ConnectError::Identity { identity: identity.peer(), reason: error.to_string() })?;
     connect_with(address, config).await
@@ -127,14 +140,23 @@ pub async fn dial(address: &str, config: Arc<ClientConfig>) -> Result<TlsStream<
     let dialling = async {
         let stream = TcpStream::connect(address).await.map_err(unreachable)?;
         stream.set_nodelay(true).map_err(unreachable)?;
-        let mut stream = TlsConnector::from(config)
-            .connect(name, stream)
-            .await
-            .map_err(|error| ConnectError::Refused { address: address.to_owned(), reason: error.to_string() })?;
+        let mut stream =
+            TlsConnector::from(config).connect(name, stream).await.map_err(|error| refused(address, &error))?;
         stream.get_mut().1.set_buffer_limit(Some(TLS_BUFFER_BYTES));
         Ok(stream)
     };
     tokio::time::timeout(CONNECT_TIMEOUT, dialling).await.unwrap_or_else(|_| Err(unreachable(late())))
+}
+
+fn refused(address: &str, error: &io::Error) -> ConnectError {
+    use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
+    let (address, reason) = (address.to_owned(), error.to_string());
+    match error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(
+            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. },
+        )) => ConnectError::Clock { address, reason },
+        _ => ConnectError::Refused { address, reason },
+    }
 }
 
 /// Our own error within those that the channel wrapped around it.

@@ -3,24 +3,26 @@
 //! A certificate carries one URI `tidemark://<role>/<id>` as subject alternative name; that, not a host name, is what
 //! the other end checks. Names and addresses are added for programs that connect with ordinary HTTPS clients.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::str::FromStr;
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType,
 };
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tidemark_base::storage::{Storage, read_file, replace_file};
 use tidemark_base::{HostId, ServerId, Timestamp};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-/// How long an issued certificate holds. It is renewed when a third is left, which bridges an authority that is away
-/// for a month.
+/// How long an issued certificate holds. It is renewed once a third of that has passed, which bridges an authority that is
+/// away for two months.
 pub const LEAF_LIFETIME: Duration = Duration::from_secs(90 * 86_400);
 const AUTHORITY_LIFETIME: Duration = Duration::from_secs(20 * 365 * 86_400);
 /// Certificates begin this much before they are issued, for peers whose clock is behind.
@@ -138,15 +140,37 @@ impl IdentityError {
     }
 }
 
-/// A certificate with its key, and the authority that both ends trust.
+/// A certificate with its key, and the authority that both ends trust. Clones share it: a renewal reaches them all, and
+/// the TLS configurations that were made from them.
+#[derive(Clone)]
 pub struct Identity {
-    pub chain: Vec<CertificateDer<'static>>,
-    pub key: PrivateKeyDer<'static>,
     pub authority: CertificateDer<'static>,
     peer: PeerIdentity,
-    expires: Timestamp,
+    current: Arc<RwLock<Arc<Certified>>>,
+    refused: Arc<RwLock<Refused>>,
+}
+
+/// Servers that are not talked to although the authority signed their certificates.
+#[derive(Default)]
+struct Refused {
+    identities: BTreeSet<String>,
+    certificates: BTreeSet<[u8; 32]>,
+}
+
+/// What a renewal replaces.
+struct Certified {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    validity: Validity,
     /// Key, chain and authority, in this order.
     pem: String,
+}
+
+/// Between which times a certificate holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Validity {
+    pub begins: Timestamp,
+    pub expires: Timestamp,
 }
 
 impl Identity {
@@ -155,13 +179,56 @@ impl Identity {
         self.peer
     }
 
-    pub fn expires(&self) -> Timestamp {
-        self.expires
+    fn current(&self) -> Arc<Certified> {
+        self.current.read().expect("no panic while held").clone()
     }
 
-    /// Whether only a third of its lifetime is left.
+    pub fn chain(&self) -> Vec<CertificateDer<'static>> {
+        self.current().chain.clone()
+    }
+
+    pub fn key(&self) -> PrivateKeyDer<'static> {
+        self.current().key.clone_key()
+    }
+
+    pub fn validity(&self) -> Validity {
+        self.current().validity
+    }
+
+    pub fn expires(&self) -> Timestamp {
+        self.validity().expires
+    }
+
+    /// Whether a third of its lifetime has passed.
     pub fn renewal_due(&self, now: Timestamp) -> bool {
-        self.expires.saturating_since(now) < LEAF_LIFETIME / 3
+        let Validity { begins, expires } = self.validity();
+        now.saturating_since(begins) > expires.saturating_since(begins) / 3
+    }
+
+    /// Servers that connections of this identity, and of its clones, refuse from now on: URIs, and digests of certificates.
+    pub fn refuse(
+        &self,
+        identities: impl IntoIterator<Item = String>,
+        certificates: impl IntoIterator<Item = [u8; 32]>,
+    ) {
+        *self.refused.write().expect("no panic while held") =
+            Refused { identities: identities.into_iter().collect(), certificates: certificates.into_iter().collect() };
+    }
+
+    pub(crate) fn refuses(&self, peer: &PeerIdentity, certificate: &CertificateDer<'_>) -> bool {
+        let refused = self.refused.read().expect("no panic while held");
+        refused.identities.contains(&peer.to_string())
+            || refused.certificates.contains(&certificate_digest(certificate))
+    }
+
+    /// Takes a new certificate of the same identity for `request`, here and in every clone.
+    pub fn renew(&self, request: KeyRequest, certificate: &[u8]) -> Result<(), IdentityError> {
+        let renewed = request.complete(certificate, &self.authority)?;
+        if renewed.peer != self.peer {
+            return Err(IdentityError::Unnamed { reason: format!("it is {} and not {}", renewed.peer, self.peer) });
+        }
+        *self.current.write().expect("no panic while held") = renewed.current();
+        Ok(())
     }
 
     /// Reads what [`Identity::save`] wrote.
@@ -178,13 +245,13 @@ impl Identity {
     /// Writes key, chain and authority, in this order, as PEM into one file of mode 0600, atomically: a key never meets
     /// the certificate of another.
     pub fn save(&self, storage: &dyn Storage, name: &str) -> Result<(), IdentityError> {
-        replace_file(storage, name, self.pem.as_bytes())
+        replace_file(storage, name, self.current().pem.as_bytes())
             .map_err(|source| IdentityError::Storage { path: storage.path(name).display().to_string(), source })
     }
 
     /// For sending an identity to who will own it; holds the secret key.
-    pub fn to_pem(&self) -> &str {
-        &self.pem
+    pub fn to_pem(&self) -> String {
+        self.current().pem.clone()
     }
 
     pub fn from_pem(pem: &[u8]) -> Result<Self, IdentityError> {
@@ -195,35 +262,92 @@ impl Identity {
             .map_err(|error| damaged(format!("its certificates: {error}")))?;
         let authority = chain.pop().ok_or_else(|| damaged("no certificate".to_owned()))?;
         let leaf = chain.first().ok_or_else(|| damaged("one certificate, two are needed".to_owned()))?;
-        let (peer, expires) = (PeerIdentity::of_certificate(leaf)?, expiry(leaf)?);
+        let (peer, validity) = (PeerIdentity::of_certificate(leaf)?, validity(leaf)?);
         let pem = String::from_utf8_lossy(pem).into_owned();
-        Ok(Self { chain, key, authority, peer, expires, pem })
+        let current = Arc::new(RwLock::new(Arc::new(Certified { chain, key, validity, pem })));
+        Ok(Self { authority, peer, current, refused: Arc::default() })
     }
 
     /// The authority's certificate, for HTTPS clients.
-    pub fn authority_pem(&self) -> &str {
-        last_certificate(&self.pem)
-    }
-}
-
-impl Clone for Identity {
-    fn clone(&self) -> Self {
-        Self {
-            chain: self.chain.clone(),
-            key: self.key.clone_key(),
-            authority: self.authority.clone(),
-            peer: self.peer,
-            expires: self.expires,
-            pem: self.pem.clone(),
-        }
+    pub fn authority_pem(&self) -> String {
+        last_certificate(&self.current().pem).to_owned()
     }
 }
 
 impl fmt::Debug for Identity {
     /// Leaves the key out.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Identity({}, until {})", self.peer, self.expires)
+        write!(f, "Identity({}, until {})", self.peer, self.expires())
     }
+}
+
+/// A new key, and the request for a certificate that goes with it. The key stays here.
+pub struct KeyRequest {
+    key_pem: String,
+    request: Vec<u8>,
+}
+
+impl KeyRequest {
+    pub fn new() -> Result<Self, IdentityError> {
+        Self::of(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?)
+    }
+
+    /// The request for a key that was made before.
+    pub fn from_key_pem(pem: &str) -> Result<Self, IdentityError> {
+        Self::of(KeyPair::from_pem(pem)?)
+    }
+
+    fn of(key: KeyPair) -> Result<Self, IdentityError> {
+        let mut params = CertificateParams::default();
+        // Who it is for is said by whoever signs; the request only proves the key.
+        params.distinguished_name = DistinguishedName::new();
+        let request = params.serialize_request(&key)?;
+        Ok(Self { key_pem: key.serialize_pem(), request: request.der().to_vec() })
+    }
+
+    /// The secret key.
+    pub fn key_pem(&self) -> &str {
+        &self.key_pem
+    }
+
+    /// PKCS #10, DER.
+    pub fn request(&self) -> &[u8] {
+        &self.request
+    }
+
+    /// With the certificate that was issued for it, of this authority.
+    pub fn complete(self, certificate: &[u8], authority: &CertificateDer<'_>) -> Result<Identity, IdentityError> {
+        let pem = self.key_pem + &pem("CERTIFICATE", certificate) + &pem("CERTIFICATE", authority);
+        let identity = Identity::from_pem(pem.as_bytes())?;
+        crate::tls::certified(&identity).map_err(|error| IdentityError::Damaged {
+            path: "the certificate that was issued".to_owned(),
+            reason: error.to_string(),
+        })?;
+        Ok(identity)
+    }
+}
+
+/// What tells one certificate from another: BLAKE3 of its DER.
+pub fn certificate_digest(certificate: &[u8]) -> [u8; 32] {
+    *blake3::hash(certificate).as_bytes()
+}
+
+/// As in a PEM file.
+fn pem(label: &str, der: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = format!("-----BEGIN {label}-----\n");
+    // 48 bytes are a line of 64 letters.
+    for line in der.chunks(48) {
+        for group in line.chunks(3) {
+            let bits = group.iter().fold(0_u32, |bits, &byte| bits << 8 | u32::from(byte)) << (8 * (3 - group.len()));
+            for place in 0..4 {
+                let letter = ALPHABET[(bits >> (18 - 6 * place) & 63) as usize];
+                text.push(if place <= group.len() { char::from(letter) } else { '=' });
+            }
+        }
+        text.push('\n');
+    }
+    text + &format!("-----END {label}-----\n")
 }
 
 /// The certificate authority of one installation.
@@ -280,35 +404,28 @@ impl Authority {
         begins: Duration,
         lifetime: Duration,
     ) -> Result<Identity, IdentityError> {
-        let named = |name: &str| IdentityError::Name { name: name.to_owned() };
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, format!("Tidemark {}", peer.role()));
-        let uri = peer.to_string();
-        params.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().map_err(|_| named(&uri))?)];
-        for host in hosts {
-            params.subject_alt_names.push(host_name(host)?);
-        }
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        // An agent dials and never answers, so its certificate cannot be used to pose as a server.
-        params.extended_key_usages = match peer.role() {
-            Role::Agent => vec![ExtendedKeyUsagePurpose::ClientAuth],
-            Role::ProcessServer | Role::ConfigServer => {
-                vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth]
-            }
-        };
-        params.use_authority_key_identifier_extension = true;
-        set_validity(&mut params, begins, lifetime);
+        let params = leaf_params(peer, hosts, begins, lifetime)?;
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let leaf = params.signed_by(&key, &self.issuer)?;
-        Ok(Identity {
-            expires: expiry(leaf.der())?,
-            chain: vec![leaf.der().clone()],
-            pem: key.serialize_pem() + &leaf.pem() + &self.certificate_pem,
-            key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
-            authority: self.certificate.clone(),
-            peer,
-        })
+        Identity::from_pem((key.serialize_pem() + &leaf.pem() + &self.certificate_pem).as_bytes())
+    }
+
+    /// A certificate for a key that its owner keeps. What the request says but its key is not looked at.
+    pub fn sign(&self, peer: PeerIdentity, request: &[u8]) -> Result<CertificateDer<'static>, IdentityError> {
+        self.sign_for(peer, request, now(), LEAF_LIFETIME)
+    }
+
+    /// As [`Authority::sign`], for tests of certificates that begin and end at other times.
+    pub fn sign_for(
+        &self,
+        peer: PeerIdentity,
+        request: &[u8],
+        begins: Duration,
+        lifetime: Duration,
+    ) -> Result<CertificateDer<'static>, IdentityError> {
+        let mut asked = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))?;
+        asked.params = leaf_params(peer, &[], begins, lifetime)?;
+        Ok(asked.signed_by(&self.issuer)?.der().clone())
     }
 
     /// A certificate for one end of an NBD export: it speaks for no role.
@@ -341,8 +458,48 @@ impl Authority {
 
     /// BLAKE3 of the authority's certificate, for people to compare.
     pub fn fingerprint(&self) -> String {
-        blake3::hash(&self.certificate).to_hex().to_string()
+        fingerprint(&self.certificate)
     }
+}
+
+/// What tells one key from another, whatever was signed with it: BLAKE3 of the public key of a request, which its
+/// signature proves.
+pub fn requested_key(request: &[u8]) -> Result<[u8; 32], IdentityError> {
+    let asked = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))?;
+    Ok(certificate_digest(asked.public_key.der_bytes()))
+}
+
+/// BLAKE3 of an authority's certificate, for people to compare.
+pub fn fingerprint(certificate: &[u8]) -> String {
+    blake3::hash(certificate).to_hex().to_string()
+}
+
+fn leaf_params(
+    peer: PeerIdentity,
+    hosts: &[String],
+    begins: Duration,
+    lifetime: Duration,
+) -> Result<CertificateParams, IdentityError> {
+    let named = |name: &str| IdentityError::Name { name: name.to_owned() };
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, format!("Tidemark {}", peer.role()));
+    let uri = peer.to_string();
+    params.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().map_err(|_| named(&uri))?)];
+    for host in hosts {
+        params.subject_alt_names.push(host_name(host)?);
+    }
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    // An agent dials and never answers, so its certificate cannot be used to pose as a server.
+    params.extended_key_usages = match peer.role() {
+        Role::Agent => vec![ExtendedKeyUsagePurpose::ClientAuth],
+        Role::ProcessServer | Role::ConfigServer => {
+            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth]
+        }
+    };
+    params.use_authority_key_identifier_extension = true;
+    set_validity(&mut params, begins, lifetime);
+    Ok(params)
 }
 
 /// The same at every start, so that the issuer's name in new certificates is the one in the authority's own.
@@ -377,11 +534,17 @@ fn last_certificate(pem: &str) -> &str {
     pem.rfind("-----BEGIN CERTIFICATE-----").map_or("", |at| &pem[at..])
 }
 
-pub(crate) fn expiry(certificate: &CertificateDer<'_>) -> Result<Timestamp, IdentityError> {
+pub(crate) fn expiry(certificate: &[u8]) -> Result<Timestamp, IdentityError> {
+    Ok(validity(certificate)?.expires)
+}
+
+/// Between which times a certificate holds.
+pub fn validity(certificate: &[u8]) -> Result<Validity, IdentityError> {
     let (_, parsed) = X509Certificate::from_der(certificate)
         .map_err(|_| IdentityError::Unnamed { reason: "it cannot be parsed".to_owned() })?;
-    let seconds = parsed.validity().not_after.timestamp().max(0) as u64;
-    Ok(Timestamp(seconds.saturating_mul(1_000_000_000)))
+    let moment = |seconds: i64| Timestamp((seconds.max(0) as u64).saturating_mul(1_000_000_000));
+    let validity = parsed.validity();
+    Ok(Validity { begins: moment(validity.not_before.timestamp()), expires: moment(validity.not_after.timestamp()) })
 }
 
 #[cfg(test)]
@@ -401,8 +564,8 @@ mod tests {
         let identity = again.issue(peer, &[]).unwrap();
         identity.save(&*storage, "agent.pem").unwrap();
         let loaded = Identity::load(&*storage, "agent.pem").unwrap();
-        assert_eq!((loaded.peer(), &loaded.chain, &loaded.authority), (peer, &identity.chain, &identity.authority));
-        assert_eq!(loaded.key.secret_der(), identity.key.secret_der());
+        assert_eq!((loaded.peer(), loaded.chain(), &loaded.authority), (peer, identity.chain(), &identity.authority));
+        assert_eq!(loaded.key().secret_der(), identity.key().secret_der());
         for name in ["authority.pem", "agent.pem"] {
             let mode = std::fs::metadata(folder.path().join(name)).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600, "{name}");
@@ -417,8 +580,36 @@ mod tests {
         let day = 86_400 * 1_000_000_000;
         let now = Timestamp(now().as_nanos() as u64);
         assert!(identity.expires().saturating_since(now) > Duration::from_secs(30 * 86_400));
-        assert!(!identity.renewal_due(now));
-        assert!(identity.renewal_due(Timestamp(now.0 + 61 * day)));
+        assert!(!identity.renewal_due(Timestamp(now.0 + 29 * day)));
+        assert!(identity.renewal_due(Timestamp(now.0 + 31 * day)));
+    }
+
+    #[test]
+    fn a_request_gets_a_certificate_for_its_key_and_a_renewal_reaches_every_clone() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        let authority = Authority::open_or_create(&*storage).unwrap();
+        let peer = PeerIdentity::Agent(HostId::random());
+        let request = KeyRequest::new().unwrap();
+        let again = KeyRequest::from_key_pem(request.key_pem()).unwrap();
+        let certificate = authority.sign(peer, request.request()).unwrap();
+        let identity = request.complete(&certificate, authority.certificate()).unwrap();
+        assert_eq!((identity.peer(), identity.chain()), (peer, vec![certificate.clone()]));
+        identity.save(&*storage, "agent.pem").unwrap();
+        assert_eq!(Identity::load(&*storage, "agent.pem").unwrap().chain(), identity.chain());
+
+        // A certificate for another key is no use, and neither is one of somebody else.
+        let other = KeyRequest::new().unwrap();
+        let foreign = authority.sign(peer, other.request()).unwrap();
+        assert!(again.complete(&foreign, authority.certificate()).is_err());
+        let clone = identity.clone();
+        let stranger = authority.sign(PeerIdentity::Agent(HostId::random()), other.request()).unwrap();
+        assert!(identity.renew(other, &stranger).is_err());
+        let renewal = KeyRequest::new().unwrap();
+        let renewed = authority.sign(peer, renewal.request()).unwrap();
+        identity.renew(renewal, &renewed).unwrap();
+        assert_eq!(clone.chain(), vec![renewed]);
+        assert!(authority.sign(peer, b"nonsense").is_err());
     }
 
     #[test]

@@ -15,7 +15,9 @@ pub mod tls;
 
 pub use client::{ConnectError, Expected, connect};
 pub use export::{ExportAuthority, ExportTlsError};
-pub use identity::{Authority, Identity, IdentityError, PeerIdentity, Role};
+pub use identity::{
+    Authority, Identity, IdentityError, KeyRequest, PeerIdentity, Role, certificate_digest, fingerprint,
+};
 pub use messages::{Message, Messages};
 pub use server::{Connection, PeerInfo, TlsListener, peer_of, serve};
 

@@ -22,7 +22,7 @@ use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
 use crate::client::{KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT};
-use crate::identity::PeerIdentity;
+use crate::identity::{PeerIdentity, certificate_digest};
 use crate::{CONNECTION_WINDOW_BYTES, HTTP2_FRAME_BYTES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX, TLS_BUFFER_BYTES};
 
 /// Handshakes under way at once; more wait in the kernel's queue.
@@ -41,6 +41,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 pub struct PeerInfo {
     /// `None` only where the listener asks for no certificate.
     pub identity: Option<PeerIdentity>,
+    /// [`certificate_digest`] of the certificate that it showed.
+    pub certificate: Option<[u8; 32]>,
     pub address: SocketAddr,
 }
 
@@ -131,8 +133,9 @@ async fn accept_loop(
             };
             drop(handshake);
             match result {
-                Ok((stream, identity)) => {
-                    let peer = PeerInfo { identity, address };
+                Ok((stream, shown)) => {
+                    let (identity, certificate) = shown.unzip();
+                    let peer = PeerInfo { identity, certificate, address };
                     let _ = sender.send(Connection { stream, peer, cut: Some(until_cut(cut)), _place: place }).await;
                 }
                 Err(error) => tracing::info!(%address, %error, "refused a connection"),
@@ -148,12 +151,15 @@ fn until_cut(mut cut: watch::Receiver<bool>) -> Pin<Box<dyn Future<Output = bool
 async fn shake_hands(
     acceptor: &TlsAcceptor,
     stream: TcpStream,
-) -> io::Result<(TlsStream<TcpStream>, Option<PeerIdentity>)> {
+) -> io::Result<(TlsStream<TcpStream>, Option<(PeerIdentity, [u8; 32])>)> {
     stream.set_nodelay(true)?;
     let mut stream = acceptor.accept(stream).await?;
     stream.get_mut().1.set_buffer_limit(Some(TLS_BUFFER_BYTES));
     let identity = match stream.get_ref().1.peer_certificates().and_then(<[_]>::first) {
-        Some(certificate) => Some(PeerIdentity::of_certificate(certificate).map_err(io::Error::other)?),
+        Some(certificate) => {
+            let identity = PeerIdentity::of_certificate(certificate).map_err(io::Error::other)?;
+            Some((identity, certificate_digest(certificate)))
+        }
         None => None,
     };
     Ok((stream, identity))

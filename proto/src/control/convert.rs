@@ -6,7 +6,7 @@ use tidemark_base::{DiskId, Generation, HostId, MachineId, MarkId, SECTOR_BYTES,
 use uuid::Uuid;
 
 use super::model::*;
-use super::{DISKS_MAX, TEXT_BYTES_MAX, VERSION, wire};
+use super::{DISKS_MAX, EVENTS_MAX, TEXT_BYTES_MAX, VERSION, wire};
 
 /// Why a message cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -94,6 +94,8 @@ impl From<&Register> for wire::Register {
             address,
             software: from.software.clone(),
             boot: from.boot.clone(),
+            instance: from.instance.map_or_else(Vec::new, |instance| instance.as_bytes().to_vec()),
+            time_ns: from.time.map_or(0, |time| time.0),
         }
     }
 }
@@ -118,6 +120,87 @@ impl TryFrom<wire::Register> for Register {
             name: named(from.name, "name")?,
             software: text(from.software, "software")?,
             boot: text(from.boot, "boot")?,
+            instance: optional(from.instance)
+                .map(|bytes| Uuid::from_slice(&bytes).map_err(|_| WireError::Invalid("instance")))
+                .transpose()?,
+            time: optional(from.time_ns).map(Timestamp),
+        })
+    }
+}
+
+// ---- events and denials
+
+impl From<&EventBatch> for wire::EventBatch {
+    fn from(from: &EventBatch) -> Self {
+        let event = |event: &Event| {
+            let severity = match event.severity {
+                Severity::Info => wire::Severity::Info,
+                Severity::Warning => wire::Severity::Warning,
+                Severity::Critical => wire::Severity::Critical,
+            };
+            wire::Event {
+                sequence: event.sequence,
+                time_ns: event.time.0,
+                severity: severity.into(),
+                machine: event.machine.map_or_else(Vec::new, MachineId::to_vec),
+                disk: event.disk.map_or_else(Vec::new, DiskId::to_vec),
+                kind: event.kind.clone(),
+                message: event.message.clone(),
+                help: event.help.clone(),
+            }
+        };
+        wire::EventBatch { stream: from.stream.as_bytes().to_vec(), events: from.events.iter().map(event).collect() }
+    }
+}
+
+impl TryFrom<wire::EventBatch> for EventBatch {
+    type Error = WireError;
+
+    fn try_from(from: wire::EventBatch) -> Checked<Self> {
+        let stream = Uuid::from_slice(&from.stream).map_err(|_| WireError::Invalid("stream"))?;
+        let events = list(from.events, "events", EVENTS_MAX, |event| {
+            let severity = match event.severity() {
+                wire::Severity::Invalid => return Err(WireError::Invalid("severity")),
+                wire::Severity::Info => Severity::Info,
+                wire::Severity::Warning => Severity::Warning,
+                wire::Severity::Critical => Severity::Critical,
+            };
+            Ok(Event {
+                sequence: need(optional(event.sequence), "sequence")?,
+                time: Timestamp(event.time_ns),
+                severity,
+                machine: optional(event.machine).map(|bytes| machine(&bytes)).transpose()?,
+                disk: optional(event.disk).map(|bytes| disk(&bytes)).transpose()?,
+                kind: named(event.kind, "kind")?,
+                message: named(event.message, "message")?,
+                help: text(event.help, "help")?,
+            })
+        })?;
+        if events.windows(2).any(|pair| pair[0].sequence >= pair[1].sequence) {
+            return Err(WireError::Invalid("sequence"));
+        }
+        Ok(EventBatch { stream, events })
+    }
+}
+
+impl From<&DenyList> for wire::DenyList {
+    fn from(from: &DenyList) -> Self {
+        wire::DenyList {
+            identities: from.identities.clone(),
+            certificates: from.certificates.iter().map(|digest| digest.to_vec()).collect(),
+        }
+    }
+}
+
+impl TryFrom<wire::DenyList> for DenyList {
+    type Error = WireError;
+
+    fn try_from(from: wire::DenyList) -> Checked<Self> {
+        Ok(DenyList {
+            identities: list(from.identities, "identities", LIST_MAX, |identity| named(identity, "identity"))?,
+            certificates: list(from.certificates, "certificates", LIST_MAX, |digest| {
+                digest.try_into().map_err(|_| WireError::Invalid("certificate"))
+            })?,
         })
     }
 }
@@ -141,6 +224,7 @@ impl From<&AgentCommand> for wire::AgentCommand {
                 keep: request.keep,
             }),
             AgentCommand::Status => Body::Status(empty()),
+            AgentCommand::Deny(list) => Body::Deny(list.into()),
         };
         wire::AgentCommand { body: Some(body) }
     }
@@ -167,6 +251,7 @@ impl TryFrom<wire::AgentCommand> for AgentCommand {
                 keep: make.keep,
             }),
             Body::Status(_) => AgentCommand::Status,
+            Body::Deny(list) => AgentCommand::Deny(list.try_into()?),
         })
     }
 }
@@ -330,6 +415,7 @@ impl From<&ServerCommand> for wire::ServerCommand {
                 format: format.name().to_owned(),
             }),
             ServerCommand::Status => Body::Status(empty()),
+            ServerCommand::Deny(list) => Body::Deny(list.into()),
         };
         wire::ServerCommand { body: Some(body) }
     }
@@ -375,6 +461,7 @@ impl TryFrom<wire::ServerCommand> for ServerCommand {
                 format: of.format.parse().map_err(|_| WireError::Invalid("format"))?,
             },
             Body::Status(_) => ServerCommand::Status,
+            Body::Deny(list) => ServerCommand::Deny(list.try_into()?),
         })
     }
 }
@@ -848,6 +935,46 @@ mod tests {
         }
     }
 
+    fn denied() -> DenyList {
+        DenyList { identities: vec!["tidemark://agent/x".into()], certificates: vec![[7; 32]] }
+    }
+
+    fn event(sequence: u64) -> Event {
+        Event {
+            sequence,
+            time: Timestamp(9),
+            severity: Severity::Warning,
+            machine: Some(MachineId::random()),
+            disk: None,
+            kind: "log_full".into(),
+            message: "the log is full".into(),
+            help: String::new(),
+        }
+    }
+
+    #[test]
+    fn events_survive_the_wire_in_their_order() {
+        let batch = EventBatch { stream: Uuid::new_v4(), events: vec![event(3), event(4)] };
+        assert_eq!(EventBatch::try_from(wire::EventBatch::from(&batch)), Ok(batch.clone()));
+        let twice = EventBatch { events: vec![event(3), event(3)], ..batch };
+        assert_eq!(EventBatch::try_from(wire::EventBatch::from(&twice)), Err(WireError::Invalid("sequence")));
+    }
+
+    #[test]
+    fn a_registration_survives_the_wire() {
+        let register = Register {
+            peer: Peer::Agent { id: HostId::random() },
+            name: "h".into(),
+            software: "1".into(),
+            boot: String::new(),
+            instance: Some(Uuid::new_v4()),
+            time: Some(Timestamp(3)),
+        };
+        assert_eq!(Register::try_from(wire::Register::from(&register)), Ok(register.clone()));
+        let older = Register { instance: None, time: None, ..register };
+        assert_eq!(Register::try_from(wire::Register::from(&older)), Ok(older));
+    }
+
     #[test]
     fn agent_commands_survive_the_wire() {
         let machine = MachineId::random();
@@ -860,6 +987,7 @@ mod tests {
             AgentCommand::Resync(machine),
             AgentCommand::Mark(MarkRequest { machine, consistency: Consistency::App, label: "x".into(), keep: true }),
             AgentCommand::Status,
+            AgentCommand::Deny(denied()),
         ] {
             assert_eq!(AgentCommand::try_from(wire::AgentCommand::from(&command)), Ok(command));
         }
@@ -890,6 +1018,7 @@ mod tests {
             ServerCommand::StopServe(ServeId::random()),
             ServerCommand::Export { machine, point, to: "/x".into(), format: ImageFormat::Vhdx },
             ServerCommand::Status,
+            ServerCommand::Deny(denied()),
         ] {
             assert_eq!(ServerCommand::try_from(wire::ServerCommand::from(&command)), Ok(command));
         }

@@ -19,3 +19,5 @@ pub const VERSION: u32 = 1;
 pub const TEXT_BYTES_MAX: usize = 8192;
 /// The most disks of one machine.
 pub const DISKS_MAX: usize = 256;
+/// The most events of one batch.
+pub const EVENTS_MAX: usize = 256;

@@ -30,6 +30,50 @@ pub struct Register {
     pub name: String,
     pub software: String,
     pub boot: String,
+    /// Random for each process; `None`: it does not say.
+    pub instance: Option<Uuid>,
+    /// Its clock, where it says.
+    pub time: Option<Timestamp>,
+}
+
+/// How much an event, or what lasts, matters.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    Info,
+    Warning,
+    Critical,
+}
+
+/// Something that happened at a host or a process server.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Event {
+    /// Within its sender's stream, from 1.
+    pub sequence: u64,
+    pub time: Timestamp,
+    pub severity: Severity,
+    pub machine: Option<MachineId>,
+    pub disk: Option<DiskId>,
+    /// Such as `resync_started`.
+    pub kind: String,
+    pub message: String,
+    pub help: String,
+}
+
+/// Events of one sender, ascending.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EventBatch {
+    pub stream: Uuid,
+    pub events: Vec<Event>,
+}
+
+/// Who is refused although the authority signed its certificate. Always the whole list.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct DenyList {
+    /// URIs of certificates.
+    pub identities: Vec<String>,
+    /// BLAKE3 of certificates, as DER.
+    pub certificates: Vec<[u8; 32]>,
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -45,6 +89,8 @@ pub enum AgentCommand {
     Resync(MachineId),
     Mark(MarkRequest),
     Status,
+    /// Process servers that are not to be dialled.
+    Deny(DenyList),
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -109,17 +155,48 @@ pub enum Consistency {
 #[derive(Clone, PartialEq, Debug)]
 pub enum ServerCommand {
     Authorise(MachineGrant),
-    Deauthorise { machine: MachineId, delete_replica: bool },
-    Retention { machine: MachineId, retention: Retention },
+    Deauthorise {
+        machine: MachineId,
+        delete_replica: bool,
+    },
+    Retention {
+        machine: MachineId,
+        retention: Retention,
+    },
     Points(MachineId),
-    Resolve { machine: MachineId, point: Selector },
-    Lock { machine: MachineId, point: Selector, locked: bool },
-    Verify { machine: MachineId, point: Selector },
-    WaitPoint { machine: MachineId, mark: MarkId, limit: Duration },
-    Serve { machine: MachineId, point: Selector, writable: bool },
+    Resolve {
+        machine: MachineId,
+        point: Selector,
+    },
+    Lock {
+        machine: MachineId,
+        point: Selector,
+        locked: bool,
+    },
+    Verify {
+        machine: MachineId,
+        point: Selector,
+    },
+    WaitPoint {
+        machine: MachineId,
+        mark: MarkId,
+        limit: Duration,
+    },
+    Serve {
+        machine: MachineId,
+        point: Selector,
+        writable: bool,
+    },
     StopServe(ServeId),
-    Export { machine: MachineId, point: Selector, to: String, format: ImageFormat },
+    Export {
+        machine: MachineId,
+        point: Selector,
+        to: String,
+        format: ImageFormat,
+    },
     Status,
+    /// Hosts that are not to be answered, open streams included.
+    Deny(DenyList),
 }
 
 /// Which host may write which disks of a machine, and how long their history is kept.

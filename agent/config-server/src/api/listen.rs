@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::connect_info::Connected;
+use axum::serve::IncomingStream;
 use tidemark_transport::{Connection, TlsListener};
 use tokio_util::sync::CancellationToken;
 
@@ -28,9 +30,20 @@ impl axum::serve::Listener for Tls {
     }
 }
 
+/// Where a request came from.
+#[derive(Clone, Copy)]
+pub struct From(pub SocketAddr);
+
+impl Connected<IncomingStream<'_, Tls>> for From {
+    fn connect_info(stream: IncomingStream<'_, Tls>) -> Self {
+        Self(*stream.remote_addr())
+    }
+}
+
 /// Serves until `stop`.
 pub async fn serve(listener: TlsListener, router: Router, stop: CancellationToken) {
-    let serving = axum::serve(Tls(listener), router).with_graceful_shutdown(stop.clone().cancelled_owned());
+    let serving = axum::serve(Tls(listener), router.into_make_service_with_connect_info::<From>())
+        .with_graceful_shutdown(stop.clone().cancelled_owned());
     let late = async {
         stop.cancelled().await;
         let _ = tokio::time::timeout(STOP_GRACE, std::future::pending::<()>()).await;

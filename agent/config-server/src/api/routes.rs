@@ -6,51 +6,185 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
-use axum::routing::{delete, get, post, put};
+use axum::http::HeaderMap;
+use axum::response::IntoResponse;
+use axum::routing::get;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tidemark_base::Clock;
 use tidemark_proto::control::{Failure, FailureKind, ServeId};
+use utoipa::ToSchema;
+use utoipa::openapi::schema::Type;
 use uuid::Uuid;
 
-use super::{Answer, ApiError, Token, accepted, ok, require_token};
+use super::accounts::{self, ControlPort, RegistrationInfo, RevokeBody, RoleBody, TokenInfo, TokenRequest, UserBody};
+use super::operations::{Operation, Operations};
+use super::schema::{
+    CreatePolicySchema, EmptySchema, NamedPolicySchema, PointSchema, PolicySettingsSchema, ServingSchema,
+};
+use super::{Access, Answer, ApiError, accepted, events, ok, versioned};
 use crate::core::Core;
 use crate::hub::{PeerId, kind};
-use crate::names::bad_request;
-use crate::{console, machines, points, policies, serves, status};
+use crate::identity::{IdentityInfo, PassphraseInfo, PassphraseRequest, RegisterRequest};
+use crate::jobs::Job;
+use crate::machines::ProtectRequest;
+use crate::model::UserRole;
+use crate::names::{Expected, bad_request};
+use crate::status::MachineStatus;
+use crate::{console, history, machines, points, policies, serves, status};
 
 type App = State<Arc<Core>>;
 
 /// The longest that a poll waits.
 const POLL_MAX: Duration = Duration::from_secs(60);
 
-pub fn router(core: Arc<Core>, token: Token) -> Router {
-    let api = Router::new()
-        .route("/health", get(health))
-        .route("/machines", get(list_machines).post(protect))
-        .route("/machines/{name}", get(show_machine).delete(unprotect))
-        .route("/machines/{name}/pause", post(pause))
-        .route("/machines/{name}/resume", post(resume))
-        .route("/machines/{name}/resync", post(resync))
-        .route("/machines/{name}/points", get(list_points).post(create_point))
-        .route("/machines/{name}/points/{point}", get(show_point))
-        .route("/machines/{name}/points/{point}/lock", put(lock).delete(unlock))
-        .route("/machines/{name}/points/{point}/verify", post(verify))
-        .route("/machines/{name}/points/{point}/export", post(export))
-        .route("/machines/{name}/points/{point}/serve", post(serve))
-        .route("/serves/{id}/renew", post(renew_serve))
-        .route("/serves/{id}", delete(stop_serve))
-        .route("/policies", get(list_policies).post(create_policy))
-        .route("/policies/{name}", get(show_policy).patch(set_policy).delete(delete_policy))
-        .route("/jobs", get(list_jobs))
-        .route("/jobs/{id}", get(show_job))
-        .route("/peers", get(list_peers))
-        .fallback(nothing_there)
-        .method_not_allowed_fallback(wrong_method)
-        .with_state(core.clone())
-        .layer(axum::middleware::from_fn_with_state(token, require_token));
-    Router::new().route("/", get(console::page)).nest("/api/v1", api).fallback(nothing_there)
+use UserRole::{Administrator, Operator, Reader};
+
+pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
+    let mut api = Operations::new(core.clone(), access);
+    api.get("/health", health, Operation::new(Reader, "Whether the server works").answers_plain("application/json"));
+
+    let list = Operation::new(Reader, "All machines and how they do").answers_list::<MachineStatus>();
+    api.get("/machines", list_machines, list);
+    let one = Operation::new(Operator, "Protects a machine").takes::<ProtectRequest>().starts_job();
+    api.post("/machines", protect, one);
+    let one = Operation::new(Reader, "A machine and how it does").answers::<MachineStatus>();
+    api.get("/machines/{name}", show_machine, one);
+    let one = Operation::new(Operator, "Ends the protection of a machine").starts_job().query(
+        "delete_replica",
+        Type::Boolean,
+        "Whether its replica and points go as well.",
+    );
+    api.delete("/machines/{name}", unprotect, one);
+    let job = |summary| Operation::new(Operator, summary).starts_job();
+    api.post("/machines/{name}/pause", pause, job("Sends nothing for now"));
+    api.post("/machines/{name}/resume", resume, job("Sends again"));
+    api.post("/machines/{name}/resync", resync, job("Compares every block with the replica"));
+    let list = Operation::new(Reader, "The recovery points of a machine").answers_list::<PointSchema>();
+    api.get("/machines/{name}/points", list_points, list);
+    let one = job("Makes a recovery point").takes::<points::CreateRequest>();
+    api.post("/machines/{name}/points", create_point, one);
+    let point = |role, summary| Operation::new(role, summary).answers::<PointSchema>();
+    api.get("/machines/{name}/points/{point}", show_point, point(Reader, "A recovery point"));
+    api.put("/machines/{name}/points/{point}/lock", lock, point(Operator, "Keeps a point whatever its age"));
+    api.delete("/machines/{name}/points/{point}/lock", unlock, point(Operator, "Lets a point expire"));
+    api.post("/machines/{name}/points/{point}/verify", verify, job("Checks every byte that a point needs"));
+    let one = job("Writes a point as plain disk images").takes::<points::ExportRequest>();
+    api.post("/machines/{name}/points/{point}/export", export, one);
+    let one = Operation::new(Operator, "Serves a point's disks; renew it within its lease");
+    let one = one.takes::<ServeRequest>().answers::<ServingSchema>();
+    api.post("/machines/{name}/points/{point}/serve", serve, one);
+    let one = Operation::new(Operator, "Renews the lease of a serve").answers_plain("application/json");
+    api.post("/serves/{id}/renew", renew_serve, one);
+    let one = Operation::new(Operator, "Stops a serve").answers::<EmptySchema>();
+    api.delete("/serves/{id}", stop_serve, one);
+
+    let list = Operation::new(Reader, "All policies").answers_list::<NamedPolicySchema>();
+    api.get("/policies", list_policies, list);
+    let policy = |role, summary| Operation::new(role, summary).answers::<NamedPolicySchema>();
+    api.post("/policies", create_policy, policy(Operator, "Creates a policy").takes::<CreatePolicySchema>());
+    api.get("/policies/{name}", show_policy, policy(Reader, "A policy"));
+    let one = policy(Operator, "Changes settings of a policy").takes::<PolicySettingsSchema>();
+    api.patch("/policies/{name}", set_policy, one);
+    let one = Operation::new(Operator, "Deletes a policy that no machine has").answers::<EmptySchema>();
+    api.delete("/policies/{name}", delete_policy, one);
+
+    api.get("/jobs", list_jobs, Operation::new(Reader, "Jobs, the newest first").answers_list::<Job>());
+    let one = Operation::new(Reader, "A job").answers::<Job>();
+    let one = one.query("version", Type::Integer, "Waits until the job differs from it.");
+    let one = one.query("wait_seconds", Type::Integer, "How long, at most a minute.");
+    api.get("/jobs/{id}", show_job, one);
+    let one = Operation::new(Operator, "Cancels a job that waits or reads").status(202).answers::<Job>();
+    api.post("/jobs/{id}/cancel", cancel_job, one);
+    let one = Operation::new(Reader, "Hosts and process servers").answers_plain("application/json");
+    api.get("/peers", list_peers, one);
+
+    let list = Operation::new(Reader, "Events, oldest first").answers_list::<history::Stored>();
+    let list = list.query("after", Type::Integer, "Only later ones than this id; without it, the newest.");
+    let list = list.query("limit", Type::Integer, "At most so many, up to 1000.");
+    let list = list.query("machine", Type::String, "Of this machine only.");
+    let list = list.query("severity", Type::String, "`info`, `warning` or `critical`, and worse.");
+    let list = list.query("wait_seconds", Type::Integer, "With `after`: waits so long for one, at most a minute.");
+    api.get("/events", events::list, list);
+    let one = Operation::new(Reader, "Events as they happen, as server-sent events").answers_plain("text/event-stream");
+    let one = one.query("after", Type::Integer, "Begins after this id; so does the header `Last-Event-ID`.");
+    api.get("/events/stream", events::follow, one);
+    let list = Operation::new(Reader, "What lasts and needs someone, the worst first");
+    api.get("/alerts", events::alerts, list.answers_list::<events::ListedAlert>());
+    let one = Operation::new(Reader, "Figures as Prometheus reads them").answers_plain("text/plain");
+    api.get("/metrics", metrics_text, one);
+
+    let admin = |summary| Operation::new(Administrator, summary);
+    api.get("/users", accounts::list_users, admin("Users of the API").answers_list::<UserBody>());
+    api.post("/users", accounts::create_user, admin("Makes a user").takes::<UserBody>().answers::<UserBody>());
+    api.put("/users/{name}", accounts::set_user, admin("Sets a user's role").takes::<RoleBody>().answers::<UserBody>());
+    api.delete(
+        "/users/{name}",
+        accounts::delete_user,
+        admin("Deletes a user with its tokens").answers::<EmptySchema>(),
+    );
+    api.get("/tokens", accounts::list_tokens, admin("Tokens, without their text").answers_list::<TokenInfo>());
+    let one = admin("Makes a token, shown this once").takes::<TokenRequest>().answers::<TokenInfo>();
+    api.post("/tokens", accounts::create_token, one);
+    api.delete("/tokens/{id}", accounts::delete_token, admin("Deletes a token").answers::<EmptySchema>());
+    let list = admin("Passphrases, without their text").answers_list::<PassphraseInfo>();
+    api.get("/passphrases", accounts::list_passphrases, list);
+    let one = admin("Makes a passphrase, shown this once").takes::<PassphraseRequest>().answers::<PassphraseInfo>();
+    api.post("/passphrases", accounts::create_passphrase, one);
+    let one = admin("Deletes a passphrase").answers::<EmptySchema>();
+    api.delete("/passphrases/{id}", accounts::delete_passphrase, one);
+    let list = admin("Process servers that wait for approval").answers_list::<RegistrationInfo>();
+    api.get("/registrations", accounts::list_registrations, list);
+    let one = Operation::new(Operator, "Approves a registration").answers::<RegistrationInfo>();
+    api.post("/registrations/{id}/approve", accounts::approve, one);
+    let one = Operation::new(Operator, "Rejects a registration").answers::<RegistrationInfo>();
+    api.post("/registrations/{id}/reject", accounts::reject, one);
+    let list = admin("Who has certificates").answers_list::<IdentityInfo>();
+    api.get("/identities", accounts::list_identities, list);
+    let one = admin("Refuses an identity from now on").takes::<RevokeBody>().answers::<IdentityInfo>();
+    api.post("/identities/{id}/revoke", accounts::revoke, one);
+    let one = admin("Takes an identity again").answers::<IdentityInfo>();
+    api.post("/identities/{id}/restore", accounts::restore, one);
+    let one = Operation::public("Registers a host or process server, by its passphrase").takes::<RegisterRequest>();
+    api.post("/register", accounts::register, one.answers_plain("application/json"));
+
+    let described = Operation::public("This document").answers_plain("application/json");
+    let text = Arc::new(std::sync::OnceLock::<String>::new());
+    let shown = text.clone();
+    let describe = move || async move {
+        let text = shown.get().cloned().unwrap_or_default();
+        ([(axum::http::header::CONTENT_TYPE, "application/json")], text)
+    };
+    api.get("/openapi.json", describe, described);
+    let _ = text.set(api.document().to_json().unwrap_or_default());
+    let api = api
+        .into_router(|router| router.fallback(nothing_there).method_not_allowed_fallback(wrong_method))
+        .layer(axum::Extension(ControlPort(control_port)));
+    // Without a token: for whoever asks only whether it runs.
+    let alive = get(|| async { axum::Json(json!({ "status": "ok" })) });
+    Router::new().route("/", get(console::page)).route("/health", alive).nest("/api/v1", api).fallback(nothing_there)
+}
+
+async fn metrics_text(State(core): App) -> Answer {
+    let text = super::metrics::text(&core).map_err(|error| {
+        Failure::new(FailureKind::Failed, format!("the figures cannot be written: {error}"), "see the log")
+    })?;
+    let of = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    Ok(([(axum::http::header::CONTENT_TYPE, of)], text).into_response())
+}
+
+/// What `If-Match` says.
+fn expected(headers: &HeaderMap) -> Result<Expected, Failure> {
+    let Some(value) = headers.get(axum::http::header::IF_MATCH) else { return Ok(Expected::Any) };
+    let text = value.to_str().unwrap_or_default().trim();
+    if text == "*" {
+        return Ok(Expected::Any);
+    }
+    let revision = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).and_then(|text| text.parse().ok());
+    revision.map(Expected::Revision).ok_or_else(|| {
+        bad_request("the If-Match header is no tag of this API", "send the ETag of the last answer as it was")
+    })
 }
 
 async fn nothing_there() -> Answer {
@@ -72,7 +206,7 @@ async fn list_machines(State(core): App) -> Answer {
 }
 
 async fn show_machine(State(core): App, Path(name): Path<String>) -> Answer {
-    ok(status::of(&core, &name).await?)
+    versioned(status::of(&core, &name).await?, core.store.revision("machines", &name))
 }
 
 async fn protect(State(core): App, body: Bytes) -> Answer {
@@ -85,7 +219,13 @@ struct UnprotectQuery {
     delete_replica: bool,
 }
 
-async fn unprotect(State(core): App, Path(name): Path<String>, query: Query<UnprotectQuery>) -> Answer {
+async fn unprotect(
+    State(core): App,
+    Path(name): Path<String>,
+    query: Query<UnprotectQuery>,
+    headers: HeaderMap,
+) -> Answer {
+    expected(&headers)?.check(&core.store.state(), "machines", &name)?;
     accepted(machines::unprotect(&core, &name, query.delete_replica)?)
 }
 
@@ -131,7 +271,7 @@ async fn export(State(core): App, Path((name, point)): Path<(String, String)>, b
     accepted(points::export(&core, &name, &point, parse(&body)?)?)
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 struct ServeRequest {
     writable: bool,
@@ -171,19 +311,23 @@ async fn list_policies(State(core): App) -> Answer {
 
 async fn create_policy(State(core): App, body: Bytes) -> Answer {
     let request: CreatePolicy = parse(&body)?;
-    ok(policies::create(&core, &request.name, request.settings)?)
+    let created = policies::create(&core, &request.name, request.settings)?;
+    versioned(created, core.store.revision("policies", &request.name))
 }
 
 async fn show_policy(State(core): App, Path(name): Path<String>) -> Answer {
-    ok(policies::show(&name, machines::find_policy(&core.store.state(), &name)?))
+    let state = core.store.state();
+    let revision = state.revisions.get(&("policies", name.clone())).copied().unwrap_or(0);
+    versioned(policies::show(&name, machines::find_policy(&state, &name)?), revision)
 }
 
-async fn set_policy(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
-    ok(policies::set(&core, &name, parse(&body)?).await?)
+async fn set_policy(State(core): App, Path(name): Path<String>, headers: HeaderMap, body: Bytes) -> Answer {
+    let changed = policies::set(&core, &name, parse(&body)?, expected(&headers)?).await?;
+    versioned(changed, core.store.revision("policies", &name))
 }
 
-async fn delete_policy(State(core): App, Path(name): Path<String>) -> Answer {
-    policies::delete(&core, &name)?;
+async fn delete_policy(State(core): App, Path(name): Path<String>, headers: HeaderMap) -> Answer {
+    policies::delete(&core, &name, expected(&headers)?)?;
     ok(json!({}))
 }
 
@@ -212,6 +356,11 @@ async fn show_job(State(core): App, Path(id): Path<String>, query: Query<JobQuer
     ok(job.ok_or_else(unknown)?)
 }
 
+async fn cancel_job(State(core): App, Path(id): Path<String>) -> Answer {
+    let unknown = || Failure::new(FailureKind::NotFound, "there is no such job", "see `tidemark job list`");
+    accepted(core.jobs.cancel(id.parse().map_err(|_| unknown())?)?)
+}
+
 async fn list_peers(State(core): App) -> Answer {
     let connected: Vec<Value> = core
         .hub
@@ -230,7 +379,7 @@ async fn list_peers(State(core): App) -> Answer {
 }
 
 /// An empty body is an empty object.
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let body = if body.is_empty() { b"{}" } else { body };
     serde_json::from_slice(body).map_err(|error| {
         bad_request(format!("the request's body is not what is expected: {error}"), "send a JSON object").into()

@@ -13,9 +13,12 @@ use std::time::Duration;
 
 use tidemark_base::{Clock, HostId, ServerId, SystemClock, Timestamp};
 use tidemark_proto::control::{
-    AgentCommand, AgentReport, Failure, FailureKind, Peer, Register, Reply, ServerCommand, ServerReport, wire,
+    AgentCommand, AgentReport, EventBatch, Failure, FailureKind, Peer, Register, Reply, ServerCommand, ServerReport,
+    wire,
 };
+use tidemark_transport::PeerIdentity;
 use tokio::sync::{mpsc, oneshot};
+use uuid::Uuid;
 
 pub use service::{ControlService, control_server};
 
@@ -48,6 +51,18 @@ impl From<&Peer> for PeerId {
     }
 }
 
+/// What the hub asks for those who connect. All of it may block.
+pub trait Registry: Send + Sync + 'static {
+    /// Whether this certificate may connect.
+    fn admit(&self, identity: PeerIdentity, certificate: Option<[u8; 32]>, name: &str) -> Result<(), Failure>;
+    /// Two live processes show this identity: neither is answered any more.
+    fn fence(&self, identity: PeerIdentity);
+    /// A new certificate, DER, for an identity that proved itself, by its request.
+    fn renew(&self, identity: PeerIdentity, request: &[u8]) -> Result<Vec<u8>, Failure>;
+    /// Keeps events; answers how far the sender's stream is kept.
+    fn take_events(&self, peer: PeerId, name: &str, batch: EventBatch) -> Result<u64, Failure>;
+}
+
 /// What the hub tells the reconciler.
 #[derive(Debug)]
 pub enum Event {
@@ -58,6 +73,7 @@ pub enum Event {
 pub struct Hub {
     inner: Mutex<Inner>,
     events: mpsc::Sender<Event>,
+    registry: Arc<dyn Registry>,
     clock: SystemClock,
 }
 
@@ -77,6 +93,11 @@ struct Session {
     waiting: HashMap<u64, oneshot::Sender<Result<Reply, Failure>>>,
     last_request: u64,
     report: Option<Report>,
+    /// Which process it is, where it says.
+    instance: Option<Uuid>,
+    software: String,
+    /// Its clock less ours, in seconds, when it connected.
+    clock_ahead_seconds: i64,
 }
 
 #[derive(Clone, Debug)]
@@ -94,9 +115,9 @@ pub enum Presence {
 }
 
 impl Hub {
-    pub fn new() -> (Arc<Self>, mpsc::Receiver<Event>) {
+    pub fn new(registry: Arc<dyn Registry>) -> (Arc<Self>, mpsc::Receiver<Event>) {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
-        (Arc::new(Self { inner: Mutex::default(), events, clock: SystemClock::new() }), receiver)
+        (Arc::new(Self { inner: Mutex::default(), events, registry, clock: SystemClock::new() }), receiver)
     }
 
     /// Asks an agent; waits at most `limit` for the answer.
@@ -168,15 +189,43 @@ impl Hub {
         peers
     }
 
+    /// How far the clock of a peer that is connected was ahead of ours, in seconds.
+    pub fn clock_ahead_seconds(&self, peer: PeerId) -> i64 {
+        let inner = self.inner.lock().expect("no panic while held");
+        inner.sessions.get(&peer).map_or(0, |session| session.clock_ahead_seconds)
+    }
+
+    /// The version of a peer that is connected.
+    pub fn software(&self, peer: PeerId) -> Option<String> {
+        let inner = self.inner.lock().expect("no panic while held");
+        inner.sessions.get(&peer).map(|session| session.software.clone())
+    }
+
+    /// Ends the stream of a peer, if it has one.
+    pub fn cut(&self, peer: PeerId) {
+        let mut inner = self.inner.lock().expect("no panic while held");
+        if let Some(session) = inner.sessions.remove(&peer) {
+            inner.gone.insert(peer, (session.name, self.clock.wall_now()));
+        }
+    }
+
+    /// Whether another process of the same identity has a stream that may be alive.
+    fn has_other_instance(&self, register: &Register) -> bool {
+        let inner = self.inner.lock().expect("no panic while held");
+        let known = inner.sessions.get(&PeerId::from(&register.peer)).and_then(|session| session.instance);
+        matches!((known, register.instance), (Some(known), Some(new)) if known != new)
+    }
+
     /// The last report of a peer that is connected.
     pub fn report(&self, peer: PeerId) -> Option<Report> {
         self.inner.lock().expect("no panic while held").sessions.get(&peer)?.report.clone()
     }
 
-    /// A new stream: its number, and the commands that go down it.
-    fn open(&self, register: &Register) -> (u64, mpsc::Receiver<wire::Down>) {
+    /// A new stream: its number, the commands that go down it, and how to send others while it lasts.
+    fn open(&self, register: &Register) -> (u64, mpsc::Receiver<wire::Down>, mpsc::WeakSender<wire::Down>) {
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let peer = PeerId::from(&register.peer);
+        let out = commands.downgrade();
         let mut inner = self.inner.lock().expect("no panic while held");
         inner.last_session += 1;
         let number = inner.last_session;
@@ -188,17 +237,24 @@ impl Hub {
             waiting: HashMap::new(),
             last_request: 0,
             report: None,
+            instance: register.instance,
+            software: register.software.clone(),
+            clock_ahead_seconds: register.time.map_or(0, |time| {
+                let seconds = |time: Timestamp| (time.0 / 1_000_000_000) as i64;
+                seconds(time) - seconds(self.clock.wall_now())
+            }),
         };
         // The older stream's commands end with its session, and so does the stream.
         if inner.sessions.insert(peer, session).is_some() {
             tracing::warn!(%peer, "a newer stream takes the place of an older one of the same identity");
         }
-        (number, receiver)
+        (number, receiver, out)
     }
 
     fn close(&self, peer: PeerId, number: u64) -> bool {
         let mut inner = self.inner.lock().expect("no panic while held");
-        if inner.sessions.get(&peer).is_none_or(|session| session.number != number) {
+        // One that was cut is gone already, and is told now.
+        if inner.sessions.get(&peer).is_some_and(|session| session.number != number) {
             return false;
         }
         if let Some(session) = inner.sessions.remove(&peer) {

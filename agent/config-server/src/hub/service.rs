@@ -7,8 +7,11 @@ use std::time::Duration;
 use futures_util::{Stream, StreamExt};
 use tidemark_base::Clock;
 use tidemark_proto::control::wire::control_server::{Control, ControlServer};
-use tidemark_proto::control::{Failure, Register, Reply, WireError, wire};
-use tidemark_transport::PeerIdentity;
+use tidemark_proto::control::{
+    AgentCommand, EventBatch, Failure, FailureKind, Register, Reply, ServerCommand, WireError, wire,
+};
+use tidemark_transport::{PeerIdentity, PeerInfo};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -16,6 +19,8 @@ use super::{Event, Hub, PeerId, Report};
 
 /// A stream that does not say who it is by then is dropped.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(10);
+/// A process that lives answers by then; one that does not is no second instance but the remains of a connection.
+const INSTANCE_PROBE: Duration = Duration::from_secs(3);
 /// Reports of a large process server are the longest messages.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
@@ -36,10 +41,16 @@ impl Control for ControlService {
     type ConnectStream = Down;
 
     async fn connect(&self, request: Request<Streaming<wire::Up>>) -> Result<Response<Down>, Status> {
-        let identity = tidemark_transport::peer_of(&request)
+        let peer = request.extensions().get::<PeerInfo>().copied();
+        let (identity, certificate) = peer
+            .and_then(|peer| Some((peer.identity?, peer.certificate)))
             .ok_or_else(|| Status::unauthenticated("the connection shows no certificate"))?;
         let up = request.into_inner();
-        self.hub.clone().attach(&self.name, identity, up).await.map(|down| Response::new(Box::pin(down) as Down))
+        self.hub
+            .clone()
+            .attach(&self.name, identity, certificate, up)
+            .await
+            .map(|down| Response::new(Box::pin(down) as Down))
     }
 }
 
@@ -49,6 +60,7 @@ impl Hub {
         self: Arc<Self>,
         name: &str,
         identity: PeerIdentity,
+        certificate: Option<[u8; 32]>,
         mut up: impl Stream<Item = Result<wire::Up, Status>> + Send + Unpin + 'static,
     ) -> Result<impl Stream<Item = Result<wire::Down, Status>> + Send + 'static, Status> {
         let first = tokio::time::timeout(REGISTER_TIMEOUT, up.next())
@@ -68,24 +80,61 @@ impl Hub {
         if proven != Some(peer) {
             return Err(Status::permission_denied(format!("the certificate is {identity}, which is not {peer}")));
         }
-        let (number, commands) = self.open(&register);
+        let (registry, shown) = (self.registry.clone(), register.name.clone());
+        blocking(move || registry.admit(identity, certificate, &shown)).await.map_err(|failure| {
+            tracing::warn!(%peer, name = register.name, %failure, "refused");
+            Status::permission_denied(format!("{failure}; {}", failure.help))
+        })?;
+        if self.has_other_instance(&register) && self.answers(peer).await {
+            let registry = self.registry.clone();
+            let _ = blocking(move || {
+                registry.fence(identity);
+                Ok(())
+            })
+            .await;
+            self.cut(peer);
+            return Err(Status::permission_denied(format!(
+                "two live processes show the identity of {peer}: both are refused until an administrator decides"
+            )));
+        }
+        let (number, commands, out) = self.open(&register);
         tracing::info!(%peer, name = register.name, "connected");
         let registered = wire::Registered { name: name.to_owned(), time_ns: self.clock.wall_now().0 };
         let hello = wire::Down { request: 0, body: Some(wire::down::Body::Registered(registered)) };
         // Only the reconciler can be behind, and it must hear of every connect.
+        let register_name = register.name.clone();
         let _ = self.events.send(Event::Connected(register)).await;
-        tokio::spawn(self.read(peer, number, up));
+        tokio::spawn(self.read(peer, number, identity, register_name, out, up));
         Ok(futures_util::stream::once(std::future::ready(hello)).chain(ReceiverStream::new(commands)).map(Ok))
+    }
+
+    /// Whether the process at the other end of a stream lives.
+    async fn answers(&self, peer: PeerId) -> bool {
+        let answer = match peer {
+            PeerId::Agent(id) => self.agent(id, &AgentCommand::Status, INSTANCE_PROBE).await,
+            PeerId::ProcessServer(id) => self.server(id, &ServerCommand::Status, INSTANCE_PROBE).await,
+        };
+        answer.is_ok()
     }
 
     async fn read(
         self: Arc<Self>,
         peer: PeerId,
         number: u64,
+        identity: PeerIdentity,
+        name: String,
+        out: mpsc::WeakSender<wire::Down>,
         mut up: impl Stream<Item = Result<wire::Up, Status>> + Send + Unpin,
     ) {
         while let Some(message) = up.next().await {
             let taken = match message {
+                Ok(wire::Up { body: Some(wire::up::Body::Events(batch)) }) => {
+                    self.take_events(peer, &name, batch, &out).await
+                }
+                Ok(wire::Up { body: Some(wire::up::Body::Renew(renew)) }) => {
+                    self.renew(identity, renew, &out).await;
+                    Ok(())
+                }
                 Ok(message) => self.take(peer, number, message).map_err(|error| error.to_string()),
                 Err(status) => Err(status.message().to_owned()),
             };
@@ -98,6 +147,38 @@ impl Hub {
             tracing::info!(%peer, "disconnected");
             let _ = self.events.send(Event::Disconnected(peer)).await;
         }
+    }
+
+    /// Events that cannot be kept now are not acknowledged: they come again with the next stream.
+    async fn take_events(
+        &self,
+        peer: PeerId,
+        name: &str,
+        batch: wire::EventBatch,
+        out: &mpsc::WeakSender<wire::Down>,
+    ) -> Result<(), String> {
+        let batch = EventBatch::try_from(batch).map_err(|error| error.to_string())?;
+        let (registry, name, stream) = (self.registry.clone(), name.to_owned(), batch.stream);
+        match blocking(move || registry.take_events(peer, &name, batch)).await {
+            Ok(sequence) => {
+                let taken = wire::EventsTaken { stream: stream.as_bytes().to_vec(), sequence };
+                send(out, wire::down::Body::EventsTaken(taken));
+                Ok(())
+            }
+            Err(failure) => Err(format!("its events cannot be kept: {failure}")),
+        }
+    }
+
+    async fn renew(&self, identity: PeerIdentity, renew: wire::Renew, out: &mpsc::WeakSender<wire::Down>) {
+        let registry = self.registry.clone();
+        let renewed = match blocking(move || registry.renew(identity, &renew.request)).await {
+            Ok(certificate) => wire::Renewed { certificate, failure: None },
+            Err(failure) => {
+                tracing::warn!(%identity, %failure, "a certificate is not renewed");
+                wire::Renewed { certificate: Vec::new(), failure: Some((&failure).into()) }
+            }
+        };
+        send(out, wire::down::Body::Renewed(renewed));
     }
 
     fn take(&self, peer: PeerId, number: u64, message: wire::Up) -> Result<(), WireError> {
@@ -116,8 +197,23 @@ impl Hub {
                 self.keep_report(peer, number, Report::Server(report.try_into()?));
                 Ok(())
             }
+            // Taken before.
+            wire::up::Body::Events(_) | wire::up::Body::Renew(_) => Ok(()),
         }
     }
+}
+
+/// What finds no room is sent again with the next stream.
+fn send(out: &mpsc::WeakSender<wire::Down>, body: wire::down::Body) {
+    if let Some(out) = out.upgrade() {
+        let _ = out.try_send(wire::Down { request: 0, body: Some(body) });
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        Err(Failure::new(FailureKind::Failed, format!("the configuration server failed: {error}"), "see its log"))
+    })
 }
 
 #[cfg(test)]
@@ -134,12 +230,56 @@ mod tests {
         down: Pin<Box<dyn futures_util::Stream<Item = Result<wire::Down, Status>> + Send>>,
     }
 
+    /// Admits everybody and remembers who was fenced.
+    #[derive(Default)]
+    struct Open(std::sync::Mutex<Vec<PeerIdentity>>);
+
+    impl crate::hub::Registry for Open {
+        fn admit(&self, _: PeerIdentity, _: Option<[u8; 32]>, _: &str) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn fence(&self, identity: PeerIdentity) {
+            self.0.lock().unwrap().push(identity);
+        }
+
+        fn renew(&self, _: PeerIdentity, request: &[u8]) -> Result<Vec<u8>, Failure> {
+            Ok(request.to_vec())
+        }
+
+        fn take_events(&self, _: PeerId, _: &str, batch: EventBatch) -> Result<u64, Failure> {
+            Ok(batch.events.len() as u64)
+        }
+    }
+
+    fn hub() -> (Arc<Hub>, Arc<Open>, mpsc::Receiver<Event>) {
+        let registry = Arc::new(Open::default());
+        let (hub, events) = Hub::new(registry.clone());
+        (hub, registry, events)
+    }
+
     async fn connect(hub: &Arc<Hub>, id: HostId, certificate: PeerIdentity) -> Result<Stream, Status> {
+        connect_as(hub, id, certificate, None).await
+    }
+
+    async fn connect_as(
+        hub: &Arc<Hub>,
+        id: HostId,
+        certificate: PeerIdentity,
+        instance: Option<uuid::Uuid>,
+    ) -> Result<Stream, Status> {
         let (up, receiver) = mpsc::channel(8);
-        let register =
-            Register { peer: Peer::Agent { id }, name: "h".into(), software: String::new(), boot: String::new() };
+        let register = Register {
+            peer: Peer::Agent { id },
+            name: "h".into(),
+            software: String::new(),
+            boot: String::new(),
+            instance,
+            time: None,
+        };
         up.send(Ok(wire::Up { body: Some(wire::up::Body::Register((&register).into())) })).await.unwrap();
-        let mut down = hub.clone().attach("cs", certificate, ReceiverStream::new(receiver)).await.map(Box::pin)?;
+        let mut down =
+            hub.clone().attach("cs", certificate, None, ReceiverStream::new(receiver)).await.map(Box::pin)?;
         let hello = down.next().await.unwrap().unwrap();
         assert!(matches!(hello.body, Some(wire::down::Body::Registered(_))));
         Ok(Stream { up, down })
@@ -147,7 +287,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stream_is_who_its_certificate_says() {
-        let (hub, _events) = Hub::new();
+        let (hub, _registry, _events) = hub();
         let (id, other) = (HostId::random(), HostId::random());
         let refused = connect(&hub, id, PeerIdentity::Agent(other)).await.err().unwrap();
         assert_eq!(refused.code(), tonic::Code::PermissionDenied);
@@ -158,7 +298,7 @@ mod tests {
 
     #[tokio::test]
     async fn calls_are_answered_or_end_with_their_stream() {
-        let (hub, _events) = Hub::new();
+        let (hub, _registry, _events) = hub();
         let id = HostId::random();
         let limit = Duration::from_secs(10);
         let mut first = connect(&hub, id, PeerIdentity::Agent(id)).await.unwrap();
@@ -185,5 +325,39 @@ mod tests {
         drop(first);
         tokio::task::yield_now().await;
         assert!(matches!(hub.presence(PeerId::Agent(id)), Presence::Connected { .. }));
+    }
+
+    #[tokio::test]
+    async fn two_live_processes_of_one_identity_are_both_fenced_and_a_dead_one_is_replaced() {
+        let (hub, registry, _events) = hub();
+        let id = HostId::random();
+        let identity = PeerIdentity::Agent(id);
+        let (one, two) = (Some(uuid::Uuid::new_v4()), Some(uuid::Uuid::new_v4()));
+        let mut first = connect_as(&hub, id, identity, one).await.unwrap();
+        // It dials again: the same process.
+        let second = connect_as(&hub, id, identity, one).await.unwrap();
+        assert!(first.down.next().await.is_none() && registry.0.lock().unwrap().is_empty());
+        // Another process, while the first does not answer any more: its connection is what is left of a crash.
+        drop(first);
+        let replaced = connect_as(&hub, id, identity, two).await.unwrap();
+        assert!(registry.0.lock().unwrap().is_empty(), "nobody answered");
+        drop((second, replaced));
+
+        // Another process, while the first answers.
+        let id = HostId::random();
+        let identity = PeerIdentity::Agent(id);
+        let Stream { up, mut down } = connect_as(&hub, id, identity, one).await.unwrap();
+        let answering = tokio::spawn(async move {
+            while let Some(Ok(asked)) = down.next().await {
+                let reply = reply_to(asked.request, &Ok(Reply::Done));
+                up.send(Ok(wire::Up { body: Some(wire::up::Body::Reply(reply)) })).await.unwrap();
+            }
+        });
+        let refused = connect_as(&hub, id, identity, two).await.err().unwrap();
+        assert!(refused.message().contains("two live processes"), "{refused}");
+        assert_eq!(*registry.0.lock().unwrap(), [identity]);
+        // The first is cut off as well.
+        answering.await.unwrap();
+        assert!(!matches!(hub.presence(PeerId::Agent(id)), Presence::Connected { .. }));
     }
 }

@@ -9,11 +9,15 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tidemark_base::storage::Storage;
 use tidemark_base::{DiskId, Generation, HostId, MachineId};
+use tidemark_proto::control::DenyList;
+use tidemark_transport::PeerInfo;
 use tokio::sync::watch;
 
 use crate::table::{Table, TableError};
 
 const FILE: &str = "authorisations.json";
+/// Who is refused whatever it may write: as the configuration server said last, also while that is away.
+const DENIED_FILE: &str = "denied.json";
 
 /// What one disk's stream must prove.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -48,13 +52,36 @@ impl AuthoriseError {
 
 pub struct Authorisations {
     table: Table<BTreeMap<DiskId, Authorisation>>,
+    denied: Table<DenyList>,
     /// Grows with each change, so that running streams look again.
     changes: watch::Sender<u64>,
 }
 
 impl Authorisations {
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self, AuthoriseError> {
-        Ok(Self { table: Table::open(storage, FILE)?, changes: watch::channel(0).0 })
+        let denied = Table::open(storage.clone(), DENIED_FILE)?;
+        Ok(Self { table: Table::open(storage, FILE)?, denied, changes: watch::channel(0).0 })
+    }
+
+    /// Replaces the list of those who are refused; durable when it returns, and running streams look again. Blocks.
+    pub fn deny(&self, list: DenyList) -> Result<(), AuthoriseError> {
+        let changed = self.denied.change(|denied| -> Result<(), AuthoriseError> {
+            *denied = list;
+            Ok(())
+        })?;
+        if changed {
+            self.changes.send_modify(|version| *version += 1);
+        }
+        Ok(())
+    }
+
+    /// Whether this peer, or the certificate that it showed, was revoked.
+    pub fn is_denied(&self, peer: &PeerInfo) -> bool {
+        self.denied.read(|denied| {
+            peer.certificate.is_some_and(|digest| denied.certificates.contains(&digest))
+                || (!denied.identities.is_empty()
+                    && peer.identity.is_some_and(|identity| denied.identities.contains(&identity.to_string())))
+        })
     }
 
     /// Durable when it returns. Blocks.
@@ -147,6 +174,29 @@ mod tests {
         assert!(matches!(table.authorise(disk, grown), Err(AuthoriseError::Size { .. })));
         table.deauthorise(disk).unwrap();
         assert_eq!(Authorisations::open(storage).unwrap().get(disk), None);
+    }
+
+    #[test]
+    fn who_is_denied_stays_so_over_a_restart_and_streams_look_again() {
+        use tidemark_transport::PeerIdentity;
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        let peer = |id, certificate| PeerInfo {
+            identity: Some(PeerIdentity::Agent(HostId::from_bytes([id; 16]))),
+            certificate: Some([certificate; 32]),
+            address: "127.0.0.1:1".parse().unwrap(),
+        };
+        let table = Authorisations::open(storage.clone()).unwrap();
+        assert!(!table.is_denied(&peer(1, 1)));
+        let changes = table.changes();
+        let identity = peer(1, 1).identity.unwrap().to_string();
+        table.deny(DenyList { identities: vec![identity], certificates: vec![[9; 32]] }).unwrap();
+        assert!(changes.has_changed().unwrap());
+        for table in [table, Authorisations::open(storage.clone()).unwrap()] {
+            assert!(table.is_denied(&peer(1, 1)), "the identity");
+            assert!(table.is_denied(&peer(2, 9)), "one certificate of a good identity");
+            assert!(!table.is_denied(&peer(2, 1)));
+        }
     }
 
     #[test]

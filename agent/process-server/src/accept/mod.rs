@@ -247,6 +247,13 @@ impl Inner {
                 "only an agent's certificate may write a disk",
             ));
         };
+        if self.authorisations.is_denied(peer) {
+            return Err(refusal(
+                RefusalReason::NotAuthorised,
+                format!("disk {disk}: the certificate of agent {agent} was revoked"),
+                "register the host again, with a passphrase that an administrator made for it",
+            ));
+        }
         let Some(known) = self.authorisations.get(disk) else {
             return Err(refusal(
                 RefusalReason::UnknownDisk,

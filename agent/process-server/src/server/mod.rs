@@ -231,6 +231,10 @@ impl ProcessServer {
                 self.export(machine, point, &to, format).await.map(Reply::Exported)
             }
             ServerCommand::Status => self.status().await.map(Reply::Server),
+            ServerCommand::Deny(list) => {
+                let inner = self.0.clone();
+                blocking(move || inner.authorisations.deny(list).map_err(authorise_failed)).await.map(|()| Reply::Done)
+            }
         }
     }
 

@@ -1,0 +1,100 @@
+//! Alerts: what lasts and needs someone. They are looked for again and again in what agents and process servers reported
+//! last; one that begins or ends is an event.
+//!
+//! *Consistency.* An alert is stored before it is told as an event. *Retries.* The next look. *Cancellation.* At the
+//! server's stop. *Crash.* Alerts are in the state with the time when they began, and go on.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemark_base::Clock;
+use tidemark_proto::control::Severity;
+
+use crate::core::Core;
+use crate::history::News;
+use crate::model::Alert;
+use crate::status::{self, Health};
+
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// A start is no alarm: agents and process servers need a moment to connect.
+const GRACE: Duration = Duration::from_secs(30);
+
+pub async fn watch(core: Arc<Core>) {
+    let started = core.clock.monotonic_now();
+    while tokio::time::timeout(LOOK_EVERY, core.stop.cancelled()).await.is_err() {
+        let is_settled = core.clock.monotonic_now() - started > GRACE;
+        let found = find(&core, is_settled);
+        if let Err(failure) = take(&core, found) {
+            tracing::warn!(%failure, "alerts cannot be stored");
+        }
+    }
+}
+
+/// What is wrong now, by a key that stays the same while it lasts.
+fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Alert> {
+    let now = core.clock.wall_now();
+    let mut found = BTreeMap::new();
+    for machine in status::all_reported(core) {
+        for reason in machine.reasons.iter().filter(|reason| is_settled || !reason.is_absence) {
+            let severity = if reason.health == Health::Critical { Severity::Critical } else { Severity::Warning };
+            let alert = Alert {
+                severity,
+                kind: reason.kind.to_owned(),
+                machine: Some(machine.name.clone()),
+                message: reason.message.clone(),
+                help: reason.help.clone(),
+                since: now,
+            };
+            // Problems of one kind are told apart by their text without its figures, which change all the time.
+            let plain: String = reason.message.chars().filter(|letter| !letter.is_ascii_digit()).collect();
+            let told = blake3::hash(plain.as_bytes()).to_hex();
+            found.entry(format!("{}/{}/{}", machine.id, reason.kind, &told[..16])).or_insert(alert);
+        }
+    }
+    found
+}
+
+fn take(core: &Core, found: BTreeMap<String, Alert>) -> Result<(), tidemark_proto::control::Failure> {
+    let before = core.store.state();
+    // The figures in a text may change; that is no new alert and not written each time.
+    let same = |key: &String, alert: &Alert| {
+        before.alerts.get(key).is_some_and(|known| known.severity == alert.severity && known.kind == alert.kind)
+    };
+    let begun: Vec<(String, Alert)> = found
+        .iter()
+        .filter(|(key, alert)| !same(key, alert))
+        .map(|(key, alert)| (key.clone(), alert.clone()))
+        .collect();
+    let ended: Vec<String> = before.alerts.keys().filter(|key| !found.contains_key(*key)).cloned().collect();
+    if begun.is_empty() && ended.is_empty() {
+        return Ok(());
+    }
+    core.store.change(|state| {
+        for (key, alert) in &begun {
+            let since = state.alerts.get(key).map_or(alert.since, |known| known.since);
+            state.alerts.insert(key.clone(), Alert { since, ..alert.clone() });
+        }
+        for key in &ended {
+            state.alerts.remove(key);
+        }
+        Ok(())
+    })?;
+    for (_, alert) in begun {
+        let Alert { severity, machine, message, help, .. } = alert;
+        core.history.note(News { severity, kind: "alert_raised", machine, message, help });
+    }
+    for key in ended {
+        let Some(alert) = before.alerts.get(&key) else { continue };
+        let message = format!("no more: {}", alert.message);
+        let machine = alert.machine.clone();
+        core.history.note(News {
+            severity: Severity::Info,
+            kind: "alert_cleared",
+            machine,
+            message,
+            help: String::new(),
+        });
+    }
+    Ok(())
+}

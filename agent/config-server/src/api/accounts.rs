@@ -1,0 +1,287 @@
+//! Who may use the API, and who may register: users and their tokens, passphrases, registrations, identities.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::{ConnectInfo, Path, State};
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tidemark_base::{Clock, Timestamp};
+use tidemark_proto::control::{Failure, FailureKind};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::access::FIRST_USER;
+use super::routes::parse;
+use super::{Answer, blocking, ok};
+use crate::core::Core;
+use crate::identity::{PassphraseRequest, RegisterRequest, hex_encode};
+use crate::model::{ApiToken, PeerRole, User, UserRole};
+use crate::names::{check_label, check_name};
+
+type App = State<Arc<Core>>;
+
+/// Tokens of one user; more are refused.
+const TOKENS_MAX: usize = 100;
+
+#[derive(Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UserBody {
+    pub name: String,
+    pub role: UserRole,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenRequest {
+    pub user: String,
+    #[serde(default)]
+    pub label: String,
+    /// Absent: it does not expire.
+    #[serde(default)]
+    pub lifetime_seconds: Option<u64>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct TokenInfo {
+    pub id: String,
+    pub user: String,
+    pub label: String,
+    #[schema(value_type = String, format = "date-time")]
+    pub created: Timestamp,
+    #[schema(value_type = Option<String>, format = "date-time")]
+    pub expires: Option<Timestamp>,
+    /// Only in the answer to its creation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+}
+
+fn not_found(what: &str, help: &str) -> Failure {
+    Failure::new(FailureKind::NotFound, what, help)
+}
+
+pub async fn list_users(State(core): App) -> Answer {
+    let state = core.store.state();
+    let first = (FIRST_USER.to_owned(), UserRole::Administrator);
+    let others = state.users.iter().map(|(name, user)| (name.clone(), user.role));
+    ok(std::iter::once(first).chain(others).map(|(name, role)| UserBody { name, role }).collect::<Vec<_>>())
+}
+
+pub async fn create_user(State(core): App, body: Bytes) -> Answer {
+    let UserBody { name, role } = parse(&body)?;
+    check_name("user", &name)?;
+    let created = core.clock.wall_now();
+    let taken = Failure::new(
+        FailureKind::Conflict,
+        format!("there is a user {name:?} already"),
+        "change the role with PUT, or choose another name",
+    );
+    let user = name.clone();
+    blocking(move || {
+        core.store.change(|state| {
+            if user == FIRST_USER || state.users.contains_key(&user) {
+                return Err(taken);
+            }
+            state.users.insert(user.clone(), User { role, created });
+            Ok(())
+        })
+    })
+    .await?;
+    ok(UserBody { name, role })
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RoleBody {
+    pub role: UserRole,
+}
+
+pub async fn set_user(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    let RoleBody { role } = parse(&body)?;
+    let user = name.clone();
+    blocking(move || {
+        core.store.change(|state| {
+            state.users.get_mut(&user).ok_or_else(|| not_found("there is no such user", "see GET /users"))?.role = role;
+            Ok(())
+        })
+    })
+    .await?;
+    ok(UserBody { name, role })
+}
+
+pub async fn delete_user(State(core): App, Path(name): Path<String>) -> Answer {
+    blocking(move || {
+        core.store.change(|state| {
+            state.users.remove(&name).ok_or_else(|| not_found("there is no such user", "see GET /users"))?;
+            state.tokens.retain(|_, token| token.user != name);
+            Ok(())
+        })
+    })
+    .await?;
+    ok(json!({}))
+}
+
+fn token_info(id: &str, token: &ApiToken, text: Option<String>) -> TokenInfo {
+    TokenInfo {
+        id: id.to_owned(),
+        user: token.user.clone(),
+        label: token.label.clone(),
+        created: token.created,
+        expires: token.expires,
+        token: text,
+    }
+}
+
+pub async fn list_tokens(State(core): App) -> Answer {
+    let state = core.store.state();
+    ok(state.tokens.iter().map(|(id, token)| token_info(id, token, None)).collect::<Vec<_>>())
+}
+
+pub async fn create_token(State(core): App, body: Bytes) -> Answer {
+    let TokenRequest { user, label, lifetime_seconds } = parse(&body)?;
+    check_label(&label)?;
+    let text = format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
+    let created = core.clock.wall_now();
+    let lifetime = lifetime_seconds.map(Duration::from_secs);
+    let expires = lifetime.map(|of| Timestamp(created.0.saturating_add(of.as_nanos().min(u64::MAX.into()) as u64)));
+    let digest = hex_encode(blake3::hash(text.as_bytes()).as_bytes());
+    let token = ApiToken { user, label, digest, created, expires };
+    let id: String = Uuid::new_v4().simple().to_string().chars().take(12).collect();
+    let (key, kept) = (id.clone(), token.clone());
+    blocking(move || {
+        core.store.change(|state| {
+            if !state.users.contains_key(&kept.user) {
+                return Err(not_found("there is no such user", "make it with POST /users; see GET /users"));
+            }
+            if state.tokens.values().filter(|known| known.user == kept.user).count() >= TOKENS_MAX {
+                return Err(Failure::new(
+                    FailureKind::Conflict,
+                    format!("user {} has {TOKENS_MAX} tokens, which is the limit", kept.user),
+                    "delete those that are not used any more",
+                ));
+            }
+            state.tokens.insert(key, kept);
+            Ok(())
+        })
+    })
+    .await?;
+    ok(token_info(&id, &token, Some(text)))
+}
+
+pub async fn delete_token(State(core): App, Path(id): Path<String>) -> Answer {
+    blocking(move || {
+        core.store.change(|state| {
+            state.tokens.remove(&id).ok_or_else(|| not_found("there is no such token", "see GET /tokens")).map(drop)
+        })
+    })
+    .await?;
+    ok(json!({}))
+}
+
+// ---- registering
+
+pub async fn list_passphrases(State(core): App) -> Answer {
+    ok(core.registrar.passphrases())
+}
+
+pub async fn create_passphrase(State(core): App, body: Bytes) -> Answer {
+    let request: PassphraseRequest = parse(&body)?;
+    let registrar = core.registrar.clone();
+    let mut answer = blocking(move || registrar.create_passphrase(&request)).await.map(axum::Json)?.into_response();
+    // It is shown once: nobody on the way is to keep it.
+    answer.headers_mut().insert("cache-control", axum::http::HeaderValue::from_static("no-store"));
+    Ok(answer)
+}
+
+pub async fn delete_passphrase(State(core): App, Path(id): Path<String>) -> Answer {
+    let registrar = core.registrar.clone();
+    blocking(move || registrar.delete_passphrase(&id)).await?;
+    ok(json!({}))
+}
+
+/// Where the control streams are dialled, on the host that answered.
+#[derive(Clone, Copy)]
+pub struct ControlPort(pub u16);
+
+pub async fn register(
+    State(core): App,
+    axum::Extension(ControlPort(port)): axum::Extension<ControlPort>,
+    ConnectInfo(super::listen::From(from)): ConnectInfo<super::listen::From>,
+    body: Bytes,
+) -> Answer {
+    let request: RegisterRequest = parse(&body)?;
+    let (registrar, from): (_, SocketAddr) = (core.registrar.clone(), from);
+    let registered = blocking(move || registrar.register(from.ip(), &request)).await?;
+    let mut body = serde_json::to_value(&registered).expect("a registration is plain data");
+    body["control_port"] = json!(port);
+    let is_waiting = matches!(registered, crate::identity::Registered::Waiting { .. });
+    let status = if is_waiting { StatusCode::ACCEPTED } else { StatusCode::OK };
+    Ok((status, axum::Json(body)).into_response())
+}
+
+/// What waits for an operator.
+#[derive(Serialize, ToSchema)]
+pub struct RegistrationInfo {
+    pub id: String,
+    pub role: PeerRole,
+    pub name: String,
+    pub address: String,
+    #[schema(value_type = String, format = "date-time")]
+    pub asked: Timestamp,
+    pub approved: bool,
+}
+
+fn registration_info(id: String, of: &crate::model::Registration) -> RegistrationInfo {
+    RegistrationInfo {
+        id,
+        role: of.role,
+        name: of.name.clone(),
+        address: of.address.clone(),
+        asked: of.asked,
+        approved: of.approved,
+    }
+}
+
+pub async fn list_registrations(State(core): App) -> Answer {
+    let all = core.registrar.registrations();
+    ok(all.into_iter().map(|(id, of)| registration_info(id, &of)).collect::<Vec<_>>())
+}
+
+pub async fn approve(State(core): App, Path(id): Path<String>) -> Answer {
+    let (registrar, known) = (core.registrar.clone(), id.clone());
+    let decided = blocking(move || registrar.decide(&known, true)).await?;
+    ok(registration_info(id, &decided))
+}
+
+pub async fn reject(State(core): App, Path(id): Path<String>) -> Answer {
+    let (registrar, known) = (core.registrar.clone(), id.clone());
+    let decided = blocking(move || registrar.decide(&known, false)).await?;
+    ok(registration_info(id, &decided))
+}
+
+pub async fn list_identities(State(core): App) -> Answer {
+    ok(core.registrar.identities())
+}
+
+#[derive(Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RevokeBody {
+    pub reason: String,
+}
+
+pub async fn revoke(State(core): App, Path(id): Path<String>, body: Bytes) -> Answer {
+    let RevokeBody { reason } = parse(&body)?;
+    check_label(&reason)?;
+    let reason = if reason.is_empty() { "no reason was given".to_owned() } else { reason };
+    let registrar = core.registrar.clone();
+    ok(blocking(move || registrar.set_standing(&id, Some(reason))).await?)
+}
+
+pub async fn restore(State(core): App, Path(id): Path<String>) -> Answer {
+    let registrar = core.registrar.clone();
+    ok(blocking(move || registrar.set_standing(&id, None)).await?)
+}

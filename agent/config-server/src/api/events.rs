@@ -1,0 +1,122 @@
+//! Events and alerts: lists, long polls, and a stream.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Query, State};
+use axum::http::HeaderMap;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use serde::{Deserialize, Serialize};
+use tidemark_proto::control::{Failure, Severity};
+use utoipa::ToSchema;
+
+use super::{Answer, blocking, ok};
+use crate::core::Core;
+use crate::database::DatabaseError;
+use crate::history::{self, PAGE_MAX, Stored};
+use crate::model::Alert;
+
+/// The longest that a poll waits.
+const POLL_MAX: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct EventQuery {
+    after: Option<u64>,
+    limit: Option<u64>,
+    machine: Option<String>,
+    severity: Option<Severity>,
+    #[serde(default)]
+    wait_seconds: u64,
+}
+
+impl EventQuery {
+    fn history(&self) -> history::Query {
+        let EventQuery { after, limit, machine, severity, .. } = self.clone();
+        history::Query { after, limit, machine, severity }
+    }
+}
+
+async fn page(core: &Arc<Core>, query: history::Query) -> Result<Vec<Stored>, super::ApiError> {
+    let core = core.clone();
+    blocking(move || core.history.list(&query).map_err(|error: DatabaseError| Failure::from(error))).await
+}
+
+pub async fn list(State(core): State<Arc<Core>>, query: Query<EventQuery>) -> Answer {
+    let mut newest = core.history.newest();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(query.wait_seconds).min(POLL_MAX);
+    loop {
+        newest.mark_unchanged();
+        let found = page(&core, query.history()).await?;
+        if !found.is_empty() || query.after.is_none() {
+            return ok(found);
+        }
+        let waited = tokio::select! {
+            changed = tokio::time::timeout_at(deadline, newest.changed()) => matches!(changed, Ok(Ok(()))),
+            () = core.stop.cancelled() => false,
+        };
+        if !waited {
+            return ok(found);
+        }
+    }
+}
+
+/// Server-sent events from `after`, or the `Last-Event-ID` that a client that was cut off names, or from now.
+pub async fn follow(State(core): State<Arc<Core>>, headers: HeaderMap, query: Query<EventQuery>) -> Response {
+    let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
+    let newest = core.history.newest();
+    let after = query.after.or(last).unwrap_or(*newest.borrow());
+    let query = history::Query { after: Some(after), limit: Some(PAGE_MAX), ..query.history() };
+    let following = stream::unfold((core, newest, query, Vec::new().into_iter()), |following| async move {
+        let (core, mut newest, mut query, mut waiting) = following;
+        loop {
+            if let Some(stored) = waiting.next() {
+                return Some((Ok::<_, Infallible>(told(&stored)), (core, newest, query, waiting)));
+            }
+            let changed = newest.has_changed().unwrap_or(false);
+            newest.mark_unchanged();
+            let upto = *newest.borrow();
+            let found = page(&core, query.clone()).await.unwrap_or_default();
+            if let Some(last) = found.last() {
+                query.after = Some(last.id);
+                waiting = found.into_iter();
+                continue;
+            }
+            // Nothing of what is asked for up to here: it is not looked at again.
+            query.after = query.after.max(Some(upto));
+            if changed {
+                continue;
+            }
+            tokio::select! {
+                changed = newest.changed() => if changed.is_err() { return None },
+                () = core.stop.cancelled() => return None,
+            }
+        }
+    });
+    Sse::new(following).keep_alive(KeepAlive::default()).into_response()
+}
+
+fn told(stored: &Stored) -> Event {
+    let data = serde_json::to_string(stored).expect("an event is plain data");
+    Event::default().id(stored.id.to_string()).event("event").data(data)
+}
+
+/// An alert with what names it.
+#[derive(Serialize, ToSchema)]
+pub struct ListedAlert {
+    id: String,
+    #[serde(flatten)]
+    #[schema(inline)]
+    alert: Alert,
+}
+
+pub async fn alerts(State(core): State<Arc<Core>>) -> Answer {
+    let state = core.store.state();
+    let mut alerts: Vec<ListedAlert> =
+        state.alerts.iter().map(|(id, alert)| ListedAlert { id: id.clone(), alert: alert.clone() }).collect();
+    // The worst first, then the oldest.
+    alerts.sort_by_key(|of| (std::cmp::Reverse(of.alert.severity), of.alert.since));
+    ok(alerts)
+}

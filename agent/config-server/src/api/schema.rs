@@ -1,0 +1,121 @@
+//! Shapes of what is answered, for the OpenAPI document: those that the API's own crate does not declare. A test holds
+//! them to what is really sent.
+
+use utoipa::ToSchema;
+
+/// A recovery point as it is listed.
+#[derive(ToSchema)]
+#[schema(as = Point)]
+#[allow(dead_code)]
+pub struct PointSchema {
+    #[schema(format = "uuid")]
+    id: String,
+    #[schema(format = "date-time")]
+    time: String,
+    /// `crash` or `app`.
+    consistency: String,
+    label: String,
+    locked: bool,
+    /// Stored bytes since the point before it.
+    change_bytes: u64,
+    flags: Vec<String>,
+}
+
+#[derive(ToSchema)]
+#[schema(as = Problem)]
+#[allow(dead_code)]
+pub struct ProblemSchema {
+    critical: bool,
+    problem: String,
+    /// What to do.
+    help: String,
+}
+
+/// Why something was not done.
+#[derive(ToSchema)]
+#[schema(as = Failure)]
+#[allow(dead_code)]
+pub struct FailureSchema {
+    /// What happened, naming the thing.
+    error: String,
+    /// What to do; may be empty.
+    help: String,
+    /// `bad_request`, `not_found`, `conflict`, `unavailable`, `timed_out`, `damaged` or `failed`.
+    kind: Option<String>,
+}
+
+/// A point that is served.
+#[derive(ToSchema)]
+#[schema(as = Serving)]
+#[allow(dead_code)]
+pub struct ServingSchema {
+    #[schema(format = "uuid")]
+    serve: String,
+    #[schema(format = "uuid")]
+    machine: String,
+    #[schema(format = "uuid")]
+    point: String,
+    #[schema(format = "date-time")]
+    time: String,
+    writable: bool,
+    disks: Vec<AttachedSchema>,
+}
+
+/// Where a disk can be opened.
+#[derive(ToSchema)]
+#[schema(as = Attached)]
+#[allow(dead_code)]
+pub struct AttachedSchema {
+    #[schema(format = "uuid")]
+    id: String,
+    nbd: Option<String>,
+    file: Option<String>,
+    bytes: u64,
+}
+
+/// A policy with its name.
+#[derive(ToSchema)]
+#[schema(as = NamedPolicy)]
+#[allow(dead_code)]
+pub struct NamedPolicySchema {
+    name: String,
+    #[schema(inline)]
+    #[serde(flatten)]
+    settings: crate::model::Policy,
+}
+
+/// Some settings of a policy; others stay as they are.
+#[derive(ToSchema)]
+#[schema(as = PolicySettings)]
+#[allow(dead_code)]
+pub struct PolicySettingsSchema {
+    frequency: Option<crate::model::Frequency>,
+    any_time_seconds: Option<u64>,
+    retention_seconds: Option<u64>,
+    retention_count: Option<u64>,
+    point_interval_seconds: Option<u64>,
+    app_point_interval_seconds: Option<u64>,
+    compression: Option<i32>,
+    log_limit_bytes: Option<u64>,
+    throttle_bytes_per_second: Option<u64>,
+    throttle_schedule: Option<Vec<crate::model::ThrottleWindow>>,
+    alarm_rpo_seconds: Option<u64>,
+    alarm_log_percent: Option<u8>,
+    alarm_no_contact_seconds: Option<u64>,
+}
+
+/// The body of a new policy: its name, and the settings that differ from the default's.
+#[derive(ToSchema)]
+#[schema(as = CreatePolicy)]
+#[allow(dead_code)]
+pub struct CreatePolicySchema {
+    name: String,
+    #[schema(inline)]
+    #[serde(flatten)]
+    settings: PolicySettingsSchema,
+}
+
+/// Nothing to say.
+#[derive(ToSchema)]
+#[schema(as = Empty)]
+pub struct EmptySchema {}

@@ -1,0 +1,52 @@
+//! The tables, and how older ones become today's.
+
+use super::{Backend, DatabaseError, Statement, Value};
+
+/// The version of the tables that this build writes.
+pub const VERSION: i64 = 1;
+
+/// What each version adds to the one before. Never changed once released: a database may stand at any of them.
+const MIGRATIONS: [&[&str]; VERSION as usize] = [&[
+    // One row a thing that is wanted; `revision` counts its changes, for `If-Match`.
+    "CREATE TABLE hosts (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE process_servers (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE machines (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE policies (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE passphrases (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE registrations (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE identities (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE users (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE tokens (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE alerts (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE jobs (id TEXT PRIMARY KEY, started BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE INDEX jobs_by_start ON jobs (started)",
+    "CREATE TABLE events (id BIGINT PRIMARY KEY, time BIGINT NOT NULL, severity TEXT NOT NULL, source TEXT NOT NULL, \
+     machine TEXT, disk TEXT, kind TEXT NOT NULL, message TEXT NOT NULL, help TEXT NOT NULL)",
+    // How far each sender's events are here: what makes that none is stored twice.
+    "CREATE TABLE event_streams (source TEXT PRIMARY KEY, stream TEXT NOT NULL, sequence BIGINT NOT NULL)",
+    // Answers to creations, for whoever repeats one with the same key.
+    "CREATE TABLE answers (id TEXT PRIMARY KEY, time BIGINT NOT NULL, request TEXT NOT NULL, status BIGINT NOT NULL, \
+     body TEXT NOT NULL)",
+    // Single values, such as what was imported.
+    "CREATE TABLE facts (id TEXT PRIMARY KEY, value TEXT NOT NULL)",
+]];
+
+pub(super) fn migrate(backend: &mut dyn Backend) -> Result<(), DatabaseError> {
+    backend.write(&[Statement::new("CREATE TABLE IF NOT EXISTS schema (version BIGINT NOT NULL)", [])])?;
+    let rows = backend.read(&Statement::new("SELECT version FROM schema", []))?;
+    let before = rows.first().map_or(0, |row| row[0].int());
+    if before > VERSION {
+        return Err(DatabaseError::Newer { name: backend.name(), version: before });
+    }
+    for version in before..VERSION {
+        // One transaction a version: a crash between two leaves a sound older one.
+        let steps = MIGRATIONS[version as usize].iter().map(|sql| Statement::new(*sql, []));
+        let noted = [
+            Statement::new("DELETE FROM schema", []),
+            Statement::new("INSERT INTO schema (version) VALUES ($1)", [Value::Int(version + 1)]),
+        ];
+        backend.write(&steps.chain(noted).collect::<Vec<_>>())?;
+        tracing::info!(database = backend.name(), version = version + 1, "the tables are up to date");
+    }
+    Ok(())
+}
