@@ -1,6 +1,7 @@
 //! The path of a write, from the guest's hand to a recovered disk.
 
 mod access;
+mod compare;
 mod demo;
 mod interval;
 mod logs;

@@ -142,7 +142,8 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     let old_logs = logs_in(&*places.logs, &places.stem).map_err(places.failed("list the logs"))?;
     let is_same_epoch = decision.is_same_epoch();
     if !is_same_epoch {
-        push_epoch(&mut epochs, Epoch::random());
+        let held: Vec<Epoch> = consumers.iter().filter_map(|consumer| Some(consumer.cursor()?.epoch)).collect();
+        push_epoch(&mut epochs, Epoch::random(), &held);
         remains.logs.clear();
         remains.last = None;
         remains.marked = None;

@@ -14,7 +14,7 @@ use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::time::Instant;
 use tidemark_base::{Extent, ExtentSet, Position, ServerId};
 
-use crate::source::{PendingScan, ScanReason, ScanRevision};
+use crate::source::{PendingScan, PendingWindow, ScanReason, ScanRevision, WINDOW_EXTENTS_MAX};
 use crate::state::dirty::{DirtyBitmap, GRANULE_BYTES};
 use crate::state::sealed::SealedFile;
 
@@ -22,6 +22,9 @@ use crate::state::sealed::SealedFile;
 const RECENT_MAX: usize = 16;
 /// Parts of granules that were scanned and are remembered; past it they are forgotten and scanned again.
 const PARTIAL_MAX: usize = 1 << 16;
+/// Extents of one addition; a more scattered one is remembered in coarser pieces, more of which is scanned twice then.
+const RECENT_EXTENTS_MAX: usize = 1 << 14;
+const COARSE_BYTES: u64 = 64 << 20;
 const VERSION: u32 = 2;
 const SLOT_BYTES: usize = 4096;
 
@@ -224,6 +227,13 @@ impl Consumer {
         for extent in added.iter() {
             state.partial.remove(extent);
         }
+        if added.len() > RECENT_EXTENTS_MAX {
+            let coarse = |extent: Extent| {
+                let offset = extent.offset / COARSE_BYTES * COARSE_BYTES;
+                Extent::new(offset, extent.end().next_multiple_of(COARSE_BYTES) - offset)
+            };
+            added = added.iter().map(coarse).collect();
+        }
         if state.recent.len() >= RECENT_MAX {
             let (_, older) = state.recent.remove(0);
             for extent in older.iter() {
@@ -235,7 +245,7 @@ impl Consumer {
         // What the consumer lacks reads as zeroes there only as long as nothing else was ever the matter.
         state.current.reason = match state.current.reason {
             None if self.scan.is_empty() => None,
-            _ => Some(reason),
+            before => Some(reason.joined(before)),
         };
         self.scan.sync()?;
         self.store_locked(&mut state)
@@ -269,6 +279,34 @@ impl Consumer {
         };
         let reason = if extents.is_empty() { None } else { state.current.reason };
         PendingScan { extents, reason, revision }
+    }
+
+    /// The same, a stretch at a time.
+    pub fn window(&self, newer_than: ScanRevision, from: u64, revision: ScanRevision) -> PendingWindow {
+        let mut state = self.state();
+        let rest = Extent::new(from, u64::MAX - from);
+        let mut extents = ExtentSet::new();
+        let mut next = None;
+        if newer_than < ScanRevision(1) {
+            next = self.scan.runs_within(rest, WINDOW_EXTENTS_MAX, &mut extents);
+        } else {
+            state.asked = Some(Instant::now());
+            let recent = state.recent.iter().filter(|(revision, _)| *revision > newer_than);
+            let added: ExtentSet = recent.flat_map(|(_, added)| added.overlapping(rest)).collect();
+            for extent in added.iter() {
+                next = self.scan.runs_within(extent, WINDOW_EXTENTS_MAX, &mut extents);
+                if next.is_some() {
+                    break;
+                }
+            }
+        }
+        let reason = if extents.is_empty() { None } else { state.current.reason };
+        PendingWindow { extents, reason, revision, next }
+    }
+
+    /// How much of the disk is marked.
+    pub fn scan_bytes(&self) -> u64 {
+        self.scan.bytes()
     }
 
     /// `extent` is durable there as it was read after `seen` was asked for.
@@ -382,6 +420,34 @@ mod tests {
         let consumer = Consumer::open(storage.clone(), server, DISK_BYTES).unwrap().unwrap();
         assert_eq!((consumer.cursor(), consumer.progress()), (Some(position), None));
         assert!(Consumer::open(storage, ServerId::random(), DISK_BYTES).unwrap().is_none());
+    }
+
+    /// A stretch at a time it is the same as at once; what was added since is told apart.
+    #[test]
+    fn stretches_are_what_is_pending() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        let consumer = Consumer::create(storage, ServerId::random(), DISK_BYTES).unwrap();
+        consumer.scanned(Extent::new(0, DISK_BYTES), ScanRevision(1));
+        consumer.add(&set(&[Extent::new(3 * G, 512)]), ScanReason::Unclean, ScanRevision(2)).unwrap();
+        consumer
+            .add(&set(&[Extent::new(9 * G, 2 * G), Extent::new(20 * G, 1)]), ScanReason::Dirty, ScanRevision(3))
+            .unwrap();
+        for newer_than in 0..4 {
+            let mut together = ExtentSet::new();
+            let mut from = Some(0);
+            while let Some(start) = from {
+                let window = consumer.window(ScanRevision(newer_than), start, ScanRevision(9));
+                window.extents.iter().for_each(|extent| together.insert(extent));
+                from = window.next;
+            }
+            assert_eq!(together.iter().collect::<Vec<_>>(), pending(&consumer, newer_than), "newer than {newer_than}");
+        }
+        // What is to be compared stays so, whatever joins it.
+        assert_eq!(consumer.window(ScanRevision(0), 0, ScanRevision(9)).reason, Some(ScanReason::Unclean));
+        let window = consumer.window(ScanRevision(0), 10 * G, ScanRevision(9));
+        assert_eq!(window.extents.iter().next(), Some(Extent::new(10 * G, G)));
+        assert_eq!(consumer.scan_bytes(), 4 * G);
     }
 
     #[test]

@@ -333,6 +333,8 @@ impl Machine {
             state: state_of(sender.as_ref(), progress.map(|(_, _, reason)| reason)),
             mode: match disk.mode() {
                 _ if disk.alarms().contains_key("size") => SourceMode::Compare,
+                // What is being compared is told before how changes are kept meanwhile.
+                Mode::Data if sender.as_ref().is_some_and(|sender| sender.compares()) => SourceMode::Compare,
                 Mode::Data => SourceMode::Data,
                 Mode::Bitmap { .. } => SourceMode::Bitmap,
             },
@@ -342,7 +344,7 @@ impl Machine {
             durable: durable.map(|at| at.to_string()).unwrap_or_default(),
             pending_bytes: scan_left + disk.pending_bytes(durable.as_ref()),
             written_bytes: disk.written_bytes(),
-            sent_bytes: sender.as_ref().map_or(0, |sender| sender.chunk_bytes_sent),
+            sent_bytes: sender.as_ref().map_or(0, |sender| sender.chunk_bytes_sent + sender.question_bytes_sent),
             log_bytes: disk.log.allocated_bytes(),
             rpo: self.clock.wall_now().saturating_since(since),
             scan: sender

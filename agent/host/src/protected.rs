@@ -322,11 +322,13 @@ fn event_of(alarm: &str) -> Option<EventKind> {
     })
 }
 
-pub(crate) fn push_epoch(epochs: &mut Vec<Epoch>, epoch: Epoch) {
-    epochs.push(epoch);
-    if epochs.len() > EPOCHS_MAX {
-        epochs.remove(0);
+/// The oldest epoch goes in which no consumer stands: one that comes back from there has its changes in its scan.
+pub(crate) fn push_epoch(epochs: &mut Vec<Epoch>, epoch: Epoch, held: &[Epoch]) {
+    if epochs.len() >= EPOCHS_MAX {
+        let oldest = epochs.iter().position(|epoch| !held.contains(epoch)).unwrap_or(0);
+        epochs.remove(oldest);
     }
+    epochs.push(epoch);
 }
 
 /// Lets writers go on for a while between two tries of a hold.

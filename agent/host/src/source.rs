@@ -128,6 +128,27 @@ pub enum ScanReason {
     Repair,
 }
 
+impl ScanReason {
+    /// Most of what is scanned for this reason is expected to be the same there: it is compared, and only what differs
+    /// is sent. What is known to differ is sent at once.
+    pub fn compares(self) -> bool {
+        match self {
+            ScanReason::Unclean | ScanReason::LogDamaged | ScanReason::Diverged | ScanReason::Requested => true,
+            ScanReason::Initial | ScanReason::Dirty | ScanReason::Repair => false,
+        }
+    }
+
+    /// The reason of a scan that goes on for both: comparing what differs costs a second read of it, sending what is the
+    /// same may cost the whole disk.
+    pub fn joined(self, other: Option<ScanReason>) -> ScanReason {
+        match other {
+            None | Some(ScanReason::Initial) => self,
+            Some(other) if self == ScanReason::Initial || other.compares() => other,
+            Some(_) => self,
+        }
+    }
+}
+
 /// What must be read from the disk for one consumer.
 #[derive(Clone, Debug)]
 pub struct PendingScan {
@@ -136,6 +157,32 @@ pub struct PendingScan {
     pub reason: Option<ScanReason>,
     /// What was added after this is not in `extents`.
     pub revision: ScanRevision,
+}
+
+/// The extents of one [`PendingWindow`]: bounds what a scan of a scattered bitmap holds in memory.
+pub const WINDOW_EXTENTS_MAX: usize = 4096;
+
+/// A stretch of what must be read from the disk for one consumer.
+#[derive(Clone, Debug)]
+pub struct PendingWindow {
+    /// At most [`WINDOW_EXTENTS_MAX`].
+    pub extents: ExtentSet,
+    /// `None` when nothing is pending.
+    pub reason: Option<ScanReason>,
+    /// What was added after this is not in `extents`.
+    pub revision: ScanRevision,
+    /// There may be more from here on.
+    pub next: Option<u64>,
+}
+
+impl PendingWindow {
+    /// The stretch that begins at `from`.
+    pub fn of(pending: &PendingScan, from: u64) -> Self {
+        let mut all = pending.extents.overlapping(Extent::new(from, u64::MAX - from));
+        let extents: ExtentSet = all.by_ref().take(WINDOW_EXTENTS_MAX).collect();
+        let next = all.next().map(|extent| extent.offset);
+        Self { extents, reason: pending.reason, revision: pending.revision, next }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
@@ -219,6 +266,21 @@ pub trait Source: Send + Sync {
 
     /// What must be scanned for the consumer and was added after `newer_than`.
     fn pending_scan(&self, consumer: ServerId, newer_than: ScanRevision) -> Result<PendingScan, SourceError>;
+
+    /// The same, a stretch at a time, beginning at `from`.
+    fn pending_window(
+        &self,
+        consumer: ServerId,
+        newer_than: ScanRevision,
+        from: u64,
+    ) -> Result<PendingWindow, SourceError> {
+        Ok(PendingWindow::of(&self.pending_scan(consumer, newer_than)?, from))
+    }
+
+    /// How much of the disk must be scanned for the consumer.
+    fn pending_bytes(&self, consumer: ServerId) -> Result<u64, SourceError> {
+        Ok(self.pending_scan(consumer, ScanRevision(0))?.extents.total_bytes())
+    }
 
     /// Adds to what must be scanned. Durable when it returns.
     fn require_scan(&self, consumer: ServerId, extents: &ExtentSet, reason: ScanReason) -> Result<(), SourceError>;

@@ -298,7 +298,7 @@ impl Network {
     }
 
     fn receive_cuts(
-        &self,
+        self: &Rc<Self>,
         connection: &Rc<Connection>,
         hello: &Hello,
         writer: &mut dyn Writer,
@@ -372,7 +372,18 @@ impl Network {
                     return Ok(Some(close));
                 }
                 HostFrame::Hello(_) => return Err(refusal(RefusalReason::Protocol, "a second hello")),
-                _ => return Err(refusal(RefusalReason::Protocol, "a frame that is not known here")),
+                HostFrame::Hashes(hashes) => {
+                    // What it is about is listed now; it is read and answered at some time, in any order.
+                    let comparison = writer.compare(hashes)?;
+                    let (network, stream) = (self.clone(), connection.clone());
+                    let run = move || {
+                        network.sim.wait_own(stream.server_key(), network.delay());
+                        if let Some(answer) = comparison(&|| stream.is_server_told.get()) {
+                            network.answer(&stream, ServerFrame::Differing(answer));
+                        }
+                    };
+                    self.sim.start(Process::Server, "compare", Box::new(run));
+                }
             }
         }
     }

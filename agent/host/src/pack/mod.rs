@@ -21,6 +21,7 @@
 
 mod budget;
 mod chunks;
+mod compare;
 mod gather;
 mod job;
 mod level;
@@ -29,6 +30,7 @@ mod workers;
 
 pub use budget::{Budget, Permit};
 pub use chunks::{Sealed, ZeroPolicy};
+pub use compare::{Differing, HashedBlock, Held, HeldPart, hash_blocks, seal_differing};
 pub use gather::{Content, CutLimits, CutPieces, CutSpan, Piece, Records};
 pub use job::{PackError, seal_blocks, seal_pieces};
 pub use level::{CompressionPolicy, Level, Waits};

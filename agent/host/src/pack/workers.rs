@@ -45,6 +45,14 @@ impl Worker {
     pub(super) fn room(&self, bytes: usize) -> Room {
         self.rooms.take(bytes)
     }
+
+    /// Room for `bytes` of raw data alone.
+    pub fn buffer(&mut self, bytes: usize) -> &mut [u8] {
+        if self.buffer.len() < bytes {
+            self.buffer.resize(bytes, 0);
+        }
+        &mut self.buffer[..bytes]
+    }
 }
 
 type Job = Box<dyn FnOnce(&mut Worker) + Send>;

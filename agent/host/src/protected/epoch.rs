@@ -107,7 +107,8 @@ impl ProtectedDisk {
         }
         let mut session = self.session.lock().expect("no panic while held");
         let mut next = session.current().clone();
-        push_epoch(&mut next.epochs, epoch);
+        let held: Vec<Epoch> = self.consumers().iter().filter_map(|consumer| Some(consumer.cursor()?.epoch)).collect();
+        push_epoch(&mut next.epochs, epoch, &held);
         next.mode = Mode::Data;
         next.newest = self.log.time_now();
         session.store(next).map_err(self.io_error("store the session"))?;

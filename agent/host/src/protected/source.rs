@@ -8,8 +8,8 @@ use tidemark_base::{Epoch, Extent, ExtentSet, Position, ServerId};
 
 use super::ProtectedDisk;
 use crate::source::{
-    DataRef, EpochReason, Located, LogState, PendingScan, ReadDataError, RecordReader, ScanReason, ScanRevision,
-    Source, SourceError, SourceIdentity, Watcher,
+    DataRef, EpochReason, Located, LogState, PendingScan, PendingWindow, ReadDataError, RecordReader, ScanReason,
+    ScanRevision, Source, SourceError, SourceIdentity, Watcher,
 };
 use crate::state::session::Mode;
 
@@ -77,6 +77,21 @@ impl Source for ProtectedDisk {
         let consumer = self.known_consumer(consumer, "read the scan bitmap")?;
         let _adding = self.adding.lock().expect("no panic while held");
         Ok(consumer.pending(newer_than, ScanRevision(self.revision.load(Ordering::Acquire))))
+    }
+
+    fn pending_window(
+        &self,
+        consumer: ServerId,
+        newer_than: ScanRevision,
+        from: u64,
+    ) -> Result<PendingWindow, SourceError> {
+        let consumer = self.known_consumer(consumer, "read the scan bitmap")?;
+        let _adding = self.adding.lock().expect("no panic while held");
+        Ok(consumer.window(newer_than, from, ScanRevision(self.revision.load(Ordering::Acquire))))
+    }
+
+    fn pending_bytes(&self, consumer: ServerId) -> Result<u64, SourceError> {
+        Ok(self.known_consumer(consumer, "read the scan bitmap")?.scan_bytes())
     }
 
     fn require_scan(&self, consumer: ServerId, extents: &ExtentSet, reason: ScanReason) -> Result<(), SourceError> {

@@ -4,13 +4,14 @@
 //! |---|---|---|
 //! | none | nothing acknowledged | initial scan of the whole disk, from this epoch's start |
 //! | none | something was acknowledged | alarm "replica lost", then the same |
+//! | none, but something is there (cuts were lost) | – | alarm "diverged": the whole disk is compared, from this epoch's start |
 //! | P of this epoch | readable, not behind the cursor, no scan pending or open | resume after P |
 //! | P of this epoch | readable, not behind the cursor, scan pending or open | scan what is pending, from P |
-//! | P of this epoch | readable, behind the cursor | alarm "diverged": new epoch, whole scan |
-//! | P of this epoch | past our log, other hash, or no longer readable | alarm "diverged": new epoch, whole scan |
+//! | P of this epoch | readable, behind the cursor | alarm "diverged": new epoch, whole compare |
+//! | P of this epoch | past our log, other hash, or no longer readable | alarm "diverged": new epoch, whole compare |
 //! | P of an earlier epoch of ours | not behind the cursor | scan what is pending, from this epoch's start |
-//! | P of an earlier epoch of ours | behind the cursor, or nothing was acknowledged | alarm "diverged": new epoch, whole scan |
-//! | P of an unknown epoch | – | alarm "diverged": new epoch, whole scan |
+//! | P of an earlier epoch of ours | behind the cursor, or nothing was acknowledged | alarm "diverged": new epoch, whole compare |
+//! | P of an unknown epoch | – | alarm "diverged": new epoch, whole compare |
 //!
 //! "From this epoch's start" needs the log to reach back to it. Where it does not, a new epoch is begun: nothing
 //! of an epoch is skipped.
@@ -36,6 +37,8 @@ pub struct Situation<'a> {
     pub scan_pending: bool,
     /// The current epoch can be read from its start.
     pub start_readable: bool,
+    /// The server holds something that can be compared with.
+    pub comparable: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,6 +85,9 @@ impl Alarm {
 
 pub fn decide(situation: &Situation<'_>) -> Decision {
     let Some((durable, located)) = situation.durable else {
+        if situation.comparable {
+            return from_epoch_start(situation, Some(Alarm::Diverged), Some(ScanReason::Diverged));
+        }
         let alarm = situation.cursor.is_some().then_some(Alarm::ReplicaLost);
         return from_epoch_start(situation, alarm, Some(ScanReason::Initial));
     };
@@ -177,6 +183,7 @@ mod tests {
                         epochs: &epochs,
                         scan_pending,
                         start_readable,
+                        comparable: true,
                     });
                     let order = cursor.map_or(std::cmp::Ordering::Greater, |cursor| {
                         (durable.epoch.0, durable.sequence).cmp(&(cursor.epoch.0, cursor.sequence))
@@ -207,6 +214,7 @@ mod tests {
                     epochs: &epochs,
                     scan_pending: true,
                     start_readable,
+                    comparable: false,
                 });
                 assert_eq!(
                     decision,
@@ -231,7 +239,27 @@ mod tests {
             epochs: &[Epoch([1; 16]), Epoch([2; 16])],
             scan_pending: true,
             start_readable: true,
+            comparable: true,
         });
         assert_eq!(decision.alarm, Some(Alarm::Diverged));
+    }
+
+    /// What is left of a replica that lost cuts is compared with, and not thrown away.
+    #[test]
+    fn a_server_that_lost_cuts_is_compared_with() {
+        for cursor in [None, Some(at(1, 5))] {
+            let decision = decide(&Situation {
+                durable: None,
+                scan_open: true,
+                cursor,
+                epochs: &[Epoch([1; 16])],
+                scan_pending: false,
+                start_readable: true,
+                comparable: true,
+            });
+            let reason = decision.whole_scan.expect("the whole disk");
+            assert!(reason.compares() && decision.alarm == Some(Alarm::Diverged), "{decision:?}");
+            assert_eq!(decision.begin, Begin::ScanFromEpochStart);
+        }
     }
 }

@@ -54,6 +54,10 @@ pub struct SenderStatus {
     /// Encoded bytes, and what they unfold to.
     pub chunk_bytes_sent: u64,
     pub raw_bytes_sent: u64,
+    /// Of hashes, which count as well.
+    pub question_bytes_sent: u64,
+    /// What was asked about and answered since the sender started, holes included.
+    pub compared_bytes: u64,
     pub cuts_sent: u64,
     pub cuts_durable: u64,
     pub streams_opened: u64,
@@ -76,6 +80,8 @@ impl SenderStatus {
             scan: None,
             chunk_bytes_sent: 0,
             raw_bytes_sent: 0,
+            question_bytes_sent: 0,
+            compared_bytes: 0,
             cuts_sent: 0,
             cuts_durable: 0,
             streams_opened: 0,
@@ -91,6 +97,11 @@ impl SenderStatus {
             && self
                 .durable
                 .is_some_and(|durable| durable.epoch == position.epoch && durable.sequence >= position.sequence)
+    }
+
+    /// The scan that runs sends hashes instead of data.
+    pub fn compares(&self) -> bool {
+        self.scan.is_some_and(|scan| scan.compares)
     }
 
     /// From the guest's acknowledgement of the oldest write of a cut to the durable acknowledgement of the cut: the

@@ -140,6 +140,31 @@ impl DirtyBitmap {
         found
     }
 
+    /// The marked runs within `within`, until `found` holds `count`; then, from where on there may be more.
+    pub fn runs_within(&self, within: Extent, count: usize, found: &mut ExtentSet) -> Option<u64> {
+        let end = within.end().min(self.disk_bytes);
+        let mut granule = within.offset / GRANULE_BYTES;
+        while granule * GRANULE_BYTES < end {
+            let bits = self.word((granule / 64) as usize).load(Ordering::Acquire) >> (granule % 64);
+            if bits == 0 {
+                granule = (granule / 64 + 1) * 64;
+                continue;
+            }
+            let first = granule + u64::from(bits.trailing_zeros());
+            let run = (bits >> bits.trailing_zeros()).trailing_ones();
+            let run = Extent::new(first * GRANULE_BYTES, u64::from(run) * GRANULE_BYTES);
+            if let Some(part) = run.intersection(&Extent::new(within.offset, end.saturating_sub(within.offset))) {
+                // A run that goes on in the next word joins the one before it, and is the last at the worst.
+                if found.len() >= count {
+                    return Some(part.offset);
+                }
+                found.insert(part);
+            }
+            granule = run.end() / GRANULE_BYTES;
+        }
+        None
+    }
+
     pub fn is_empty(&self) -> bool {
         self.granules.load(Ordering::Acquire) == 0
     }
@@ -213,6 +238,30 @@ mod tests {
         assert!(DirtyBitmap::open(file.clone(), DISK_BYTES + (1 << 30)).unwrap().is_none());
         file.write_at(30, &[9]).unwrap();
         assert!(DirtyBitmap::open(file, DISK_BYTES).unwrap().is_none());
+    }
+
+    #[test]
+    fn stretches_are_the_whole() {
+        let (_folder, file) = file();
+        let bitmap = DirtyBitmap::create(file, DISK_BYTES).unwrap();
+        for granule in (0..300).filter(|granule| granule % 3 != 1 && !(60..140).contains(granule)) {
+            bitmap.mark(Extent::new(granule * GRANULE_BYTES, 512));
+        }
+        bitmap.mark(Extent::new(100 * GRANULE_BYTES, 30 * GRANULE_BYTES));
+        for count in [1, 2, 7, 1000] {
+            let mut together = ExtentSet::new();
+            let mut from = Some(0);
+            while let Some(start) = from {
+                let mut stretch = ExtentSet::new();
+                from = bitmap.runs_within(Extent::new(start, u64::MAX - start), count, &mut stretch);
+                assert!(stretch.len() <= count && from.is_none_or(|next| next > start));
+                stretch.iter().for_each(|extent| together.insert(extent));
+            }
+            assert_eq!(together.iter().collect::<Vec<_>>(), all(&bitmap));
+        }
+        let mut part = ExtentSet::new();
+        assert_eq!(bitmap.runs_within(Extent::new(110 * GRANULE_BYTES + 512, 1024), 9, &mut part), None);
+        assert_eq!(part.iter().collect::<Vec<_>>(), [Extent::new(110 * GRANULE_BYTES + 512, 1024)]);
     }
 
     #[test]

@@ -225,6 +225,7 @@ fn resumed(fixture: &Fixture, disk: &ProtectedDisk, durable: Position) -> resume
         epochs: &disk.epochs(),
         scan_pending: !fixture.pending(disk).is_empty(),
         start_readable: disk.locate(&state.logged.epoch.start()).unwrap() == Located::Here,
+        comparable: true,
     })
 }
 
@@ -502,6 +503,7 @@ fn one_dead_consumer_beside_a_live_one_steps_down_alone() {
         epochs: &disk.epochs(),
         scan_pending: true,
         start_readable: disk.locate(&disk.state().logged.epoch.start()).unwrap() == Located::Here,
+        comparable: true,
     });
     assert_eq!((decision.alarm, decision.whole_scan), (None, None));
     disk.new_epoch(decision.new_epoch.unwrap()).unwrap();

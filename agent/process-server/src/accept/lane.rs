@@ -6,21 +6,24 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
-use tidemark_proto::replication::{CutEnd, CutOrdinal, Refusal, RefusalReason};
+use tidemark_proto::replication::{CutEnd, CutOrdinal, Hashes, Refusal, RefusalReason};
 use tokio::sync::{Notify, Semaphore};
 
 use super::progress::Progress;
-use super::{Writer, refusal};
+use super::{Comparison, Writer, refusal};
 
 pub enum Work {
     Data { cut: CutOrdinal, chunks: Bytes },
     CutEnd(Box<CutEnd>),
+    Compare(Hashes),
 }
 
-/// What the end of a cut asks for, on the lane's thread: first whether it may be committed, then a sync.
+/// What frames ask for, on the lane's thread: the end of a cut, first whether it may be committed, then a sync; a question,
+/// to be answered.
 pub trait CutGate: Send + Sync {
     fn may_commit(&self) -> Result<(), Refusal>;
     fn ended(&self);
+    fn compare(&self, comparison: Comparison);
 }
 
 pub struct Lane(Arc<Shared>);
@@ -34,7 +37,7 @@ struct Shared {
 }
 
 struct State {
-    /// Bounded by the stream's credit and [`super::stream::CUTS_PENDING_MAX`].
+    /// Bounded by the stream's credit, [`super::stream::CUTS_PENDING_MAX`] and the questions that may be under way.
     queue: VecDeque<Work>,
     /// With the thread while it runs; gone once the lane is closed or failed.
     writer: Option<Box<dyn Writer>>,
@@ -186,6 +189,7 @@ impl Shared {
                 self.progress.ended(cut);
                 self.gate.ended();
             }
+            Work::Compare(hashes) => self.gate.compare(writer.compare(hashes)?),
         }
         Ok(())
     }

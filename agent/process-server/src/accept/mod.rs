@@ -14,6 +14,7 @@
 
 pub mod authorise;
 mod commit;
+mod compare;
 mod lane;
 mod pool;
 mod progress;
@@ -32,7 +33,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tidemark_base::{DiskId, Generation, Position};
-use tidemark_proto::replication::{CutEnd, CutOrdinal, Durable, Hello, REPLICATE, Refusal, RefusalReason, SessionId};
+use tidemark_proto::replication::{
+    CutEnd, CutOrdinal, Durable, Hashes, Hello, REPLICATE, Refusal, RefusalReason, SessionId,
+};
 use tidemark_transport::messages::answer;
 use tidemark_transport::{MESSAGE_BYTES_MAX, Message, Messages, PeerInfo};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -47,6 +50,7 @@ use tonic::codegen::{Service, http};
 use crate::replica::Needs;
 use authorise::{Authorisation, Authorisations};
 use commit::Committer;
+pub use compare::Comparison;
 use pool::CreditPool;
 pub use pool::POOL_BYTES;
 pub use store::ReplicaStores;
@@ -87,6 +91,8 @@ pub trait Writer: Send {
     /// Verifies whole sealed chunks and appends them.
     fn append(&mut self, cut: CutOrdinal, chunks: &[u8]) -> Result<(), Refusal>;
     fn end_cut(&mut self, end: CutEnd) -> Result<(), Refusal>;
+    /// Lists what a question is about, as the cuts before it leave it; the rest is done beside the stream.
+    fn compare(&mut self, hashes: Hashes) -> Result<Comparison, Refusal>;
 }
 
 /// Finds the journal of an authorised disk. May block.
@@ -107,6 +113,8 @@ struct Inner {
     places: Arc<Semaphore>,
     /// Lanes that may run at once: threads that verify and append.
     workers: Arc<Semaphore>,
+    /// Questions of a compare that may be worked on at once.
+    compares: Arc<Semaphore>,
     stop: CancellationToken,
     streams: TaskTracker,
 }
@@ -149,6 +157,7 @@ impl Acceptor {
             disks: Mutex::default(),
             places: Arc::new(Semaphore::new(STREAMS_MAX)),
             workers: Arc::new(Semaphore::new(2 * threads.max(2))),
+            compares: compare::places(),
             stop: CancellationToken::new(),
             streams: TaskTracker::new(),
         })))

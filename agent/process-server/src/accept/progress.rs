@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use tidemark_proto::replication::{CutOrdinal, Durable, Refusal};
+use tidemark_proto::replication::{CutOrdinal, Differing, Durable, Refusal};
 use tokio::sync::Notify;
 
 #[derive(Default)]
@@ -20,6 +20,8 @@ struct State {
     ended: VecDeque<(CutOrdinal, u64)>,
     durable: Option<Durable>,
     acknowledged: (u64, u64),
+    /// Bounded by the questions that a stream may have under way.
+    answers: VecDeque<Differing>,
     refusal: Option<Refusal>,
 }
 
@@ -49,6 +51,15 @@ impl Progress {
     pub fn durable(&self, durable: Durable) {
         self.state().durable = Some(durable);
         self.notify.notify_one();
+    }
+
+    pub fn answer(&self, answer: Differing) {
+        self.state().answers.push_back(answer);
+        self.notify.notify_one();
+    }
+
+    pub fn take_answer(&self) -> Option<Differing> {
+        self.state().answers.pop_front()
     }
 
     /// The first refusal is the one that is sent.

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use tidemark_base::DiskId;
-use tidemark_proto::replication::{CutEnd, CutOrdinal, Durable, Hello, Refusal, RefusalReason};
+use tidemark_base::compare::CompareKey;
+use tidemark_proto::replication::{CutEnd, CutOrdinal, Durable, Hashes, Hello, Refusal, RefusalReason};
 use tokio::sync::watch;
 
 use super::authorise::Authorisation;
-use super::{Held, Store, Stores, Writer, refusal};
+use super::{Comparison, Held, Store, Stores, Writer, refusal};
 use crate::journal::JournalError;
-use crate::replica::{DurableState, Needs, Replica, ReplicaSet, Session};
+use crate::replica::{Comparer, DurableState, Needs, Replica, ReplicaSet, Session};
 
 pub struct ReplicaStores {
     set: Arc<ReplicaSet>,
@@ -65,9 +66,11 @@ impl Store for ReplicaStore {
             durable: state.position,
             cut: CutOrdinal(state.cut),
             scan_open: state.scan_open,
-            comparable: state.position.is_some(),
+            // What is left when cuts were lost is worth comparing with.
+            comparable: state.cut > 0,
         };
-        Ok((Box::new(SessionWriter(session)), held))
+        let key = CompareKey::new(hello.disk, hello.generation, hello.session.0);
+        Ok((Box::new(SessionWriter { session, comparer: Comparer::new(key) }), held))
     }
 
     fn sync(&self) -> Result<Option<Durable>, Refusal> {
@@ -81,15 +84,23 @@ impl Store for ReplicaStore {
 }
 
 /// An incomplete cut is discarded by the session that follows; until then it is behind the journal's end.
-struct SessionWriter(Session);
+struct SessionWriter {
+    session: Session,
+    comparer: Comparer,
+}
 
 impl Writer for SessionWriter {
     fn append(&mut self, cut: CutOrdinal, chunks: &[u8]) -> Result<(), Refusal> {
-        self.0.append_chunks(cut.0, chunks).map_err(refused)
+        self.session.append_chunks(cut.0, chunks).map_err(refused)
     }
 
     fn end_cut(&mut self, end: CutEnd) -> Result<(), Refusal> {
-        self.0.end_cut(&end).map_err(refused)
+        self.session.end_cut(&end).map_err(refused)
+    }
+
+    fn compare(&mut self, hashes: Hashes) -> Result<Comparison, Refusal> {
+        let comparison = self.session.compare(&self.comparer, hashes).map_err(refused)?;
+        Ok(Box::new(move |cancelled: &dyn Fn() -> bool| comparison.run(cancelled)))
     }
 }
 

@@ -10,14 +10,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use tidemark_base::DiskId;
 use tidemark_proto::replication::{
-    Close, Credit, CutOrdinal, Data, Durable, Hello, HostFrame, NEED_EXTENTS_MAX, Need, NeedReason, PROTOCOL_VERSION,
-    Refusal, RefusalReason, ServerFrame, Welcome,
+    Close, Credit, CutOrdinal, Data, Durable, Hashes, Hello, HostFrame, NEED_EXTENTS_MAX, Need, NeedReason,
+    PROTOCOL_VERSION, QUESTIONS_MAX, Refusal, RefusalReason, ServerFrame, Welcome,
 };
 use tidemark_transport::messages::Pieces;
 use tidemark_transport::{Messages, PeerInfo};
 use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
+use super::compare::{Compares, Comparison};
 use super::lane::{CutGate, Lane, Work};
 use super::pool::{STANDING_BYTES, Share};
 use super::progress::Progress;
@@ -30,6 +31,8 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const LAST_FRAME_TIMEOUT: Duration = Duration::from_secs(5);
 /// Cuts received and not durable, after which frames are left on the connection until some are.
 pub const CUTS_PENDING_MAX: u64 = 256;
+/// Replies that are made before the ones before them left.
+const OUTBOX_FRAMES_MAX: usize = 8;
 
 /// Of encoded frames.
 type Outbound = mpsc::Sender<Bytes>;
@@ -113,6 +116,10 @@ struct Stream {
     acknowledged_bytes: u64,
     /// The cut that data belongs to.
     cut: CutOrdinal,
+    compares: Compares,
+    /// The last question, and how many wait for an answer.
+    question: u64,
+    unanswered: usize,
     received: Close,
     closing: bool,
     outbound: Outbound,
@@ -151,7 +158,9 @@ impl Stream {
             let notify = progress.notify.clone();
             needs.begin(Arc::new(move || notify.notify_one()));
         }
-        let gate = Gate { inner: inner.clone(), peer, hello: hello.clone(), disk: disk.clone() };
+        let compares = Compares::new(inner.compares.clone(), progress.clone());
+        let gate =
+            Gate { inner: inner.clone(), peer, hello: hello.clone(), disk: disk.clone(), compares: compares.clone() };
         let welcome = Welcome {
             durable: held.durable,
             scan_open: held.scan_open,
@@ -171,6 +180,9 @@ impl Stream {
             granted_until: 0,
             acknowledged_bytes: 0,
             cut: held.cut.next(),
+            compares,
+            question: 0,
+            unanswered: 0,
             received: Close::default(),
             closing: false,
             outbound,
@@ -245,6 +257,12 @@ impl Stream {
             let Durable { cut, position } = acknowledgement.durable;
             self.outbox.push_back(ServerFrame::Durable(Durable { cut, position }));
         }
+        while self.outbox.len() < OUTBOX_FRAMES_MAX
+            && let Some(answer) = self.progress.take_answer()
+        {
+            self.unanswered -= 1;
+            self.outbox.push_back(ServerFrame::Differing(answer));
+        }
         let needed = self.needs.as_ref().map(|needs| needs.take(NEED_EXTENTS_MAX)).unwrap_or_default();
         if !needed.is_empty() {
             self.outbox.push_back(ServerFrame::Need(Need { extents: needed, why: NeedReason::Damaged }));
@@ -288,7 +306,7 @@ impl Stream {
                 close.cuts, close.bytes, self.received.cuts, self.received.bytes
             ))),
             HostFrame::Hello(_) => Err(self.protocol("a second hello".to_owned())),
-            HostFrame::Hashes(_) => Err(self.protocol("a question where nothing is compared".to_owned())),
+            HostFrame::Hashes(hashes) => self.receive_question(hashes),
         }
     }
 
@@ -302,6 +320,19 @@ impl Stream {
         }
         self.received.bytes += bytes;
         self.lane.push(Work::Data { cut: data.cut, chunks: data.chunks });
+        Ok(())
+    }
+
+    fn receive_question(&mut self, hashes: Hashes) -> Result<(), End> {
+        if hashes.question != self.question + 1 {
+            return Err(self.protocol(format!("question {} came after question {}", hashes.question, self.question)));
+        }
+        if self.unanswered == QUESTIONS_MAX {
+            return Err(self.protocol(format!("more than {QUESTIONS_MAX} questions are under way")));
+        }
+        self.question = hashes.question;
+        self.unanswered += 1;
+        self.lane.push(Work::Compare(hashes));
         Ok(())
     }
 
@@ -324,6 +355,7 @@ impl Stream {
     /// Nothing of this stream is appended after this.
     async fn finish(self) {
         self.lane.close().await;
+        self.compares.end().await;
         self.disk.pending.set_listener(None);
         if let Some(needs) = &self.needs {
             needs.end();
@@ -337,6 +369,7 @@ struct Gate {
     peer: PeerInfo,
     hello: Hello,
     disk: Arc<Disk>,
+    compares: Compares,
 }
 
 impl CutGate for Gate {
@@ -346,6 +379,10 @@ impl CutGate for Gate {
 
     fn ended(&self) {
         self.inner.committer.request(&self.disk);
+    }
+
+    fn compare(&self, comparison: Comparison) {
+        self.compares.start(comparison);
     }
 }
 

@@ -4,16 +4,18 @@ use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use tidemark_base::{DiskId, Generation, HostId, Position};
+use tidemark_base::{DiskId, Extent, Generation, HostId, Position};
 use tidemark_proto::replication::{
-    Close, CutEnd, CutKind, CutOrdinal, Data, Durable, Hello, HostFrame, Refusal, RefusalReason, ServerFrame,
+    Claim, Close, CutEnd, CutKind, CutOrdinal, Data, Differing, Durable, HashedRun, Hashes, Hello, HostFrame, Need,
+    NeedReason, QUESTIONS_MAX, Refusal, RefusalReason, ServerFrame,
 };
 use tidemark_transport::PeerIdentity;
 
 use super::authorise::Authorisation;
 use super::pool::STANDING_BYTES;
 use super::testing::{DISK_BYTES, TestHost, TestServer, hello};
-use super::{Held, POOL_BYTES, Store, Stores, Writer, refusal};
+use super::{Comparison, Held, POOL_BYTES, Store, Stores, Writer, refusal};
+use crate::replica::Needs;
 
 #[derive(Default)]
 struct Memory {
@@ -30,6 +32,9 @@ struct MemoryState {
     /// Syncs that are waiting.
     held: usize,
     syncs: usize,
+    /// Questions are not answered.
+    hold_answers: bool,
+    needs: HashMap<DiskId, Arc<Needs>>,
 }
 
 #[derive(Default, Clone)]
@@ -103,6 +108,10 @@ impl Store for MemoryStore {
         journal.durable = journal.durable.max(covered);
         Ok(journal.durable())
     }
+
+    fn needs(&self) -> Option<Arc<Needs>> {
+        self.memory.state.lock().unwrap().needs.get(&self.disk).cloned()
+    }
 }
 
 impl Writer for MemoryWriter {
@@ -119,6 +128,24 @@ impl Writer for MemoryWriter {
         });
         Ok(())
     }
+    fn compare(&mut self, hashes: Hashes) -> Result<Comparison, Refusal> {
+        let memory = self.0.memory.clone();
+        Ok(Box::new(move |cancelled: &dyn Fn() -> bool| {
+            let mut state = memory.state.lock().unwrap();
+            while state.hold_answers {
+                if cancelled() {
+                    return None;
+                }
+                state = memory.changed.wait_timeout(state, Duration::from_millis(5)).unwrap().0;
+            }
+            Some(nothing_differs(hashes.question))
+        }))
+    }
+}
+
+/// A question that is not held.
+fn nothing_differs(question: u64) -> Differing {
+    Differing { question, runs: Vec::new() }
 }
 
 impl Drop for MemoryWriter {
@@ -425,5 +452,75 @@ async fn a_hundred_idle_streams_cost_no_threads() {
         2 * std::thread::available_parallelism().unwrap().get().max(2)
     );
     assert_eq!(server.acceptor.0.pool.available_bytes(), POOL_BYTES as i64, "an idle stream holds nothing of the pool");
+    server.stop().await;
+}
+
+fn question(number: u64) -> HostFrame {
+    let run = HashedRun { extent: Extent::new(0, 65536), claim: Claim::Hashes(vec![1; 16].into()) };
+    HostFrame::Hashes(Hashes { question: number, runs: vec![run] })
+}
+
+#[tokio::test]
+async fn questions_hold_up_neither_cuts_nor_other_disks_and_are_bounded() {
+    let (server, memory) = start().await;
+    let (identity, disk) = server.agent_with_disk();
+    let (other_identity, other) = server.agent_with_disk();
+    let mut host = TestHost::open(&server.endpoint, &identity, disk).await;
+    memory.state.lock().unwrap().hold_answers = true;
+    for number in 1..=QUESTIONS_MAX as u64 {
+        host.send(question(number)).await;
+    }
+    host.write(0, &[1; 4096]).await;
+    host.end(CutKind::Records, None).await;
+    host.durable().await;
+    let mut other_host = TestHost::open(&server.endpoint, &other_identity, other).await;
+    other_host.end(CutKind::Records, None).await;
+    other_host.durable().await;
+    memory.state.lock().unwrap().hold_answers = false;
+    memory.changed.notify_all();
+    let mut answered = std::collections::BTreeSet::new();
+    while answered.len() < QUESTIONS_MAX {
+        match host.next().await {
+            Some(ServerFrame::Differing(differing)) => assert!(answered.insert(differing.question)),
+            frame => panic!("{frame:?}"),
+        }
+    }
+    // There is room for as many again, and not for one more.
+    memory.state.lock().unwrap().hold_answers = true;
+    for number in 1..=QUESTIONS_MAX as u64 + 1 {
+        host.send(question(QUESTIONS_MAX as u64 + number)).await;
+    }
+    host.refused_for(RefusalReason::Protocol).await;
+    let mut host = TestHost::open(&server.endpoint, &identity, disk).await;
+    host.send(question(2)).await;
+    host.refused_for(RefusalReason::Protocol).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_replica_needs_is_told_to_every_stream_until_it_came() {
+    let (server, memory) = start().await;
+    let (identity, disk) = server.agent_with_disk();
+    let needs = Needs::new(DISK_BYTES);
+    memory.state.lock().unwrap().needs.insert(disk, needs.clone());
+    needs.ask([Extent::new(512, 512)]);
+    let need = |offset| {
+        let extents = vec![Extent::new(offset, 65536)];
+        Some(ServerFrame::Need(Need { extents, why: NeedReason::Damaged }))
+    };
+    let mut host = TestHost::open(&server.endpoint, &identity, disk).await;
+    assert_eq!(host.next().await, need(0));
+    needs.ask([Extent::new(1 << 20, 4096)]);
+    assert_eq!(host.next().await, need(1 << 20));
+    assert!(host.is_silent().await, "each is told once");
+    needs.came(Extent::new(0, 65536));
+    let mut host = TestHost::open(&server.endpoint, &identity, disk).await;
+    assert_eq!(host.next().await, need(1 << 20));
+    // The same damage again, after it was healed.
+    needs.ask([Extent::new(0, 512)]);
+    assert_eq!(host.next().await, need(0));
+    needs.came(Extent::new(0, DISK_BYTES));
+    let mut host = TestHost::open(&server.endpoint, &identity, disk).await;
+    assert!(host.is_silent().await);
     server.stop().await;
 }

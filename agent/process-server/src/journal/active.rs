@@ -3,7 +3,6 @@
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
-use tidemark_base::Extent;
 use tidemark_base::chunk::{ChunkError, ChunkKey, Opener, UnverifiedChunk};
 use tidemark_base::storage::{OpenMode, Storage};
 
@@ -87,12 +86,6 @@ pub fn verify_chunks(bytes: &[u8], at: u64, key: &ChunkKey, disk_bytes: u64) -> 
         }
         Ok(verified)
     })
-}
-
-/// The whole disk as zeroes, without a chunk.
-pub fn wiped(disk_bytes: u64) -> Entry {
-    let place = Place { chunk_at: 0, sealed_bytes: 0, raw_at: ZEROES, check: 0 };
-    Entry { extent: Extent::new(0, disk_bytes), place }
 }
 
 pub fn boundary_of(kind: CutKind, cut: u64) -> Option<Boundary> {
@@ -193,20 +186,11 @@ impl Active {
         Ok(())
     }
 
-    /// Ends the cut. `wipes`: the disk reads as zeroes from it on.
-    pub fn commit(
-        &mut self,
-        end: &CutEnd,
-        wipes: bool,
-        durable_cut: u64,
-        commit_before: &[u8; 32],
-    ) -> io::Result<[u8; 32]> {
-        let (body, hash) = encode_commit(end, wipes, durable_cut, commit_before);
+    /// Ends the cut.
+    pub fn commit(&mut self, end: &CutEnd, durable_cut: u64, commit_before: &[u8; 32]) -> io::Result<[u8; 32]> {
+        let (body, hash) = encode_commit(end, durable_cut, commit_before);
         let commit_at = self.write_at;
         self.write_frame(FrameKind::Commit, end.cut.0, &body)?;
-        if wipes {
-            self.entries.push(wiped(self.header.disk_bytes));
-        }
         if let Some(open) = self.open.take() {
             self.entries.extend(open.entries);
         }

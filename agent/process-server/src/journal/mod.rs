@@ -184,6 +184,11 @@ impl Journal {
         self.active.as_ref().map(|active| (&active.segment, &active.header, &active.frame_key))
     }
 
+    /// Chunks came whose cut has not ended.
+    pub fn has_open_cut(&self) -> bool {
+        self.active.as_ref().is_some_and(|active| active.open.is_some())
+    }
+
     /// The end of the active segment's last commit, its extents, and how many of them each cut ends with.
     pub fn active_content(&self) -> Option<(u64, Vec<Entry>, Vec<u64>)> {
         let active = self.active.as_ref()?;
@@ -344,10 +349,8 @@ impl Journal {
         end.clock_stepped |= end.time < self.tip.time || end.time > latest;
         end.time = end.time.min(latest).max(self.tip.time);
         let (durable, before) = (self.durable.cut, self.tip.commit);
-        // The host was told that nothing is here, and sends no zeroes: what lies below must not show through.
-        let wipes = end.kind == CutKind::ScanStart && self.history.needs_scan();
         let active = self.ensure_active()?;
-        let commit = match active.commit(&end, wipes, durable, &before) {
+        let commit = match active.commit(&end, durable, &before) {
             Ok(commit) => commit,
             Err(error) => return Err(self.write_failed(error)),
         };

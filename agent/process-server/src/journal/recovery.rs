@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use tidemark_base::{Extent, FRAME_BYTES_MAX, Position, Timestamp};
 
-use super::active::{OpenCut, boundary_of, commit_entry, verify_chunks, wiped};
+use super::active::{OpenCut, boundary_of, commit_entry, verify_chunks};
 use super::error::ReadError;
 use super::index::{CommitEntry, Entry, SegmentFile, commit_flags};
 use super::sealed::{Boundary, BoundaryKind};
@@ -182,9 +182,6 @@ fn decide(cuts: Vec<WalkedCut>, header: &Header, file_end: u64) -> Recovered {
             let at = at.max(cut.starts_at);
             recovered.damaged.push(DamagedCut { cut: cut.cut, at, ..DamagedCut::new(what) });
             continue;
-        }
-        if cut.commit.as_ref().is_some_and(|(commit, _)| commit.wipes) {
-            recovered.entries.push(wiped(header.disk_bytes));
         }
         recovered.entries.extend(cut.entries);
         if let Some((commit, commit_at)) = cut.commit {

@@ -219,8 +219,6 @@ impl FrameKey {
 pub struct Commit {
     pub end: CutEnd,
     pub durable_cut: u64,
-    /// The disk reads as zeroes from this cut on: it begins the scan that replaces what was lost.
-    pub wipes: bool,
     pub commit_before: [u8; 32],
     pub hash: [u8; 32],
 }
@@ -235,15 +233,14 @@ pub fn kind_number(kind: CutKind) -> u8 {
 }
 
 /// Encodes the commit of a cut; returns it with its hash.
-pub fn encode_commit(end: &CutEnd, wipes: bool, durable_cut: u64, commit_before: &[u8; 32]) -> (Vec<u8>, [u8; 32]) {
+pub fn encode_commit(end: &CutEnd, durable_cut: u64, commit_before: &[u8; 32]) -> (Vec<u8>, [u8; 32]) {
     let mut out = Vec::with_capacity(COMMIT_FIXED_BYTES + 128);
     let mark = end.mark.as_ref();
     let application = mark.is_some_and(|mark| mark.consistency == Consistency::Application);
     let flags = u8::from(end.clock_stepped)
         | u8::from(mark.is_some()) << 1
         | u8::from(mark.is_some_and(|mark| mark.keep)) << 2
-        | u8::from(application) << 3
-        | u8::from(wipes) << 4;
+        | u8::from(application) << 3;
     out.extend_from_slice(&end.cut.0.to_le_bytes());
     out.extend_from_slice(&[kind_number(end.kind), flags]);
     out.extend_from_slice(&(mark.map_or(0, |mark| mark.disks.len()) as u16).to_le_bytes());
@@ -321,7 +318,7 @@ pub fn decode_commit(bytes: &[u8]) -> Option<Commit> {
         written_bytes,
         mark,
     };
-    Some(Commit { end, durable_cut, wipes: flags & 16 != 0, commit_before, hash: hash.try_into().ok()? })
+    Some(Commit { end, durable_cut, commit_before, hash: hash.try_into().ok()? })
 }
 
 /// File names, made from ordinals only.
@@ -406,7 +403,7 @@ mod tests {
                 time: Timestamp(4),
             }),
         };
-        let (bytes, hash) = encode_commit(&end, true, 6, &[9; 32]);
+        let (bytes, hash) = encode_commit(&end, 6, &[9; 32]);
         assert!(bytes.len() <= COMMIT_BYTES_MAX);
         let commit = decode_commit(&bytes).unwrap();
         assert_eq!((commit.end, commit.durable_cut, commit.commit_before, commit.hash), (end, 6, [9; 32], hash));

@@ -21,6 +21,7 @@
 //! *Cancellation.* A session can end anywhere: its incomplete cut is discarded when the next begins. A fold stops between batches.
 //! *Crash.* See the journal's and the fold's numbered lists; opening a replica does what they say.
 
+mod compare;
 pub mod damage;
 mod folding;
 pub mod manifest;
@@ -55,6 +56,7 @@ use crate::points::HeldMark;
 use crate::table::Table;
 use crate::view::cache::BlockCache;
 use crate::view::{Pins, Suspects};
+pub use compare::{Comparer, Comparison};
 use manifest::Manifest;
 pub use needs::Needs;
 pub use session::{Session, Synced};

@@ -30,7 +30,7 @@ impl Session {
         &self.replica
     }
 
-    fn state(&self) -> Result<MutexGuard<'_, State>, JournalError> {
+    pub(super) fn state(&self) -> Result<MutexGuard<'_, State>, JournalError> {
         let state = self.replica.state();
         if state.session != self.number || state.removed {
             return Err(JournalError::Fenced { disk: self.replica.disk });

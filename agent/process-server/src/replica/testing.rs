@@ -7,11 +7,15 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use tidemark_base::chunk::{ChunkKey, Compression, Sealer};
+use tidemark_base::compare::{BLOCK_BYTES, CompareKey, PART_BYTES, pieces};
+use tidemark_base::disk::is_zero;
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
 use tidemark_base::{DiskId, Epoch, Extent, Generation, HistoryHash, MachineId, MarkId, Position, Sequence, Timestamp};
-use tidemark_proto::replication::{Consistency, CutEnd, CutKind, CutOrdinal, Mark};
+use tidemark_proto::replication::{
+    Claim, Consistency, CutEnd, CutKind, CutOrdinal, Differing, Found, HashedRun, Hashes, Mark,
+};
 
-use super::{ReplicaInfo, Session};
+use super::{Comparer, ReplicaInfo, Session};
 
 /// A small, fast source of chance with a seed.
 pub struct Chance(pub u64);
@@ -496,6 +500,43 @@ impl TestHost {
         }
     }
 
+    /// Blocks as they are now, as a scan sends them.
+    pub fn scan(&mut self, session: &Session, blocks: &[Extent]) -> Result<(), crate::journal::JournalError> {
+        let mut sealer = Sealer::new(ChunkKey::new(self.info.disk, self.info.generation), Compression::Off);
+        let mut chunks = Vec::new();
+        for block in blocks.iter().flat_map(|extent| pieces(*extent, BLOCK_BYTES)) {
+            let mut sealed = Vec::new();
+            let data = &self.content[block.offset as usize..block.end() as usize];
+            match is_zero(data) {
+                true => sealer.seal_zeroes(&[block], &mut sealed),
+                false => sealer.seal(&[block], data, &mut sealed),
+            };
+            chunks.push(sealed);
+        }
+        let end = self.end(CutKind::Scan, &chunks, None);
+        chunks.iter().try_for_each(|chunk| session.append_chunks(end.cut.0, chunk))?;
+        session.end_cut(&end)?;
+        self.cut = end.cut.0;
+        Ok(())
+    }
+
+    /// Asks about the whole disk as a host with this content does; what it would send because of the answers, and
+    /// what of that is because nothing was said about it.
+    pub fn compare(&self, session: &Session) -> (Vec<Extent>, u64) {
+        let key = CompareKey::new(self.info.disk, self.info.generation, [3; 16]);
+        let comparer = Comparer::new(key.clone());
+        let mut send = Vec::new();
+        let mut unknown = 0;
+        for (number, extent) in pieces(Extent::new(0, self.info.disk_bytes), 16 * BLOCK_BYTES).enumerate() {
+            let hashes = question(&key, &self.content, number as u64 + 1, extent);
+            let differing = session.compare(&comparer, hashes).unwrap().run(&|| false).unwrap();
+            let (parts, untold) = told(&key, &self.content, &differing);
+            send.extend(parts);
+            unknown += untold;
+        }
+        (send, unknown)
+    }
+
     /// The end of the next cut with these chunks.
     pub fn end(&mut self, kind: CutKind, chunks: &[Vec<u8>], mark: Option<Mark>) -> CutEnd {
         let from = match (kind, self.position) {
@@ -595,4 +636,40 @@ impl TestHost {
         }
         Ok(())
     }
+}
+
+/// What a host with this content asks about a range.
+pub fn question(key: &CompareKey, content: &[u8], number: u64, extent: Extent) -> Hashes {
+    let of = |extent: Extent| &content[extent.offset as usize..extent.end() as usize];
+    let runs = pieces(extent, BLOCK_BYTES).map(|block| HashedRun {
+        extent: block,
+        claim: match is_zero(of(block)) {
+            true => Claim::Zeroes,
+            false => Claim::Hashes(key.hash(block, of(block)).to_vec().into()),
+        },
+    });
+    Hashes { question: number, runs: runs.collect() }
+}
+
+/// What such a host would send because of an answer, and how many bytes of it only because nothing was said about them.
+pub fn told(key: &CompareKey, content: &[u8], differing: &Differing) -> (Vec<Extent>, u64) {
+    let of = |extent: Extent| &content[extent.offset as usize..extent.end() as usize];
+    let mut send = Vec::new();
+    let mut unknown = 0;
+    for run in &differing.runs {
+        for (index, part) in pieces(run.extent, PART_BYTES).enumerate() {
+            let differs = match &run.found {
+                Found::Unknown => {
+                    unknown += part.length;
+                    true
+                }
+                Found::Zeroes => !is_zero(of(part)),
+                Found::Parts(hashes) => hashes[index * 16..][..16] != key.hash(part, of(part)),
+            };
+            if differs {
+                send.push(part);
+            }
+        }
+    }
+    (send, unknown)
 }

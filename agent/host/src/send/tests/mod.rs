@@ -1,5 +1,6 @@
 //! The sender against a server in memory: what is recovered equals the source, whatever happens between them.
 
+mod compare;
 mod faults;
 mod grpc;
 mod pack;

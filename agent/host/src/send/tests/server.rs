@@ -5,6 +5,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use tidemark_base::chunk::{ChunkKey, Opener, UnverifiedChunk};
+use tidemark_base::compare::{BLOCK_BYTES, BLOCK_HASH_BYTES, CompareKey, PART_BYTES, pieces};
+use tidemark_base::disk::is_zero;
 use tidemark_base::{Extent, ExtentSet, MarkId, Position, Timestamp};
 use tidemark_proto::replication::*;
 
@@ -35,6 +37,13 @@ pub struct Behaviour {
     pub refusal: Option<Refusal>,
     /// Nothing becomes durable.
     pub hold_acknowledgements: bool,
+    /// Questions are answered later, in any order.
+    pub delay_answers: bool,
+    pub hold_answers: bool,
+    /// From so many bytes on that were asked about, answers are held.
+    pub hold_answers_from: Option<u64>,
+    /// It says that it holds something, and not what.
+    pub lost_cuts: bool,
 }
 
 pub struct State {
@@ -63,6 +72,10 @@ pub struct State {
     pub queued_bytes: u64,
     pub queued_bytes_max: u64,
     pub closes: u64,
+    pub questions: u64,
+    pub asked_bytes: u64,
+    /// What cannot be read.
+    pub damaged: ExtentSet,
     /// Of the present stream.
     events: Option<Arc<dyn LinkEvents>>,
 }
@@ -84,6 +97,10 @@ impl MemoryServer {
                 stalled: false,
                 refusal: None,
                 hold_acknowledgements: false,
+                delay_answers: false,
+                hold_answers: false,
+                hold_answers_from: None,
+                lost_cuts: false,
             },
             stream: 0,
             image: vec![0; identity.disk_bytes as usize],
@@ -105,6 +122,9 @@ impl MemoryServer {
             queued_bytes: 0,
             queued_bytes_max: 0,
             closes: 0,
+            questions: 0,
+            asked_bytes: 0,
+            damaged: ExtentSet::new(),
             events: None,
         };
         Self(Arc::new((Mutex::new(state), Condvar::new())))
@@ -127,6 +147,7 @@ impl MemoryServer {
         self.with(|state| {
             for extent in extents {
                 state.image[extent.offset as usize..extent.end() as usize].fill(0xEE);
+                state.damaged.insert(*extent);
             }
             let need = Need { extents: extents.to_vec(), why: NeedReason::Damaged };
             if let Some(events) = &state.events {
@@ -169,6 +190,9 @@ impl Link for MemoryServer {
             open: None,
             last: None,
             stalled: Vec::new(),
+            key: None,
+            question: 0,
+            answers: Vec::new(),
         })
     }
 }
@@ -185,6 +209,10 @@ struct MemoryStream {
     /// Where the last cut of this stream, or the journal, ends.
     last: Option<(CutOrdinal, Option<Position>)>,
     stalled: Vec<(HostFrame, Option<Permit>)>,
+    key: Option<CompareKey>,
+    question: u64,
+    /// Made when their questions came.
+    answers: Vec<Differing>,
 }
 
 #[derive(Default)]
@@ -224,6 +252,7 @@ impl LinkStream for MemoryStream {
                 }
             }
             self.receive(state, frame);
+            self.answer(state);
             Ok(())
         })
     }
@@ -272,7 +301,8 @@ impl MemoryStream {
 
     fn receive(&mut self, state: &mut State, frame: HostFrame) {
         match frame {
-            HostFrame::Hello(_) => {
+            HostFrame::Hello(hello) => {
+                self.key = Some(CompareKey::new(hello.disk, hello.generation, hello.session.0));
                 if let Some(refusal) = state.behaviour.refusal.clone() {
                     self.events.frame(ServerFrame::Refusal(refusal));
                     return;
@@ -280,18 +310,18 @@ impl MemoryStream {
                 self.credit = Credit::new(state.behaviour.standing_credit);
                 self.last = Some((state.durable_cut, state.durable));
                 self.events.frame(ServerFrame::Welcome(Welcome {
-                    durable: state.durable,
+                    durable: state.durable.filter(|_| !state.behaviour.lost_cuts),
                     scan_open: state.scan_open,
                     credit_bytes: state.behaviour.standing_credit,
                     cut: state.durable_cut,
-                    comparable: state.durable.is_some(),
+                    comparable: state.durable_cut > CutOrdinal(0),
                 }));
             }
             HostFrame::Want(bytes) => {
                 self.wanted = bytes;
                 self.grant(state);
             }
-            HostFrame::Hashes(_) => self.violation(state, "a question".into()),
+            HostFrame::Hashes(hashes) => self.compare(state, hashes),
             HostFrame::Data(data) => self.data(state, data),
             HostFrame::CutEnd(end) => self.cut_end(state, end),
             HostFrame::Close(close) => {
@@ -300,6 +330,63 @@ impl MemoryStream {
                     self.violation(state, "totals without cuts".into());
                 }
             }
+        }
+    }
+
+    /// The answer is made at once, of everything that came before, and told when it pleases.
+    fn compare(&mut self, state: &mut State, hashes: Hashes) {
+        // As it would arrive.
+        let hashes = Hashes::try_from(wire::Hashes::from(hashes)).unwrap();
+        let scan_open = state.pending.iter().fold(state.scan_open, |open, cut| after(open, &cut.end));
+        if !scan_open || self.open.is_some() || hashes.question != self.question + 1 {
+            return self.violation(state, format!("question {} out of place", hashes.question));
+        }
+        self.question = hashes.question;
+        state.questions += 1;
+        state.behaviour.hold_answers |= state.behaviour.hold_answers_from.is_some_and(|from| state.asked_bytes >= from);
+        let key = self.key.clone().unwrap();
+        let mut head = state.image.clone();
+        state.pending.iter().flat_map(|cut| &cut.parts).for_each(|part| write(&mut head, part));
+        let of = |extent: Extent| &head[extent.offset as usize..extent.end() as usize];
+        let mut runs = Vec::new();
+        for run in &hashes.runs {
+            state.asked_bytes += run.extent.length;
+            let size = if run.claim == Claim::Zeroes { PART_BYTES } else { BLOCK_BYTES };
+            for (index, extent) in pieces(run.extent, size).enumerate() {
+                let found = match &run.claim {
+                    _ if state.damaged.overlapping(extent).next().is_some() => Found::Unknown,
+                    Claim::Zeroes if is_zero(of(extent)) => continue,
+                    Claim::Zeroes => Found::Unknown,
+                    Claim::Hashes(hashes)
+                        if hashes[index * BLOCK_HASH_BYTES..][..16] == key.hash(extent, of(extent)) =>
+                    {
+                        continue;
+                    }
+                    Claim::Hashes(_) if is_zero(of(extent)) => Found::Zeroes,
+                    Claim::Hashes(_) => {
+                        let parts = pieces(extent, PART_BYTES).flat_map(|part| key.hash(part, of(part)));
+                        Found::Parts(parts.collect::<Vec<u8>>().into())
+                    }
+                };
+                runs.push(DifferingRun { extent, found });
+            }
+        }
+        let answer = Differing { question: hashes.question, runs };
+        self.answers.push(Differing::try_from(wire::Differing::from(answer)).unwrap());
+        if self.answers.len() > QUESTIONS_MAX {
+            self.violation(state, "too many questions".into());
+        }
+    }
+
+    fn answer(&mut self, state: &mut State) {
+        while !state.behaviour.hold_answers && !self.answers.is_empty() {
+            let delay = state.behaviour.delay_answers;
+            if delay && state.behaviour.random.below(3) == 0 {
+                return;
+            }
+            let index = if delay { state.behaviour.random.below(self.answers.len() as u64) as usize } else { 0 };
+            let answer = self.answers.remove(index);
+            self.events.frame(ServerFrame::Differing(answer));
         }
     }
 
@@ -355,9 +442,15 @@ impl MemoryStream {
         state.frames_in_open_cut = 0;
         let (cut, position) = self.last.unwrap();
         let scan_open = state.pending.iter().fold(state.scan_open, |open, cut| after(open, &cut.end));
-        let last_time = state.pending.back().map_or(state.durable_time, |cut| cut.end.time);
         let new_epoch = end.kind == CutKind::ScanStart && end.from == end.from.epoch.start();
-        let follows = position == Some(end.from) || (new_epoch && position.is_none_or(|p| p.epoch != end.from.epoch));
+        let lost = std::mem::take(&mut state.behaviour.lost_cuts) && end.kind == CutKind::ScanStart;
+        if lost {
+            // The host may begin with records of long ago; a journal holds their times back.
+            state.durable_time = Timestamp(0);
+        }
+        let follows =
+            lost || position == Some(end.from) || (new_epoch && position.is_none_or(|p| p.epoch != end.from.epoch));
+        let last_time = state.pending.back().map_or(state.durable_time, |cut| cut.end.time);
         let problem = if end.cut != cut.next() {
             Some("ordinal")
         } else if !follows {
@@ -408,14 +501,19 @@ fn after(scan_open: bool, end: &CutEnd) -> bool {
     }
 }
 
+fn write(image: &mut [u8], (extent, data): &Part) {
+    let target = &mut image[extent.offset as usize..extent.end() as usize];
+    match data {
+        Some(data) => target.copy_from_slice(data),
+        None => target.fill(0),
+    }
+}
+
 fn apply(state: &mut State) {
     while let Some(Cut { end, parts }) = state.pending.pop_front() {
-        for (extent, data) in parts {
-            let target = &mut state.image[extent.offset as usize..extent.end() as usize];
-            match data {
-                Some(data) => target.copy_from_slice(&data),
-                None => target.fill(0),
-            }
+        for part in &parts {
+            write(&mut state.image, part);
+            state.damaged.remove(part.0);
         }
         state.scan_open = after(state.scan_open, &end);
         state.durable = Some(end.to);

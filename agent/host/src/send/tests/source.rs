@@ -336,10 +336,7 @@ impl Source for MemorySource {
         let added = Added(log.revision);
         let pending = log.pending.entry(consumer).or_default();
         extents.iter().for_each(|extent| pending.extents.insert(extent, added));
-        pending.reason = Some(match pending.reason {
-            Some(before) if before != ScanReason::Initial => before,
-            _ => reason,
-        });
+        pending.reason = Some(reason.joined(pending.reason));
         drop(log);
         self.watchers.changed();
         Ok(())
@@ -377,7 +374,7 @@ impl Source for MemorySource {
             for record in &records.lock().unwrap()[after..] {
                 if let RecordBody::Write { extent, .. } | RecordBody::Zeroes { extent } = record.body {
                     pending.extents.insert(extent, added);
-                    pending.reason = Some(ScanReason::Unclean);
+                    pending.reason = Some(ScanReason::Unclean.joined(pending.reason));
                 }
             }
         }
