@@ -2,7 +2,9 @@
 //!
 //! *Consistency.* {blocks it lacks} ⊆ {records after its cursor} ∪ {its scan bitmap} ∪ {the disk's dirty bitmap}. *Retries.*
 //! None. *Cancellation.* A scan that dies keeps its bits. *Crash.* Additions are durable before [`Consumer::add`] returns.
-//! The cursor is stored about every second ([`Consumer::store`]); an older one only means that more is kept and sent again.
+//! The first acknowledgement of an epoch is durable before [`Consumer::acknowledged`] returns: a process server that took
+//! something, and of which nothing is remembered, looks like one with another history. Later ones are stored about every second
+//! ([`Consumer::store`]); an older cursor of the same epoch only means that more is kept and sent again.
 
 use std::io;
 use std::sync::Arc;
@@ -165,12 +167,19 @@ impl Consumer {
         self.state().stored.as_ref()?.cursor
     }
 
-    pub fn acknowledged(&self, position: Position) {
+    /// It holds everything up to `position`. The first position of an epoch is durable when this returns. After an error it is
+    /// remembered all the same, and the next [`Self::store`] tries again.
+    pub fn acknowledged(&self, position: Position) -> io::Result<()> {
         let mut state = self.state();
         state.current.cursor = Some(position);
         // It is back: the log waits for it again.
         state.current.covered = None;
         state.asked = Some(Instant::now());
+        let durable = state.stored.as_ref().and_then(|stored| stored.cursor);
+        match durable.is_some_and(|durable| durable.epoch == position.epoch) {
+            true => Ok(()),
+            false => self.store_locked(&mut state),
+        }
     }
 
     /// Whether it is there: it took something lately or a stream to it is open, and its sender may go on.
@@ -362,6 +371,10 @@ impl Consumer {
 
     fn store_locked(&self, state: &mut State) -> io::Result<()> {
         if state.stored.as_ref() != Some(&state.current) {
+            if state.current.reason.is_none() && state.stored.as_ref().is_some_and(|stored| stored.reason.is_some()) {
+                // A scan ended. A power cut that brought its bits back would cost it once more.
+                self.scan.sync()?;
+            }
             state.file.store(&state.current)?;
             state.stored = Some(state.current.clone());
         }
@@ -379,8 +392,8 @@ impl Consumer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tidemark_base::Epoch;
     use tidemark_base::storage::RealStorage;
+    use tidemark_base::{Epoch, Sequence};
 
     const G: u64 = GRANULE_BYTES;
     const DISK_BYTES: u64 = 64 * G + 4096;
@@ -412,10 +425,16 @@ mod tests {
         }
         assert_eq!(consumer.progress(), None);
         let position = Epoch::random().start();
-        consumer.acknowledged(position);
-        assert_eq!(consumer.durable_cursor(), None);
+        consumer.acknowledged(position).unwrap();
+        assert_eq!(consumer.durable_cursor(), Some(position), "the first of an epoch");
+        let later = Position { sequence: Sequence(7), ..position };
+        consumer.acknowledged(later).unwrap();
+        assert_eq!(consumer.durable_cursor(), Some(position), "nobody waits for each of them");
         consumer.store().unwrap();
-        assert_eq!(consumer.durable_cursor(), Some(position));
+        assert_eq!(consumer.durable_cursor(), Some(later));
+        let position = Epoch::random().start();
+        consumer.acknowledged(position).unwrap();
+        assert_eq!(consumer.durable_cursor(), Some(position), "the first of another epoch");
         drop(consumer);
         let consumer = Consumer::open(storage.clone(), server, DISK_BYTES).unwrap().unwrap();
         assert_eq!((consumer.cursor(), consumer.progress()), (Some(position), None));

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
@@ -45,18 +45,31 @@ pub struct LogLimits {
     pub reserve_bytes: u64,
 }
 
+impl LogLimits {
+    /// What must be free for logging to begin again: with some distance to the reserve, so that the mode does not change
+    /// every second.
+    pub fn resume_bytes(&self) -> u64 {
+        self.reserve_bytes.saturating_mul(2)
+    }
+}
+
 /// Why a write is not in the log.
 #[derive(Debug, thiserror::Error)]
 pub enum Unlogged {
     #[error("the logs of the disk occupy {bytes} bytes, which is their limit")]
     Limit { bytes: u64 },
-    #[error("less than {reserve_bytes} bytes are free in the log's folder")]
-    NoRoom { reserve_bytes: u64 },
+    #[error("less than {reserve_bytes} bytes were free in the log's folder; {}", resume_text(*resume_bytes))]
+    NoRoom { reserve_bytes: u64, resume_bytes: u64 },
     #[error(transparent)]
     Failed(#[from] LogError),
     /// It was said before.
     #[error("the disk is not logging")]
     NotLogging,
+}
+
+/// What a disk waits for whose log has no room to begin again.
+pub fn resume_text(bytes: u64) -> String {
+    format!("logging begins again when {bytes} bytes are free there")
 }
 
 impl Unlogged {
@@ -95,6 +108,8 @@ pub struct DiskLog {
     data_files: Mutex<VecDeque<(u64, Arc<dyn StorageFile>)>>,
     /// The bytes between a cursor and the ledger's begin.
     earlier: Mutex<Option<(Position, Sequence, u64)>>,
+    /// Whoever reads: a removed log that one of them holds open keeps its room.
+    readers: Mutex<Vec<Weak<Mutex<Place>>>>,
 }
 
 struct Appender {
@@ -247,6 +262,7 @@ impl DiskLog {
             keeper: OnceLock::new(),
             data_files: Mutex::new(VecDeque::new()),
             earlier: Mutex::default(),
+            readers: Mutex::default(),
         };
         log.measure_closed();
         (log, reason)
@@ -365,7 +381,7 @@ impl DiskLog {
             Unlogged::Failed(LogError::Io { verb: "measure", path: self.storage.path(&self.stem), source })
         })?;
         if available < limits.reserve_bytes {
-            return Err(Unlogged::NoRoom { reserve_bytes: limits.reserve_bytes });
+            return Err(Unlogged::NoRoom { reserve_bytes: limits.reserve_bytes, resume_bytes: limits.resume_bytes() });
         }
         Ok(())
     }
@@ -384,14 +400,14 @@ impl DiskLog {
         self.allocated_bytes() > self.limits().limit_bytes / 4 * 3
     }
 
-    /// Whether a new log may begin: with some distance to the reserve, so that the mode does not change every second.
-    /// The logs of the old epoch go when it begins, so what they occupy is room.
-    pub fn has_room(&self) -> bool {
-        let reserve_bytes = self.limits().reserve_bytes;
+    /// Whether a new log may begin, or else how much must be free for it. The logs of the old epoch go when it begins, so
+    /// what they occupy is room.
+    pub fn has_room(&self) -> Result<(), u64> {
+        let wanted = self.limits().resume_bytes();
         self.measure_closed();
         let freed = self.closed_bytes.load(Ordering::Acquire);
         let available = self.storage.available_bytes();
-        available.is_ok_and(|available| available.saturating_add(freed) >= reserve_bytes.saturating_mul(2))
+        if available.is_ok_and(|available| available.saturating_add(freed) >= wanted) { Ok(()) } else { Err(wanted) }
     }
 
     /// What the logs occupy on the media.
@@ -563,6 +579,13 @@ impl DiskLog {
         // An open file keeps its room.
         let is_removed = |number: u64| entries.iter().any(|entry| entry.number() == number);
         self.data_files.lock().expect("no panic while held").retain(|(number, _)| !is_removed(*number));
+        let readers: Vec<_> = {
+            let readers = self.readers.lock().expect("no panic while held");
+            readers.iter().filter_map(Weak::upgrade).collect()
+        };
+        for place in readers {
+            place.lock().expect("no panic while held").let_go(is_removed);
+        }
         for entry in entries {
             remove_log(&*self.storage, &entry.name)?;
         }
@@ -648,7 +671,7 @@ impl DiskLog {
     fn bytes_between(self: &Arc<Self>, after: &Position, until: Sequence) -> Result<u64, SourceError> {
         let mut reader = self.read_after(after)?;
         let mut bytes = 0;
-        while reader.at.sequence < until {
+        while reader.at().sequence < until {
             let Some(record) = reader.next_record()? else { break };
             bytes += record.extent().map_or(0, |extent| extent.length);
         }
@@ -688,14 +711,14 @@ impl DiskLog {
         let gone = || SourceError::Gone { disk: self.disk, after: *position };
         let Some(entry) = self.entry_with(position.sequence) else {
             let is_end = *position == self.published().logged;
-            return if is_end { Ok(ChainReader { log: self.clone(), open: None, at: *position }) } else { Err(gone()) };
+            return if is_end { Ok(ChainReader::new(self, None, *position)) } else { Err(gone()) };
         };
         if entry.start.epoch != position.epoch {
             return Err(gone());
         }
         let reader = entry.reader(&self.storage, self.disk).map_err(|error| self.read_error(error, *position))?;
         let records = reader.records_after(position).map_err(|error| self.read_error(error, *position))?;
-        Ok(ChainReader { log: self.clone(), open: Some((entry.number(), reader, records)), at: *position })
+        Ok(ChainReader::new(self, Some(OpenLog { number: entry.number(), reader, records }), *position))
     }
 
     fn read_error(&self, error: LogError, after: Position) -> SourceError {
@@ -828,41 +851,41 @@ pub fn remove_log(storage: &dyn Storage, name: &LogName) -> io::Result<()> {
 /// Reads the records of a chain of logs, also while the last one grows.
 pub struct ChainReader {
     log: Arc<DiskLog>,
-    /// The number of the log that is read; none when it began where no log is and nothing follows.
-    open: Option<(u64, LogReader, Records)>,
+    place: Arc<Mutex<Place>>,
+}
+
+/// Where a reader stands.
+struct Place {
+    /// None between two logs: where nothing follows yet, or after the one that was read to its end was removed.
+    open: Option<OpenLog>,
     at: Position,
 }
 
+struct OpenLog {
+    number: u64,
+    reader: LogReader,
+    records: Records,
+}
+
 impl ChainReader {
+    fn new(log: &Arc<DiskLog>, open: Option<OpenLog>, at: Position) -> Self {
+        let place = Arc::new(Mutex::new(Place { open, at }));
+        let mut readers = log.readers.lock().expect("no panic while held");
+        readers.retain(|reader| reader.strong_count() > 0);
+        readers.push(Arc::downgrade(&place));
+        Self { log: log.clone(), place }
+    }
+
+    fn place(&self) -> MutexGuard<'_, Place> {
+        self.place.lock().expect("no panic while held")
+    }
+
+    fn at(&self) -> Position {
+        self.place().at
+    }
+
     pub fn next_record(&mut self) -> Result<Option<LogRecord>, SourceError> {
-        loop {
-            let Some((number, reader, records)) = &mut self.open else { return Ok(None) };
-            let record = records.next().map_err(|error| self.log.read_error(error, self.at))?;
-            if let Some(record) = record {
-                self.at.sequence = record.sequence;
-                self.at.hash = record.history;
-                return Ok(Some(record));
-            }
-            let next = {
-                let chain = self.log.chain();
-                match chain.iter().position(|entry| entry.number() == *number) {
-                    Some(index) => chain.get(index + 1).cloned(),
-                    None => chain.iter().find(|entry| entry.start == self.at).cloned(),
-                }
-            };
-            let Some(next) = next else { return Ok(None) };
-            // The log ended before the next one was made, but perhaps after we came to what was its end then.
-            if reader.end() != self.at {
-                continue;
-            }
-            if next.start != self.at {
-                return Err(SourceError::History { disk: self.log.disk, after: self.at });
-            }
-            let reader =
-                next.reader(&self.log.storage, self.log.disk).map_err(|error| self.log.read_error(error, self.at))?;
-            let records = reader.records();
-            self.open = Some((next.number(), reader, records));
-        }
+        self.place().next(&self.log)
     }
 
     fn convert(&self, record: LogRecord) -> Result<Record, SourceError> {
@@ -870,7 +893,7 @@ impl ChainReader {
             RecordKind::Write { extent, data_offset, digest, .. } => RecordBody::Write {
                 extent,
                 data: DataRef {
-                    log: self.open.as_ref().map_or(0, |(number, ..)| *number),
+                    log: self.place().open.as_ref().map_or(0, |open| open.number),
                     offset: data_offset,
                     length: extent.length as u32,
                     hash: digest,
@@ -879,7 +902,7 @@ impl ChainReader {
             RecordKind::Zeroes { extent } => RecordBody::Zeroes { extent },
             RecordKind::Mark { body } => match Mark::from_bytes(&body) {
                 Ok(mark) => RecordBody::Mark(Box::new(mark)),
-                Err(_) => return Err(SourceError::History { disk: self.log.disk, after: self.at }),
+                Err(_) => return Err(SourceError::History { disk: self.log.disk, after: self.at() }),
             },
         };
         Ok(Record {
@@ -892,13 +915,55 @@ impl ChainReader {
     }
 }
 
+impl Place {
+    fn next(&mut self, log: &DiskLog) -> Result<Option<LogRecord>, SourceError> {
+        loop {
+            let next = match &mut self.open {
+                None => log.chain().iter().find(|entry| entry.start == self.at).cloned(),
+                Some(open) => {
+                    let record = open.records.next().map_err(|error| log.read_error(error, self.at))?;
+                    if let Some(record) = record {
+                        self.at.sequence = record.sequence;
+                        self.at.hash = record.history;
+                        return Ok(Some(record));
+                    }
+                    let chain = log.chain();
+                    match chain.iter().position(|entry| entry.number() == open.number) {
+                        Some(index) => chain.get(index + 1).cloned(),
+                        None => chain.iter().find(|entry| entry.start == self.at).cloned(),
+                    }
+                }
+            };
+            let Some(next) = next else { return Ok(None) };
+            // The log ended before the next one was made, but perhaps after we came to what was its end then.
+            if self.open.as_ref().is_some_and(|open| open.reader.end() != self.at) {
+                continue;
+            }
+            if next.start != self.at {
+                return Err(SourceError::History { disk: log.disk, after: self.at });
+            }
+            let reader = next.reader(&log.storage, log.disk).map_err(|error| log.read_error(error, self.at))?;
+            let records = reader.records();
+            self.open = Some(OpenLog { number: next.number(), reader, records });
+        }
+    }
+
+    /// Closes a removed log that was read to its end. Where logging ended nothing comes that would do it, and the log
+    /// cannot begin again before the room is there that the open file keeps.
+    fn let_go(&mut self, is_removed: impl Fn(u64) -> bool) {
+        if self.open.as_ref().is_some_and(|open| is_removed(open.number) && open.reader.end() == self.at) {
+            self.open = None;
+        }
+    }
+}
+
 impl RecordReader for ChainReader {
     fn read(&mut self, until: Sequence, count: usize, into: &mut Vec<Record>) -> Result<(), SourceError> {
         for _ in 0..count {
-            if self.at.sequence >= until {
+            let before = self.at();
+            if before.sequence >= until {
                 break;
             }
-            let before = self.at;
             let Some(record) = self.next_record()? else {
                 let logged = self.log.published().logged;
                 if logged.epoch != before.epoch {

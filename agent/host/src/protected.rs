@@ -39,6 +39,8 @@ pub const HOLD_LIMIT: Duration = Duration::from_millis(50);
 /// How often a hold is tried before whoever wanted it is told that the disk is busy.
 pub const HOLD_ATTEMPTS: u32 = 40;
 
+const HELP_ROOM: &str = "make room in the log's folder; changed blocks are tracked meanwhile";
+
 /// What went wrong and still is: shown by `status`.
 pub type Alarms = BTreeMap<&'static str, Problem>;
 
@@ -201,8 +203,12 @@ impl ProtectedDisk {
             Unlogged::Limit { .. } => {
                 "bring the process server back, or raise the policy's log limit; changed blocks are tracked meanwhile"
             }
-            _ => "make room in the log's folder; changed blocks are tracked meanwhile",
+            _ => HELP_ROOM,
         };
+        self.alarm_unlogged(text, help);
+    }
+
+    fn alarm_unlogged(&self, text: &str, help: &str) {
         self.alarm("log", false, format!("the changes of {} are not logged: {text}", self.path.display()), help);
     }
 

@@ -261,7 +261,7 @@ pub trait Source: Send + Sync {
     fn cursor(&self, consumer: ServerId) -> Option<Position>;
 
     /// The consumer holds everything up to `position` durably: logs before it may go, as far as other consumers are
-    /// concerned as well. Becomes durable within a second or so; does not wait for it.
+    /// concerned as well. Becomes durable within a second or so; only the first one of an epoch waits for it.
     fn acknowledged(&self, consumer: ServerId, position: Position) -> Result<(), SourceError>;
 
     /// What must be scanned for the consumer and was added after `newer_than`.

@@ -8,10 +8,10 @@ use std::time::Duration;
 use tidemark_base::disk::Disk;
 use tidemark_base::{ExtentSet, Position, Sequence};
 
-use super::{ProtectedDisk, insert_granules};
+use super::{HELP_ROOM, ProtectedDisk, insert_granules};
 use crate::consumer::Consumer;
 use crate::events::{EventKind, Severity};
-use crate::log::Unlogged;
+use crate::log::{Unlogged, resume_text};
 use crate::source::{EpochReason, ScanReason, SourceError};
 use crate::state::intent::Tick;
 use crate::state::session::{CleanDetach, Mode, Session};
@@ -235,7 +235,11 @@ impl ProtectedDisk {
     /// it because it is being scanned. One that is away or paused finds the log as it was: what can still be sent as
     /// history is not turned into a scan for want of patience.
     fn return_to_log(&self) {
-        if *self.mode.lock().expect("no panic while held") == Mode::Data || !self.log.has_room() {
+        if *self.mode.lock().expect("no panic while held") == Mode::Data {
+            return;
+        }
+        if let Err(wanted) = self.log.has_room() {
+            self.tell_no_room(wanted);
             return;
         }
         let logged = self.log.published().logged;
@@ -246,6 +250,19 @@ impl ProtectedDisk {
             && let Err(error) = self.begin_epoch(EpochReason::Unclean)
         {
             tracing::debug!(disk = %self.identity.disk, error = %error, "still no log");
+        }
+    }
+
+    /// Whatever ended the log, it is room that is waited for now: the status says so, and how much.
+    fn tell_no_room(&self, wanted: u64) {
+        let mut mode = self.mode.lock().expect("no panic while held");
+        let Mode::Bitmap { reason } = &mut *mode else { return };
+        let waits_for = resume_text(wanted);
+        if !reason.ends_with(&waits_for) {
+            *reason = format!("the log's folder is too full for another log ({reason}); {waits_for}");
+            let text = reason.clone();
+            drop(mode);
+            self.alarm_unlogged(&text, HELP_ROOM);
         }
     }
 

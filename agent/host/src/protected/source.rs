@@ -69,7 +69,10 @@ impl Source for ProtectedDisk {
     }
 
     fn acknowledged(&self, consumer: ServerId, position: Position) -> Result<(), SourceError> {
-        self.known_consumer(consumer, "move the cursor")?.acknowledged(position);
+        if let Err(error) = self.known_consumer(consumer, "move the cursor")?.acknowledged(position) {
+            // The keeper tries again within a second, and tells of it.
+            tracing::debug!(disk = %self.identity.disk, %error, "what was acknowledged is not stored yet");
+        }
         Ok(())
     }
 

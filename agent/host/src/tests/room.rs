@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use tidemark_base::Extent;
+use tidemark_base::{Extent, Sequence};
 
 use super::{Fixture, Random, covers, records_after, write};
 use crate::attach::Decision;
@@ -14,7 +14,7 @@ use crate::capture::splitter::Splitter;
 use crate::events::EventKind;
 use crate::log::LogLimits;
 use crate::protected::ProtectedDisk;
-use crate::source::{Located, Source};
+use crate::source::{Located, Source, SourceError};
 use crate::state::session::{Mode, SessionFile};
 
 const MIB: u64 = 1 << 20;
@@ -117,6 +117,79 @@ fn a_folder_that_is_full_to_the_last_byte_is_left_by_itself() {
     assert_eq!(records_after(&disk, &disk.state().logged.epoch.start()).len(), 1);
     let kinds = fixture.kinds();
     assert!(kinds.contains(&EventKind::SteppedDown) && kinds.contains(&EventKind::SteppedUp), "{kinds:?}");
+}
+
+/// A stream that took everything stays open, with its reader at the end of a log that is not needed any more: an open file
+/// keeps its room, and the log waits for room.
+#[test]
+fn a_stream_that_took_everything_keeps_no_room() {
+    let Some(tmpfs) = Tmpfs::mount("a_stream_that_took_everything_keeps_no_room", 24 * MIB) else { return };
+    let mut fixture = fixture(&tmpfs);
+    // What is logged at once is logged into one log.
+    fixture.limits = LogLimits { rotate_bytes: 64 * MIB, reserve_bytes: 4 * MIB, ..fixture.limits };
+    let disk = fixture.attach_in_sync();
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    let mut reader = disk.read_after(&disk.state().logged).unwrap();
+    for round in 0..24u64 {
+        write(&splitter, (round % 8) * MIB, &[3 + round as u8; MIB as usize]).unwrap();
+        disk.tick();
+    }
+    assert!(is_bitmap(&disk));
+    let logged = disk.state().logged;
+    let mut records = Vec::new();
+    reader.read(logged.sequence, usize::MAX, &mut records).unwrap();
+    assert!(records.len() > 8);
+    disk.acknowledged(fixture.server, logged).unwrap();
+    disk.tick();
+    disk.tick();
+    assert_eq!(disk.mode(), Mode::Data, "the room of the acknowledged log came back");
+    // It reads on where the next one begins, or is told that it cannot.
+    assert!(matches!(reader.read(Sequence(u64::MAX), 1, &mut Vec::new()), Err(SourceError::Gone { .. })));
+}
+
+/// What the status says about room is what is waited for.
+#[test]
+fn what_is_said_to_be_waited_for_is_enough() {
+    let Some(tmpfs) = Tmpfs::mount("what_is_said_to_be_waited_for_is_enough", 24 * MIB) else { return };
+    let mut fixture = fixture(&tmpfs);
+    let disk = fixture.attach_in_sync();
+    let somebody = tmpfs.fill();
+    let somebody = std::fs::OpenOptions::new().write(true).open(somebody).unwrap();
+    let keep = somebody.metadata().unwrap().len();
+    let leave = |free: u64| {
+        let before = somebody.metadata().unwrap().len();
+        let taken = vec![0x5a; (keep - free).saturating_sub(before) as usize];
+        somebody.write_all_at(&taken, before).unwrap();
+        somebody.set_len(keep - free).unwrap();
+    };
+    leave(3 * MIB);
+    fixture.limits.reserve_bytes = 4 * MIB;
+    disk.set_log_limits(fixture.limits);
+    disk.tick();
+    let reason = disk.mode().reason().unwrap().to_owned();
+    let bytes = |text: &str| text.split(' ').filter_map(|word| word.parse::<u64>().ok()).collect::<Vec<_>>();
+    let [reserve, wanted] = bytes(&reason)[..] else { panic!("{reason}") };
+    assert_eq!(reserve, fixture.limits.reserve_bytes);
+    assert!(disk.alarms().get("log").unwrap().message.contains(&reason));
+    fixture.settle(&disk);
+    leave(wanted - MIB);
+    disk.tick();
+    assert_eq!(disk.mode().reason(), Some(&*reason), "not yet, and nothing else is said");
+    leave(wanted + MIB);
+    disk.tick();
+    assert_eq!(disk.mode(), Mode::Data);
+    // A log that ended for another reason waits for the same room, and that is said.
+    disk.step_down(&crate::log::Unlogged::Limit { bytes: 1 });
+    disk.log.end();
+    leave(wanted - MIB);
+    disk.acknowledged(fixture.server, disk.state().logged).unwrap();
+    disk.tick();
+    let reason = disk.mode().reason().unwrap().to_owned();
+    assert_eq!(bytes(&reason).last(), Some(&wanted), "{reason}");
+    assert!(disk.alarms().get("log").unwrap().message.contains(&reason));
+    leave(wanted + MIB);
+    disk.tick();
+    assert_eq!(disk.mode(), Mode::Data);
 }
 
 #[test]
