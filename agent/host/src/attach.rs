@@ -230,6 +230,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         path: request.path,
         disk,
         lost: Mutex::new(lost_file),
+        owed: Mutex::default(),
         log: Arc::new(log),
         in_flight: InFlight::new(slot_table),
         intent,

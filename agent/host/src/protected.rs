@@ -55,6 +55,8 @@ pub struct ProtectedDisk {
     pub(crate) disk: Arc<FileDisk>,
     /// On another volume, for what must be stored when the state folder fails.
     pub(crate) lost: Mutex<SealedFile<Lost>>,
+    /// What it was to hold, and nobody took.
+    pub(crate) owed: Mutex<Option<Lost>>,
     pub(crate) log: Arc<DiskLog>,
     pub(crate) in_flight: InFlight,
     pub(crate) intent: Intent,
@@ -145,26 +147,64 @@ impl ProtectedDisk {
     // ---- the write path's failures
 
     /// The intent bitmap cannot be written. "Compare everything after a power loss" is stored elsewhere, then the guest
-    /// goes on; only if that fails as well, its write does.
-    pub(crate) fn intent_failed(&self, error: &io::Error) -> io::Result<()> {
+    /// goes on.
+    ///
+    /// It goes on as well where nobody takes the note, with an alarm: its disk must not fail because of replication. The note is
+    /// owed then, and the keeper tries again each second ([`Self::store_owed`]). What is certain meanwhile:
+    ///
+    /// * A block device is compared whole at each attach, so it needs no note.
+    /// * After a kill the slots decide, and after a clean detach nothing is open. The clean mark is stored together with
+    ///   `intent_lost`, or not at all.
+    /// * After a power cut the session is there and not clean, or is gone; gone means the whole disk. Where it is there, the
+    ///   newest stamp of activity that reached the slots is from before the media refused (they lie beside the session),
+    ///   while each write moves the times of the disk: it is compared whole when they are a minute apart.
+    ///
+    /// What is left is a power cut within that minute, while a file system takes the guest's writes and neither a store nor
+    /// a removal beside them, and the agent's own volume no store: regions written to for the first time in it are unknown.
+    pub(crate) fn intent_failed(&self, error: &io::Error) {
+        // Whoever comes second goes on when the first has told it, too.
+        let mut owed = self.owed.lock().expect("no panic while held");
         if self.intent.has_given_up() {
-            return Ok(());
+            return;
         }
-        // The other volume first: the one beside the disk just failed.
         let lost = Lost { intent: true, reason: error.to_string().chars().take(Lost::REASON_CHARS_MAX).collect() };
-        let elsewhere = self.lost.lock().expect("no panic while held").store(&lost);
+        let stored = self.store_lost(&lost);
+        self.intent.give_up();
+        self.alarm_intent(&lost, stored.as_ref().err());
+        *owed = stored.is_err().then_some(lost);
+    }
+
+    /// What could not be stored when the intent bitmap failed: tried again.
+    pub(crate) fn store_owed(&self) {
+        let mut owed = self.owed.lock().expect("no panic while held");
+        let Some(lost) = &*owed else { return };
+        if self.store_lost(lost).is_ok() {
+            self.alarm_intent(lost, None);
+            *owed = None;
+        }
+    }
+
+    /// Durable when it succeeds, in one place at least.
+    fn store_lost(&self, lost: &Lost) -> io::Result<()> {
+        // The other volume first: the one beside the disk just failed.
+        let elsewhere = self.lost.lock().expect("no panic while held").store(lost);
         let mut session = self.session.lock().expect("no panic while held");
         let next = Session { intent_lost: true, ..session.current().clone() };
         let here = session.store(next);
-        elsewhere.or(here)?;
-        self.intent.give_up();
-        self.alarm(
-            "intent",
-            true,
-            format!("the write-intent bitmap of {} cannot be written: {error}", self.path.display()),
-            "check the medium that holds the folder beside the disk; after a power loss the whole disk will be compared",
-        );
-        Ok(())
+        // A removal needs neither room nor the file's own blocks.
+        elsewhere.or(here).or_else(|error| session.remove().map_err(|_| error))
+    }
+
+    fn alarm_intent(&self, lost: &Lost, unstored: Option<&io::Error>) {
+        let mut message =
+            format!("the write-intent bitmap of {} cannot be written: {}", self.path.display(), lost.reason);
+        let mut help = "check the medium that holds the folder beside the disk; after a power loss the whole disk will be compared";
+        if let Some(error) = unstored {
+            message.push_str(&format!("; that a power loss calls for a compare cannot be stored either: {error}"));
+            help = "check the media that hold the folder beside the disk and the agent's state; should the power fail before \
+                    one of them works, ask for a compare: `tidemark resync NAME`";
+        }
+        self.alarm("intent", true, message, help);
     }
 
     /// These ranges were written, or half written, and are in no log.

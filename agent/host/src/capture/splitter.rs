@@ -57,11 +57,7 @@ impl Splitter {
         appends: &mut Vec<Append<'static>>,
     ) {
         let disk = &*self.disk;
-        if let Err(error) = self.prepare(&admitted, extents) {
-            results.iter_mut().for_each(|result| *result = Err(again(&error)));
-            disk.in_flight.finish(admitted, disk.clock.wall_now());
-            return;
-        }
+        self.prepare(&admitted, extents);
         hashes.clear();
         let mut records = recycle(std::mem::take(appends));
         let mut bytes = 0;
@@ -96,18 +92,17 @@ impl Splitter {
     }
 
     /// Everything that must be so before the disk is touched.
-    fn prepare(&self, admitted: &Admitted, extents: &[Extent]) -> io::Result<()> {
+    fn prepare(&self, admitted: &Admitted, extents: &[Extent]) {
         let disk = &*self.disk;
         super::gap("admitted");
         if let Err(error) = disk.intent.declare(extents) {
-            disk.intent_failed(&error)?;
+            disk.intent_failed(&error);
         }
         super::gap("declared");
         if !tidemark_base::sabotage::is("slots-set") {
             disk.in_flight.publish(admitted, extents, disk.clock.wall_now());
         }
         super::gap("published");
-        Ok(())
     }
 
     fn end(&self, admitted: Admitted, extents: &[Extent], bytes: u64) {
@@ -174,10 +169,7 @@ impl Export for Splitter {
         let disk = &*self.disk;
         let extents = [extent];
         let admitted = disk.in_flight.admit(&extents).map_err(|Closed| detached())?;
-        if let Err(error) = self.prepare(&admitted, &extents) {
-            disk.in_flight.finish(admitted, disk.clock.wall_now());
-            return Err(error);
-        }
+        self.prepare(&admitted, &extents);
         let result = disk.disk.zero(extent, discard, durability);
         super::gap("written");
         match &result {
@@ -217,14 +209,6 @@ pub(crate) fn log_from_disk(disk: &dyn Disk, log: &DiskLog, extents: &[Extent]) 
 
 fn detached() -> io::Error {
     io::Error::from_raw_os_error(libc::ESHUTDOWN)
-}
-
-/// The same error for another request.
-fn again(error: &io::Error) -> io::Error {
-    match tidemark_base::storage::os_error(error) {
-        Some(number) => io::Error::from_raw_os_error(number),
-        None => io::Error::new(error.kind(), error.to_string()),
-    }
 }
 
 /// The empty vector with its room, for slices of another lifetime.

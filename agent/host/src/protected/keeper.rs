@@ -35,6 +35,7 @@ impl ProtectedDisk {
     /// returns to the log when it can.
     pub fn tick(&self) {
         self.watch_size();
+        self.store_owed();
         self.sync_and_clear();
         self.make_room();
         self.store_mode();
@@ -100,10 +101,8 @@ impl ProtectedDisk {
         let cleared = self.intent.clear_idle(self.tick_now(), keeper.synced, IDLE_TICKS, logged, |region, clear| {
             self.in_flight.if_none_in(region, clear)
         });
-        if let Err(error) = cleared
-            && let Err(error) = self.intent_failed(&error)
-        {
-            tracing::error!(disk = %self.identity.disk, %error, "the intent bitmap is lost and that cannot be stored");
+        if let Err(error) = cleared {
+            self.intent_failed(&error);
         }
     }
 
@@ -159,10 +158,8 @@ impl ProtectedDisk {
         if let Err(error) = self.log.remove_before(&cursor, is_mode_stored) {
             tracing::warn!(disk = %self.identity.disk, %error, "logs that are not needed cannot be removed");
         }
-        if let Err(error) = self.intent.clear_shipped(cursor.sequence)
-            && let Err(error) = self.intent_failed(&error)
-        {
-            tracing::error!(disk = %self.identity.disk, %error, "the intent bitmap is lost and that cannot be stored");
+        if let Err(error) = self.intent.clear_shipped(cursor.sequence) {
+            self.intent_failed(&error);
         }
     }
 
@@ -293,6 +290,8 @@ impl ProtectedDisk {
         }
         let mut session = self.session.lock().expect("no panic while held");
         let mut last = session.current().clone();
+        // What was not kept names nothing in the next session either.
+        last.intent_lost |= self.intent.has_given_up();
         last.newest = self.log.published().time;
         last.mode = self.mode.lock().expect("no panic while held").clone();
         if self.alarms().contains_key("size") {

@@ -144,6 +144,12 @@ impl<T: Serialize + for<'de> Deserialize<'de>> SealedFile<T> {
         Ok(())
     }
 
+    /// Where the file is looked for from now on.
+    #[cfg(test)]
+    pub fn set_storage(&mut self, storage: Arc<dyn Storage>) {
+        (self.storage, self.file) = (storage, None);
+    }
+
     /// Forgets the file.
     pub fn remove(&self) -> io::Result<()> {
         self.storage.remove(&self.name)?;

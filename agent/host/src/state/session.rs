@@ -166,6 +166,17 @@ impl SessionFile {
         &self.current
     }
 
+    /// As if there had been no session: the next attach compares everything. Durable when it returns.
+    pub fn remove(&mut self) -> io::Result<()> {
+        self.file.remove()
+    }
+
+    /// Has every store and removal refused from now on, or works again.
+    #[cfg(test)]
+    pub fn set_storage(&mut self, storage: Arc<dyn Storage>) {
+        self.file.set_storage(storage);
+    }
+
     /// Durable when it returns; after an error the session before holds.
     pub fn store(&mut self, mut session: Session) -> io::Result<()> {
         if let Mode::Bitmap { reason } = &mut session.mode

@@ -215,6 +215,51 @@ fn an_intent_bitmap_that_cannot_be_written_is_told_elsewhere_and_the_guest_goes_
     assert_eq!(fixture.attach().decision, Decision::ScanTouched);
 }
 
+/// Neither volume takes the note: the guest goes on, an alarm says so, and the note is stored as soon as one takes it.
+#[test]
+fn a_note_that_nobody_takes_fails_no_write_and_is_stored_later() {
+    for healed in ["elsewhere", "here", "none, and left cleanly", "removed"] {
+        let mut fixture = Fixture::new(DISK_BYTES);
+        let disk = fixture.attach().disk;
+        let mut replica = Replica::of(&fixture, &disk);
+        let splitter = Splitter::new(disk.clone()).unwrap();
+        write(&splitter, 0, &[1; 512]).unwrap();
+        let nowhere = || tidemark_base::storage::RealStorage::open_folder("/nonexistent");
+        disk.intent.break_file(fixture.state().open("intent", tidemark_base::storage::OpenMode::Read).unwrap());
+        disk.lost.lock().unwrap().set_storage(nowhere());
+        disk.session.lock().unwrap().set_storage(nowhere());
+        write(&splitter, REGION_BYTES, &[1; 512]).unwrap();
+        splitter.zero(Extent::new(2 * REGION_BYTES, 512), false, Durability::Cached).unwrap();
+        disk.tick();
+        assert!(disk.alarms()["intent"].message.contains("cannot be stored either"), "{healed}");
+        match healed {
+            "elsewhere" => disk.lost.lock().unwrap().set_storage(fixture.elsewhere()),
+            "here" => disk.session.lock().unwrap().set_storage(fixture.state()),
+            "removed" => fixture.state().remove("session").unwrap(),
+            _ => {
+                // It is left as long as nobody takes the clean mark.
+                disk.session.lock().unwrap().set_storage(fixture.state());
+                disk.detach().unwrap();
+            }
+        }
+        if matches!(healed, "elsewhere" | "here") {
+            disk.tick();
+            assert!(!disk.alarms()["intent"].message.contains("cannot be stored either"), "{healed}");
+        }
+        drop((splitter, disk));
+        let is_clean = healed.starts_with("none");
+        if is_clean {
+            assert!(SessionFile::peek(&fixture.state()).unwrap().unwrap().intent_lost);
+        }
+        super::crash::reboot(&mut fixture);
+        let attached = fixture.attach();
+        let expected = if is_clean { Decision::Continue } else { Decision::ScanWhole(Why::StateDamaged) };
+        assert_eq!(attached.decision, expected, "{healed}");
+        replica.scan(&fixture, &attached.disk);
+        replica.assert_equals(&fixture, healed);
+    }
+}
+
 /// The decision of a sender whose server holds `durable`.
 fn resumed(fixture: &Fixture, disk: &ProtectedDisk, durable: Position) -> resume::Decision {
     let state = disk.state();
