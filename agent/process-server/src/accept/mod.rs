@@ -24,6 +24,8 @@ mod stream;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_hostile;
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;

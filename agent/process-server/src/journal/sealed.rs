@@ -191,7 +191,18 @@ impl Sealed {
         let last_commit = fields.array().expect("the footer is 512 bytes");
         let directory_hash: [u8; 32] = fields.array().expect("the footer is 512 bytes");
         let base_bytes = fields.u64().expect("the footer is 512 bytes");
-        if header.first_cut != first || first + commits.entries != last + 1 || directory_bytes > DIRECTORY_BYTES_MAX {
+        let in_file = |at: u64, bytes: Option<u64>| {
+            bytes.and_then(|bytes| at.checked_add(bytes)).is_some_and(|end| end <= file_bytes)
+        };
+        let whole = [&log, &commits, &flat]
+            .iter()
+            .all(|table| in_file(table.at, table.entries.checked_mul(table.width as u64)));
+        if !whole || !in_file(directory_at, Some(directory_bytes)) || directory_bytes > DIRECTORY_BYTES_MAX {
+            return Err(damaged("its footer claims what cannot be"));
+        }
+        if header.first_cut != first
+            || last.checked_sub(first).and_then(|cuts| cuts.checked_add(1)) != Some(commits.entries)
+        {
             return Err(damaged("its name and its footer differ"));
         }
         let mut directory = vec![0; directory_bytes as usize];

@@ -77,7 +77,7 @@ impl Point {
     }
 
     pub fn changed_bytes(&self) -> u64 {
-        self.disks.iter().map(|disk| disk.changed_bytes).sum()
+        self.disks.iter().fold(0, |sum: u64, disk| sum.saturating_add(disk.changed_bytes))
     }
 
     /// Whether this point is after the other: cuts of a disk that both have decide, not clocks.

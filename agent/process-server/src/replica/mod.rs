@@ -503,12 +503,13 @@ impl State {
 
     /// What was written since the last kept point, as far as the journal's tail says.
     fn changed_since_point(&self) -> Result<u64, ReadError> {
-        let (mut changed, tip) = (0, self.journal.tip().cut);
+        let (mut changed, tip) = (0u64, self.journal.tip().cut);
         for cut in (self.manifest.base.cut + 1..=tip).rev().take(CHANGED_CUTS_MAX as usize) {
             match self.journal.commit_entry(cut)? {
                 Some(entry) if entry.flags & commit_flags::KEEP != 0 => break,
                 Some(entry) if entry.commit_at != 0 => {
-                    changed += self.journal.commit(cut)?.map_or(0, |commit| commit.end.written_bytes);
+                    let written_bytes = self.journal.commit(cut)?.map_or(0, |commit| commit.end.written_bytes);
+                    changed = changed.saturating_add(written_bytes);
                 }
                 _ => {}
             }

@@ -52,7 +52,8 @@ impl Session {
         let came = if needs.is_empty() { Vec::new() } else { state.journal.open_extents() };
         state.journal.end_cut(end)?;
         came.into_iter().for_each(|extent| needs.came(extent));
-        state.changed_bytes += end.written_bytes;
+        // A figure that the host chose.
+        state.changed_bytes = state.changed_bytes.saturating_add(end.written_bytes);
         if let Some(mark) = &end.mark {
             let changed_bytes = state.changed_bytes;
             if mark.keep {

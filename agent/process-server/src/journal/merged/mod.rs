@@ -151,10 +151,10 @@ impl Merged {
             return Err(damaged("the directory's hash does not hold"));
         }
         let mut fields = Fields(&directory);
-        let pages = Table::pages(entries, MergedEntry::BYTES);
         if entries.checked_mul(MergedEntry::BYTES as u64) != Some(directory_at) {
             return Err(damaged("its footer claims what cannot be"));
         }
+        let pages = Table::pages(entries, MergedEntry::BYTES);
         let page_hashes = (0..pages).map(|_| fields.array()).collect::<Option<Vec<_>>>().ok_or_else(short)?;
         let fences = (0..pages).map(|_| fields.u64()).collect::<Option<Vec<_>>>().ok_or_else(short)?;
         let members = (0..member_count)
