@@ -1,5 +1,6 @@
 //! Listening: one accept loop, handshakes beside it, and connections that know who is at their other end.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::StreamExt;
@@ -25,7 +26,8 @@ use crate::client::{KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT};
 use crate::identity::{PeerIdentity, certificate_digest};
 use crate::{CONNECTION_WINDOW_BYTES, HTTP2_FRAME_BYTES_MAX, STREAM_WINDOW_BYTES, STREAMS_MAX, TLS_BUFFER_BYTES};
 
-/// Handshakes under way at once; more wait in the kernel's queue.
+/// Handshakes under way at once. One more takes the place of the oldest: connections that say nothing, however many, keep
+/// nobody out, and an honest handshake is done long before as many others began.
 pub const HANDSHAKES_MAX: usize = 64;
 /// Connections open at once.
 pub const CONNECTIONS_MAX: usize = 1024;
@@ -103,15 +105,15 @@ async fn accept_loop(
     sender: mpsc::Sender<Connection>,
     cut: watch::Receiver<bool>,
 ) {
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    // Of those under way, the oldest first; each ends when its sender is dropped.
+    let mut handshakes: VecDeque<oneshot::Sender<()>> = VecDeque::new();
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let accepted = async {
-            let handshake = handshakes.clone().acquire_owned().await.expect("the semaphore is never closed");
             let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
-            listener.accept().await.map(|(stream, address)| (stream, address, handshake, place))
+            listener.accept().await.map(|(stream, address)| (stream, address, place))
         };
-        let (stream, address, handshake, place) = tokio::select! {
+        let (stream, address, place) = tokio::select! {
             () = sender.closed() => return,
             accepted = accepted => match accepted {
                 Ok(accepted) => accepted,
@@ -124,14 +126,20 @@ async fn accept_loop(
                 }
             },
         };
+        handshakes.retain(|handshake| !handshake.is_closed());
+        if handshakes.len() == HANDSHAKES_MAX {
+            handshakes.pop_front();
+        }
+        let (handshake, displaced) = oneshot::channel::<()>();
+        handshakes.push_back(handshake);
         let (acceptor, sender, cut) = (acceptor.clone(), sender.clone(), cut.clone());
         tokio::spawn(async move {
             let handshaking = tokio::time::timeout(HANDSHAKE_TIMEOUT, shake_hands(&acceptor, stream));
             let result = tokio::select! {
                 () = sender.closed() => return,
+                _ = displaced => Err(io::Error::other("too many handshakes began after its own")),
                 result = handshaking => result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
             };
-            drop(handshake);
             match result {
                 Ok((stream, shown)) => {
                     let (identity, certificate) = shown.unzip();

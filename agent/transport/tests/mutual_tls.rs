@@ -10,6 +10,7 @@ use rustls::{ClientConfig, RootCertStore};
 use tidemark_base::storage::RealStorage;
 use tidemark_base::{HostId, ServerId};
 use tidemark_transport::client::connect_with;
+use tidemark_transport::server::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX};
 use tidemark_transport::{
     Authority, ConnectError, Expected, Identity, PeerIdentity, PeerInfo, Role, TlsListener, connect, serve, tls,
 };
@@ -180,6 +181,23 @@ async fn a_silent_connection_holds_nobody_up() {
     let answer = tokio::time::timeout(Duration::from_secs(5), asked).await.unwrap();
     assert_eq!(answer.code(), tonic::Code::Aborted);
     drop(silent);
+}
+
+#[tokio::test]
+async fn however_many_silent_connections_keep_nobody_out() {
+    let (_folder, authority) = authority();
+    let server = start_process_server(&authority).await;
+    let mut silent = Vec::new();
+    for _ in 0..HANDSHAKES_MAX + 8 {
+        silent.push(TcpStream::connect(&server.address).await.unwrap());
+    }
+    let agent = agent(&authority);
+    let asked = async { ask(connect(&server.address, server.peer, &agent).await.unwrap()).await };
+    let answer = tokio::time::timeout(HANDSHAKE_TIMEOUT / 2, asked).await.expect("no handshake had to time out first");
+    assert_eq!(answer.code(), tonic::Code::Aborted);
+    // The oldest made room.
+    let read = tokio::time::timeout(HANDSHAKE_TIMEOUT / 2, silent[0].read(&mut [0])).await.expect("it was hung up");
+    assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
 }
 
 #[tokio::test]
