@@ -80,9 +80,10 @@ impl Journal {
     }
 
     /// After a failure: forgets what was not made durable and begins again from what was. The page cache calls the pages
-    /// of a failed sync clean, so what they held is cut off before anything is read, and the host sends it again.
+    /// of a failed sync clean, so what they held is cut off before anything is read, and the host sends it again. Where
+    /// that fails in turn, the journal stays as it was: what is durable can be read, and the next try cuts again.
     pub fn reopen(&mut self, base: Tip) -> Result<OpenReport, ReadError> {
-        if let Some(active) = self.active.take() {
+        if let Some(active) = &self.active {
             let path = SegmentName::Active { first: active.header.first_cut }.path();
             let io = |source| ReadError::Io { file: active.segment.name.clone(), source };
             if self.storage.exists(&path).map_err(io)? {

@@ -278,7 +278,7 @@ impl Replica {
     }
 
     /// Writes a segment whose index is damaged again, from its frames. False: the frames are damaged, too, or it is gone.
-    pub(crate) fn repair_segment(&self, first: u64) -> Result<bool, ReplicaError> {
+    pub fn repair_segment(&self, first: u64) -> Result<bool, ReplicaError> {
         let _one = self.merging.lock().expect("no panic while held");
         let found = self.parts().into_iter().find_map(|part| match part {
             Part::Sealed(sealed) if sealed.first_cut() == first => Some(sealed),

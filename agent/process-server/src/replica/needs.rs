@@ -5,8 +5,9 @@
 //! if that cut is lost with a crash, whoever found the damage finds it again. *Crash.* Nothing here is durable: who asks
 //! remembers the damage, and asks again when the replica was opened.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
+use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::{Extent, ExtentSet};
 
 /// Asked for in whole pieces of this size, which is what a host keeps track of: bounds what is remembered and sent.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
@@ -13,7 +14,7 @@ use super::testing::{Chance, SimStorage, TestHost};
 use super::tests::{DISK_BYTES, check, open, scanned, session, small, tight};
 use super::{Replica, ReplicaSet};
 use crate::journal::Limits;
-use crate::points::PointSelector;
+use crate::points::{PointSelector, Retention};
 use crate::scrub::{self, Cursor, ScrubReport};
 
 const LOOK_UPS_MAX: u64 = 20;
@@ -400,6 +401,59 @@ fn what_a_failed_sync_lost_is_cut_off_and_comes_again() {
             check(&replica, &host.contents);
         }
     }
+}
+
+#[test]
+fn a_journal_that_cannot_be_opened_again_shows_what_is_durable_and_is_cut_off_at_the_next_try() {
+    let storage = SimStorage::default();
+    let (set, replica, mut host, stream, mut chance) = scanned(&storage, 5);
+    let acknowledged = replica.durable().cut;
+    assert_eq!(acknowledged, host.cut);
+    let (position, content) = (host.position, host.content.clone());
+    storage.fail_next_sync();
+    let sent = host.send(&stream, CutKind::Records, None, &mut chance);
+    sent.and_then(|()| set.sync(&replica).map(drop)).unwrap_err();
+    host.contents.split_off(&(acknowledged + 1));
+    (host.cut, host.position, host.content) = (acknowledged, position, content);
+    drop(stream);
+    // Opening it again fails, too.
+    for _ in 0..2 {
+        storage.crash_at(0);
+        assert!(replica.begin_session(host.info.generation, DISK_BYTES).is_err());
+        storage.crash_at(u64::MAX);
+        assert!(whole(&replica, acknowledged) == host.content, "what is durable is in the active segment");
+    }
+    let stream = session(&replica);
+    assert_eq!(replica.durable().cut, acknowledged, "nothing of the failed sync is believed");
+    host.send(&stream, CutKind::Records, None, &mut chance).unwrap();
+    set.sync(&replica).unwrap();
+    check(&replica, &host.contents);
+}
+
+#[test]
+fn a_fold_never_goes_past_a_listed_point() {
+    let storage = SimStorage::default();
+    let (set, replica, mut host, stream, mut chance) = scanned(&storage, 3);
+    let retention = Retention {
+        any_time_window: Duration::from_secs(12),
+        point_age_max: Duration::from_secs(86_400),
+        points_max: 1,
+    };
+    let mut folded_to = 0;
+    for number in 0..60 {
+        // Places of any-time recovery now and then, so that the window begins with one that lies before its first cut;
+        // kept points are newer.
+        let mark = (number % 5 == 0).then(|| host.mark(number % 10 == 0));
+        host.send(&stream, CutKind::Records, mark, &mut chance).unwrap();
+        set.sync(&replica).unwrap();
+        let done = set.maintain(host.info.machine, &retention, Timestamp(host.time), &Stop::new()).unwrap();
+        folded_to = done.folds.into_iter().map(|fold| fold.result.unwrap().to).fold(folded_to, u64::max);
+        for point in set.points(host.info.machine).unwrap().all() {
+            let cut = point.cut_of(host.info.disk).unwrap();
+            assert!(whole(&replica, cut) == host.contents[&cut], "the listed point at cut {cut}");
+        }
+    }
+    assert!(folded_to > 30, "folded to {folded_to} of {}", host.cut);
 }
 
 #[test]
