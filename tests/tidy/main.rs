@@ -2,6 +2,7 @@
 
 mod arrows;
 mod commands;
+mod seams;
 mod text;
 
 use std::path::{Path, PathBuf};

@@ -4,8 +4,9 @@ mod support;
 
 use std::sync::Arc;
 
-use support::memory::{Content, MemoryStorage, Random};
+use support::memory::{Content, MemoryStorage};
 use support::*;
+use tidemark_base::random::Random;
 use tidemark_base::storage::Storage;
 use tidemark_base::{Extent, Position};
 use tidemark_hrl::{ActiveLog, Append, Cause, Examination, Held, LogChain, LogError, PreparedLog, Verdict, recover};
@@ -158,7 +159,7 @@ fn a_power_loss_at_any_operation_keeps_what_was_synced() {
 
 #[test]
 fn a_recovery_that_is_stopped_itself_is_repeated() {
-    let mut random = Random(5);
+    let mut random = Random::new(5);
     for stop_at in (1..operations_of_a_run()).step_by(3) {
         let run = run(Some(stop_at));
         let after_kill = (Cause::ProcessKilled, run.memory.content(), run.appended);
@@ -166,12 +167,12 @@ fn a_recovery_that_is_stopped_itself_is_repeated() {
         for (cause, content, certain) in [after_kill, after_loss] {
             let memory = MemoryStorage::with(&content);
             let expected = end_of(&judge(&content, cause).1, &judge(&content, cause).0.storage());
-            memory.stop_at(1 + random.next() % 12);
+            memory.stop_at(1 + random.draw() % 12);
             let _ = recover(memory.storage(), STEM, disk(), cause, time(50));
             // A power loss in the middle of a recovery from a killed process would be a power loss to both.
             let again = match cause {
                 Cause::ProcessKilled => memory.content(),
-                Cause::PowerLoss => memory.content_after_power_loss(random.next()),
+                Cause::PowerLoss => memory.content_after_power_loss(random.draw()),
             };
             let (memory, verdict) = judge(&again, cause);
             let end = end_of(&verdict, &memory.storage());

@@ -6,6 +6,7 @@ use std::io::{self, IoSlice};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use tidemark_base::random::Random;
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
 
 pub type Content = BTreeMap<String, Vec<u8>>;
@@ -110,37 +111,24 @@ impl MemoryStorage {
     /// What may be left when the power fails: of each file what was synced, with any of the sectors that were written
     /// since, and either length.
     pub fn content_after_power_loss(&self, seed: u64) -> Content {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let folder = self.folder.lock().unwrap();
-        let names = if random.next().is_multiple_of(2) { &folder.durable_names } else { &folder.files };
+        let names = if random.draw().is_multiple_of(2) { &folder.durable_names } else { &folder.files };
         let mut content = Content::new();
         for (name, file) in names {
             let state = file.state.lock().unwrap();
-            let length = if random.next().is_multiple_of(2) { state.content.len() } else { state.durable.len() };
+            let length = if random.draw().is_multiple_of(2) { state.content.len() } else { state.durable.len() };
             let mut bytes = state.durable.clone();
             bytes.resize(length, 0);
             for start in (0..length).step_by(512) {
                 let end = (start + 512).min(length).min(state.content.len());
-                if start < end && random.next().is_multiple_of(2) {
+                if start < end && random.draw().is_multiple_of(2) {
                     bytes[start..end].copy_from_slice(&state.content[start..end]);
                 }
             }
             content.insert(name.clone(), bytes);
         }
         content
-    }
-}
-
-/// SplitMix64.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
     }
 }
 
