@@ -36,6 +36,8 @@ pub struct Workload {
     /// Guests write to the first so many sectors; less than the disk makes them meet.
     pub span_sectors: u64,
     pub mark_ms_max: u64,
+    /// 0: nobody asks for a resync.
+    pub resync_ms_max: u64,
 }
 
 pub struct HostState {
@@ -212,6 +214,10 @@ impl HostState {
         }
         let (state, marking) = (self.clone(), host.clone());
         sim.start(Process::Host, "marker", Box::new(move || state.make_marks(&marking)));
+        if self.workload.resync_ms_max > 0 {
+            let (state, host) = (self.clone(), host.clone());
+            sim.start(Process::Host, "resyncer", Box::new(move || state.resync(&host)));
+        }
         let mut was_bitmap = false;
         loop {
             sim.sleep(Duration::from_millis(500));
@@ -236,6 +242,20 @@ impl HostState {
             match host.mark(&request) {
                 Ok(_) => self.sim.count(if keep { Kind::KeptMark } else { Kind::Mark }),
                 Err(error) => self.sim.note(|| format!("no mark: {}", chain(&error))),
+            }
+        }
+    }
+
+    /// Somebody who wants everything compared, now and then.
+    fn resync(&self, host: &Host) {
+        loop {
+            self.sim.sleep(Duration::from_millis(1 + self.below(self.workload.resync_ms_max)));
+            if !self.is_busy.get() {
+                continue;
+            }
+            match host.resync(self.spec.machine) {
+                Ok(_) => self.sim.count(Kind::Resync),
+                Err(error) => self.sim.note(|| format!("no resync: {}", chain(&error))),
             }
         }
     }

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use tidemark_base::random::Random;
 use tidemark_base::seam::World;
-use tidemark_base::{DiskId, Generation, MachineId, ServerId};
+use tidemark_base::{DiskId, Generation, MachineId, MarkId, ServerId};
 use tidemark_process_server::journal::Limits;
 use tidemark_process_server::points::Retention;
 use tidemark_proto::control::{DiskSpec, Endpoint, MachineSpec, ReplicationPolicy};
@@ -46,6 +46,8 @@ pub const SEEN_SABOTAGES: &[&str] = &[
     "scan-acknowledged",
     "replace-sync",
     "epoch-scan",
+    "scan-cut-out",
+    "chunk-hash",
 ];
 
 /// What one run came to.
@@ -83,6 +85,8 @@ struct Plan {
     rounds: u64,
     has_errors: bool,
     has_rot: bool,
+    /// Bits turn in the host's logs while it is away.
+    has_log_rot: bool,
     keeps_all: bool,
     weather: Weather,
 }
@@ -118,6 +122,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         rounds: if is_calm { 1 } else { 2 + random.below(5) },
         has_errors: !is_calm && random.chance(1, 3),
         has_rot: !is_calm && random.chance(1, 10),
+        has_log_rot: !is_calm && random.chance(1, 12),
         keeps_all,
         weather: Weather {
             is_down: false,
@@ -165,6 +170,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         write_sectors_max: [8, 16, 64, 256][random.below(4) as usize],
         span_sectors: [span, span, span / 4, 64][random.below(4) as usize],
         mark_ms_max: [200, 2000, 20_000][random.below(3) as usize],
+        resync_ms_max: if is_calm { 0 } else { [0, 0, 20_000, 90_000][random.below(4) as usize] },
     };
     let host_limits = host::limits(&mut random);
     let host =
@@ -331,6 +337,14 @@ impl Director {
         }
     }
 
+    /// One bit of a log turns: what it held is not sent as something else, and is read from the disk again.
+    fn log_rot(&self, random: &mut Random) {
+        if let Some((name, bit)) = self.sim.host.rot(random, &[".hrl"]) {
+            self.sim.count(Kind::LogRot);
+            self.sim.note(|| format!("bit {bit} of {name} turned"));
+        }
+    }
+
     fn crash(&self, process: Process, random: &mut Random) {
         let ending = match random.below(5) {
             0 | 1 => Ending::Kill,
@@ -347,6 +361,9 @@ impl Director {
             }
         }
         self.end(process, ending, random);
+        if process == Process::Host && self.plan.has_log_rot && random.chance(2, 3) {
+            self.log_rot(random);
+        }
         let is_long = process == Process::Server && random.chance(1, 4);
         if is_long {
             self.sim.count(Kind::ServerAbsent);
@@ -429,30 +446,19 @@ impl Director {
         if self.plan.has_rot && self.server.is_rotten.get() {
             // What is damaged stays away; nothing that is read may be wrong.
             self.sim.sleep(Duration::from_secs(60));
+            if !self.server.is_up.get() {
+                return self.server.check_refusal(&self.sim);
+            }
             self.check_all(false);
+            if !self.sim.has_failed() {
+                self.server.find_rot(&self.sim);
+            }
+            if !self.sim.has_failed() {
+                self.heal();
+            }
             return;
         }
-        let mut last = String::new();
-        let mut found = None;
-        for _ in 0..600 {
-            self.sim.sleep(Duration::from_secs(2));
-            if self.sim.has_failed() {
-                return;
-            }
-            match self.host.status() {
-                Some(status) if status.is_settled => {
-                    if let Some(mark) = self.host.mark() {
-                        found = Some(mark);
-                        break;
-                    }
-                }
-                Some(status) => last = status.text,
-                None => last = "the host does not answer".to_owned(),
-            }
-        }
-        let Some(mark) = found else {
-            return self.sim.fail(format!("replication does not converge within 20 minutes: {last}"));
-        };
+        let Some(mark) = self.converge() else { return };
         self.await_point(mark);
         self.check_all(true);
         if self.sim.has_failed() {
@@ -470,8 +476,44 @@ impl Director {
         }
     }
 
+    /// What a scrub found damaged comes again from the host: the next point is the disk.
+    fn heal(&self) {
+        self.sim.sleep(Duration::from_secs(60));
+        let Some(mark) = self.converge() else { return };
+        self.await_point(mark);
+        let Some(set) = self.server.set.borrow().clone() else { return };
+        let point = set.points(self.server.machine).ok().and_then(|points| points.get(mark));
+        if !point.is_some_and(|point| self.server.check_point(&self.sim, &set, &point, true)) && !self.sim.has_failed()
+        {
+            return self.sim.fail(format!("recovery point {mark}, made after the scrub, cannot be read"));
+        }
+        self.sim.count(Kind::BitRotHealed);
+    }
+
+    /// Waits until everything is replicated, and marks that.
+    fn converge(&self) -> Option<MarkId> {
+        let mut last = String::new();
+        for _ in 0..600 {
+            self.sim.sleep(Duration::from_secs(2));
+            if self.sim.has_failed() {
+                return None;
+            }
+            match self.host.status() {
+                Some(status) if status.is_settled => {
+                    if let Some(mark) = self.host.mark() {
+                        return Some(mark);
+                    }
+                }
+                Some(status) => last = status.text,
+                None => last = "the host does not answer".to_owned(),
+            }
+        }
+        self.sim.fail(format!("replication does not converge within 20 minutes: {last}"));
+        None
+    }
+
     /// The server makes a point of the mark, which is what the disks hold now.
-    fn await_point(&self, mark: tidemark_base::MarkId) {
+    fn await_point(&self, mark: MarkId) {
         for _ in 0..120 {
             let set = self.server.set.borrow().clone();
             if let Some(set) = set.filter(|_| self.server.is_up.get())

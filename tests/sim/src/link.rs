@@ -12,12 +12,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidemark_base::DiskId;
-use tidemark_base::seam::World;
+use tidemark_base::seam::{self, World};
 use tidemark_host::pack::Permit;
 use tidemark_host::send::link::{Link, LinkError, LinkEvents, LinkStream, Traffic};
 use tidemark_process_server::accept::{Store, Writer};
+use tidemark_process_server::replica::Needs;
 use tidemark_proto::replication::{
-    Close, Credit, CutOrdinal, Durable, Hello, HostFrame, Refusal, RefusalReason, ServerFrame, SessionId, Welcome,
+    Close, Credit, CutOrdinal, Durable, Hashes, Hello, HostFrame, NEED_EXTENTS_MAX, Need, NeedReason, QUESTIONS_MAX,
+    Refusal, RefusalReason, ServerFrame, SessionId, Welcome,
 };
 
 use crate::counts::Kind;
@@ -285,7 +287,16 @@ impl Network {
             self.sim.count(Kind::NewEpoch);
         }
         self.answer(connection, ServerFrame::Welcome(welcome));
-        let shared = Rc::new(Acknowledgements::default());
+        let needs = store.needs();
+        if let Some(needs) = &needs {
+            let key = connection.server_key();
+            needs.begin(Arc::new(move || {
+                if let Some(world) = seam::current() {
+                    world.wake(key, true);
+                }
+            }));
+        }
+        let shared = Rc::new(Shared { needs: needs.clone(), ..Shared::default() });
         let disk = hello.disk;
         let (network, stream, syncer, gone) = (self.clone(), connection.clone(), store.clone(), shared.clone());
         self.sim.start(Process::Server, "commit", Box::new(move || network.commit(disk, &stream, &*syncer, &gone)));
@@ -293,6 +304,13 @@ impl Network {
         drop(writer);
         shared.is_over.set(true);
         self.sim.wake_key(shared.key(), true);
+        // Nothing is read for this stream any more when the next one begins.
+        while shared.comparing.get() > 0 {
+            self.sim.wait_own(connection.server_key(), Duration::from_millis(50));
+        }
+        if let Some(needs) = needs {
+            needs.end();
+        }
         drop(place);
         result
     }
@@ -303,12 +321,13 @@ impl Network {
         hello: &Hello,
         writer: &mut dyn Writer,
         held: CutOrdinal,
-        shared: &Rc<Acknowledgements>,
+        shared: &Rc<Shared>,
         place: &Place,
     ) -> Result<Option<Close>, Refusal> {
         let mut credit = Credit::new(STANDING_BYTES);
         let mut cut = held.next();
         let mut received = Close::default();
+        let mut question = 0;
         loop {
             if place.is_fenced() {
                 return Err(refusal(RefusalReason::Fenced, "a newer stream took over"));
@@ -331,7 +350,7 @@ impl Network {
                         return Err(refusal(RefusalReason::Gap, "a frame of another cut"));
                     }
                     let bytes = data.chunks.len() as u64;
-                    // Acknowledgements that the host did not hear of yet only make its own credit smaller.
+                    // Shared that the host did not hear of yet only make its own credit smaller.
                     if !credit.take(bytes) {
                         return Err(refusal(RefusalReason::Protocol, "data beyond the credit"));
                     }
@@ -373,25 +392,57 @@ impl Network {
                 }
                 HostFrame::Hello(_) => return Err(refusal(RefusalReason::Protocol, "a second hello")),
                 HostFrame::Hashes(hashes) => {
-                    // What it is about is listed now; it is read and answered at some time, in any order.
-                    let comparison = writer.compare(hashes)?;
-                    let (network, stream) = (self.clone(), connection.clone());
-                    let run = move || {
-                        network.sim.wait_own(stream.server_key(), network.delay());
-                        if let Some(answer) = comparison(&|| stream.is_server_told.get()) {
-                            network.answer(&stream, ServerFrame::Differing(answer));
-                        }
-                    };
-                    self.sim.start(Process::Server, "compare", Box::new(run));
+                    if hashes.question != question + 1 {
+                        return Err(refusal(RefusalReason::Protocol, "another question than the next one"));
+                    }
+                    if shared.comparing.get() == QUESTIONS_MAX {
+                        return Err(refusal(RefusalReason::Protocol, "more questions than may be under way"));
+                    }
+                    question = hashes.question;
+                    self.compare(connection, hashes, writer, shared)?;
                 }
             }
         }
     }
 
-    fn receive_or(&self, connection: &Connection, shared: &Acknowledgements, place: &Place) -> Option<HostFrame> {
+    /// Answers a question beside the stream; answers may overtake each other.
+    fn compare(
+        self: &Rc<Self>,
+        connection: &Rc<Connection>,
+        hashes: Hashes,
+        writer: &mut dyn Writer,
+        shared: &Rc<Shared>,
+    ) -> Result<(), Refusal> {
+        self.sim.count(Kind::Question);
+        let comparison = writer.compare(hashes)?;
+        shared.comparing.set(shared.comparing.get() + 1);
+        let (network, connection, shared) = (self.clone(), connection.clone(), shared.clone());
+        let answer = move || {
+            if network.sim.one_in(4) {
+                network.sim.sleep(Duration::from_millis(network.sim.below(500)));
+            }
+            let answer = comparison(&|| shared.is_over.get());
+            shared.comparing.set(shared.comparing.get() - 1);
+            if let Some(answer) = answer.filter(|_| !shared.is_over.get()) {
+                network.sim.count(Kind::Answer);
+                network.answer(&connection, ServerFrame::Differing(answer));
+            }
+            network.sim.wake_key(connection.server_key(), true);
+        };
+        self.sim.start(Process::Server, "compare", Box::new(answer));
+        Ok(())
+    }
+
+    fn receive_or(&self, connection: &Connection, shared: &Shared, place: &Place) -> Option<HostFrame> {
         loop {
             if place.is_fenced() || shared.refused.borrow().is_some() {
                 return None;
+            }
+            let extents = shared.needs.as_ref().map(|needs| needs.take(NEED_EXTENTS_MAX)).unwrap_or_default();
+            if !extents.is_empty() {
+                self.sim.count(Kind::Needed);
+                self.sim.note(|| format!("the replica needs {extents:?}"));
+                self.answer(connection, ServerFrame::Need(Need { extents, why: NeedReason::Damaged }));
             }
             if let Some(frame) = connection.arrived.borrow_mut().pop_front() {
                 return Some(frame);
@@ -404,7 +455,7 @@ impl Network {
     }
 
     /// Makes cuts durable, and says so.
-    fn commit(&self, disk: DiskId, connection: &Rc<Connection>, store: &dyn Store, shared: &Acknowledgements) {
+    fn commit(&self, disk: DiskId, connection: &Rc<Connection>, store: &dyn Store, shared: &Shared) {
         let mut acknowledged = 0;
         loop {
             if shared.ended.borrow().is_empty() {
@@ -442,16 +493,21 @@ impl Network {
     }
 }
 
+/// What the threads of one stream share.
 #[derive(Default)]
-struct Acknowledgements {
+struct Shared {
     /// Cuts that ended and are not durable, with the bytes of chunks until then.
     ended: RefCell<VecDeque<(CutOrdinal, u64)>>,
     settled: RefCell<VecDeque<u64>>,
     refused: RefCell<Option<Refusal>>,
     is_over: Cell<bool>,
+    /// Questions that are being answered.
+    comparing: Cell<usize>,
+    /// What the replica asks for again.
+    needs: Option<Arc<Needs>>,
 }
 
-impl Acknowledgements {
+impl Shared {
     fn key(&self) -> usize {
         std::ptr::from_ref(self) as usize
     }

@@ -38,6 +38,8 @@ struct Inode {
     durable: Vec<u8>,
     changes: Vec<Change>,
     mapped: Option<Arc<File>>,
+    /// Bytes in which a bit turned, and what they are since: until they are written over.
+    turned: Vec<(usize, u8)>,
 }
 
 impl Inode {
@@ -57,6 +59,7 @@ impl Inode {
     }
 
     fn change(&mut self, change: Change) {
+        self.turned.retain(|(byte, _)| !change.covers(*byte));
         if let Some(file) = &self.mapped {
             match &change {
                 Change::Write(at, data) => file.write_all_at(data, *at).expect("memory can be written"),
@@ -94,6 +97,17 @@ impl Inode {
             self.mapped = Some(Arc::new(file));
         }
         Ok(self.mapped.clone().expect("made above"))
+    }
+}
+
+impl Change {
+    /// Whether the byte is another one after it.
+    fn covers(&self, byte: usize) -> bool {
+        match self {
+            Change::Write(at, data) => (*at as usize..*at as usize + data.len()).contains(&byte),
+            Change::Zero(at, length) => (*at as usize..(*at + *length) as usize).contains(&byte),
+            Change::Length(bytes) => byte >= *bytes as usize,
+        }
     }
 }
 
@@ -280,7 +294,10 @@ impl Media {
                     _ => sim.count(Kind::LostWrite),
                 }
             }
-            kept.insert(*inode, Inode { now: content.clone(), durable: content, changes: Vec::new(), mapped: None });
+            let mut turned = file.turned;
+            turned.retain(|(byte, value)| content.get(*byte) == Some(value));
+            let (now, changes) = (content.clone(), Vec::new());
+            kept.insert(*inode, Inode { now, durable: content, changes, mapped: None, turned });
         }
         files.inodes = kept;
         files.durable_names = names.clone();
@@ -306,11 +323,26 @@ impl Media {
         let file = files.inodes.get_mut(&inode)?;
         let bit = random.below(file.durable.len() as u64 * 8);
         let (byte, mask) = ((bit / 8) as usize, 1 << (bit % 8));
-        file.durable[byte] ^= mask;
-        if let Some(seen) = file.now.get_mut(byte) {
-            *seen ^= mask;
+        // What is only in memory does not rot on the medium.
+        if byte >= file.now.len() || file.changes.iter().any(|change| change.covers(byte)) {
+            return None;
         }
+        file.durable[byte] ^= mask;
+        file.now[byte] ^= mask;
+        let turned = file.now[byte];
+        file.turned.retain(|(other, _)| *other != byte);
+        file.turned.push((byte, turned));
         Some((name, bit))
+    }
+
+    /// Files, by name, in which a bit turned that nobody wrote over since, with where.
+    pub fn turned(&self) -> Vec<(String, usize)> {
+        let files = self.files.borrow();
+        let of = |(name, inode): (&String, &u64)| {
+            let turned = files.inodes.get(inode).map(|file| file.turned.clone()).unwrap_or_default();
+            turned.into_iter().map(|(byte, _)| (name.clone(), byte)).collect::<Vec<_>>()
+        };
+        files.names.iter().flat_map(of).collect()
     }
 
     /// How long a file is, by part of its name; for tests.

@@ -14,6 +14,7 @@ use tidemark_process_server::accept::{ReplicaStores, Stores};
 use tidemark_process_server::journal::Limits;
 use tidemark_process_server::points::{Point, Retention};
 use tidemark_process_server::replica::{ReplicaInfo, ReplicaSet};
+use tidemark_process_server::scrub;
 use tidemark_proto::replication::{Durable, Hello, Refusal, RefusalReason, SessionId};
 
 use crate::counts::Kind;
@@ -23,6 +24,8 @@ use crate::oracle::{Content, Oracle};
 use crate::world::{Process, Sim};
 
 const FOLDER: &str = "/server";
+/// What a header takes.
+const SEGMENT_HEADER_BYTES: usize = 512;
 const MAINTENANCE: Duration = Duration::from_secs(10);
 
 pub struct ServerState {
@@ -40,6 +43,8 @@ pub struct ServerState {
     pub oracle: Rc<Oracle>,
     /// Damage was done to what it stores: reads may fail, but never lie.
     pub is_rotten: Cell<bool>,
+    /// Why it did not open its folder when it last tried in vain.
+    refusal: RefCell<String>,
 }
 
 impl ServerState {
@@ -63,6 +68,7 @@ impl ServerState {
             retention,
             oracle,
             is_rotten: Cell::new(false),
+            refusal: RefCell::default(),
         })
     }
 
@@ -134,6 +140,7 @@ impl ServerState {
                 Ok(set) => break Arc::new(set),
                 Err(error) => {
                     sim.note(|| format!("the server cannot open its folder: {error}"));
+                    self.refusal.replace(error.clone());
                     tries += 1;
                     // A medium that fails is tried again; one that is sound must open.
                     if tries > 5 && !self.is_rotten.get() && self.is_sound(sim) {
@@ -165,6 +172,62 @@ impl ServerState {
                     }
                 }
                 Err(error) => sim.note(|| format!("maintenance failed: {error}")),
+            }
+            set.tend(&stop);
+        }
+    }
+
+    /// A damaged replica may stay closed, until an operator says what to do; then the file is named.
+    pub fn check_refusal(&self, sim: &Sim) {
+        let refusal = self.refusal.borrow();
+        let turned = sim.server.turned();
+        if !turned.iter().any(|(name, _)| refusal.contains(name.as_str())) {
+            return sim.fail(format!("the server is not up, bits turned in {turned:?}, and it says: {refusal}"));
+        }
+        sim.count(Kind::BitRotNamed);
+    }
+
+    /// Reads all that is stored: every bit that turned, and was not written over since, is found and its file named.
+    pub fn find_rot(&self, sim: &Sim) {
+        let Some(set) = self.set.borrow().clone().filter(|_| self.is_up.get()) else { return };
+        let before = sim.server.turned();
+        let stop = Stop::new();
+        for replica in set.replicas() {
+            let disk = replica.disk().to_string();
+            let report = match scrub::scrub(&replica, &stop) {
+                Ok(report) => report,
+                Err(error) => return sim.fail(format!("the scrub of {disk} ended: {}", chain(&error))),
+            };
+            let still = sim.server.turned();
+            let opened = replica.open_report();
+            let found = report.findings.iter().map(|finding| format!("{} {}", finding.file, finding.what));
+            let known = replica.damages().into_iter().map(|damage| format!("{} {}", damage.file, damage.what));
+            let named: Vec<String> =
+                found.chain(known).chain(opened.rebuilt.iter().cloned()).chain(opened.damage.iter().cloned()).collect();
+            for (name, byte) in before.iter().filter(|turned| turned.0.contains(&disk) && still.contains(turned)) {
+                let file = name.rsplit('/').next().unwrap_or_default();
+                // What a change of a file that was cut short left behind says nothing.
+                if file.ends_with(".new") || file.ends_with(".pending") {
+                    continue;
+                }
+                // The header of a segment that is open is believed: the scrub does not read it, the next start does.
+                if name.contains("/segments/seg-") && *byte < SEGMENT_HEADER_BYTES {
+                    continue;
+                }
+                // Sums of the base and what they are of prove each other.
+                let stem = if file.starts_with("base.") { "base." } else { file };
+                if !named.iter().any(|text| text.contains(stem)) {
+                    return sim.fail(format!("a bit turned in byte {byte} of {name}, and the scrub named: {named:?}"));
+                }
+                sim.count(Kind::BitRotNamed);
+            }
+            if let Err(error) = set.quarantine(&replica, &report.findings, &stop) {
+                sim.note(|| format!("quarantine failed: {}", chain(&error)));
+            }
+            for first in report.indexes {
+                if let Err(error) = replica.repair_segment(first) {
+                    sim.note(|| format!("no index again: {}", chain(&error)));
+                }
             }
         }
     }
