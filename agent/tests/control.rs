@@ -2,6 +2,8 @@
 //! process server without disks on the other.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::{Arc, Mutex};
@@ -783,7 +785,7 @@ async fn roles_register_with_passphrase_fingerprint_and_approval() {
     let server = format!("https://{}", site.folder.config_server().unwrap().unwrap().api);
     let fingerprint = site.folder.authority().unwrap().fingerprint();
     let file = site.top.path().join("passphrase");
-    let write = |text: &str| std::fs::write(&file, text).unwrap();
+    let write = |text: &str| File::create(&file).unwrap().write_all(text.as_bytes()).unwrap();
     let dir = |name: &str| site.top.path().join(name).to_str().unwrap().to_owned();
     let (file_name, agent_dir, server_dir) = (file.to_str().unwrap(), dir("agent-2"), dir("server-2"));
     fn register<'a>(role: &'a str, dir: &'a str, server: &'a str, file: &'a str, print: &'a str) -> Vec<&'a str> {
@@ -894,7 +896,7 @@ async fn tokens_allow_what_their_role_does() {
         admin.post("/users", &json!({ "name": role, "role": role })).await.unwrap();
         let token = admin.post("/tokens", &json!({ "user": role })).await.unwrap();
         let file = site.top.path().join(role);
-        std::fs::write(&file, token["token"].as_str().unwrap()).unwrap();
+        File::create(&file).unwrap().write_all(token["token"].as_str().unwrap().as_bytes()).unwrap();
         clients.push(Client::new(&format!("https://{api}"), &file, &site.folder.ca_file()).unwrap());
         let listed = admin.get("/tokens").await.unwrap().to_string();
         assert!(!listed.contains(token["token"].as_str().unwrap()), "it is shown once");

@@ -229,7 +229,6 @@ impl Media {
     pub fn add_disk(self: &Rc<Self>, path: &str, bytes: u64) -> Arc<MemoryDisk> {
         let inode = self.disks.borrow().len() as u64 + 100;
         // Reached from one real thread alone, as everything here is.
-        #[expect(clippy::arc_with_non_send_sync, reason = "the seam's traits ask for Arc")]
         let disk = Arc::new(MemoryDisk {
             media: Rc::downgrade(self),
             inode,
@@ -482,7 +481,6 @@ impl Storage for MediaFolder {
             }
             (None, _) => return Err(io::Error::from_raw_os_error(libc::ENOENT)),
         };
-        #[expect(clippy::arc_with_non_send_sync, reason = "the seam's traits ask for Arc")]
         Ok(Arc::new(MediaFile {
             media: self.media.clone(),
             name,

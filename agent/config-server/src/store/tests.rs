@@ -1,3 +1,5 @@
+use std::io::Write as _;
+
 use super::*;
 use crate::database::DatabaseSetting;
 use crate::model::{DEFAULT_POLICY, Policy};
@@ -127,7 +129,6 @@ impl Drop for Postgres {
 
 /// The test command gathers these lines.
 fn skipped(why: &str) {
-    use std::io::Write;
     eprintln!("SKIPPED {why}");
     if let Some(file) = std::env::var_os("TIDEMARK_SKIPPED") {
         let mut file = std::fs::File::options().append(true).create(true).open(file).unwrap();
@@ -195,7 +196,7 @@ fn a_database_that_is_locked_full_newer_or_damaged_is_named() {
     drop(store);
     named(Database::open(&setting).err().unwrap(), "newer");
 
-    std::fs::write(&path, vec![7; 8192]).unwrap();
+    std::fs::File::create(&path).unwrap().write_all(&[7; 8192]).unwrap();
     named(Database::open(&setting).err().unwrap(), "damaged");
 }
 

@@ -213,7 +213,7 @@ async fn a_chunk_that_lies_about_its_size_unfolds_to_nothing() {
         (512u32, 1u32),
         (256 << 10, 512),
         (u32::MAX, 128),
-        (u32::MAX & !511, u32::MAX),
+        (!511, u32::MAX),
     ] {
         let mut sealed = sealed_for(own_key(&rig), Compression::Level(1), 0, &whole);
         assert!(sealed.len() < 4096);
@@ -293,8 +293,8 @@ async fn questions_without_sense_are_refused() {
         vec![run(0, 65536, 32)],
         vec![run(0, 65536, 15)],
         vec![run(0, 65536, 1 << 20)],
-        vec![run(0, u64::MAX & !511, 16)],
-        vec![run(u64::MAX & !511, 65536, 16)],
+        vec![run(0, !511, 16)],
+        vec![run(!511, 65536, 16)],
         vec![run(0, 0, 0)],
         vec![run(65536, 65536, 16), run(0, 65536, 16)],
     ] {
