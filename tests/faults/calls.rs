@@ -11,7 +11,7 @@ use serde_json::Value;
 use tidemark_tests::image::{self, MIB, Seeded};
 use tidemark_tests::nbd::Client;
 use tidemark_tests::process::Owned;
-use tidemark_tests::site::{Machine, text};
+use tidemark_tests::site::{LIMIT, Machine, text};
 use tidemark_tests::trace::{Fault, Injection, Trace};
 use tidemark_tests::{Site, need, need_root, tools, wait};
 
@@ -170,6 +170,8 @@ fn assert_kept(site: &Site, machine: &Machine, told: &Told) {
         assert!(fine, "block {block} lost its acknowledged write {number}");
     }
     site.wait_protected(&machine.name);
+    // A log that failed is left for a while; the way back up is found without anybody's help.
+    wait::until("the mode steps up", LIMIT, || (site.status(&machine.name)["mode"] == "data").then_some(()));
     site.point(&machine.name);
     let recovered = site.export(&machine.name, "latest", "recovered.raw", "raw");
     image::assert_same(&machine.disks[0].path, &recovered);

@@ -24,6 +24,8 @@ use crate::oracle::{Content, Oracle};
 use crate::world::{Process, Sim};
 
 const FOLDER: &str = "/server";
+/// `seg-` and the first cut in sixteen digits: what a segment is called before and after it is sealed.
+const SEGMENT_STEM: usize = 20;
 /// What a header takes.
 const SEGMENT_HEADER_BYTES: usize = 512;
 const MAINTENANCE: Duration = Duration::from_secs(10);
@@ -43,6 +45,8 @@ pub struct ServerState {
     pub oracle: Rc<Oracle>,
     /// Damage was done to what it stores: reads may fail, but never lie.
     pub is_rotten: Cell<bool>,
+    /// What every start named as damaged: once an index says which cuts were lost, nobody reads them again.
+    named: RefCell<Vec<String>>,
     /// Why it did not open its folder when it last tried in vain.
     refusal: RefCell<String>,
 }
@@ -68,6 +72,7 @@ impl ServerState {
             retention,
             oracle,
             is_rotten: Cell::new(false),
+            named: RefCell::default(),
             refusal: RefCell::default(),
         })
     }
@@ -202,8 +207,8 @@ impl ServerState {
             let opened = replica.open_report();
             let found = report.findings.iter().map(|finding| format!("{} {}", finding.file, finding.what));
             let known = replica.damages().into_iter().map(|damage| format!("{} {}", damage.file, damage.what));
-            let named: Vec<String> =
-                found.chain(known).chain(opened.rebuilt.iter().cloned()).chain(opened.damage.iter().cloned()).collect();
+            let mut named: Vec<String> = found.chain(known).chain(opened.rebuilt.iter().cloned()).collect();
+            named.extend(self.named.borrow().iter().filter(|what| what.starts_with(&disk)).cloned());
             for (name, byte) in before.iter().filter(|turned| turned.0.contains(&disk) && still.contains(turned)) {
                 let file = name.rsplit('/').next().unwrap_or_default();
                 // What a change of a file that was cut short left behind says nothing.
@@ -214,8 +219,12 @@ impl ServerState {
                 if name.contains("/segments/seg-") && *byte < SEGMENT_HEADER_BYTES {
                     continue;
                 }
-                // Sums of the base and what they are of prove each other.
-                let stem = if file.starts_with("base.") { "base." } else { file };
+                // Sums of the base and what they are of prove each other. A segment may have been named while it was active.
+                let stem = match file {
+                    file if file.starts_with("base.") => "base.",
+                    file if file.starts_with("seg-") => file.get(..SEGMENT_STEM).unwrap_or(file),
+                    file => file,
+                };
                 if !named.iter().any(|text| text.contains(stem)) {
                     return sim.fail(format!("a bit turned in byte {byte} of {name}, and the scrub named: {named:?}"));
                 }
@@ -242,6 +251,10 @@ impl ServerState {
         let (set, failures) = ReplicaSet::open(storage, self.limits).map_err(|error| error.to_string())?;
         if let Some(failure) = failures.first() {
             return Err(format!("{}: {}", failure.folder, chain(&failure.error)));
+        }
+        for replica in set.replicas() {
+            let disk = replica.disk();
+            self.named.borrow_mut().extend(replica.open_report().damage.iter().map(|what| format!("{disk} {what}")));
         }
         for (disk, disk_bytes) in &self.disks {
             if set.get(*disk).is_err() {
