@@ -7,6 +7,7 @@
 pub mod chunk;
 pub mod compare;
 pub mod disk;
+pub mod error;
 pub mod extent;
 pub mod ids;
 pub mod position;

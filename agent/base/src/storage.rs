@@ -89,14 +89,14 @@ pub fn replace_file(storage: &dyn Storage, name: &str, content: &[u8]) -> io::Re
     storage.sync_folder(name.rsplit_once('/').map_or("", |(folder, _)| folder))
 }
 
-/// Writes the first `bytes` of a file over themselves. After a sync that failed the page cache holds data that looks clean
+/// Writes the bytes `from..to` of a file over themselves. After a sync that failed the page cache holds data that looks clean
 /// and never reached the media, and the process that knew may be gone: before what was found in a file counts as durable, it
 /// is written once more, then synced.
-pub fn write_again(file: &dyn StorageFile, bytes: u64) -> io::Result<()> {
-    let mut buffer = vec![0; bytes.min(1 << 20) as usize];
-    let mut at = 0;
-    while at < bytes {
-        let part = &mut buffer[..(bytes - at).min(1 << 20) as usize];
+pub fn write_again(file: &dyn StorageFile, from: u64, to: u64) -> io::Result<()> {
+    let mut buffer = vec![0; to.saturating_sub(from).min(1 << 20) as usize];
+    let mut at = from;
+    while at < to {
+        let part = &mut buffer[..(to - at).min(1 << 20) as usize];
         file.read_at(at, part)?;
         file.write_at(at, part)?;
         at += part.len() as u64;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tidemark_base::random::Random;
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::create_private_folder;
 
@@ -16,7 +17,7 @@ use super::proof::{self, Known, Marked, Proof, Reference};
 use super::report::Report;
 use super::site::Site;
 use super::tools;
-use super::writers::{Random, Writers};
+use super::writers::Writers;
 use crate::cli::{CliError, Output};
 use crate::client::Client;
 
@@ -223,13 +224,16 @@ impl<'a> Stage<'a> {
 
     /// Overwrites the beginning of each disk, and a run in the middle of it.
     fn damage(&mut self, report: &mut Report) -> Result<(), CliError> {
-        let mut random = Random(0x7261_6e73_6f6d);
+        let mut random = Random::new(0x7261_6e73_6f6d);
+        let mut noise = vec![0; 1 << 20];
         for address in &self.addresses {
             let mut disk = NbdDisk::connect(address)?;
-            disk.write(0, &random.bytes(1 << 20))?;
+            random.fill(&mut noise);
+            disk.write(0, &noise)?;
             let middle = disk.bytes() / 2 / 4096 * 4096;
             for part in 0..DAMAGE_BYTES as u64 >> 20 {
-                disk.write(middle + (part << 20), &random.bytes(1 << 20))?;
+                random.fill(&mut noise);
+                disk.write(middle + (part << 20), &noise)?;
             }
             disk.flush()?;
         }
@@ -263,7 +267,8 @@ impl<'a> Stage<'a> {
             let found = nbd.copy_to(&copy)?;
             let clean = tools::is_clean(&copy)?;
             // The drill's own writes: they are read back, and go with it.
-            let scribble = Random(index as u64).bytes(1 << 20);
+            let mut scribble = vec![0; 1 << 20];
+            Random::new(index as u64).fill(&mut scribble);
             nbd.write(4 << 20, &scribble)?;
             let mut read_back = vec![0; scribble.len()];
             nbd.read(4 << 20, &mut read_back)?;

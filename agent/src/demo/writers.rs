@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use tidemark_base::random::Random;
 use tidemark_base::stop::Stop;
 
 use super::disks::NbdDisk;
@@ -154,12 +155,12 @@ struct Writer {
 
 impl Writer {
     fn run(mut self) -> Result<(), CliError> {
-        let mut random = Random(self.number as u64 + 1);
+        let mut random = Random::new(self.number as u64 + 1);
         for number in 1.. {
             if number % BURST == 0 && self.stop.wait_for(REST) || self.stop.is_stopped() {
                 break;
             }
-            let place = self.log.owned[(random.next() % self.log.owned.len() as u64) as usize];
+            let place = self.log.owned[(random.draw() % self.log.owned.len() as u64) as usize];
             let page = page(self.number, number);
             let hold = self.hold.clone();
             let _writing = hold.read().expect("no panic while held");
@@ -178,9 +179,9 @@ pub fn page(writer: usize, number: u64) -> Vec<u8> {
     page.extend_from_slice(MAGIC);
     page.extend_from_slice(&(writer as u64).to_le_bytes());
     page.extend_from_slice(&number.to_le_bytes());
-    let mut random = Random(number << 8 | writer as u64 | 1 << 63);
+    let mut random = Random::new(number << 8 | writer as u64 | 1 << 63);
     while page.len() < BLOCK_BYTES / 2 {
-        page.extend_from_slice(&random.next().to_le_bytes());
+        page.extend_from_slice(&random.draw().to_le_bytes());
     }
     while page.len() < BLOCK_BYTES {
         page.extend_from_slice(b"and the rest of a row of text; ");
@@ -204,23 +205,6 @@ pub fn last_writes(logs: &[Arc<Log>], upto: &[u64]) -> HashMap<Place, (usize, u6
         }
     }
     last
-}
-
-/// splitmix64: repeatable, and good enough to be incompressible.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    pub fn bytes(&mut self, length: usize) -> Vec<u8> {
-        (0..length.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).take(length).collect()
-    }
 }
 
 #[cfg(test)]

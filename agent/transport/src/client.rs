@@ -9,6 +9,7 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tidemark_base::Timestamp;
+use tidemark_base::error::with_causes;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -125,7 +126,7 @@ pub async fn connect_with(address: &str, config: Arc<ClientConfig>) -> Result<Ch
     });
     endpoint.connect_with_connector(connector).await.map_err(|error| {
         find(&error)
-            .unwrap_or_else(|| ConnectError::Unreachable { address: address.to_owned(), reason: reasons(&error) })
+            .unwrap_or_else(|| ConnectError::Unreachable { address: address.to_owned(), reason: with_causes(&error) })
     })
 }
 
@@ -164,10 +165,4 @@ fn find(error: &(dyn std::error::Error + 'static)) -> Option<ConnectError> {
     std::iter::successors(Some(error), |error| error.source())
         .find_map(|error| error.downcast_ref::<ConnectError>())
         .cloned()
-}
-
-fn reasons(error: &(dyn std::error::Error + 'static)) -> String {
-    let all: Vec<String> =
-        std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect();
-    all.join(": ")
 }

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tidemark_base::error::with_causes;
 use tidemark_base::{DiskId, Generation, HostId, MachineId, MarkId, ServerId, Timestamp};
 use uuid::Uuid;
 
@@ -382,13 +383,7 @@ impl Failure {
 
     /// An error with its causes, one after another.
     pub fn from_error(kind: FailureKind, error: &dyn std::error::Error, help: impl Into<String>) -> Self {
-        let mut message = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            message = format!("{message}: {error}");
-            cause = error.source();
-        }
-        Self::new(kind, message, help)
+        Self::new(kind, with_causes(error), help)
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidemark_base::disk::Durability;
+use tidemark_base::error::with_causes;
 use tidemark_base::random::Random;
 use tidemark_base::{Clock, DiskId, Extent, Timestamp};
 use tidemark_host::capture::splitter::Splitter;
@@ -186,7 +187,7 @@ impl HostState {
             match Host::start_with(self.config(), provider) {
                 Ok(host) => break Arc::new(host),
                 Err(error) => {
-                    sim.note(|| format!("the host does not start: {}", chain(&error)));
+                    sim.note(|| format!("the host does not start: {}", with_causes(&error)));
                     sim.sleep(Duration::from_secs(1));
                 }
             }
@@ -200,7 +201,7 @@ impl HostState {
             match host.protect(self.spec.clone()) {
                 Ok(_) => break,
                 Err(error) => {
-                    sim.note(|| format!("the host does not protect: {}", chain(&error)));
+                    sim.note(|| format!("the host does not protect: {}", with_causes(&error)));
                     sim.sleep(Duration::from_secs(1));
                 }
             }
@@ -241,7 +242,7 @@ impl HostState {
                 MarkRequest { machine: self.spec.machine, consistency: Consistency::Crash, label: String::new(), keep };
             match host.mark(&request) {
                 Ok(_) => self.sim.count(if keep { Kind::KeptMark } else { Kind::Mark }),
-                Err(error) => self.sim.note(|| format!("no mark: {}", chain(&error))),
+                Err(error) => self.sim.note(|| format!("no mark: {}", with_causes(&error))),
             }
         }
     }
@@ -255,7 +256,7 @@ impl HostState {
             }
             match host.resync(self.spec.machine) {
                 Ok(_) => self.sim.count(Kind::Resync),
-                Err(error) => self.sim.note(|| format!("no resync: {}", chain(&error))),
+                Err(error) => self.sim.note(|| format!("no resync: {}", with_causes(&error))),
             }
         }
     }
@@ -317,7 +318,7 @@ impl HostState {
                     MarkRequest { machine, consistency: Consistency::Crash, label: String::new(), keep: true };
                 match host.mark(&request) {
                     Ok(outcome) => *into.borrow_mut() = Some(outcome.id),
-                    Err(error) => sim.note(|| format!("no mark: {}", chain(&error))),
+                    Err(error) => sim.note(|| format!("no mark: {}", with_causes(&error))),
                 }
                 sim.wake_key(key, true);
             }),
@@ -444,12 +445,6 @@ impl HostState {
             }
         }
     }
-}
-
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let all: Vec<String> =
-        std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect();
-    all.join(": ")
 }
 
 /// Small limits, so that every limit is met.

@@ -6,6 +6,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tidemark_base::error::with_causes;
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::RealStorage;
 use tidemark_base::{DiskId, Generation, HostId, MachineId, Timestamp};
@@ -18,7 +19,6 @@ use tidemark_process_server::scrub;
 use tidemark_proto::replication::{Durable, Hello, Refusal, RefusalReason, SessionId};
 
 use crate::counts::Kind;
-use crate::host::chain;
 use crate::link::{Network, Place, Places, refusal};
 use crate::oracle::{Content, Oracle};
 use crate::world::{Process, Sim};
@@ -201,7 +201,7 @@ impl ServerState {
             let disk = replica.disk().to_string();
             let report = match scrub::scrub(&replica, &stop) {
                 Ok(report) => report,
-                Err(error) => return sim.fail(format!("the scrub of {disk} ended: {}", chain(&error))),
+                Err(error) => return sim.fail(format!("the scrub of {disk} ended: {}", with_causes(&error))),
             };
             let still = sim.server.turned();
             let opened = replica.open_report();
@@ -231,11 +231,11 @@ impl ServerState {
                 sim.count(Kind::BitRotNamed);
             }
             if let Err(error) = set.quarantine(&replica, &report.findings, &stop) {
-                sim.note(|| format!("quarantine failed: {}", chain(&error)));
+                sim.note(|| format!("quarantine failed: {}", with_causes(&error)));
             }
             for first in report.indexes {
                 if let Err(error) = replica.repair_segment(first) {
-                    sim.note(|| format!("no index again: {}", chain(&error)));
+                    sim.note(|| format!("no index again: {}", with_causes(&error)));
                 }
             }
         }
@@ -250,7 +250,7 @@ impl ServerState {
         let storage = RealStorage::create(FOLDER).map_err(|error| error.to_string())?;
         let (set, failures) = ReplicaSet::open(storage, self.limits).map_err(|error| error.to_string())?;
         if let Some(failure) = failures.first() {
-            return Err(format!("{}: {}", failure.folder, chain(&failure.error)));
+            return Err(format!("{}: {}", failure.folder, with_causes(&failure.error)));
         }
         for replica in set.replicas() {
             let disk = replica.disk();
@@ -301,7 +301,7 @@ impl ServerState {
                 return false;
             };
             let view = set.get(held.disk).and_then(|replica| replica.view(held.cut));
-            let view = match view.map_err(|error| chain(&error)) {
+            let view = match view.map_err(|error| with_causes(&error)) {
                 Ok(view) => view,
                 Err(error) => {
                     // It may have been thinned and folded since it was listed.
@@ -321,7 +321,7 @@ impl ServerState {
                 let length = (disk_bytes - at).min(buffer.len() as u64) as usize;
                 if let Err(error) = view.read(at, &mut buffer[..length]) {
                     if must_read && !self.is_rotten.get() {
-                        sim.fail(format!("point {} cannot be read at {at}: {}", point.id, chain(&error)));
+                        sim.fail(format!("point {} cannot be read at {at}: {}", point.id, with_causes(&error)));
                     }
                     if self.is_rotten.get() {
                         sim.count(Kind::BitRotFound);

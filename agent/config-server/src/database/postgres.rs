@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::time::Duration;
+use tidemark_base::error::with_causes;
 
 use bytes::BytesMut;
 use tokio_postgres::error::SqlState;
@@ -129,18 +130,12 @@ fn gone(name: &str) -> DatabaseError {
     DatabaseError::Unreachable { name: name.to_owned(), reason: "the connection ended".to_owned() }
 }
 
-fn reasons(error: &(dyn Error + 'static)) -> String {
-    let all: Vec<String> =
-        std::iter::successors(Some(error), |error| (**error).source()).map(ToString::to_string).collect();
-    all.join(": ")
-}
-
 fn named(name: &str, error: &tokio_postgres::Error) -> DatabaseError {
     let name = name.to_owned();
     // Its own text is "db error"; what was wrong is in the source.
     let reason = match error.as_db_error() {
         Some(db) => db.message().to_owned(),
-        None => reasons(error),
+        None => with_causes(error),
     };
     match error.code() {
         Some(code) if *code == SqlState::DISK_FULL || *code == SqlState::OUT_OF_MEMORY => {

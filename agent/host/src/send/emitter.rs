@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tidemark_base::Timestamp;
 use tidemark_base::chunk::ChunkKey;
+use tidemark_base::error::with_causes;
 use tidemark_base::time::Instant;
 use tidemark_proto::replication::{Refusal, RefusalReason};
 
@@ -159,13 +160,13 @@ impl Emitter {
             End::Refused(refusal) => self.refused(refusal),
             End::Source(SourceError::Closed { .. }) => Next::Stop,
             End::Source(error) => {
-                let problem = Problem { message: chain(&error), help: error.help().to_owned(), refusal: None };
+                let problem = Problem { message: with_causes(&error), help: error.help().to_owned(), refusal: None };
                 match self.heal(error) {
                     Ok(()) => Next::Retry(self.backoff.wait(), problem),
                     // Someone must act first, or time must pass. A scan that cannot end would otherwise begin again at once.
                     Err(error) => Next::Retry(
                         self.backoff.wait().max(self.config.limits.backoff_max / 4),
-                        Problem { message: chain(&error), help: error.help().to_owned(), refusal: None },
+                        Problem { message: with_causes(&error), help: error.help().to_owned(), refusal: None },
                     ),
                 }
             }
@@ -215,11 +216,4 @@ impl Emitter {
 
 fn problem_of_link(error: &LinkError) -> Problem {
     Problem { message: error.to_string(), help: error.help().to_owned(), refusal: None }
-}
-
-/// An error with its causes.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let all: Vec<String> =
-        std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect();
-    all.join(": ")
 }

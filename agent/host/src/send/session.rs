@@ -11,11 +11,12 @@ mod records;
 
 use std::collections::VecDeque;
 
+use tidemark_base::error::with_causes;
 use tidemark_base::time::Instant;
 use tidemark_base::{Position, Sequence};
 use tidemark_proto::replication::{Close, Credit, CutKind, CutOrdinal, Refusal};
 
-use super::emitter::{Emitter, chain};
+use super::emitter::Emitter;
 use super::link::{LinkError, LinkStream, Traffic};
 use super::status::Problem;
 use super::{Control, SendLimits, ShipMode};
@@ -211,7 +212,7 @@ fn protocol(reason: &str) -> End {
 
 fn read_failed(error: &PackError) -> End {
     End::Failed(Problem {
-        message: chain(error),
+        message: with_causes(error),
         help: "check the disk; the scan goes on from there by itself".to_owned(),
         refusal: None,
     })

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tidemark_base::DiskId;
 use tidemark_base::compare::CompareKey;
+use tidemark_base::error::with_causes;
 use tidemark_proto::replication::{CutEnd, CutOrdinal, Durable, Hashes, Hello, Refusal, RefusalReason};
 use tokio::sync::watch;
 
@@ -105,11 +106,5 @@ impl Writer for SessionWriter {
 }
 
 fn refused(error: JournalError) -> Refusal {
-    let mut message = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(error) = cause {
-        message = format!("{message}: {error}");
-        cause = error.source();
-    }
-    Refusal { reason: error.reason(), message, help: error.help().to_owned() }
+    Refusal { reason: error.reason(), message: with_causes(&error), help: error.help().to_owned() }
 }

@@ -1,10 +1,9 @@
 //! Opening a journal: what is on disk after a crash, a kill, or damage.
 
 use std::collections::VecDeque;
-use std::io;
 use std::sync::Arc;
 
-use tidemark_base::storage::{OpenMode, Storage, StorageFile};
+use tidemark_base::storage::{OpenMode, Storage, write_again};
 
 use super::active::Active;
 use super::error::ReadError;
@@ -15,9 +14,6 @@ use super::sealed::{Boundary, BoundaryKind, Sealed};
 use super::segment::{HEADER_BYTES, Header, SegmentName};
 use super::{Journal, JournalInfo, Limits, OpenReport, Part, SealError, Tip};
 use crate::view::cache::BlockCache;
-
-/// What is read and written at once when a tail is written again.
-const PIECE_BYTES: u64 = 1 << 20;
 
 impl Journal {
     /// Opens what is in `segments/`. `base` is where the base stands: segments at or before it are leftovers of a fold.
@@ -267,16 +263,4 @@ impl Journal {
         }
         Ok(())
     }
-}
-
-fn write_again(file: &dyn StorageFile, from: u64, to: u64) -> io::Result<()> {
-    let mut at = from;
-    let mut piece = Vec::new();
-    while at < to {
-        piece.resize((to - at).min(PIECE_BYTES) as usize, 0);
-        file.read_at(at, &mut piece)?;
-        file.write_at(at, &piece)?;
-        at += piece.len() as u64;
-    }
-    Ok(())
 }

@@ -7,6 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use serde::Serialize;
+use tidemark_base::error::with_causes;
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::Storage;
 use tidemark_base::sync::{Mutex, RwLock};
@@ -155,12 +156,7 @@ impl ReplicaSet {
         let points = self.points(replica.machine())?;
         let (marks, failed) = replica.marks_after(0);
         if let Some((error, cuts)) = failed {
-            let mut message = format!("the marks of {cuts} cuts cannot be read: {error}");
-            let mut cause = std::error::Error::source(&error);
-            while let Some(error) = cause {
-                message = format!("{message}: {error}");
-                cause = error.source();
-            }
+            let message = format!("the marks of {cuts} cuts cannot be read: {}", with_causes(&error));
             tracing::error!(%disk, message, "points are missing");
             self.unread.lock().expect("no panic while held").insert(disk, message);
         }

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tidemark_base::error::with_causes;
 use tidemark_base::stop::Stop;
 use tidemark_base::sync::Mutex;
 use tidemark_base::thread::JoinHandle;
@@ -112,12 +113,7 @@ impl Worker {
 
     /// Said once in the log, and in the status until it is gone.
     fn note(&self, disk: DiskId, error: &dyn std::error::Error, help: &str) {
-        let mut message = format!("history cannot be thinned and folded: {error}");
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            message = format!("{message}: {error}");
-            cause = error.source();
-        }
+        let message = format!("history cannot be thinned and folded: {}", with_causes(error));
         let problem = Problem { critical: false, message, help: help.to_owned() };
         let before = self.problems.lock().expect("no panic while held").insert(disk, problem.clone());
         if before.as_ref() != Some(&problem) {
