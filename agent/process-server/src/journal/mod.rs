@@ -22,7 +22,7 @@ use crate::view::cache::BlockCache;
 pub use active::verify_chunks;
 use active::{Active, OpenCut, SealError};
 pub use error::{JournalError, ReadError};
-pub use history::{History, Interval};
+pub use history::{History, Interval, Loss};
 pub use index::{Entry, Place, SegmentFile, commit_flags, flatten};
 pub use lookup::{Found, Layer, Source};
 use merged::Levels;
@@ -134,6 +134,7 @@ pub struct Journal {
     tip: Tip,
     durable: Tip,
     history: History,
+    losses: Vec<Loss>,
     failed: Option<String>,
     /// What was free when the volume last had no room for what came; none since something was appended again.
     no_room: Option<u64>,
@@ -174,6 +175,16 @@ impl Journal {
 
     pub fn history(&self) -> &History {
         &self.history
+    }
+
+    /// What was lost and is still felt.
+    pub fn losses(&self) -> &[Loss] {
+        &self.losses
+    }
+
+    /// What will still be felt of it when the base is at `base`.
+    pub fn losses_after(&self, base: u64) -> Vec<Loss> {
+        self.losses.iter().filter(|loss| self.history.is_felt(loss, base)).copied().collect()
     }
 
     pub fn parts(&self) -> impl Iterator<Item = &Part> {
@@ -509,6 +520,7 @@ impl Journal {
                 Err(error) => return Err(error),
             }
         }
+        self.losses = self.losses_after(base);
         self.history.forget(base);
         if removed { self.storage.sync_folder("segments") } else { Ok(()) }
     }

@@ -5,7 +5,7 @@
 //! | whole cuts to the end | | all kept |
 //! | bytes behind the last commit | | truncated: they were never a cut |
 //! | a cut that is not whole, or whose commit is gone | no | truncated at that cut: a torn tail |
-//! | the same | yes | kept, named as damaged; every cut behind it is kept, and not consistent until a scan ended that began after the damage was found |
+//! | the same | yes | kept, named as damaged; every cut behind it is kept, and not consistent until a scan ended that began after the damage was found ([`super::Loss`]) |
 
 use std::sync::Arc;
 
@@ -162,8 +162,6 @@ fn decide(cuts: Vec<WalkedCut>, header: &Header, file_end: u64) -> Recovered {
     };
     let mut recovered = Recovered { data_end: HEADER_BYTES as u64, ..Recovered::default() };
     let mut time = header.time_before;
-    // A scan that began before anybody knew of the damage does not send again what was damaged: its boundaries end nothing.
-    let mut is_damage_known = true;
     for cut in cuts.into_iter().take(keep) {
         if cut.cut <= proven {
             recovered.proven_end = cut.ends_at;
@@ -171,7 +169,6 @@ fn decide(cuts: Vec<WalkedCut>, header: &Header, file_end: u64) -> Recovered {
         let log_end = |entries: &Vec<Entry>| entries.len() as u64;
         recovered.data_end = cut.ends_at;
         if let Some((at, what)) = cut.trouble {
-            is_damage_known = false;
             let mut entry =
                 CommitEntry { time, commit_at: 0, log_end: log_end(&recovered.entries), flags: commit_flags::DAMAGED };
             if let Some((commit, commit_at)) = &cut.commit {
@@ -190,7 +187,7 @@ fn decide(cuts: Vec<WalkedCut>, header: &Header, file_end: u64) -> Recovered {
         if let Some((commit, commit_at)) = cut.commit {
             time = commit.end.time;
             recovered.commits.push(commit_entry(&commit.end, commit_at, log_end(&recovered.entries)));
-            recovered.boundaries.extend(boundary_of(commit.end.kind, cut.cut).filter(|_| is_damage_known));
+            recovered.boundaries.extend(boundary_of(commit.end.kind, cut.cut));
             recovered.last = Some((commit.end.to, commit.end.time, commit.hash));
         }
     }

@@ -255,8 +255,14 @@ impl Sealed {
     }
 
     /// Makes index and footer again from the frames, in a copy that replaces the file. `None`: the frames do not hold every
-    /// cut that the name claims.
-    pub fn rebuild(storage: &dyn Storage, first: u64, last: u64) -> Result<Option<Self>, ReadError> {
+    /// cut that the name claims, or, for one that is in use, not every cut that it holds: views would silently show what
+    /// was there before a cut that the new index leaves out.
+    pub fn rebuild(
+        storage: &dyn Storage,
+        first: u64,
+        last: u64,
+        in_use: Option<&Self>,
+    ) -> Result<Option<Self>, ReadError> {
         let path = SegmentName::Sealed { first, last }.path();
         let name = storage.path(&path).display().to_string();
         let io = |source: io::Error| ReadError::Io { file: name.clone(), source };
@@ -279,6 +285,10 @@ impl Sealed {
         else {
             return Ok(None);
         };
+        let damaged = found.boundaries.iter().filter(|boundary| boundary.what == BoundaryKind::Damaged);
+        if in_use.is_some_and(|old| !old.damaged_cuts().eq(damaged.map(|boundary| boundary.cut))) {
+            return Ok(None);
+        }
         let index = encode_index(
             &head,
             &Contents {
@@ -313,6 +323,12 @@ impl Sealed {
 
     pub fn first_cut(&self) -> u64 {
         self.header.first_cut
+    }
+
+    /// The cuts that it was sealed without: of each something was missing.
+    pub fn damaged_cuts(&self) -> impl Iterator<Item = u64> {
+        let damaged = self.boundaries.iter().filter(|boundary| boundary.what == BoundaryKind::Damaged);
+        damaged.map(|boundary| boundary.cut)
     }
 
     pub fn extents(&self) -> u64 {
@@ -404,9 +420,9 @@ impl Sealed {
         self.flat.cursor(&self.segment)
     }
 
-    /// Whether a page of its index did not prove itself.
+    /// Whether a page of its index did not prove itself, and the frames say it all again.
     pub fn is_index_damaged(&self) -> bool {
-        self.rescued.lock().expect("no panic while held").is_some()
+        matches!(*self.rescued.lock().expect("no panic while held"), Some(Some(_)))
     }
 
     /// The index as the frames have it, when a page of the one on disk is damaged; the error when they are, too.
@@ -501,4 +517,48 @@ pub fn read_commit(segment: &SegmentFile, key: &FrameKey, at: u64, cut: u64) -> 
     }
     let body = segment.read(at + FRAME_HEADER_BYTES as u64, frame.body_bytes as usize)?;
     decode_commit(&body).filter(|commit| commit.end.cut.0 == cut).ok_or_else(damaged)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replica::testing::{Chance, SimStorage, TestHost};
+    use tidemark_base::storage::read_file;
+    use tidemark_proto::replication::CutKind;
+
+    /// Who can write the hash that ends a footer can write anything before it.
+    #[test]
+    fn a_footer_that_claims_what_cannot_be_is_damage() {
+        let storage = SimStorage::default();
+        let limits = crate::journal::Limits { segment_cuts: 3, reserve_bytes: 0, ..Default::default() };
+        let set = crate::replica::ReplicaSet::open(Arc::new(storage.clone()), limits).unwrap().0;
+        let mut host = TestHost::new(8192);
+        let replica = set.create(host.info).unwrap();
+        let stream = replica.begin_session(host.info.generation, 8192).unwrap();
+        host.send(&stream, CutKind::ScanStart, None, &mut Chance(1)).unwrap();
+        let mark = host.mark(true);
+        host.send(&stream, CutKind::ScanEnd, Some(mark), &mut Chance(2)).unwrap();
+        host.send(&stream, CutKind::Records, None, &mut Chance(3)).unwrap();
+        let folder = storage.folder(&format!("replicas/{}", host.info.disk));
+        let name = SegmentName::Sealed { first: 1, last: 3 }.path();
+        let good = read_file(&*folder, &name, 1 << 20).unwrap();
+        let footer_at = good.len() - FOOTER_BYTES;
+        let header: [u8; HEADER_BYTES] = good[..HEADER_BYTES].try_into().unwrap();
+        assert!(Sealed::open(&*folder, 1, 3).is_ok());
+        let full = storage.files().into_iter().map(|file| file.0).find(|full| full.ends_with(&name)).unwrap();
+        // Places and numbers of the three tables, place and bytes of the directory, its boundaries.
+        for field in 0..9 {
+            for claim in
+                [u64::MAX, u64::MAX / 2, u64::MAX / 40, u64::MAX - good.len() as u64, 1 << 40, good.len() as u64]
+            {
+                let mut content = good.clone();
+                content[footer_at + 8 + field * 8..][..8].copy_from_slice(&claim.to_le_bytes());
+                let hash = footer_hash(&header, &content[footer_at..footer_at + FOOTER_BYTES - 32]);
+                content[footer_at + FOOTER_BYTES - 32..].copy_from_slice(&hash);
+                let forged = storage.with_file(&full, &content).folder(&format!("replicas/{}", host.info.disk));
+                let opened = Sealed::open(&*forged, 1, 3);
+                assert!(matches!(opened, Err(ReadError::Damaged { .. })), "field {field} claims {claim}");
+            }
+        }
+    }
 }

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | a chunk of a segment, or a block of the base | a read, or the scrub | the places are *needed* as far as they are still the newest content; points that show them are flagged; the host sends the newest content again |
 //! | an index: of a segment, or a merged one | a read, the scrub, or opening | made again from the frames; nothing is lost |
-//! | a segment's header, a segment, a cut that was not sealed | opening | every later cut is not consistent until a whole scan ended ([`crate::journal::History`]): what is missing is not known |
+//! | a segment's header, a segment, a cut that was not sealed | opening | every later cut is not consistent until a whole scan ended that began after this was found ([`crate::journal::Loss`], in the manifest): what is missing is not known |
 //! | manifest, table of damage | the scrub | written again from memory |
 //!
 //! *Quarantine.* A damaged place is never shown: each read proves what it returns, and fails there. The file stays as it is, because its other places are
@@ -285,10 +285,8 @@ impl Replica {
             _ => None,
         });
         let Some(old) = found else { return Ok(false) };
-        let Some(new) = Sealed::rebuild(&*self.storage, first, old.last_cut).map_err(|error| self.read_error(error))?
-        else {
-            return Ok(false);
-        };
+        let new = Sealed::rebuild(&*self.storage, first, old.last_cut, Some(&old));
+        let Some(new) = new.map_err(|error| self.read_error(error))? else { return Ok(false) };
         let replaced = self.state().journal.replace(&old, Arc::new(new));
         tracing::warn!(disk = %self.disk, segment = old.segment.name, "a segment's index was made again from its frames");
         Ok(replaced)

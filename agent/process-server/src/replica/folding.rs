@@ -104,7 +104,8 @@ impl Replica {
             let what = format!("it ends at cut {}, a fold to {target} was begun", state.journal.durable().cut);
             return Err(self.read_error(ReadError::damaged(self.storage.path("segments").display().to_string(), what)));
         }
-        if target <= state.manifest.base.cut {
+        // A segment that was lost after the fold was declared is not in its layers: it waits for the scan that repairs that.
+        if target <= state.manifest.base.cut || !state.journal.history().is_consistent(target) {
             return Ok(None);
         }
         self.change_manifest(&mut state, |manifest| manifest.fold_to = Some(target))?;
@@ -132,7 +133,9 @@ impl Replica {
             time: commit.end.time,
             commit: commit.hash,
         };
+        let losses = state.journal.losses_after(step);
         self.change_manifest(&mut state, |manifest| {
+            manifest.losses = losses;
             manifest.base = base.into();
             manifest.fold_step = None;
             manifest.fold_to = manifest.fold_to.filter(|&to| to > step);

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tidemark_base::storage::{Storage, read_file, replace_file};
 use tidemark_base::{DiskId, Generation, HistoryHash, MachineId, Position, Timestamp};
 
-use crate::journal::{ReadError, Tip};
+use crate::journal::{Loss, ReadError, Tip};
 use crate::table::{seal, unseal};
 
 pub const NAME: &str = "manifest";
@@ -29,6 +29,9 @@ pub struct Manifest {
     #[serde(default)]
     pub fold_step: Option<u64>,
     pub pins: Vec<Pin>,
+    /// Cuts of the journal that are gone. Durable before anything is appended to the journal in which that was found.
+    #[serde(default)]
+    pub losses: Vec<Loss>,
 }
 
 /// The last cut that is in the base.
@@ -64,8 +67,8 @@ pub struct Pin {
 impl Manifest {
     pub fn new(disk: DiskId, machine: MachineId, disk_bytes: u64, generation: Generation) -> Self {
         let base = Tip::default().into();
-        let (fold_to, fold_step, pins) = (None, None, Vec::new());
-        Self { version: VERSION, disk, machine, disk_bytes, generation, base, fold_to, fold_step, pins }
+        let (fold_to, fold_step, pins, losses) = (None, None, Vec::new(), Vec::new());
+        Self { version: VERSION, disk, machine, disk_bytes, generation, base, fold_to, fold_step, pins, losses }
     }
 
     pub fn store(&self, storage: &dyn Storage) -> io::Result<()> {

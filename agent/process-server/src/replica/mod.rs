@@ -30,11 +30,13 @@ mod reading;
 mod session;
 mod set;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_faults;
+#[cfg(test)]
+mod tests_losses;
 
 use std::collections::VecDeque;
 use std::io;
@@ -222,7 +224,8 @@ impl Replica {
         fold::recover(&*storage, &manifest, &mut base, write)?;
         let info = JournalInfo { disk, disk_bytes, generation: manifest.generation };
         let tip = (&manifest.base).into();
-        let (journal, mut open_report) = Journal::open(storage.clone(), info, tip, limits, cache.clone(), write)?;
+        let (journal, mut open_report) =
+            Journal::open(storage.clone(), info, tip, &manifest.losses, limits, cache.clone(), write)?;
         let (damage, forgotten) = Table::open_or_forget(storage.clone(), damage::NAME).map_err(|error| {
             ReadError::Io { file: storage.path(damage::NAME).display().to_string(), source: io::Error::other(error) }
         })?;
@@ -236,6 +239,9 @@ impl Replica {
         let mut state = State { journal, session, marks, changed_bytes, need, healed_to, removed, manifest };
         // Only a label for people: damage in the way does not keep a replica closed.
         state.changed_bytes = state.changed_since_point().unwrap_or(0);
+        if write && let Err(error) = state.store_losses(&*storage) {
+            tracing::warn!(%disk, %error, "what was lost cannot be noted: nothing is taken for the disk until it is");
+        }
         Ok(Arc::new(Self {
             disk,
             machine: state.manifest.machine,
@@ -467,6 +473,16 @@ impl Replica {
 }
 
 impl State {
+    /// What the journal lost is durable before anything follows it.
+    fn store_losses(&mut self, storage: &dyn Storage) -> io::Result<()> {
+        if self.manifest.losses != self.journal.losses() {
+            let next = Manifest { losses: self.journal.losses().to_vec(), ..self.manifest.clone() };
+            next.store(storage)?;
+            self.manifest = next;
+        }
+        Ok(())
+    }
+
     fn durable(&self) -> DurableState {
         let (tip, history) = (self.journal.durable(), self.journal.history());
         let needs_scan = history.needs_scan();

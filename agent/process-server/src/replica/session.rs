@@ -99,6 +99,8 @@ impl Replica {
         if state.journal.failure().is_some() {
             self.reopen_journal(&mut state)?;
         }
+        let stored = state.store_losses(&*self.storage);
+        stored.map_err(|error| JournalError::StoreFailed { disk: self.disk, source: Some(error) })?;
         state.journal.discard_open()?;
         state.session += 1;
         Ok(Session { number: state.session, replica: self.clone() })

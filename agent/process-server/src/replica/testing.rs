@@ -205,6 +205,29 @@ impl SimStorage {
         copy
     }
 
+    /// Writes into a file behind everybody's back.
+    pub fn write(&self, name: &str, at: u64, data: &[u8]) {
+        let mut world = self.world.lock().unwrap();
+        let inode = world.names[name];
+        let file = world.inodes.get_mut(&inode).unwrap();
+        apply(&mut file.now, &Change::Write(at, data.to_vec()));
+        apply(&mut file.durable, &Change::Write(at, data.to_vec()));
+    }
+
+    /// A copy in which a file holds this.
+    pub fn with_file(&self, name: &str, content: &[u8]) -> SimStorage {
+        let copy = self.after_crash(1);
+        {
+            let mut world = copy.world.lock().unwrap();
+            world.next += 1;
+            let (inode, content) = (world.next, content.to_vec());
+            world.inodes.insert(inode, Inode { now: content.clone(), durable: content, changes: Vec::new() });
+            world.names.insert(name.to_owned(), inode);
+            world.durable_names.insert(name.to_owned(), inode);
+        }
+        copy
+    }
+
     pub fn without_file(&self, name: &str) -> SimStorage {
         let copy = self.after_crash(1);
         copy.world.lock().unwrap().names.remove(name);

@@ -58,13 +58,24 @@ impl Located for MergedEntry {
 pub struct Member {
     pub first: u64,
     pub last: u64,
-    /// The end of its header: its hash.
+    /// The end of its header: its hash. Where cuts of it are damaged, the hash of that and of their numbers: an index that
+    /// was made while they were whole is of another segment.
     pub head: [u8; 32],
 }
 
 impl Member {
     fn of(sealed: &Sealed) -> Self {
-        Self { first: sealed.first_cut(), last: sealed.last_cut, head: sealed.head_hash }
+        let mut damaged = sealed.damaged_cuts().peekable();
+        let head = if damaged.peek().is_none() {
+            sealed.head_hash
+        } else {
+            let mut hasher = blake3::Hasher::new_keyed(&sealed.head_hash);
+            damaged.for_each(|cut| {
+                hasher.update(&cut.to_le_bytes());
+            });
+            *hasher.finalize().as_bytes()
+        };
+        Self { first: sealed.first_cut(), last: sealed.last_cut, head }
     }
 }
 
