@@ -197,16 +197,16 @@ mod simulated {
         }
 
         pub fn notify_one(&self) {
-            self.real.notify_one();
-            if let Some(world) = seam::current() {
-                world.wake(key(self), false);
+            match seam::current() {
+                Some(world) => world.wake(key(self), false),
+                None => self.real.notify_one(),
             }
         }
 
         pub fn notify_all(&self) {
-            self.real.notify_all();
-            if let Some(world) = seam::current() {
-                world.wake(key(self), true);
+            match seam::current() {
+                Some(world) => world.wake(key(self), true),
+                None => self.real.notify_all(),
             }
         }
     }

@@ -371,7 +371,9 @@ impl HostState {
 
     fn extent(&self) -> Extent {
         let sectors = self.workload.span_sectors;
-        let length = 1 + self.below(self.workload.write_sectors_max);
+        // Long ones are rarer than short ones: what a run costs are bytes, what it finds are orders.
+        let most = self.workload.write_sectors_max;
+        let length = 1 + self.below(if self.below(3) == 0 { most } else { most.min(16) });
         // Often at the same places: what is written again and again is where orders matter.
         let at = if self.below(2) == 0 { self.below(16) * sectors / 16 } else { self.below(sectors) };
         let at = at.min(sectors - 1);

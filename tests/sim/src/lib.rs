@@ -5,7 +5,7 @@
 //! one seam of `tidemark-base` (`seam.rs`): threads, locks, clocks, randomness, files, disks and the network.
 //!
 //! * [`world`]: threads that take turns, and time; * [`media`]: what is durable and what a power cut takes; * [`link`]: the
-//!   network, and the server's end of a stream; * [`host`], [`server`]: the two processes; * [`oracle`]: what must be true;
+//!   network, and the server's end of a stream; * [`host`], [`server`]: the two processes; * [`paged`]: their bytes; [`oracle`]: what must be true;
 //!   * [`counts`]: what happened.
 
 pub mod counts;
@@ -13,6 +13,7 @@ pub mod host;
 pub mod link;
 pub mod media;
 pub mod oracle;
+pub mod paged;
 pub mod server;
 pub mod world;
 
@@ -101,7 +102,9 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
     let machine = MachineId::from_bytes(random.bytes16());
     let disk_count = if random.chance(1, 3) { 2 } else { 1 };
     let disks: Vec<(DiskId, u64)> = (0..disk_count)
-        .map(|_| (DiskId::from_bytes(random.bytes16()), [1 << 20, 1 << 20, 2 << 20, 5 << 20][random.below(4) as usize]))
+        .map(|_| {
+            (DiskId::from_bytes(random.bytes16()), [512 << 10, 512 << 10, 1 << 20, 3 << 20][random.below(4) as usize])
+        })
         .collect();
     let mut disks = disks;
     disks.sort();
@@ -112,14 +115,14 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         points_max: if keeps_all { 100_000 } else { 2 + random.below(20) as usize },
     };
     let limits = Limits {
-        segment_bytes: 64 << 10 << random.below(5),
+        segment_bytes: 32 << 10 << random.below(5),
         segment_extents: 64 << random.below(5),
         segment_cuts: 8 << random.below(6),
         cut_extents_max: 4 << 20,
         reserve_bytes: 1 << 10,
     };
     let plan = Plan {
-        rounds: if is_calm { 1 } else { 2 + random.below(5) },
+        rounds: if is_calm { 1 } else { 2 + random.below(6) },
         has_errors: !is_calm && random.chance(1, 3),
         has_rot: !is_calm && random.chance(1, 10),
         has_log_rot: !is_calm && random.chance(1, 12),
@@ -155,7 +158,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
             cycle: random.chance(1, 4).then(|| Duration::from_secs(1 + random.below(20))),
             point_interval: random.chance(1, 2).then(|| Duration::from_secs(1 + random.below(30))),
             compression: random.chance(1, 2).then_some(1),
-            log_limit_bytes: Some(64 << 10 << random.below(7)),
+            log_limit_bytes: Some(32 << 10 << random.below(7)),
             throttle_bytes_per_second: random.chance(1, 8).then_some(256 << 10),
         },
         server: Endpoint { server: ServerId::from_bytes(random.bytes16()), address: "sim:1".to_owned() },
@@ -179,15 +182,16 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         let (oracle, disks) = (oracle.clone(), memory.clone());
         move |disk, mark| {
             if let Some(found) = disks.get(&disk) {
-                let bytes = tidemark_base::disk::Disk::bytes(&**found);
-                oracle.marked(mark, disk, Content { pages: found.snapshot(), bytes });
+                oracle.marked(mark, disk, Content { pages: found.snapshot() });
             }
         }
     });
+    let remembered = oracle.clone();
     let director =
         Director { sim: sim.clone(), host, server, network, oracle, plan, stop_at_sync: options.stop_at_sync.clone() };
     let start = sim.now();
     let result = sim.run(move || director.run(random));
+    remembered.forget();
     let counts = sim.counts.borrow().clone();
     Outcome {
         seed,
@@ -409,8 +413,7 @@ impl Director {
             self.sim.media(process).cut_power(random);
             if process == Process::Host {
                 for (id, disk) in &self.host.disks {
-                    let bytes = tidemark_base::disk::Disk::bytes(&**disk);
-                    self.oracle.check_floor(*id, &Content { pages: disk.snapshot(), bytes });
+                    self.oracle.check_floor(*id, &Content { pages: disk.snapshot() });
                 }
             }
         }

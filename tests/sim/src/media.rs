@@ -20,13 +20,14 @@ use tidemark_base::seam::{SimulatedDisk, World};
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
 
 use crate::counts::Kind;
+use crate::paged::{PAGE, Paged};
 use crate::world::{Process, Sim};
 
 const SECTOR: usize = 512;
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Change {
-    Write(u64, Rc<[u8]>),
+    Write(u64, Vec<u8>),
     Zero(u64, u64),
     Length(u64),
 }
@@ -34,28 +35,26 @@ enum Change {
 #[derive(Default)]
 struct Inode {
     /// As programs see it. A mapped file has it in `mapped` instead.
-    now: Vec<u8>,
-    durable: Vec<u8>,
+    now: Paged,
+    durable: Paged,
     changes: Vec<Change>,
+    /// A sync failed: what it should have written is not durable, although nothing shows it.
+    has_lost: bool,
     mapped: Option<Arc<File>>,
     /// Bytes in which a bit turned, and what they are since: until they are written over.
     turned: Vec<(usize, u8)>,
 }
 
 impl Inode {
-    fn content(&self) -> Vec<u8> {
-        match &self.mapped {
-            None => self.now.clone(),
-            Some(file) => {
-                let mut content = vec![0; file.metadata().map_or(0, |metadata| metadata.len()) as usize];
-                file.read_exact_at(&mut content, 0).expect("memory can be read");
-                content
-            }
-        }
+    /// What a mapped file holds.
+    fn mapped_content(file: &File) -> Vec<u8> {
+        let mut content = vec![0; file.metadata().map_or(0, |metadata| metadata.len()) as usize];
+        file.read_exact_at(&mut content, 0).expect("memory can be read");
+        content
     }
 
     fn bytes(&self) -> u64 {
-        self.mapped.as_ref().map_or(self.now.len() as u64, |file| file.metadata().map_or(0, |found| found.len()))
+        self.mapped.as_ref().map_or(self.now.bytes(), |file| file.metadata().map_or(0, |found| found.len()))
     }
 
     fn change(&mut self, change: Change) {
@@ -75,11 +74,28 @@ impl Inode {
     }
 
     fn sync(&mut self) {
-        if self.mapped.is_some() {
-            self.durable = self.content();
+        let changes = std::mem::take(&mut self.changes);
+        if let Some(file) = &self.mapped {
+            let content = Self::mapped_content(file);
+            self.durable.resize(content.len() as u64);
+            for (page, after) in content.chunks(PAGE).enumerate() {
+                let before = self.durable.page(page as u64);
+                if before.is_none_or(|before| before[..after.len()] != *after) {
+                    self.durable.write((page * PAGE) as u64, after);
+                }
+            }
+        } else if self.has_lost {
+            changes.iter().for_each(|change| apply(&mut self.durable, change));
+        } else if changes.iter().any(|change| matches!(change, Change::Length(_))) {
+            self.durable = self.now.clone();
         } else {
-            for change in std::mem::take(&mut self.changes) {
-                apply(&mut self.durable, &change);
+            // Nothing but these changes is between the two.
+            for change in &changes {
+                match change {
+                    Change::Write(at, data) => self.durable.share(&self.now, *at, data.len() as u64),
+                    Change::Zero(at, length) => self.durable.share(&self.now, *at, *length),
+                    Change::Length(_) => {}
+                }
             }
         }
     }
@@ -89,11 +105,12 @@ impl Inode {
         if self.mapped.is_none() {
             let descriptor = nix::sys::memfd::memfd_create(c"sim", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
             let file = File::from(descriptor);
-            file.write_all_at(&self.now, 0)?;
-            file.set_len(self.now.len() as u64)?;
+            let mut content = vec![0; self.now.bytes() as usize];
+            self.now.read(0, &mut content);
+            file.write_all_at(&content, 0)?;
             // What was not synced when it was mapped counts as not synced still: the content differs from `durable`.
             self.changes.clear();
-            self.now = Vec::new();
+            self.now = Paged::default();
             self.mapped = Some(Arc::new(file));
         }
         Ok(self.mapped.clone().expect("made above"))
@@ -111,22 +128,11 @@ impl Change {
     }
 }
 
-fn apply(content: &mut Vec<u8>, change: &Change) {
+fn apply(content: &mut Paged, change: &Change) {
     match change {
-        Change::Write(at, data) => {
-            let end = *at as usize + data.len();
-            if content.len() < end {
-                content.resize(end, 0);
-            }
-            content[*at as usize..end].copy_from_slice(data);
-        }
-        Change::Zero(at, length) => {
-            let end = ((*at + *length) as usize).min(content.len());
-            if (*at as usize) < end {
-                content[*at as usize..end].fill(0);
-            }
-        }
-        Change::Length(bytes) => content.resize(*bytes as usize, 0),
+        Change::Write(at, data) => content.write(*at, data),
+        Change::Zero(at, length) => content.zero(*at, *length),
+        Change::Length(bytes) => content.resize(*bytes),
     }
 }
 
@@ -234,10 +240,11 @@ impl Media {
             inode,
             bytes,
             state: RefCell::new(DiskState {
-                now: BTreeMap::new(),
-                changed: 1,
+                now: Paged::new(bytes),
+                durable: Paged::new(bytes),
                 pending: Vec::new(),
-                durable: BTreeMap::new(),
+                has_lost: false,
+                changed: 1,
             }),
         });
         self.disks.borrow_mut().insert(path.to_owned(), disk.clone());
@@ -277,12 +284,14 @@ impl Media {
         for inode in names.values() {
             let Some(mut file) = files.inodes.remove(inode) else { continue };
             let mut content = std::mem::take(&mut file.durable);
-            if file.mapped.is_some() {
-                let now = file.content();
-                content.resize(now.len(), 0);
-                for (before, after) in content.chunks_mut(SECTOR).zip(now.chunks(SECTOR)) {
-                    if before != after && survives(random) {
-                        before.copy_from_slice(after);
+            if let Some(mapped) = &file.mapped {
+                let now = Inode::mapped_content(mapped);
+                content.resize(now.len() as u64);
+                for (index, after) in now.chunks(SECTOR).enumerate() {
+                    let mut before = [0; SECTOR];
+                    content.read((index * SECTOR) as u64, &mut before);
+                    if before[..after.len()] != *after && survives(random) {
+                        content.write((index * SECTOR) as u64, after);
                     }
                 }
             }
@@ -294,9 +303,12 @@ impl Media {
                 }
             }
             let mut turned = file.turned;
-            turned.retain(|(byte, value)| content.get(*byte) == Some(value));
-            let (now, changes) = (content.clone(), Vec::new());
-            kept.insert(*inode, Inode { now, durable: content, changes, mapped: None, turned });
+            turned.retain(|(byte, value)| {
+                let mut is = [0];
+                content.read(*byte as u64, &mut is);
+                (*byte as u64) < content.bytes() && is[0] == *value
+            });
+            kept.insert(*inode, Inode { now: content.clone(), durable: content, turned, ..Inode::default() });
         }
         files.inodes = kept;
         files.durable_names = names.clone();
@@ -314,21 +326,20 @@ impl Media {
             .iter()
             .filter(|(name, inode)| {
                 part.iter().any(|part| name.contains(part))
-                    && files.inodes.get(inode).is_some_and(|file| !file.durable.is_empty() && file.mapped.is_none())
+                    && files.inodes.get(inode).is_some_and(|file| file.durable.bytes() > 0 && file.mapped.is_none())
             })
             .map(|(name, inode)| (name.clone(), *inode))
             .collect();
         let (name, inode) = found.get(random.below(found.len() as u64) as usize)?.clone();
         let file = files.inodes.get_mut(&inode)?;
-        let bit = random.below(file.durable.len() as u64 * 8);
+        let bit = random.below(file.durable.bytes() * 8);
         let (byte, mask) = ((bit / 8) as usize, 1 << (bit % 8));
         // What is only in memory does not rot on the medium.
-        if byte >= file.now.len() || file.changes.iter().any(|change| change.covers(byte)) {
+        if byte as u64 >= file.now.bytes() || file.changes.iter().any(|change| change.covers(byte)) {
             return None;
         }
-        file.durable[byte] ^= mask;
-        file.now[byte] ^= mask;
-        let turned = file.now[byte];
+        file.durable.flip(byte, mask);
+        let turned = file.now.flip(byte, mask);
         file.turned.retain(|(other, _)| *other != byte);
         file.turned.push((byte, turned));
         Some((name, bit))
@@ -400,7 +411,7 @@ impl Media {
 }
 
 /// Keeps of a write the sectors that reached the media.
-fn survive_write(content: &mut Vec<u8>, at: u64, data: &[u8], survives: &mut dyn FnMut() -> bool, sim: &Sim) {
+fn survive_write(content: &mut Paged, at: u64, data: &[u8], survives: &mut dyn FnMut() -> bool, sim: &Sim) {
     let (mut from, mut kept, mut lost) = (0, 0, 0);
     let mut lost_first = false;
     while from < data.len() {
@@ -408,7 +419,7 @@ fn survive_write(content: &mut Vec<u8>, at: u64, data: &[u8], survives: &mut dyn
         if survives() {
             kept += 1;
             lost_first |= lost > 0;
-            apply(content, &Change::Write(at + from as u64, data[from..until].into()));
+            content.write(at + from as u64, &data[from..until]);
         } else {
             lost += 1;
         }
@@ -609,9 +620,13 @@ impl MediaFile {
             .check_room(&sim, &self.name)
             .and_then(|()| self.media.fails(&sim, rates.write, Kind::WriteError, libc::EIO, &self.name));
         // A write that failed may have been done in part.
-        let length = if result.is_ok() { data.len() } else { sim.below(data.len() as u64 + 1) as usize };
-        sim.mix(offset ^ data.len() as u64);
-        self.with(|file| file.change(Change::Write(offset, data[..length].into())));
+        let length = data.len() as u64;
+        let mut data = data;
+        if result.is_err() {
+            data.truncate(sim.below(length + 1) as usize);
+        }
+        sim.mix(offset ^ length);
+        self.with(|file| file.change(Change::Write(offset, data)));
         result
     }
 }
@@ -623,9 +638,10 @@ impl StorageFile for MediaFile {
         self.with(|file| match &file.mapped {
             Some(file) => file.read_exact_at(buffer, offset),
             None => {
-                let range = offset as usize..(offset as usize).saturating_add(buffer.len());
-                let found = file.now.get(range).ok_or(io::ErrorKind::UnexpectedEof)?;
-                buffer.copy_from_slice(found);
+                if offset.saturating_add(buffer.len() as u64) > file.now.bytes() {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                file.now.read(offset, buffer);
                 Ok(())
             }
         })
@@ -649,7 +665,10 @@ impl StorageFile for MediaFile {
         if result.is_err() {
             self.is_latched.set(true);
             // Clean pages that were never written: no later sync brings them to the media.
-            self.with(|file| file.changes.clear());
+            self.with(|file| {
+                file.changes.clear();
+                file.has_lost = true;
+            });
             return result;
         }
         self.with(Inode::sync);
@@ -704,9 +723,6 @@ impl StorageFile for MediaFile {
     }
 }
 
-const PAGE: u64 = 4096;
-pub type Pages = BTreeMap<u64, Rc<[u8]>>;
-
 /// A protected disk.
 pub struct MemoryDisk {
     media: Weak<Media>,
@@ -720,49 +736,24 @@ unsafe impl Send for MemoryDisk {}
 unsafe impl Sync for MemoryDisk {}
 
 struct DiskState {
-    now: Pages,
-    durable: Pages,
+    now: Paged,
+    durable: Paged,
     /// Written and not flushed, in order.
-    pending: Vec<(u64, Rc<[u8]>)>,
+    pending: Vec<(u64, Vec<u8>)>,
+    /// What is durable differs from what is seen by more than what is pending.
+    has_lost: bool,
     changed: i128,
-}
-
-fn write_pages(pages: &mut Pages, offset: u64, data: &[u8]) {
-    let mut at = 0;
-    while at < data.len() {
-        let place = offset + at as u64;
-        let (page, within) = (place / PAGE, (place % PAGE) as usize);
-        let length = (PAGE as usize - within).min(data.len() - at);
-        let mut content: Vec<u8> = pages.get(&page).map_or_else(|| vec![0; PAGE as usize], |found| found.to_vec());
-        content[within..within + length].copy_from_slice(&data[at..at + length]);
-        pages.insert(page, content.into());
-        at += length;
-    }
-}
-
-pub fn read_pages(pages: &Pages, offset: u64, buffer: &mut [u8]) {
-    let mut at = 0;
-    while at < buffer.len() {
-        let place = offset + at as u64;
-        let (page, within) = (place / PAGE, (place % PAGE) as usize);
-        let length = (PAGE as usize - within).min(buffer.len() - at);
-        match pages.get(&page) {
-            Some(found) => buffer[at..at + length].copy_from_slice(&found[within..within + length]),
-            None => buffer[at..at + length].fill(0),
-        }
-        at += length;
-    }
 }
 
 impl MemoryDisk {
     /// What a sector holds now.
     pub fn peek(&self, sector: u64) -> Vec<u8> {
         let mut content = vec![0; SECTOR];
-        read_pages(&self.state.borrow().now, sector * SECTOR as u64, &mut content);
+        self.state.borrow().now.read(sector * SECTOR as u64, &mut content);
         content
     }
 
-    pub fn snapshot(&self) -> Pages {
+    pub fn snapshot(&self) -> Paged {
         self.state.borrow().now.clone()
     }
 
@@ -773,8 +764,8 @@ impl MemoryDisk {
     fn write(&self, offset: u64, data: &[u8]) {
         let sim = self.media().sim();
         let mut state = self.state.borrow_mut();
-        write_pages(&mut state.now, offset, data);
-        state.pending.push((offset, data.into()));
+        state.now.write(offset, data);
+        state.pending.push((offset, data.to_vec()));
         state.changed = i128::from(tidemark_base::Timestamp::from_system(sim.wall_now()).0);
     }
 
@@ -787,7 +778,7 @@ impl MemoryDisk {
                 if survives() {
                     kept += 1;
                     reordered |= lost > 0;
-                    write_pages(&mut state.durable, offset + (index * SECTOR) as u64, sector);
+                    state.durable.write(offset + (index * SECTOR) as u64, sector);
                 } else {
                     lost += 1;
                 }
@@ -800,6 +791,7 @@ impl MemoryDisk {
             }
         }
         state.now = state.durable.clone();
+        state.has_lost = false;
     }
 }
 
@@ -812,7 +804,7 @@ impl Disk for MemoryDisk {
         let media = self.media();
         let sim = media.step();
         media.fails(&sim, media.rates.get().disk, Kind::DiskError, libc::EIO, "the disk (read)")?;
-        read_pages(&self.state.borrow().now, offset, buffer);
+        self.state.borrow().now.read(offset, buffer);
         // Long enough for others to write in between.
         sim.step();
         Ok(())
@@ -840,15 +832,24 @@ impl Disk for MemoryDisk {
                 let mut state = self.state.borrow_mut();
                 let state = &mut *state;
                 // This write alone; what others wrote before to the same place came first.
-                write_pages(&mut state.durable, offset, data);
+                state.durable.write(offset, data);
+                // Another write to the same place may have come after it: that one is not pending any more, nor durable.
+                let mut is = vec![0; data.len()];
+                state.now.read(offset, &mut is);
+                state.has_lost |= is != data;
                 let extent = Extent::new(offset, data.len() as u64);
                 let pending = std::mem::take(&mut state.pending);
                 for (at, written) in pending {
-                    for (index, sector) in written.chunks(SECTOR).enumerate() {
-                        let place = at + (index * SECTOR) as u64;
-                        if !extent.contains(&Extent::new(place, SECTOR as u64)) {
-                            state.pending.push((place, sector.into()));
-                        }
+                    let (start, end) = (extent.offset.max(at), extent.end().min(at + written.len() as u64));
+                    if start >= end {
+                        state.pending.push((at, written));
+                        continue;
+                    }
+                    if at < start {
+                        state.pending.push((at, written[..(start - at) as usize].to_vec()));
+                    }
+                    if end < at + written.len() as u64 {
+                        state.pending.push((end, written[(end - at) as usize..].to_vec()));
                     }
                 }
                 Ok(())
@@ -881,8 +882,14 @@ impl Disk for MemoryDisk {
         let pending = std::mem::take(&mut state.pending);
         if result.is_ok() {
             for (offset, data) in pending {
-                write_pages(&mut state.durable, offset, &data);
+                if state.has_lost {
+                    state.durable.write(offset, &data);
+                } else {
+                    state.durable.share(&state.now, offset, data.len() as u64);
+                }
             }
+        } else {
+            state.has_lost = true;
         }
         result
     }
@@ -890,14 +897,14 @@ impl Disk for MemoryDisk {
     fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)> {
         self.media().step();
         let state = self.state.borrow();
-        let page = offset / PAGE;
-        let is_data = state.now.contains_key(&page);
+        let (page_bytes, page) = (PAGE as u64, offset / PAGE as u64);
+        let is_data = state.now.holds(page);
         let mut end = page + 1;
-        while end * PAGE < self.bytes && state.now.contains_key(&end) == is_data {
+        while end * page_bytes < self.bytes && state.now.holds(end) == is_data {
             end += 1;
         }
         let kind = if is_data { Allocation::Data } else { Allocation::Hole };
-        Ok(((end * PAGE).min(self.bytes) - offset, kind))
+        Ok(((end * page_bytes).min(self.bytes) - offset, kind))
     }
 }
 

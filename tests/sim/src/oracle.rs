@@ -8,29 +8,30 @@ use tidemark_process_server::replica::ReplicaSet;
 use tidemark_proto::replication::Durable;
 
 use crate::counts::Kind;
-use crate::media::{Pages, read_pages};
+use crate::paged::{PAGE, Paged};
 use crate::server::ServerState;
 use crate::world::Sim;
 
 /// A disk at an instant.
 #[derive(Clone)]
 pub struct Content {
-    pub pages: Pages,
-    pub bytes: u64,
+    pub pages: Paged,
 }
 
 impl Content {
     /// The first byte at or after `at` that is not as it should be.
     pub fn differs(&self, at: u64, found: &[u8]) -> Option<u64> {
-        let is_hole = self.pages.range(at / 4096..(at + found.len() as u64).div_ceil(4096)).next().is_none();
-        if is_hole && tidemark_base::disk::is_zero(found) {
+        // Page by page, without copying what is as it should be.
+        let first = at / PAGE as u64;
+        let is_same = |(page, found): (u64, &[u8])| match self.pages.page(page) {
+            Some(right) => right[..found.len()] == *found,
+            None => tidemark_base::disk::is_zero(found),
+        };
+        if at.is_multiple_of(PAGE as u64) && (first..).zip(found.chunks(PAGE)).all(is_same) {
             return None;
         }
         let mut expected = vec![0; found.len()];
-        read_pages(&self.pages, at, &mut expected);
-        if expected == found {
-            return None;
-        }
+        self.pages.read(at, &mut expected);
         expected.iter().zip(found).position(|(right, is)| right != is).map(|index| at + index as u64)
     }
 }
@@ -60,7 +61,8 @@ fn digest(content: &[u8]) -> u64 {
 pub struct Oracle {
     sim: std::rc::Rc<Sim>,
     marks: RefCell<BTreeMap<(MarkId, DiskId), Content>>,
-    sectors: RefCell<BTreeMap<(DiskId, u64), Sector>>,
+    /// By number; absent where nobody wrote.
+    sectors: RefCell<BTreeMap<DiskId, Vec<Option<Sector>>>>,
     /// The highest cut of each disk that the server acknowledged.
     acknowledged: RefCell<BTreeMap<DiskId, u64>>,
     dropped: RefCell<BTreeSet<MarkId>>,
@@ -121,6 +123,12 @@ impl Oracle {
         }
     }
 
+    /// Gives back what it remembers: threads that were killed hold on to it for ever.
+    pub fn forget(&self) {
+        self.marks.borrow_mut().clear();
+        self.sectors.borrow_mut().clear();
+    }
+
     /// Kept points that the server lists now.
     pub fn list(&self, marks: impl Iterator<Item = MarkId>) {
         self.listed.borrow_mut().extend(marks);
@@ -130,11 +138,15 @@ impl Oracle {
 
     /// A write of these sectors is given to the disk; `now` reads what a sector holds.
     pub fn issued(&self, disk: DiskId, offset: u64, data: &[u8], now: &dyn Fn(u64) -> Vec<u8>) {
-        let mut sectors = self.sectors.borrow_mut();
+        let mut all = self.sectors.borrow_mut();
+        let sectors = all.entry(disk).or_default();
+        let (first, count) = ((offset / 512) as usize, data.len().div_ceil(512));
+        if sectors.len() < first + count {
+            sectors.resize(first + count, None);
+        }
         for (index, content) in data.chunks(512).enumerate() {
-            let sector = offset / 512 + index as u64;
-            let found = sectors.entry((disk, sector)).or_insert_with(|| Sector {
-                contents: vec![digest(&now(sector))],
+            let found = sectors[first + index].get_or_insert_with(|| Sector {
+                contents: vec![digest(&now((first + index) as u64))],
                 acknowledged: 1,
                 ..Sector::default()
             });
@@ -153,9 +165,10 @@ impl Oracle {
         is_forced: bool,
         now: &dyn Fn(u64) -> Vec<u8>,
     ) {
-        let mut sectors = self.sectors.borrow_mut();
+        let mut all = self.sectors.borrow_mut();
+        let Some(sectors) = all.get_mut(&disk) else { return };
         for sector in extent.offset / 512..extent.end() / 512 {
-            let Some(found) = sectors.get_mut(&(disk, sector)) else { continue };
+            let Some(Some(found)) = sectors.get_mut(sector as usize) else { continue };
             found.under_way = found.under_way.saturating_sub(1);
             if found.under_way > 0 {
                 continue;
@@ -175,26 +188,28 @@ impl Oracle {
 
     /// Whatever was under way was never acknowledged.
     pub fn host_ended(&self) {
-        for found in self.sectors.borrow_mut().values_mut() {
+        for found in self.sectors.borrow_mut().values_mut().flatten().flatten() {
             found.under_way = 0;
             found.overlapped = false;
         }
     }
 
     /// What was acknowledged when a flush was asked for: it is durable once the flush is.
-    pub fn flush_begins(&self, disk: DiskId) -> Vec<(u64, usize)> {
-        let sectors = self.sectors.borrow();
-        let range = sectors.range((disk, 0)..=(disk, u64::MAX));
-        range
+    pub fn flush_begins(&self, disk: DiskId) -> Vec<(usize, usize)> {
+        let all = self.sectors.borrow();
+        let sectors = all.get(&disk).into_iter().flatten().enumerate();
+        let written = sectors.filter_map(|(at, found)| Some((at, found.as_ref()?)));
+        written
             .filter(|(_, found)| found.acknowledged > found.floor)
-            .map(|((_, at), found)| (*at, found.acknowledged))
+            .map(|(at, found)| (at, found.acknowledged))
             .collect()
     }
 
-    pub fn flushed(&self, disk: DiskId, covered: &[(u64, usize)]) {
-        let mut sectors = self.sectors.borrow_mut();
+    pub fn flushed(&self, disk: DiskId, covered: &[(usize, usize)]) {
+        let mut all = self.sectors.borrow_mut();
+        let Some(sectors) = all.get_mut(&disk) else { return };
         for (sector, number) in covered {
-            if let Some(found) = sectors.get_mut(&(disk, *sector)) {
+            if let Some(Some(found)) = sectors.get_mut(*sector) {
                 found.floor = found.floor.max(*number);
             }
         }
@@ -202,10 +217,11 @@ impl Oracle {
 
     /// After a power cut each sector is what the last flush covered, or something that was written since.
     pub fn check_floor(&self, disk: DiskId, content: &Content) {
-        let mut sectors = self.sectors.borrow_mut();
-        for ((_, sector), found) in sectors.range((disk, 0)..=(disk, u64::MAX)) {
-            let mut is = vec![0; 512];
-            read_pages(&content.pages, sector * 512, &mut is);
+        let sectors = self.sectors.borrow_mut().remove(&disk).unwrap_or_default();
+        let written = sectors.iter().enumerate().filter_map(|(sector, found)| Some((sector, found.as_ref()?)));
+        for (sector, found) in written {
+            let mut is = [0; 512];
+            content.pages.read(sector as u64 * 512, &mut is);
             let from = found.floor.saturating_sub(1);
             if !found.contents[from..].contains(&digest(&is)) {
                 self.sim.fail(format!(
@@ -218,6 +234,5 @@ impl Oracle {
             }
         }
         self.sim.count(Kind::FloorChecked);
-        sectors.retain(|(of, _), _| *of != disk);
     }
 }

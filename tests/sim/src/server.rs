@@ -315,7 +315,7 @@ impl ServerState {
                 }
             };
             let mut buffer = vec![0; 64 << 10];
-            let disk_bytes = expected.bytes;
+            let disk_bytes = expected.pages.bytes();
             let mut at = 0;
             while at < disk_bytes {
                 let length = (disk_bytes - at).min(buffer.len() as u64) as usize;
@@ -347,7 +347,7 @@ impl ServerState {
 fn describe(expected: &Content, wrong: u64, buffer: &[u8], at: u64) -> String {
     let mut right = [0; 16];
     let sector = wrong / 512 * 512;
-    crate::media::read_pages(&expected.pages, sector, &mut right);
+    expected.pages.read(sector, &mut right);
     let found = &buffer[(sector - at) as usize..][..16];
     format!("expected {right:02x?}, found {found:02x?}")
 }

@@ -24,6 +24,15 @@ use tidemark_base::{DiskId, MarkId, Position};
 use crate::counts::{Counts, Kind};
 use crate::media::{Media, MediaFolder};
 
+thread_local! {
+    /// Stacks that nobody uses, also those of runs before: the real machine clears every page of a new one.
+    static SPARE_STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
+}
+
+fn give_back(stack: DefaultStack) {
+    SPARE_STACKS.with_borrow_mut(|spare| spare.push(stack));
+}
+
 const STACK_BYTES: usize = 1 << 20;
 /// Steps of one run; more than this is a loop that never waits.
 const STEPS_MAX: u64 = 30_000_000;
@@ -60,7 +69,6 @@ struct Threads {
     ready: Vec<u64>,
     timers: BTreeSet<(Duration, u64)>,
     waiting: BTreeMap<usize, VecDeque<u64>>,
-    spare: Vec<DefaultStack>,
     next: u64,
     /// Processes that are about to be killed: their threads run no further.
     doomed: BTreeSet<Process>,
@@ -207,7 +215,7 @@ impl Sim {
             }
             CoroutineResult::Return(()) => {
                 let mut threads = self.threads.borrow_mut();
-                threads.spare.push(task.into_stack());
+                give_back(task.into_stack());
                 threads.alive.remove(&id);
                 drop(threads);
                 self.wake_key(join_key(id), true);
@@ -244,11 +252,12 @@ impl Sim {
     }
 
     pub fn start(self: &Rc<Self>, process: Process, name: &str, run: Box<dyn FnOnce()>) -> u64 {
-        let (id, stack) = {
+        let id = {
             let mut threads = self.threads.borrow_mut();
             threads.next += 1;
-            (threads.next, threads.spare.pop())
+            threads.next
         };
+        let stack = SPARE_STACKS.with_borrow_mut(Vec::pop);
         let stack = stack.unwrap_or_else(|| DefaultStack::new(STACK_BYTES).expect("room for a stack"));
         let sim = Rc::downgrade(self);
         let task = Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
@@ -455,7 +464,7 @@ impl Sim {
                     // SAFETY: nothing runs on this stack again, and nothing that others use lies on it: threads of the
                     // system share through the heap only.
                     unsafe { task.force_reset() };
-                    threads.spare.push(task.into_stack());
+                    give_back(task.into_stack());
                 } else {
                     std::mem::forget(task);
                 }

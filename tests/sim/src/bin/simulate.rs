@@ -145,6 +145,7 @@ const KINDS_OF_SYNCS: [(Process, &str); 10] = [
 const STOPS: u64 = 2 * 2 * 10 * 24;
 
 fn child_stops(from: u64, to: u64) -> ExitCode {
+    keep_memory();
     for number in from..to {
         let (stop, seed) = stop_at(number);
         let what = format!("{stop:?} of seed {seed}");
@@ -156,8 +157,19 @@ fn child_stops(from: u64, to: u64) -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// Memory that was given back stays in the process: getting it again, cleared page by page, took a third of the time.
+fn keep_memory() {
+    // SAFETY: sets numbers of the allocator, before this process has threads.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}
+
 /// Some seeds, one line each, for the process that sums up.
 fn child(from: u64, to: u64) -> ExitCode {
+    keep_memory();
     for seed in from..to {
         let outcome = run(seed, &Options::default());
         println!(
