@@ -26,8 +26,6 @@ use crate::world::{Process, Sim};
 const FOLDER: &str = "/server";
 /// `seg-` and the first cut in sixteen digits: what a segment is called before and after it is sealed.
 const SEGMENT_STEM: usize = 20;
-/// What a header takes.
-const SEGMENT_HEADER_BYTES: usize = 512;
 const MAINTENANCE: Duration = Duration::from_secs(10);
 
 pub struct ServerState {
@@ -213,10 +211,6 @@ impl ServerState {
                 let file = name.rsplit('/').next().unwrap_or_default();
                 // What a change of a file that was cut short left behind says nothing.
                 if file.ends_with(".new") || file.ends_with(".pending") {
-                    continue;
-                }
-                // The header of a segment that is open is believed: the scrub does not read it, the next start does.
-                if name.contains("/segments/seg-") && *byte < SEGMENT_HEADER_BYTES {
                     continue;
                 }
                 // Sums of the base and what they are of prove each other. A segment may have been named while it was active.

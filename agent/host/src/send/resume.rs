@@ -10,11 +10,15 @@
 //! | P of this epoch | readable, behind the cursor | alarm "diverged": new epoch, whole compare |
 //! | P of this epoch | past our log, other hash, or no longer readable | alarm "diverged": new epoch, whole compare |
 //! | P of an earlier epoch of ours | not behind the cursor | scan what is pending, from this epoch's start |
-//! | P of an earlier epoch of ours | behind the cursor, or nothing was acknowledged | alarm "diverged": new epoch, whole compare |
+//! | P of an earlier epoch of ours | nothing was acknowledged | the whole disk is compared, from this epoch's start |
+//! | P of an earlier epoch of ours | behind the cursor | alarm "diverged": new epoch, whole compare |
 //! | P of an unknown epoch | – | alarm "diverged": new epoch, whole compare |
 //!
 //! "From this epoch's start" needs the log to reach back to it. Where it does not, a new epoch is begun: nothing
 //! of an epoch is skipped.
+//!
+//! A server that stands in an epoch of ours although nothing was acknowledged took something whose acknowledgement a power
+//! cut outran: that is no other history, and the initial scan, which nothing was taken off, goes on as a compare.
 //!
 //! P behind the cursor is a server that lost what it acknowledged (restored, cloned, reverted). The log might still hold
 //! what is missing, but a server that lost one thing may have lost another.
@@ -99,7 +103,8 @@ pub fn decide(situation: &Situation<'_>) -> Decision {
             let begin = if situation.scan_open || situation.scan_pending { Begin::ScanHere } else { Begin::Records };
             Decision { alarm: None, new_epoch: None, whole_scan: None, begin }
         }
-        // What changed since the cursor is pending; without a cursor nobody knows since when.
+        Located::Earlier if cursor.is_none() => from_epoch_start(situation, None, Some(ScanReason::Unclean)),
+        // What changed since the cursor is pending; without one that we remember nobody knows since when.
         Located::Earlier if !behind && cursor.is_some_and(|cursor| rank(&cursor).is_some()) => {
             from_epoch_start(situation, None, None)
         }
@@ -131,6 +136,7 @@ mod tests {
     const RESUME: (Option<Alarm>, bool, bool, Begin) = (None, false, false, Begin::Records);
     const SCAN_HERE: (Option<Alarm>, bool, bool, Begin) = (None, false, false, Begin::ScanHere);
     const SCAN_START: (Option<Alarm>, bool, bool, Begin) = (None, false, false, Begin::ScanFromEpochStart);
+    const COMPARE: (Option<Alarm>, bool, bool, Begin) = (None, false, true, Begin::ScanFromEpochStart);
     const DIVERGED: (Option<Alarm>, bool, bool, Begin) = (Some(Alarm::Diverged), true, true, Begin::ScanFromEpochStart);
 
     /// What each combination must lead to, written down by hand: (alarm, new epoch, whole scan, begin).
@@ -146,7 +152,8 @@ mod tests {
             (Located::Here, false, _, true) => SCAN_HERE,
             (Located::Here, true, _, _) => DIVERGED,
             (Located::Earlier, false, true, _) => SCAN_START,
-            (Located::Earlier, true, _, _) | (Located::Earlier, _, false, _) => DIVERGED,
+            (Located::Earlier, _, false, _) => COMPARE,
+            (Located::Earlier, true, _, _) => DIVERGED,
             (Located::Ahead | Located::Gone | Located::Differs | Located::Unknown, ..) => DIVERGED,
         }
     }
@@ -189,7 +196,7 @@ mod tests {
                         (durable.epoch.0, durable.sequence).cmp(&(cursor.epoch.0, cursor.sequence))
                     });
                     let mut expected = expected(located, order, cursor.is_some(), scan_open || scan_pending);
-                    if expected == SCAN_START && !start_readable {
+                    if [SCAN_START, COMPARE].contains(&expected) && !start_readable {
                         expected.1 = true;
                     }
                     let got =

@@ -39,8 +39,8 @@ use tidemark_proto::replication::{
     CutEnd, CutOrdinal, Durable, Hashes, Hello, REPLICATE, Refusal, RefusalReason, SessionId,
 };
 use tidemark_transport::messages::answer;
-use tidemark_transport::{MESSAGE_BYTES_MAX, Message, Messages, PeerInfo};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tidemark_transport::{MESSAGE_BYTES_MAX, Message, Messages, PeerIdentity, PeerInfo};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -59,6 +59,9 @@ pub use store::ReplicaStores;
 
 /// Streams open at once, over all connections.
 const STREAMS_MAX: usize = 4096;
+/// Of these, for one identity: a host has one stream a disk, and for a moment a second one while it reconnects. No host
+/// keeps the others out.
+const PEER_STREAMS_MAX: usize = if cfg!(test) { 128 } else { 1024 };
 /// Frames that wait for a client to read them.
 const OUTBOUND_FRAMES_MAX: usize = 4;
 /// How long a fenced stream may take to append what it is at.
@@ -113,6 +116,8 @@ struct Inner {
     committer: Committer,
     disks: Mutex<HashMap<DiskId, Arc<Disk>>>,
     places: Arc<Semaphore>,
+    /// Streams of each identity that has any.
+    peers: Mutex<HashMap<Option<PeerIdentity>, usize>>,
     /// Lanes that may run at once: threads that verify and append.
     workers: Arc<Semaphore>,
     /// Questions of a compare that may be worked on at once.
@@ -158,6 +163,7 @@ impl Acceptor {
             committer: Committer::start()?,
             disks: Mutex::default(),
             places: Arc::new(Semaphore::new(STREAMS_MAX)),
+            peers: Mutex::default(),
             workers: Arc::new(Semaphore::new(2 * threads.max(2))),
             compares: compare::places(),
             stop: CancellationToken::new(),
@@ -249,7 +255,6 @@ impl Inner {
         generation: Generation,
         disk_bytes: u64,
     ) -> Result<Authorisation, Refusal> {
-        use tidemark_transport::PeerIdentity;
         let Some(PeerIdentity::Agent(agent)) = peer.identity else {
             let who = peer.identity.map_or("nobody".to_owned(), |peer| peer.to_string());
             return Err(refusal(
@@ -325,6 +330,38 @@ impl Service<http::Request<Body>> for ReplicationService {
     }
 }
 
+/// One stream's place, given back when it ends.
+struct PeerPlace {
+    inner: Arc<Inner>,
+    peer: Option<PeerIdentity>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl PeerPlace {
+    fn take(inner: &Arc<Inner>, peer: Option<PeerIdentity>, place: OwnedSemaphorePermit) -> Option<Self> {
+        let mut peers = inner.peers.lock().expect("no panic while held");
+        let count = peers.entry(peer).or_default();
+        if *count == PEER_STREAMS_MAX {
+            return None;
+        }
+        *count += 1;
+        drop(peers);
+        Some(Self { inner: inner.clone(), peer, _place: place })
+    }
+}
+
+impl Drop for PeerPlace {
+    fn drop(&mut self) {
+        let mut peers = self.inner.peers.lock().expect("no panic while held");
+        if let Some(count) = peers.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                peers.remove(&self.peer);
+            }
+        }
+    }
+}
+
 impl Acceptor {
     fn replicate(&self, request: http::Request<Body>) -> Result<http::Response<Body>, Status> {
         if request.uri().path() != REPLICATE {
@@ -335,7 +372,16 @@ impl Acceptor {
             .get::<PeerInfo>()
             .ok_or_else(|| Status::unauthenticated("the connection has no proven identity"))?;
         let Ok(place) = self.0.places.clone().try_acquire_owned() else {
-            return Err(Status::resource_exhausted(format!("{STREAMS_MAX} streams are open already")));
+            return Err(Status::resource_exhausted(format!(
+                "{STREAMS_MAX} streams are open already on this process server; protect further disks with another one"
+            )));
+        };
+        let Some(place) = PeerPlace::take(&self.0, peer.identity, place) else {
+            let who = peer.identity.map_or("this peer".to_owned(), |peer| peer.to_string());
+            return Err(Status::resource_exhausted(format!(
+                "{who} has {PEER_STREAMS_MAX} streams already, as many as one host may; make sure that only one agent runs \
+                 with this identity"
+            )));
         };
         let (sender, receiver) = mpsc::channel(OUTBOUND_FRAMES_MAX);
         let inner = self.0.clone();

@@ -370,3 +370,50 @@ async fn who_wants_everything_gets_no_more_than_a_window() {
     rig.goes_on().await;
     rig.server.stop().await;
 }
+
+/// Streams that say nothing, as many as they let a host have: the next one is told why not, another host is let in, and one
+/// that ended makes room.
+#[tokio::test]
+async fn a_host_that_opens_streams_without_end_keeps_only_itself_out() {
+    let rig = Rig::start().await;
+    let endpoint = &rig.server.endpoint;
+    let channel = tidemark_transport::connect(&endpoint.address, endpoint.peer, &rig.identity).await.unwrap();
+    let open = || {
+        let mut client = wire::replication_client::ReplicationClient::new(channel.clone());
+        async move {
+            let (sender, receiver) = tokio::sync::mpsc::channel(1);
+            let frames = client.replicate(tokio_stream::wrappers::ReceiverStream::new(receiver)).await?;
+            Ok::<_, tonic::Status>((sender, frames.into_inner()))
+        }
+    };
+    let mut streams = Vec::new();
+    let refusal = loop {
+        match open().await {
+            Ok(stream) => streams.push(stream),
+            Err(refusal) => break refusal,
+        }
+        assert!(streams.len() <= super::PEER_STREAMS_MAX, "nobody counts");
+    };
+    assert_eq!(refusal.code(), tonic::Code::ResourceExhausted);
+    assert!(refusal.message().contains("only one agent"), "{refusal}");
+    let (other, disk) = rig.server.agent_with_disk();
+    rig.set
+        .create(ReplicaInfo {
+            disk,
+            machine: rig.server.machine,
+            generation: Generation::FIRST,
+            disk_bytes: DISK_BYTES,
+        })
+        .unwrap();
+    let mut host = TestHost::open(endpoint, &other, disk).await;
+    host.end(CutKind::ScanStart, None).await;
+    host.durable().await;
+    // The server ends a stream whose host is gone; until it saw that, the next one may be refused once more.
+    streams.truncate(streams.len() / 2);
+    let room = tokio::time::timeout(std::time::Duration::from_secs(10), async {
+        while open().await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    });
+    assert!(room.await.is_ok(), "a stream that ended gives its place back");
+}

@@ -487,6 +487,24 @@ impl Journal {
         self.leave_generation()
     }
 
+    /// Reads the header of the open segment again. What is wrong with it is returned with the file's name, and it is written
+    /// again from memory: the next start would find none of the segment's cuts without it.
+    pub fn check_header(&mut self) -> Option<(String, String)> {
+        let active = self.active.as_ref()?;
+        let mut head = [0; HEADER_BYTES];
+        let what = match active.segment.file.read_at(0, &mut head) {
+            Ok(()) if head == active.head => return None,
+            Ok(()) => "the segment's header does not hold what was written to it".to_owned(),
+            Err(error) => format!("the segment's header cannot be read: {error}"),
+        };
+        let name = active.segment.name.clone();
+        let written = active.segment.file.write_at(0, &active.head).and_then(|()| active.segment.file.sync());
+        if let Err(error) = written {
+            self.store_failed(error);
+        }
+        Some((name, what))
+    }
+
     /// Puts a segment that was written again in its place; false when the old one is gone.
     pub fn replace(&mut self, old: &Arc<Sealed>, new: Arc<Sealed>) -> bool {
         let is_old = |part: &Part| matches!(part, Part::Sealed(sealed) if Arc::ptr_eq(sealed, old));

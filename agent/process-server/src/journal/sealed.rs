@@ -254,10 +254,11 @@ impl Sealed {
         })
     }
 
-    /// Makes index and footer again from the frames, in a copy that replaces the file. `None`: the frames do not hold every
+    /// Makes index and footer again from the frames, and the header of one that is in use from memory, in a copy that
+    /// replaces the file. `None`: the frames do not hold every
     /// cut that the name claims, or, for one that is in use, not every cut that it holds: views would silently show what
     /// was there before a cut that the new index leaves out.
-    pub fn rebuild(
+    pub(crate) fn rebuild(
         storage: &dyn Storage,
         first: u64,
         last: u64,
@@ -272,6 +273,9 @@ impl Sealed {
         }
         let mut head = [0; HEADER_BYTES];
         file.read_at(0, &mut head).map_err(io)?;
+        if let Some(old) = in_use {
+            head = old.header.encode();
+        }
         let Some(header) = Header::decode(&head).ok().filter(|header| header.first_cut == first) else {
             return Ok(None);
         };
@@ -304,8 +308,9 @@ impl Sealed {
         let copy = format!("{path}.repair");
         let copied = storage.open(&copy, OpenMode::OpenOrCreate).and_then(|to| {
             to.set_bytes(0)?;
+            to.write_at(0, &head)?;
             let mut piece = Vec::new();
-            let mut at = 0;
+            let mut at = HEADER_BYTES as u64;
             while at < found.data_end {
                 piece.resize((found.data_end - at).min(1 << 20) as usize, 0);
                 file.read_at(at, &mut piece)?;

@@ -5,7 +5,8 @@
 //! | a chunk of a segment, or a block of the base | a read, or the scrub | the places are *needed* as far as they are still the newest content; points that show them are flagged; the host sends the newest content again |
 //! | an index: of a segment, or a merged one | a read, the scrub, or opening | made again from the frames; nothing is lost |
 //! | a segment's header, a segment, a cut that was not sealed | opening | every later cut is not consistent until a whole scan ended that began after this was found ([`crate::journal::Loss`], in the manifest): what is missing is not known |
-//! | manifest, table of damage | the scrub | written again from memory |
+//! | manifest | opening, the scrub | written again from its copy, or from memory |
+//! | header of an open segment, table of damage | the scrub | written again from memory |
 //!
 //! *Quarantine.* A damaged place is never shown: each read proves what it returns, and fails there. The file stays as it is, because its other places are
 //! whole. Older content that a point needs exists here alone: it cannot be healed, the point stays flagged until it expires.
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tidemark_base::{Extent, ExtentSet, Timestamp};
 
+use super::manifest::Loaded;
 use super::{Replica, ReplicaError, State};
 use crate::fold::base::BLOCK_BYTES;
 use crate::journal::{Part, ReadError, Sealed};
@@ -243,17 +245,29 @@ impl Replica {
         }
     }
 
-    /// Reads the small files again; a damaged one is named, and written again from memory.
+    /// Reads the small files and the open segment's header again; a damaged one is named, and written again from memory.
     pub(crate) fn check_files(&self) -> Vec<Finding> {
         let mut found = Vec::new();
+        if !self.write {
+            // They were read when it was opened, and nothing is written again.
+            let named = self.open_report.rebuilt.iter();
+            return named
+                .map(|what| {
+                    Finding::of_file(self.storage.path(super::manifest::NAME).display().to_string(), what.clone())
+                })
+                .collect();
+        }
         {
-            let state = self.state();
+            let mut state = self.state();
+            if let Some((file, what)) = state.journal.check_header() {
+                found.push(Finding::of_file(file, what));
+            }
             match super::Manifest::load(&*self.storage) {
                 // Pins that were taken while there was no room are in memory alone.
-                Ok(manifest)
+                Ok(Loaded { manifest, is_stale, damaged: None })
                     if super::Manifest { pins: state.manifest.pins.clone(), ..manifest.clone() } == state.manifest =>
                 {
-                    if manifest != state.manifest
+                    if (is_stale || manifest != state.manifest)
                         && let Err(error) = state.manifest.store(&*self.storage)
                     {
                         tracing::warn!(disk = %self.disk, %error, "pins cannot be made durable");
@@ -261,6 +275,7 @@ impl Replica {
                 }
                 outcome => {
                     let what = match outcome {
+                        Ok(Loaded { damaged: Some(what), .. }) => what,
                         Ok(_) => "it does not hold what was written to it".to_owned(),
                         Err(error) => error.to_string(),
                     };

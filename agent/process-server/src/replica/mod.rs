@@ -1,6 +1,6 @@
 //! One disk's replica: journal, base, views and pins under one roof.
 //!
-//! A folder `replicas/<disk-id>/` with `manifest`, `segments/` ([`crate::journal`]), `base.raw`, `base.sums` and `fold.pending` ([`crate::fold`]).
+//! A folder `replicas/<disk-id>/` with `manifest` and its copy, `segments/` ([`crate::journal`]), `base.raw`, `base.sums` and `fold.pending` ([`crate::fold`]).
 //!
 //! *Consistency.* What may run at the same time:
 //!
@@ -167,6 +167,8 @@ pub struct Replica {
     cache: Arc<BlockCache>,
     base: Arc<BaseStore>,
     pins: Arc<Pins>,
+    /// False: nothing of it is changed.
+    write: bool,
     open_report: OpenReport,
     damage: Table<damage::Known>,
     suspects: Arc<Suspects>,
@@ -218,7 +220,13 @@ impl Replica {
         cache: Arc<BlockCache>,
         write: bool,
     ) -> Result<Arc<Self>, ReadError> {
-        let manifest = Manifest::load(&*storage)?;
+        let manifest::Loaded { manifest, is_stale, damaged } = Manifest::load(&*storage)?;
+        if is_stale
+            && write
+            && let Err(error) = manifest.store(&*storage)
+        {
+            tracing::warn!(disk = %manifest.disk, %error, "a manifest's second copy cannot be written again");
+        }
         let (disk, disk_bytes) = (manifest.disk, manifest.disk_bytes);
         let mut base = BaseStore::open(&*storage, disk, disk_bytes, write)?;
         fold::recover(&*storage, &manifest, &mut base, write)?;
@@ -230,7 +238,7 @@ impl Replica {
             ReadError::Io { file: storage.path(damage::NAME).display().to_string(), source: io::Error::other(error) }
         })?;
         // What was known to be damaged is found again by the next scrub.
-        open_report.rebuilt.extend(forgotten);
+        open_report.rebuilt.extend(damaged.into_iter().chain(forgotten));
         let needs = Needs::new(disk_bytes);
         let need = ExtentSet::from_iter(damage.read(|known: &damage::Known| known.need.clone()));
         needs.ask(need.iter());
@@ -250,6 +258,7 @@ impl Replica {
             cache,
             base: Arc::new(base),
             pins: Arc::default(),
+            write,
             open_report,
             damage,
             suspects: Arc::default(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
-use tidemark_base::storage::RealStorage;
+use tidemark_base::storage::{RealStorage, Storage};
 use tidemark_base::{Extent, Timestamp};
 use tidemark_proto::replication::{CutKind, RefusalReason};
 
@@ -175,11 +175,80 @@ fn every_single_flipped_bit_is_found_and_never_shown() {
     eprintln!(
         "{tried} flipped bits: {by_opening} found by opening, {by_reading} by reading, {by_scrubbing} by scrubbing"
     );
-    for kind in ["sealed", "active", "merged", "manifest", "points", "raw", "sums"] {
+    for kind in ["sealed", "active", "merged", "manifest", "copy", "points", "raw", "sums"] {
         assert!(kinds.contains(kind), "{kinds:?}");
     }
     assert!(silent.is_empty(), "{} of {tried}: {:?}", silent.len(), &silent[..silent.len().min(20)]);
     assert!(tried >= 10_000, "{tried}");
+}
+
+#[test]
+fn a_manifest_is_there_twice_and_one_that_is_damaged_is_written_again() {
+    let (storage, host) = small_world();
+    let limits = Limits { segment_cuts: 2, reserve_bytes: 0, ..Limits::default() };
+    let files = storage.files();
+    let of = |name: &str| files.iter().find(|file| file.0.ends_with(name)).unwrap().clone();
+    let (first, copy) = (of("/manifest"), of("/manifest.copy"));
+    assert!(first.1 == copy.1);
+    for ((name, good), other) in [(first.clone(), &copy.0), (copy.clone(), &first.0)] {
+        for bit in (0..good.len() as u64 * 8).step_by(7) {
+            let damaged = storage.with_flipped_bit(&name, bit);
+            let (set, failures) = ReplicaSet::open(Arc::new(damaged.clone()), limits).unwrap();
+            assert!(failures.is_empty(), "{name} bit {bit}: {failures:?}");
+            let replica = set.get(host.info.disk).unwrap();
+            assert!(replica.open_report().rebuilt.iter().any(|what| what.contains(&name)), "{name} bit {bit}");
+            assert!(damaged.files().contains(&(name.clone(), good.clone())), "it is written again");
+            let mut read = vec![0; 8192];
+            replica.view(host.cut).unwrap().read_at(0, &mut read).unwrap();
+            assert!(read == host.content);
+            // One that turns while the replica is open is found by the scrub.
+            damaged.write(&name, bit / 8, &[good[(bit / 8) as usize] ^ 1]);
+            let report = scrub::scrub(&replica, &Stop::new()).unwrap();
+            assert!(report.findings.iter().any(|found| found.what.contains(&name)), "{:?}", report.findings);
+            assert!(scrub::scrub(&replica, &Stop::new()).unwrap().sound);
+        }
+        // Both at once: nothing is known, and what to do is said.
+        let both = storage.with_flipped_bit(&name, 800).with_flipped_bit(other, 800);
+        let (set, failures) = ReplicaSet::open(Arc::new(both), limits).unwrap();
+        assert!(set.get(host.info.disk).is_err());
+        assert!(failures[0].error.to_string().contains("protect the disk again"), "{failures:?}");
+    }
+    // A folder of before has no copy: it is made without a word.
+    let old = storage.without_file(&copy.0);
+    let (set, _) = ReplicaSet::open(Arc::new(old.clone()), limits).unwrap();
+    assert!(set.get(host.info.disk).unwrap().open_report().rebuilt.is_empty());
+    assert!(old.files().contains(&copy));
+}
+
+#[test]
+fn a_header_that_turns_while_its_segment_is_open_is_found_and_written_again() {
+    let (storage, host) = small_world();
+    let limits = Limits { segment_cuts: 2, reserve_bytes: 0, ..Limits::default() };
+    let names =
+        |end: &str| storage.files().into_iter().map(|file| file.0).filter(|name| name.ends_with(end)).last().unwrap();
+    for name in [names(".active"), names(".sealed")] {
+        let storage = storage.copy();
+        let good = storage.files().into_iter().find(|file| file.0 == name).unwrap().1;
+        let set = ReplicaSet::open(Arc::new(storage.clone()), limits).unwrap().0;
+        let replica = set.get(host.info.disk).unwrap();
+        for byte in [0, 13, 60, 150, 300, 511] {
+            storage.write(&name, byte, &[good[byte as usize] ^ 4]);
+            let report = scrub::scrub(&replica, &Stop::new()).unwrap();
+            assert!(report.findings.iter().any(|found| found.file.contains(&name)), "{name} byte {byte}");
+            for &first in &report.indexes {
+                assert!(replica.repair_segment(first).unwrap());
+            }
+            assert!(storage.files().contains(&(name.clone(), good.clone())), "{name} byte {byte} is as it was");
+            assert!(scrub::scrub(&replica, &Stop::new()).unwrap().sound);
+        }
+        drop((replica, set));
+        // Without a server nothing is written.
+        storage.write(&name, 60, &[good[60] ^ 4]);
+        let before = storage.files();
+        let folder = storage.folder(&format!("replicas/{}", host.info.disk));
+        let report = scrub::verify_folder(folder, &Stop::new()).unwrap();
+        assert!(!report.sound && storage.files() == before);
+    }
 }
 
 #[test]

@@ -430,7 +430,7 @@ async fn what_a_scrub_finds_flags_points_and_is_told_after_a_restart() {
 
 fn pins(site: &Site, disk: DiskId) -> Vec<String> {
     let folder = RealStorage::open_folder(site.folder.path().join(format!("ps/replicas/{disk}")));
-    let manifest = crate::replica::manifest::Manifest::load(&*folder).unwrap();
+    let manifest = crate::replica::manifest::Manifest::load(&*folder).unwrap().manifest;
     manifest.pins.into_iter().map(|pin| pin.holder).collect()
 }
 
@@ -454,7 +454,7 @@ async fn what_is_served_is_pinned_for_as_long_as_it_is_served() {
     // A pin that a killed process left.
     site.server.serve(site.machine, Selector::Point(mark.id), false).await.unwrap();
     let folder = RealStorage::open_folder(site.folder.path().join(format!("ps/replicas/{disk}")));
-    let left = crate::replica::manifest::Manifest::load(&*folder).unwrap();
+    let left = crate::replica::manifest::Manifest::load(&*folder).unwrap().manifest;
     assert_eq!(left.pins.iter().filter(|pin| pin.holder.starts_with("serve")).count(), 1);
     site.server.stop().await;
     left.store(&*folder).unwrap();
