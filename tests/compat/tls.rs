@@ -16,7 +16,10 @@ struct Remote {
 }
 
 fn remote(protected: &Value) -> Remote {
-    let uri = text(&protected["disks"][0]["attach"]["nbds"]);
+    parts(text(&protected["disks"][0]["attach"]["nbds"]))
+}
+
+fn parts(uri: String) -> Remote {
     let (place, rest) = uri.strip_prefix("nbds://127.0.0.1:").unwrap().split_once('/').unwrap();
     let (export, certificates) = rest.split_once("?tls-certificates=").unwrap();
     let (port, export, certificates) = (place.to_owned(), export.to_owned(), PathBuf::from(certificates));
@@ -144,4 +147,38 @@ fn only_certificates_of_this_machine_open_it() {
     assert_opens(Machine::from_json(&ended).nbd());
     let refused = site.run(&["protect", "web", "--disk", disk.to_str().unwrap(), "--listen", "everywhere"]);
     refused.assert_refused(&["everywhere"]);
+}
+
+#[test]
+fn a_point_is_served_over_mutual_tls_as_long_as_the_serve_lasts() {
+    need!("nbdinfo", "nbdcopy", "qemu-io");
+    let site = Site::start();
+    let disk = disk(&site, "disk.img");
+    protect(&site, "web", &disk, "127.0.0.1:0");
+    site.wait_protected("web");
+    site.point("web");
+    let listen = ["--listen", "127.0.0.1:0"];
+    let mut served = site.serve("web", "latest", &listen);
+    let writable = site.serve("web", "latest", &["--writable", "--listen", "127.0.0.1:0"]);
+    let (remote, scratch) = (parts(served.nbds()[0].clone()), parts(writable.nbds()[0].clone()));
+    let copy = site.path("copy.img");
+    tools::run("nbdcopy", &[&remote.uri, copy.to_str().unwrap()]);
+    image::assert_same(&disk, &copy);
+    // Certificates of one serve open that serve alone, not the protected disk and no other serve.
+    assert_refused(&remote.with(None));
+    assert_refused(&remote.with(Some(&scratch.certificates)));
+    assert_refused(&format!("nbd://127.0.0.1:{}/{}", remote.port, remote.export));
+    // Writes over TLS are in the scratch layer that the socket shows as well.
+    let credentials =
+        format!("tls-creds-x509,id=tls,dir={},endpoint=client,verify-peer=yes", scratch.certificates.display());
+    let options = format!("driver=nbd,host=127.0.0.1,port={},export={},tls-creds=tls", scratch.port, scratch.export);
+    let write = ["--object", &credentials, "--image-opts", "-c", "write -P 7 1M 64k", "-c", "flush", &options];
+    assert!(tools::run("qemu-io", &write).contains("wrote 65536/65536"));
+    tools::qemu_io(writable.nbd(), &["read -P 7 1M 64k"]);
+    assert_opens(&remote.uri);
+    assert!(served.process.stop(tidemark_tests::site::LIMIT).success());
+    assert_refused(&remote.uri);
+    assert!(!remote.certificates.exists(), "the certificates end with the serve");
+    let refused = site.run(&["point", "serve", "web", "latest", "--listen", "everywhere"]);
+    refused.assert_refused(&["everywhere", "IP:PORT"]);
 }

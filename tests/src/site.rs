@@ -342,7 +342,8 @@ impl Site {
         let served: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("serve line {line:?}: {error}"));
         let disks = served["disks"].as_array().expect("disks is a list");
         let nbd = disks.iter().map(|disk| (text(&disk["id"]), text(&disk["nbd"]))).collect();
-        Served { nbd, process }
+        let nbds = disks.iter().filter_map(|disk| disk["nbds"].as_str().map(str::to_owned)).collect();
+        Served { nbd, nbds, process }
     }
 }
 
@@ -361,6 +362,7 @@ impl Drop for Site {
 pub struct Served {
     /// An address per disk, with the disk's id.
     nbd: Vec<(String, String)>,
+    nbds: Vec<String>,
     pub process: Owned,
 }
 
@@ -370,6 +372,11 @@ impl Served {
     pub fn nbd(&self) -> &str {
         assert_eq!(self.nbd.len(), 1, "one disk");
         &self.nbd[0].1
+    }
+
+    /// Addresses over TLS, of each disk that has one.
+    pub fn nbds(&self) -> &[String] {
+        &self.nbds
     }
 
     /// Of one of several disks.

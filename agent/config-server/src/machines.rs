@@ -53,11 +53,13 @@ impl ProtectRequest {
         match self.listen.as_deref() {
             None => Ok(None),
             Some("none") => Ok(Some(None)),
-            Some(text) => text.parse().map(|address| Some(Some(address))).map_err(|_| {
-                bad_request(format!("{text:?} is no address to listen on"), "give IP:PORT, or `none`; port 0 takes any")
-            }),
+            Some(text) => Ok(Some(Some(listen_address(text, "give IP:PORT, or `none`; port 0 takes any")?))),
         }
     }
+}
+
+pub fn listen_address(text: &str, help: &'static str) -> Result<SocketAddr, Failure> {
+    text.parse().map_err(|_| bad_request(format!("{text:?} is no address to listen on"), help))
 }
 
 /// Starts the job that protects a machine. Protecting the same again is no change, and answers with the same addresses.

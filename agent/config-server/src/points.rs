@@ -13,7 +13,7 @@ use tidemark_proto::control::{
 use crate::core::{Core, QUICK, SETTLE, WHOLE_DISK};
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::Job;
-use crate::machines::refuse_unprotected;
+use crate::machines::{listen_address, refuse_unprotected};
 use crate::model::{Machine, Wanted};
 use crate::names::{bad_request, check_label, check_path};
 
@@ -120,10 +120,21 @@ pub fn export(core: &Arc<Core>, name: &str, point: &str, request: ExportRequest)
     })
 }
 
+#[derive(Default, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServeRequest {
+    pub writable: bool,
+    /// Where the process server serves the disks over TLS as well: IP:PORT.
+    pub listen: Option<String>,
+}
+
 /// Serves a point until it is stopped, or nobody renews it.
-pub async fn serve(core: &Core, name: &str, point: &str, writable: bool) -> Result<Value, Failure> {
+pub async fn serve(core: &Core, name: &str, point: &str, request: ServeRequest) -> Result<Value, Failure> {
     let machine = core.machine(name)?;
-    let command = ServerCommand::Serve { machine: machine.id, point: selector(point)?, writable };
+    let listen = request.listen.as_deref();
+    let listen = listen.map(|text| listen_address(text, "give IP:PORT; port 0 takes any")).transpose()?;
+    let command =
+        ServerCommand::Serve { machine: machine.id, point: selector(point)?, writable: request.writable, listen };
     match core.server(machine.server, &command, SETTLE).await? {
         Reply::Serving(serving) => {
             core.serves.add(serving.serve, machine.server, &core.clock);

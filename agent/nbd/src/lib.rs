@@ -6,11 +6,13 @@
 //! * [`disk`]: any [`Disk`](tidemark_base::disk::Disk) as an export, the reference of the others.
 //! * [`server`]: one thread for each connection; writes that arrived together are one [`Export::write_batch`], straight
 //!   from the receive buffer. Unix sockets, and TCP under mutual TLS.
+//! * [`address`]: how clients are told where an export is.
 //! * [`client`]: a blocking client with pipelined writes.
 //!
 //! The numbers and layouts are those of the protocol's specification (NetworkBlockDevice/nbd, `doc/proto.md`). Extended
 //! headers, RESIZE, CACHE and metadata contexts other than `base:allocation` are not offered; clients do without.
 
+pub mod address;
 pub mod client;
 pub mod disk;
 pub mod export;

@@ -428,6 +428,9 @@ pub enum PointVerb {
         /// Keep writes in a scratch layer, which goes with the serve.
         #[arg(long)]
         writable: bool,
+        /// Serve the disks over NBD with mutual TLS as well, at IP:PORT of the process server; port 0 takes any free one.
+        #[arg(long, value_name = "ADDRESS")]
+        listen: Option<String>,
     },
     /// Writes a point as plain disk images.
     Export {

@@ -30,7 +30,10 @@ pub async fn run(client: &Client, verb: PointVerb, output: &Output) -> Result<()
         }
         PointVerb::Lock { name, point } => lock(client, Method::PUT, &name, &point, output).await,
         PointVerb::Unlock { name, point } => lock(client, Method::DELETE, &name, &point, output).await,
-        PointVerb::Serve { name, point, writable } => serve(client, &name, &point, writable, output).await,
+        PointVerb::Serve { name, point, writable, listen } => {
+            let request = json!({ "writable": writable, "listen": listen });
+            serve(client, &name, &point, request, output).await
+        }
         PointVerb::Export { name, point, to, format, wait } => {
             let request = json!({ "to": full_path(&to)?, "format": format });
             let started = client.post(&format!("{}/export", at(&name, &point)), &request).await?;
@@ -101,11 +104,11 @@ async fn verify(client: &Client, name: &str, point: &str, wait: &WaitArgs, outpu
 }
 
 /// Serves until it is told to stop; renews the lease meanwhile.
-async fn serve(client: &Client, name: &str, point: &str, writable: bool, output: &Output) -> Result<(), CliError> {
+async fn serve(client: &Client, name: &str, point: &str, request: Value, output: &Output) -> Result<(), CliError> {
     // Before the serve exists, so that no signal finds it without an end.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let serving = client.post(&format!("{}/serve", at(name, point)), &json!({ "writable": writable })).await?;
+    let serving = client.post(&format!("{}/serve", at(name, point)), &request).await?;
     let id = text(&serving, "/serve");
     let told = print_serving(&serving, output);
     let outcome = match told {
@@ -138,9 +141,14 @@ fn print_serving(serving: &Value, output: &Output) -> Result<(), CliError> {
         .as_array()
         .into_iter()
         .flatten()
-        .map(|disk| vec![text(disk, "/id"), text(disk, "/nbd"), text(disk, "/file")])
+        .flat_map(|disk| {
+            ["/nbd", "/nbds", "/file"]
+                .into_iter()
+                .filter_map(|address| disk.pointer(address)?.as_str())
+                .map(|address| vec![text(disk, "/id"), address.to_owned()])
+        })
         .collect();
-    Ok(output.table(&["DISK", "NBD", "FILE"], &rows)?)
+    Ok(output.table(&["DISK", "ADDRESS"], &rows)?)
 }
 
 /// Returns when the lease cannot be renewed for good.

@@ -1,5 +1,6 @@
 //! Between the wire and the model. Receiving checks: ids are ids, texts and lists are bounded, enums are known.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use tidemark_base::{DiskId, Generation, HostId, MachineId, MarkId, SECTOR_BYTES, ServerId, Timestamp};
@@ -277,6 +278,18 @@ impl TryFrom<wire::PointConsistency> for Consistency {
     }
 }
 
+/// Empty: none.
+fn address_text(address: Option<SocketAddr>) -> String {
+    address.map(|address| address.to_string()).unwrap_or_default()
+}
+
+fn optional_address(text: &str) -> Checked<Option<SocketAddr>> {
+    match text {
+        "" => Ok(None),
+        address => address.parse().map(Some).map_err(|_| WireError::Invalid("listen")),
+    }
+}
+
 impl From<&MachineSpec> for wire::MachineSpec {
     fn from(from: &MachineSpec) -> Self {
         wire::MachineSpec {
@@ -286,7 +299,7 @@ impl From<&MachineSpec> for wire::MachineSpec {
             policy: Some(from.policy.into()),
             server: Some(wire::Endpoint { server: from.server.server.to_vec(), address: from.server.address.clone() }),
             paused: from.paused,
-            listen: from.listen.map(|address| address.to_string()).unwrap_or_default(),
+            listen: address_text(from.listen),
         }
     }
 }
@@ -306,10 +319,7 @@ impl TryFrom<wire::MachineSpec> for MachineSpec {
                 address: named(server.address, "address")?,
             },
             paused: from.paused,
-            listen: match from.listen.as_str() {
-                "" => None,
-                address => Some(address.parse().map_err(|_| WireError::Invalid("listen"))?),
-            },
+            listen: optional_address(&from.listen)?,
         })
     }
 }
@@ -402,10 +412,11 @@ impl From<&ServerCommand> for wire::ServerCommand {
                 mark: mark.to_vec(),
                 limit_ms: milliseconds(*limit),
             }),
-            ServerCommand::Serve { machine, point, writable } => Body::Serve(wire::Serve {
+            ServerCommand::Serve { machine, point, writable, listen } => Body::Serve(wire::Serve {
                 machine: machine.to_vec(),
                 selector: Some((*point).into()),
                 writable: *writable,
+                listen: address_text(*listen),
             }),
             ServerCommand::StopServe(id) => Body::StopServe(wire::ServeRef { serve: id.0.as_bytes().to_vec() }),
             ServerCommand::Export { machine, point, to, format } => Body::Export(wire::Export {
@@ -452,6 +463,7 @@ impl TryFrom<wire::ServerCommand> for ServerCommand {
                 machine: machine(&of.machine)?,
                 point: selector(of.selector)?,
                 writable: of.writable,
+                listen: optional_address(&of.listen)?,
             },
             Body::StopServe(of) => ServerCommand::StopServe(serve_id(&of.serve)?),
             Body::Export(of) => ServerCommand::Export {
@@ -1014,7 +1026,13 @@ mod tests {
             ServerCommand::Lock { machine, point: Selector::Point(MarkId::random()), locked: true },
             ServerCommand::Verify { machine, point: Selector::Latest },
             ServerCommand::WaitPoint { machine, mark: MarkId::random(), limit: Duration::from_secs(3) },
-            ServerCommand::Serve { machine, point: Selector::LatestApp, writable: true },
+            ServerCommand::Serve {
+                machine,
+                point: Selector::LatestApp,
+                writable: true,
+                listen: Some("[::1]:10810".parse().unwrap()),
+            },
+            ServerCommand::Serve { machine, point: Selector::Latest, writable: false, listen: None },
             ServerCommand::StopServe(ServeId::random()),
             ServerCommand::Export { machine, point, to: "/x".into(), format: ImageFormat::Vhdx },
             ServerCommand::Status,

@@ -187,6 +187,8 @@ pub enum ServerCommand {
         machine: MachineId,
         point: Selector,
         writable: bool,
+        /// Where the disks are served over TLS as well. Port 0: any.
+        listen: Option<SocketAddr>,
     },
     StopServe(ServeId),
     Export {

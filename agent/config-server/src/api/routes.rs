@@ -14,7 +14,6 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tidemark_base::Clock;
 use tidemark_proto::control::{Failure, FailureKind, ServeId};
-use utoipa::ToSchema;
 use utoipa::openapi::schema::Type;
 use uuid::Uuid;
 
@@ -73,7 +72,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let one = job("Writes a point as plain disk images").takes::<points::ExportRequest>();
     api.post("/machines/{name}/points/{point}/export", export, one);
     let one = Operation::new(Operator, "Serves a point's disks; renew it within its lease");
-    let one = one.takes::<ServeRequest>().answers::<ServingSchema>();
+    let one = one.takes::<points::ServeRequest>().answers::<ServingSchema>();
     api.post("/machines/{name}/points/{point}/serve", serve, one);
     let one = Operation::new(Operator, "Renews the lease of a serve").answers_plain("application/json");
     api.post("/serves/{id}/renew", renew_serve, one);
@@ -271,15 +270,8 @@ async fn export(State(core): App, Path((name, point)): Path<(String, String)>, b
     accepted(points::export(&core, &name, &point, parse(&body)?)?)
 }
 
-#[derive(Default, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-struct ServeRequest {
-    writable: bool,
-}
-
 async fn serve(State(core): App, Path((name, point)): Path<(String, String)>, body: Bytes) -> Answer {
-    let request: ServeRequest = parse(&body)?;
-    ok(points::serve(&core, &name, &point, request.writable).await?)
+    ok(points::serve(&core, &name, &point, parse(&body)?).await?)
 }
 
 async fn renew_serve(State(core): App, Path(id): Path<String>) -> Answer {

@@ -8,13 +8,13 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tidemark_base::MachineId;
 use tidemark_base::storage::Storage;
-use tidemark_nbd::{Exports, Limits, ListenError, Server};
+use tidemark_nbd::{Exports, Limits, ListenError, Server, address};
 use tidemark_transport::ExportAuthority;
 
 use super::splitter::Splitter;
@@ -68,10 +68,6 @@ impl NbdSplitter {
         self.state.lock().expect("no panic while held")
     }
 
-    fn uri(&self, name: &str) -> String {
-        format!("nbd+unix:///{}?socket={}", encode(name), encode(&self.socket.to_string_lossy()))
-    }
-
     /// Opens the machine's authority, and makes it at the first time.
     fn authority(&self, machine: MachineId) -> Result<Arc<ExportAuthority>, HostError> {
         let failed = |source| HostError::Io { what: "make a folder for certificates", source };
@@ -88,44 +84,8 @@ impl NbdSplitter {
 
 impl Remote {
     fn uri(&self, name: &str) -> String {
-        let host = match self.address.ip() {
-            ip if ip.is_unspecified() => own_name().unwrap_or_else(|| "localhost".to_owned()),
-            IpAddr::V6(ip) => format!("[{ip}]"),
-            ip => ip.to_string(),
-        };
-        let folder = encode(&self.client_folder.to_string_lossy());
-        format!("nbds://{host}:{}/{}?tls-certificates={folder}", self.address.port(), encode(name))
+        address::tls_uri(name, self.address, &self.client_folder)
     }
-}
-
-/// The names that a listener's certificate has: those under which clients can reach it.
-fn names_of(address: IpAddr) -> Vec<String> {
-    let mut names = vec!["localhost".to_owned()];
-    if address.is_unspecified() {
-        names.extend(["127.0.0.1".to_owned(), "::1".to_owned()]);
-        names.extend(own_name());
-    } else {
-        names.push(address.to_string());
-    }
-    names
-}
-
-fn own_name() -> Option<String> {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?.trim().to_owned();
-    let is_dns = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-.".contains(&byte));
-    is_dns.then_some(name)
-}
-
-/// Percent-encodes what does not belong into a URI's path or query; a path stays readable.
-fn encode(text: &str) -> String {
-    let mut encoded = String::new();
-    for byte in text.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => encoded.push(byte as char),
-            byte => encoded.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    encoded
 }
 
 impl CaptureProvider for NbdSplitter {
@@ -138,7 +98,7 @@ impl CaptureProvider for NbdSplitter {
             remote.exports.insert(name, splitter.clone());
         }
         state.attached.insert(name.to_owned(), (machine, splitter));
-        Ok(Address { nbd: Some(self.uri(name)), file: None })
+        Ok(Address { nbd: Some(address::unix_uri(name, &self.socket)), file: None })
     }
 
     fn remote(&self, name: &str) -> Option<String> {
@@ -164,7 +124,7 @@ impl CaptureProvider for NbdSplitter {
         }
         let Some(address) = address else { return Ok(None) };
         let authority = self.authority(machine)?;
-        let config = authority.server(names_of(address.ip()))?;
+        let config = authority.server(address::certificate_names(address.ip()))?;
         let exports = Arc::new(Exports::new());
         let server = Server::new(exports.clone(), Limits::default());
         let address = server.listen_tcp(address, config)?;
@@ -212,16 +172,5 @@ impl CaptureProvider for NbdSplitter {
         let there: Result<Vec<()>, _> = remote.into_values().map(|remote| remote.server.stop()).collect();
         self.server.stop().map_err(io::Error::other)?;
         there.map(drop).map_err(io::Error::other)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_and_paths_are_encoded() {
-        assert_eq!(encode("web 1-0"), "web%201-0");
-        assert_eq!(encode("/run/a&b/nbd.sock"), "/run/a%26b/nbd.sock");
     }
 }

@@ -1,11 +1,14 @@
-//! Recovery points that can be opened at once, over NBD on a Unix socket.
+//! Recovery points that can be opened at once, over NBD on a Unix socket; for a hypervisor elsewhere over TCP too, by a
+//! listener of the serve's own with mutual TLS.
 //!
-//! *Consistency.* What is served is a view at one cut, or a scratch layer over it that belongs to this serve alone.
+//! *Consistency.* What is served is a view at one cut, or a scratch layer over it that belongs to this serve alone. A serve's
+//! listener knows that serve's disks alone, and lets in whom that serve's own authority gave a certificate.
 //! *Retries.* None. *Cancellation.* Stopping ends its connections after the requests that were received, and drops the
-//! scratch layer. *Crash.* Serves end with the process: the next start removes scratch layers and pins that were left.
+//! scratch layer and the authority. *Crash.* Serves end with the process: the next start removes scratch layers and pins that were left.
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,12 +17,15 @@ use tidemark_base::storage::Storage;
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
 use tidemark_nbd::server::{ListenError, Server, StillBusy};
-use tidemark_nbd::{DiskExport, Exports, Limits};
+use tidemark_nbd::{DiskExport, Exports, Limits, address};
 use tidemark_proto::control::{AttachedDisk, Failure, FailureKind, ServeId, Serving};
+use tidemark_transport::ExportAuthority;
 
 /// Points served at once: each costs a few file descriptors and, when writable, the room of its scratch layer.
 pub const SERVES_MAX: usize = 64;
 const FOLDER: &str = "serves";
+/// In the folder of a serve that is reached over TLS. No disk has this name.
+const CERTIFICATES: &str = "nbd-tls";
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -31,6 +37,8 @@ pub enum ServeError {
     Unknown { id: ServeId },
     #[error("serve {id} has connections that do not end")]
     Busy { id: ServeId, source: StillBusy },
+    #[error("cannot make certificates for NBD clients")]
+    Certificates(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("the folder of serves cannot be read or written")]
     Store(#[from] io::Error),
 }
@@ -44,7 +52,9 @@ impl ServeError {
                 "it was stopped already, or the process server was restarted: serve the point again"
             }
             ServeError::Busy { .. } => "stop the program that has the disk open, then stop the serve again",
-            ServeError::Store(_) => "check the process server's volume (free room, kernel log)",
+            ServeError::Certificates(_) | ServeError::Store(_) => {
+                "check the process server's volume (free room, kernel log)"
+            }
         }
     }
 }
@@ -54,7 +64,7 @@ impl From<ServeError> for Failure {
         let kind = match &error {
             ServeError::TooMany | ServeError::Busy { .. } => FailureKind::Conflict,
             ServeError::Unknown { .. } => FailureKind::NotFound,
-            ServeError::Listen(_) | ServeError::Store(_) => FailureKind::Failed,
+            ServeError::Listen(_) | ServeError::Certificates(_) | ServeError::Store(_) => FailureKind::Failed,
         };
         Failure::from_error(kind, &error, error.help())
     }
@@ -67,6 +77,8 @@ pub struct ServedPoint {
     pub time: Timestamp,
     pub writable: bool,
     pub disks: Vec<(DiskId, Arc<dyn Disk>)>,
+    /// Where they are served over TLS as well. Port 0: any.
+    pub listen: Option<SocketAddr>,
     /// Dropped, with the time that it takes, when the serve ended.
     pub held: Option<Box<dyn Send>>,
 }
@@ -82,9 +94,18 @@ pub struct Serves {
 struct Active {
     serving: Serving,
     names: Vec<String>,
+    remote: Option<Arc<Remote>>,
     /// Not shown: it belongs to an export that runs.
     internal: bool,
     held: Option<Box<dyn Send>>,
+}
+
+/// The listener of one serve.
+struct Remote {
+    server: Server,
+    exports: Arc<Exports>,
+    address: SocketAddr,
+    client_folder: PathBuf,
 }
 
 impl Serves {
@@ -117,8 +138,23 @@ impl Serves {
         Ok(())
     }
 
+    /// Listens for clients of one serve, who know nothing yet.
+    fn listen(&self, id: ServeId, at: SocketAddr) -> Result<Remote, ServeError> {
+        let name = format!("{FOLDER}/{id}/{CERTIFICATES}");
+        self.storage.create_folder(&name)?;
+        let authority = ExportAuthority::open_or_create(self.storage.folder(&name));
+        let authority = Arc::new(authority.map_err(|error| ServeError::Certificates(error.into()))?);
+        let config = authority.server(address::certificate_names(at.ip()));
+        let config = config.map_err(|error| ServeError::Certificates(error.into()))?;
+        let exports = Arc::new(Exports::new());
+        let server = Server::new(exports.clone(), Limits::default());
+        let address = server.listen_tcp(at, config).map_err(ServeError::Listen)?;
+        Ok(Remote { server, exports, address, client_folder: authority.client_folder() })
+    }
+
     /// From now on clients can open the disks. An `internal` serve is not listed.
     pub fn start(&self, id: ServeId, point: ServedPoint, internal: bool) -> Result<Serving, ServeError> {
+        let remote = point.listen.map(|address| self.listen(id, address)).transpose()?.map(Arc::new);
         let mut active = self.active();
         if active.len() >= SERVES_MAX {
             return Err(ServeError::TooMany);
@@ -130,25 +166,34 @@ impl Serves {
             let bytes = content.bytes();
             let export = DiskExport::new(content);
             let export = if point.writable { export } else { export.read_only() };
-            self.exports.insert(name.clone(), Arc::new(export));
-            disks.push(AttachedDisk { id: disk, nbd: Some(self.uri(&name)), nbds: None, file: None, bytes });
+            let export = Arc::new(export);
+            let nbds = remote.as_ref().map(|remote| {
+                remote.exports.insert(name.clone(), export.clone());
+                address::tls_uri(&name, remote.address, &remote.client_folder)
+            });
+            self.exports.insert(name.clone(), export);
+            let nbd = Some(address::unix_uri(&name, &self.socket));
+            disks.push(AttachedDisk { id: disk, nbd, nbds, file: None, bytes });
             names.push(name);
         }
         let ServedPoint { machine, point, time, writable, held, .. } = point;
         let serving = Serving { serve: id, machine, point, time, writable, disks };
-        active.insert(id, Active { serving: serving.clone(), names, internal, held });
+        active.insert(id, Active { serving: serving.clone(), names, remote, internal, held });
         Ok(serving)
     }
 
     /// Ends the connections, releases the point and drops scratch layers. Blocks until the requests received are done.
     pub fn stop(&self, id: ServeId) -> Result<Serving, ServeError> {
-        let (serving, names) = {
+        let (serving, names, remote) = {
             let active = self.active();
             let found = active.get(&id).ok_or(ServeError::Unknown { id })?;
-            (found.serving.clone(), found.names.clone())
+            (found.serving.clone(), found.names.clone(), found.remote.clone())
         };
         for name in &names {
             self.exports.remove(name);
+        }
+        if let Some(remote) = remote {
+            remote.server.stop().map_err(|source| ServeError::Busy { id, source })?;
         }
         for name in &names {
             self.server.close_export(name).map_err(|source| ServeError::Busy { id, source })?;
@@ -182,20 +227,6 @@ impl Serves {
         }
     }
 
-    fn uri(&self, name: &str) -> String {
-        let socket = self.socket.display().to_string();
-        let escaped: String = socket
-            .bytes()
-            .map(|byte| match byte {
-                b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'/' | b'-' | b'_' | b'.' | b'~' => {
-                    char::from(byte).to_string()
-                }
-                _ => format!("%{byte:02X}"),
-            })
-            .collect();
-        format!("nbd+unix:///{name}?socket={escaped}")
-    }
-
     fn active(&self) -> MutexGuard<'_, BTreeMap<ServeId, Active>> {
         self.active.lock().expect("no panic while held")
     }
@@ -218,6 +249,7 @@ mod tests {
             time: Timestamp(1),
             writable: false,
             disks: vec![(DiskId::random(), disk)],
+            listen: None,
             held: None,
         }
     }

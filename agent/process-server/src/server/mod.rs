@@ -223,8 +223,8 @@ impl ProcessServer {
             ServerCommand::WaitPoint { machine, mark, limit } => {
                 self.wait_point(machine, mark, limit).await.map(Reply::Point)
             }
-            ServerCommand::Serve { machine, point, writable } => {
-                self.serve(machine, point, writable).await.map(Reply::Serving)
+            ServerCommand::Serve { machine, point, writable, listen } => {
+                self.serve(machine, point, writable, listen).await.map(Reply::Serving)
             }
             ServerCommand::StopServe(id) => self.stop_serve(id).await.map(|_| Reply::Done),
             ServerCommand::Export { machine, point, to, format } => {

@@ -1,5 +1,6 @@
 //! Points in use: served, exported, verified.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,9 +34,15 @@ impl Drop for StopOnDrop {
 
 impl ProcessServer {
     /// Serves a point's disks until [`ProcessServer::stop_serve`]: read-only, or each with a scratch layer of its own.
-    pub async fn serve(&self, machine: MachineId, selector: Selector, writable: bool) -> Result<Serving, Failure> {
+    pub async fn serve(
+        &self,
+        machine: MachineId,
+        selector: Selector,
+        writable: bool,
+        listen: Option<SocketAddr>,
+    ) -> Result<Serving, Failure> {
         let inner = self.0.clone();
-        blocking(move || inner.serve(ServeId::random(), machine, selector, writable)).await
+        blocking(move || inner.serve(ServeId::random(), machine, selector, writable, listen)).await
     }
 
     /// Ends the connections to it and drops its scratch layers.
@@ -107,7 +114,8 @@ impl ProcessServer {
     ) -> Result<u64, Failure> {
         let id = ServeId::random();
         let disks: Vec<(DiskId, Arc<dyn Disk>)> = vec![(disk, view)];
-        let served = ServedPoint { machine, point: point.id, time: point.time, writable: false, disks, held: None };
+        let (point, time) = (point.id, point.time);
+        let served = ServedPoint { machine, point, time, writable: false, disks, listen: None, held: None };
         let serving = self.0.serves.start(id, served, true)?;
         let _ending = StopServing { inner: self.0.clone(), id };
         let nbd = serving.disks.first().and_then(|disk| disk.nbd.clone()).unwrap_or_default();
@@ -170,10 +178,21 @@ impl Inner {
         Ok((info, views.into_iter().map(|(disk, view)| (disk, Arc::new(view))).collect(), place))
     }
 
-    fn serve(&self, id: ServeId, machine: MachineId, selector: Selector, writable: bool) -> Result<Serving, Failure> {
+    fn serve(
+        &self,
+        id: ServeId,
+        machine: MachineId,
+        selector: Selector,
+        writable: bool,
+        listen: Option<SocketAddr>,
+    ) -> Result<Serving, Failure> {
         let (info, views, place) = self.open_views(machine, selector)?;
         let pins = DurablePins::of_serve(&self.set, id, &place).map_err(set_failed)?;
-        let result = self.start_serve(id, machine, &info, views, pins, writable);
+        let result = self.open_disks(id, views, writable).and_then(|disks| {
+            let held: Option<Box<dyn Send>> = Some(Box::new(pins));
+            let point = ServedPoint { machine, point: info.id, time: info.time, writable, disks, listen, held };
+            Ok(self.serves.start(id, point, false)?)
+        });
         if result.is_err()
             && let Err(error) = self.serves.discard(id)
         {
@@ -182,15 +201,13 @@ impl Inner {
         result
     }
 
-    fn start_serve(
+    /// What clients see of the views: themselves, or scratch layers over them.
+    fn open_disks(
         &self,
         id: ServeId,
-        machine: MachineId,
-        info: &PointInfo,
         views: Vec<(DiskId, Arc<View>)>,
-        pins: DurablePins,
         writable: bool,
-    ) -> Result<Serving, Failure> {
+    ) -> Result<Vec<(DiskId, Arc<dyn Disk>)>, Failure> {
         let mut disks: Vec<(DiskId, Arc<dyn Disk>)> = Vec::new();
         for (disk, view) in views {
             if writable {
@@ -201,9 +218,7 @@ impl Inner {
                 disks.push((disk, view));
             }
         }
-        let held: Option<Box<dyn Send>> = Some(Box::new(pins));
-        let point = ServedPoint { machine, point: info.id, time: info.time, writable, disks, held };
-        Ok(self.serves.start(id, point, false)?)
+        Ok(disks)
     }
 
     fn verify(&self, machine: MachineId, selector: Selector, stop: &Stop) -> Result<Verified, Failure> {

@@ -267,8 +267,8 @@ async fn points_are_served_read_only_or_with_a_layer_of_their_own() {
     let disk = DiskId::random();
     site.protect(&[disk]).await;
     let (_host, first, mark) = site.replicated(disk).await;
-    let read_only = site.server.serve(site.machine, Selector::Latest, false).await.unwrap();
-    let writable = site.server.serve(site.machine, Selector::Point(mark.id), true).await.unwrap();
+    let read_only = site.server.serve(site.machine, Selector::Latest, false, None).await.unwrap();
+    let writable = site.server.serve(site.machine, Selector::Point(mark.id), true, None).await.unwrap();
     assert_eq!(site.server.status().await.unwrap().serves.len(), 2);
     if Command::new("qemu-io").arg("--version").output().is_ok() {
         let uri = |serving: &tidemark_proto::control::Serving| serving.disks[0].nbd.clone().unwrap();
@@ -440,7 +440,7 @@ async fn what_is_served_is_pinned_for_as_long_as_it_is_served() {
     let disk = DiskId::random();
     site.protect(&[disk]).await;
     let (mut host, content, mark) = site.replicated(disk).await;
-    let serving = site.server.serve(site.machine, Selector::Point(mark.id), false).await.unwrap();
+    let serving = site.server.serve(site.machine, Selector::Point(mark.id), false, None).await.unwrap();
     assert_eq!(pins(&site, disk), [format!("serve {}", serving.serve)]);
     let nothing = Retention { any_time: Duration::ZERO, age: Some(Duration::ZERO), count: Some(1) };
     site.server.set_retention(site.machine, nothing).await.unwrap();
@@ -452,7 +452,7 @@ async fn what_is_served_is_pinned_for_as_long_as_it_is_served() {
     assert!(exported(&site, Selector::Point(mark.id)).await == content, "retention let go of a served point");
     site.server.stop_serve(serving.serve).await.unwrap();
     // A pin that a killed process left.
-    site.server.serve(site.machine, Selector::Point(mark.id), false).await.unwrap();
+    site.server.serve(site.machine, Selector::Point(mark.id), false, None).await.unwrap();
     let folder = RealStorage::open_folder(site.folder.path().join(format!("ps/replicas/{disk}")));
     let left = crate::replica::manifest::Manifest::load(&*folder).unwrap().manifest;
     assert_eq!(left.pins.iter().filter(|pin| pin.holder.starts_with("serve")).count(), 1);
@@ -486,7 +486,7 @@ async fn a_journal_that_was_destroyed_is_told_and_the_next_scan_heals_it() {
     assert!(!status.disks[0].consistent && status.disks[0].problems.iter().any(|problem| problem.critical));
     let points = site.server.points(site.machine).await.unwrap();
     assert_eq!((points[0].id, points[0].flags.as_slice()), (first.id, &["damaged".to_owned()][..]));
-    assert!(site.server.serve(site.machine, Selector::Point(first.id), false).await.is_err());
+    assert!(site.server.serve(site.machine, Selector::Point(first.id), false, None).await.is_err());
     // The host learns that nothing is held, and scans.
     let (host, content, second) = site.replicated(disk).await;
     let welcome = host.welcome.clone().unwrap();
