@@ -138,7 +138,10 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
     *server.network.borrow_mut() = Rc::downgrade(&network);
     let mut memory = BTreeMap::new();
     for (number, (disk, bytes)) in disks.iter().enumerate() {
-        memory.insert(*disk, sim.host.add_disk(&format!("/host/disk-{number}.img"), *bytes));
+        let added = sim.host.add_disk(&format!("/host/disk-{number}.img"), *bytes);
+        let (oracle, id) = (oracle.clone(), *disk);
+        added.set_on_lost(move || oracle.flush_failed(id));
+        memory.insert(*disk, added);
     }
     let spec = MachineSpec {
         machine,

@@ -246,6 +246,7 @@ impl Media {
                 has_lost: false,
                 changed: 1,
             }),
+            on_lost: std::cell::OnceCell::new(),
         });
         self.disks.borrow_mut().insert(path.to_owned(), disk.clone());
         disk
@@ -729,6 +730,8 @@ pub struct MemoryDisk {
     inode: u64,
     bytes: u64,
     state: RefCell<DiskState>,
+    /// Told when a flush fails and what was written is lost.
+    on_lost: std::cell::OnceCell<Box<dyn Fn()>>,
 }
 
 // SAFETY: as for [`MediaFolder`].
@@ -746,6 +749,10 @@ struct DiskState {
 }
 
 impl MemoryDisk {
+    pub fn set_on_lost(&self, act: impl Fn() + 'static) {
+        let _ = self.on_lost.set(Box::new(act));
+    }
+
     /// What a sector holds now.
     pub fn peek(&self, sector: u64) -> Vec<u8> {
         let mut content = vec![0; SECTOR];
@@ -890,6 +897,9 @@ impl Disk for MemoryDisk {
             }
         } else {
             state.has_lost = true;
+            if let Some(act) = self.on_lost.get() {
+                act();
+            }
         }
         result
     }

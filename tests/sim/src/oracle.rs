@@ -45,6 +45,8 @@ struct Sector {
     acknowledged: usize,
     /// How many are certain to survive a power cut.
     floor: usize,
+    /// How many had come when a flush of the disk failed: what it did not write, no later flush writes.
+    lost: usize,
     /// Writes under way. Which of two that overlap comes last, only the disk knows.
     under_way: usize,
     overlapped: bool,
@@ -200,9 +202,17 @@ impl Oracle {
         let sectors = all.get(&disk).into_iter().flatten().enumerate();
         let written = sectors.filter_map(|(at, found)| Some((at, found.as_ref()?)));
         written
-            .filter(|(_, found)| found.acknowledged > found.floor)
+            .filter(|(_, found)| found.acknowledged > found.floor.max(found.lost))
             .map(|(at, found)| (at, found.acknowledged))
             .collect()
+    }
+
+    /// The disk's medium failed a flush. Every flush fails then until the disk is attached again (rule 3.2); one that does not
+    /// after that covers what was written since: the system does not write again what it failed to write.
+    pub fn flush_failed(&self, disk: DiskId) {
+        for found in self.sectors.borrow_mut().get_mut(&disk).into_iter().flatten().flatten() {
+            found.lost = found.contents.len();
+        }
     }
 
     pub fn flushed(&self, disk: DiskId, covered: &[(usize, usize)]) {

@@ -88,8 +88,8 @@ pub fn seal_differing(
         let of = |extent: Extent| &data[(extent.offset - block.offset) as usize..][..extent.length as usize];
         let mut at = block.offset;
         while let Some((part, content)) = held.next_if(|(part, _)| part.offset < block.end()) {
-            // A part that the plan cut through is sent.
-            if !block.contains(part) || part.length > PART_BYTES {
+            // A part that the plan cut through is sent, and so is one that begins in another: both come from a peer's answers.
+            if !block.contains(part) || part.length > PART_BYTES || part.offset < at {
                 continue;
             }
             let same = match content {

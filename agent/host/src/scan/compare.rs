@@ -157,6 +157,11 @@ impl Compare {
             let Asked { extents, overwritten, .. } = asked;
             extents.iter().filter_map(|of| of.intersection(&extent)).for_each(|part| overwritten.insert(part));
         }
+        self.forget(extent);
+    }
+
+    /// Nothing is known any more of parts that this range touches.
+    fn forget(&mut self, extent: Extent) {
         let from = extent.offset.saturating_sub(PART_BYTES);
         let near: Vec<u64> = self
             .held
@@ -242,6 +247,8 @@ impl Compare {
                 // Of what left since the question nothing is known.
                 if overwritten.overlapping(part).next().is_none() && extents.iter().any(|extent| extent.contains(&part))
                 {
+                    // A block that is asked about in other pieces than before: parts that overlap are not kept.
+                    self.forget(part);
                     self.held.insert(part.offset, (part.length, held));
                 }
             }
@@ -315,6 +322,20 @@ mod tests {
         assert_eq!(parts(&compare), [0, 1, 3, 4, 5, 9, 10, 11, 12, 13, 14, 15]);
         compare.overwritten(block);
         assert!(compare.held.is_empty());
+    }
+
+    /// A block that is asked about again begins elsewhere: what is held of it stays in order, and nothing twice.
+    #[test]
+    fn parts_that_are_held_never_overlap() {
+        let mut compare = compare();
+        for extent in [Extent::new(0, BLOCK_BYTES), Extent::new(1536, 1024), Extent::new(512, BLOCK_BYTES - 512)] {
+            let question = asked(&mut compare, extent);
+            let runs = vec![DifferingRun { extent, found: Found::Zeroes }];
+            compare.answered(&Differing { question, runs }).unwrap();
+        }
+        let held = compare.held_in(&[Extent::new(0, BLOCK_BYTES)]);
+        assert!(held.windows(2).all(|pair| pair[0].0.end() <= pair[1].0.offset), "{held:?}");
+        assert_eq!(held[0].0, Extent::new(512, PART_BYTES - 512));
     }
 
     /// A server may tell more than was asked; what was not asked is neither settled nor believed.
