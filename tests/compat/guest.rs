@@ -5,33 +5,18 @@
 //! NVMe and ext4 built in; `tests/run` unpacks it and says where it is.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
+use std::path::Path;
 
+use tidemark_tests::guest::{self, GUEST_LIMIT, Guest, kernel};
 use tidemark_tests::image::{self, MIB};
-use tidemark_tests::process::Owned;
 use tidemark_tests::{Site, need, tools, wait};
 
-/// Without a virtual processor of the machine a guest takes seconds to boot, and on a loaded machine many.
-const GUEST_LIMIT: Duration = Duration::from_secs(120);
 const PATTERN_BLOCK: usize = 64 << 10;
 /// Where on the disk the guest writes its pattern, past every file.
 const PATTERN_AT: u64 = 64 * MIB;
 const PATTERN_BLOCKS: u64 = 128;
 const DISK_BYTES: u64 = 96 * MIB;
-
-/// The kernel, or why the test cannot run.
-fn kernel() -> Result<PathBuf, String> {
-    match std::env::var_os("TIDEMARK_GUEST_KERNEL").map(PathBuf::from) {
-        Some(kernel) if kernel.is_file() => Ok(kernel),
-        Some(kernel) => Err(format!("there is no kernel {}", kernel.display())),
-        None => Err("TIDEMARK_GUEST_KERNEL names no kernel for the guest; tests/run gets one".to_owned()),
-    }
-}
 
 /// What the guest writes into one block: text that says which block of which turn it is.
 fn pattern(turn: u32, block: u64) -> Vec<u8> {
@@ -78,90 +63,6 @@ echo "DONE 3"
 poweroff -f
 "#
     )
-}
-
-/// An archive as the kernel takes it for its first file system (`cpio`, new ASCII format).
-fn initramfs(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
-    let mut archive = Vec::new();
-    for (number, (name, mode, content)) in files.iter().chain([&("TRAILER!!!", 0, &[][..])]).enumerate() {
-        let fields = [number as u32 + 1, *mode, 0, 0, 1, 0, content.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
-        archive.extend(b"070701");
-        fields.iter().for_each(|field| archive.extend(format!("{field:08X}").bytes()));
-        archive.extend(name.bytes().chain([0]));
-        archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend(*content);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-    }
-    archive
-}
-
-/// A running guest.
-struct Guest {
-    process: Owned,
-    stdin: ChildStdin,
-    lines: Receiver<String>,
-}
-
-impl Guest {
-    fn boot(site: &Site, kernel: &Path, nbd: &str) -> Self {
-        let busybox = std::fs::read(tools::find("busybox").expect("it was asked for")).expect("busybox can be read");
-        let archive = initramfs(&[
-            ("bin", 0o40755, &[]),
-            ("bin/busybox", 0o100755, &busybox),
-            ("init", 0o100755, init().as_bytes()),
-        ]);
-        let initrd = site.path("initrd");
-        std::fs::File::create(&initrd).and_then(|mut file| file.write_all(&archive)).expect("the initramfs is written");
-        let (export, socket) = nbd
-            .strip_prefix("nbd+unix:///")
-            .and_then(|rest| rest.split_once("?socket="))
-            .expect("the address of a socket");
-        let mut command = tools::command("qemu-system-x86_64");
-        command.args(["-accel", "tcg", "-M", "pc", "-nodefaults", "-serial", "stdio", "-display", "none", "-m", "256"]);
-        command.args(["-no-reboot", "-append", "console=ttyS0 quiet nokaslr panic=-1 mitigations=off"]);
-        command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-        command.arg("-blockdev").arg(format!(
-            "driver=nbd,node-name=disk,server.type=unix,server.path={socket},export={export},discard=unmap"
-        ));
-        command.args(["-device", "nvme,drive=disk,serial=tidemark"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut process = Owned::start("guest", command, Some(&site.path("guest.log")));
-        let stdin = process.child().stdin.take().expect("stdin is piped");
-        let stdout = process.child().stdout.take().expect("stdout is piped");
-        let (sender, lines) = channel();
-        std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                if sender.send(line.trim().to_owned()).is_err() {
-                    return;
-                }
-            }
-        });
-        Self { process, stdin, lines }
-    }
-
-    /// Waits until the guest says this line.
-    #[track_caller]
-    fn says(&self, expected: &str) {
-        let mut heard = Vec::new();
-        loop {
-            match self.lines.recv_timeout(GUEST_LIMIT) {
-                Ok(line) if line == expected => return,
-                Ok(line) if !line.starts_with("FAILED") => heard.push(line),
-                other => {
-                    let end = matches!(other, Err(RecvTimeoutError::Disconnected));
-                    panic!(
-                        "the guest {} instead of {expected:?}: {other:?}; it said\n{}\n{}",
-                        if end { "ended" } else { "failed" },
-                        heard.join("\n"),
-                        self.process.log_tail()
-                    );
-                }
-            }
-        }
-    }
-
-    fn tell(&mut self) {
-        self.stdin.write_all(b"go\n").expect("the guest listens");
-    }
 }
 
 /// The blocks behind the file system are as the guest left them after this turn.
@@ -216,7 +117,7 @@ fn a_guest_writes_discards_and_is_recovered() {
     let machine = site.protect("guest", &[&disk], &[]);
     site.wait_protected("guest");
 
-    let mut guest = Guest::boot(&site, &kernel, machine.nbd());
+    let mut guest = Guest::boot(&site, &kernel, &guest::initrd(&site, &init()), machine.nbd());
     guest.says("DONE 1");
     // The guest idles, but it runs: its file system is mounted.
     let first = site.point("guest");

@@ -6,6 +6,7 @@
 //! * [`binary`], [`process`]: where the command is, and children that never outlive their test.
 //! * [`nbd`]: a client of our own, because only a client that notes when each write was sent and acknowledged can say
 //!   what a mark must hold. It shares no code with the product.
+//! * [`guest`]: a Linux in QEMU.
 //! * [`image`]: disks with content, and the comparison of two of them.
 //! * [`block`]: loop devices, mounts, and programs that show a disk as a file, all gone with their test.
 //! * [`postgres`]: a database as a judge of disks.
@@ -18,6 +19,7 @@
 pub mod api;
 pub mod binary;
 pub mod block;
+pub mod guest;
 pub mod image;
 pub mod nbd;
 pub mod net;

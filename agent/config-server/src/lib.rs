@@ -14,6 +14,7 @@ mod console;
 mod core;
 pub mod database;
 mod denials;
+mod failover;
 pub mod history;
 pub mod hub;
 pub mod identity;

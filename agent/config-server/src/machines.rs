@@ -143,6 +143,8 @@ async fn run_protect(
         wanted: Wanted::Protected,
         created: core.clock.wall_now(),
         listen: request.listen()?.flatten(),
+        description: None,
+        drills: Vec::new(),
     };
     core.store.change(|state| {
         find_policy(state, &machine.policy)?;
@@ -414,7 +416,7 @@ fn protected(machine: &Machine, attached: &[AttachedDisk]) -> Value {
 }
 
 pub fn unprotect(core: &Arc<Core>, name: &str, delete_replica: bool) -> Result<Job, Failure> {
-    core.machine(name)?;
+    crate::failover::refuse_drilled(&core.machine(name)?)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("unprotect", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;

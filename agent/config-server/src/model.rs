@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::{DiskId, Generation, HostId, MachineId, ServerId, Timestamp};
+use tidemark_hypervisor::call::Description;
 use tidemark_proto::control::{DiskSpec, ReplicationPolicy, Retention, Severity};
+
+use crate::failover::DrillNote;
 
 /// Everything that must outlive the process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -192,6 +195,12 @@ pub struct Machine {
     /// Where its disks are served over TLS as well.
     #[serde(default)]
     pub listen: Option<SocketAddr>,
+    /// How it is run where its replica is.
+    #[serde(default)]
+    pub description: Option<Description>,
+    /// Drills that run, or may.
+    #[serde(default)]
+    pub drills: Vec<DrillNote>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

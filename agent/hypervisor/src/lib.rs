@@ -12,6 +12,7 @@
 //! * [`convert`]: generation 2 ↔ generation 1 on the way over and back; each conversion can be taken back.
 //! * [`hypervisor`]: the trait, and what its answers look like.
 //! * [`guest`]: the guest agent's protocol: ping, freeze with a limit, thaw, exec, shutdown.
+//! * [`call`]: what the control plane asks, as it goes over the wire.
 //! * [`drill`]: boot a served point in isolation, wait for a sign of life, keep the evidence, clean up.
 //!
 //! A machine is known by its id, which we make; its name is for people and becomes no path. Where its disks are is a
@@ -22,12 +23,14 @@
 //! deleting twice changes nothing. *Cancellation.* A dropped future leaves a machine as far as it came; `delete` of its id
 //! ends it from there. *Crash.* Machines are processes of their own and go on; the next process finds them again.
 
+pub mod call;
 pub mod convert;
 pub mod disk_only;
 pub mod drill;
 pub mod error;
 pub mod guest;
 pub mod hypervisor;
+pub mod libvirt;
 pub mod machine;
 pub mod qemu;
 pub mod run;

@@ -267,7 +267,7 @@ impl Hardware {
         self.cards.iter().try_for_each(Card::check)?;
         if let Some(kernel) = &self.kernel {
             let paths = std::iter::once(&kernel.image).chain(&kernel.initrd);
-            paths.into_iter().try_for_each(full_path)?;
+            paths.into_iter().try_for_each(|path| full_path(path))?;
         }
         Ok(())
     }
@@ -343,8 +343,8 @@ fn in_range(what: &'static str, value: u64, least: u64, most: u64) -> Result<(),
     Err(InvalidMachine::OutOfRange { what, value, least, most })
 }
 
-fn full_path(path: &PathBuf) -> Result<(), InvalidMachine> {
-    if path.is_absolute() { Ok(()) } else { Err(InvalidMachine::Path { path: path.clone() }) }
+fn full_path(path: &std::path::Path) -> Result<(), InvalidMachine> {
+    if path.is_absolute() { Ok(()) } else { Err(InvalidMachine::Path { path: path.to_owned() }) }
 }
 
 #[cfg(test)]

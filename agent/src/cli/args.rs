@@ -103,6 +103,16 @@ pub enum Verb {
     Resync(MachineArgs),
     /// Shows how machines do.
     Status(StatusArgs),
+    /// How machines are run where their replica is.
+    Machine {
+        #[command(subcommand)]
+        verb: MachineVerb,
+    },
+    /// Runs machines from their recovery points.
+    Failover {
+        #[command(subcommand)]
+        verb: FailoverVerb,
+    },
     /// Recovery points.
     Point {
         #[command(subcommand)]
@@ -391,6 +401,75 @@ pub struct UnprotectArgs {
     pub delete_replica: bool,
     #[command(flatten)]
     pub wait: WaitArgs,
+}
+
+#[derive(Subcommand)]
+pub enum MachineVerb {
+    /// Shows how a machine is run.
+    Show { name: String },
+    /// Says how a machine is run; what is not named stays as it is.
+    Set(Box<MachineSetArgs>),
+}
+
+#[derive(Args)]
+pub struct MachineSetArgs {
+    pub name: String,
+    /// bios or uefi.
+    #[arg(long)]
+    pub firmware: Option<String>,
+    #[arg(long, value_name = "COUNT")]
+    pub processors: Option<u16>,
+    /// Such as 512M or 4G.
+    #[arg(long, value_parser = super::parse_size, value_name = "SIZE")]
+    pub memory: Option<u64>,
+    /// How each disk is connected, in their order: ide, sata, scsi, virtio or nvme. Further disks take the last one's.
+    #[arg(long = "bus", value_delimiter = ',', value_name = "BUS")]
+    pub buses: Vec<String>,
+    /// A network card on this bridge, in drills on an isolated network; `none`: no card.
+    #[arg(long = "bridge", value_name = "BRIDGE")]
+    pub bridges: Vec<String>,
+    /// A kernel on the process server that is started instead of a disk's boot loader; `none`: the boot loader.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<String>,
+    /// With --kernel: its first file system.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<String>,
+    /// With --kernel: its command line.
+    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "", allow_hyphen_values = true)]
+    pub kernel_command_line: String,
+    /// Sign of life: this text on the serial console.
+    #[arg(long, value_name = "TEXT", group = "life")]
+    pub sign_console: Option<String>,
+    /// Sign of life: an answer from this TCP port.
+    #[arg(long, value_name = "PORT", group = "life")]
+    pub sign_port: Option<u16>,
+    /// Sign of life: the guest's agent.
+    #[arg(long, group = "life")]
+    pub sign_agent: bool,
+    /// Sign of life: none; that it was started is enough.
+    #[arg(long, group = "life")]
+    pub no_sign: bool,
+    /// How long the sign is waited for.
+    #[arg(long, value_name = "SECONDS")]
+    pub sign_limit: Option<u64>,
+}
+
+#[derive(Subcommand)]
+pub enum FailoverVerb {
+    /// Boots a point in isolation; the machine and its replication go on.
+    Test {
+        name: String,
+        /// An id, `latest`, `latest-app`, or a time.
+        #[arg(long, default_value = "latest")]
+        point: String,
+        /// End it as soon as it showed its sign of life.
+        #[arg(long)]
+        cleanup: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Ends a machine's test failovers; what they wrote is gone.
+    Cleanup(MachineArgs),
 }
 
 #[derive(Args)]

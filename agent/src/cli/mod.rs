@@ -4,6 +4,7 @@ mod account;
 mod args;
 mod error;
 mod events;
+mod failover;
 mod hrl;
 mod job;
 mod output;
@@ -83,6 +84,8 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Resume(args) => client(protect::simple(&target.client()?, "resume", args, output)),
         Verb::Resync(args) => client(protect::simple(&target.client()?, "resync", args, output)),
         Verb::Status(args) => client(status::run(&target.client()?, args, output)),
+        Verb::Machine { verb } => client(failover::machine(&target.client()?, verb, output)),
+        Verb::Failover { verb } => client(failover::run(&target.client()?, verb, output)),
         Verb::Point { verb } => client(point::run(&target.client()?, verb, output)),
         Verb::Policy { verb } => client(policy::run(&target.client()?, verb, output)),
         Verb::Job { verb } => client(job::run(&target.client()?, verb, output)),

@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod config_server;
 pub mod link;
+pub mod machines;
 pub mod outbox;
 pub mod place;
 pub mod process_server;

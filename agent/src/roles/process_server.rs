@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex};
 
 use tidemark_base::DiskId;
 use tidemark_process_server::{ProcessServer, ProcessServerConfig};
-use tidemark_proto::control::{Failure, Peer, Problem, Register, Reply, ServerReport, Severity};
+use tidemark_proto::control::{Failure, Peer, Problem, Register, Reply, ServerCommand, ServerReport, Severity};
 use tidemark_transport::PeerIdentity;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::link::{self, Command, Handler, not_mine};
+use super::machines::Machines;
 use super::outbox::Draft;
 use super::place::Place;
 use super::{RoleError, boot_id, host_name};
@@ -20,6 +21,7 @@ pub struct RunningProcessServer {
     server: ProcessServer,
     stop: CancellationToken,
     link: JoinHandle<()>,
+    machines: Arc<Machines>,
     _place: Place,
 }
 
@@ -31,14 +33,16 @@ pub async fn start(place: Place) -> Result<RunningProcessServer, RoleError> {
     };
     place.note_process_server(server.address())?;
     let stop = CancellationToken::new();
+    let machines = Machines::open(server.clone(), place.state.join("hypervisor"));
     let handler = Arc::new(ServerHandler {
         server: server.clone(),
+        machines: machines.clone(),
         peer: peer(&place, server.address())?,
         heard: Mutex::default(),
     });
     let link = link::run(place.identity.clone(), place.config_server.clone(), handler, place.kept(), stop.clone());
     let link = tokio::spawn(link);
-    Ok(RunningProcessServer { server, stop, link, _place: place })
+    Ok(RunningProcessServer { server, stop, link, machines, _place: place })
 }
 
 async fn open(place: &Place, listen: SocketAddr) -> Result<ProcessServer, Failure> {
@@ -65,6 +69,7 @@ fn peer(place: &Place, address: SocketAddr) -> Result<Peer, RoleError> {
 impl RunningProcessServer {
     pub async fn stop(self) {
         self.stop.cancel();
+        self.machines.stop().await;
         self.server.stop().await;
         let _ = self.link.await;
     }
@@ -72,6 +77,7 @@ impl RunningProcessServer {
 
 struct ServerHandler {
     server: ProcessServer,
+    machines: Arc<Machines>,
     peer: Peer,
     heard: Mutex<Heard>,
 }
@@ -131,6 +137,7 @@ impl Handler for ServerHandler {
 
     async fn execute(&self, command: Command) -> Result<Reply, Failure> {
         match command {
+            Command::Server(ServerCommand::Hypervisor(call)) => self.machines.execute(&call).await,
             Command::Server(command) => {
                 let reply = self.server.execute(command).await;
                 if let Ok(Reply::Server(report)) = &reply {

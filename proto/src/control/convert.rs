@@ -427,6 +427,7 @@ impl From<&ServerCommand> for wire::ServerCommand {
             }),
             ServerCommand::Status => Body::Status(empty()),
             ServerCommand::Deny(list) => Body::Deny(list.into()),
+            ServerCommand::Hypervisor(call) => Body::Hypervisor(wire::HypervisorCall { call: call.clone() }),
         };
         wire::ServerCommand { body: Some(body) }
     }
@@ -474,6 +475,7 @@ impl TryFrom<wire::ServerCommand> for ServerCommand {
             },
             Body::Status(_) => ServerCommand::Status,
             Body::Deny(list) => ServerCommand::Deny(list.try_into()?),
+            Body::Hypervisor(of) => ServerCommand::Hypervisor(named(of.call, "call")?),
         })
     }
 }
@@ -614,6 +616,7 @@ pub fn reply_to(request: u64, outcome: &Result<Reply, Failure>) -> wire::Reply {
         }),
         Ok(Reply::Agent(report)) => Body::AgentReport(report.into()),
         Ok(Reply::Server(report)) => Body::ServerReport(report.into()),
+        Ok(Reply::Hypervisor(answer)) => Body::Hypervisor(wire::HypervisorAnswer { answer: answer.clone() }),
     };
     wire::Reply { request, body: Some(body) }
 }
@@ -651,6 +654,7 @@ impl TryFrom<wire::Reply> for (u64, Result<Reply, Failure>) {
             }),
             Body::AgentReport(report) => Reply::Agent(report.try_into()?),
             Body::ServerReport(report) => Reply::Server(report.try_into()?),
+            Body::Hypervisor(of) => Reply::Hypervisor(named(of.answer, "answer")?),
         };
         Ok((from.request, Ok(reply)))
     }
@@ -1037,6 +1041,7 @@ mod tests {
             ServerCommand::Export { machine, point, to: "/x".into(), format: ImageFormat::Vhdx },
             ServerCommand::Status,
             ServerCommand::Deny(denied()),
+            ServerCommand::Hypervisor("\"check\"".into()),
         ] {
             assert_eq!(ServerCommand::try_from(wire::ServerCommand::from(&command)), Ok(command));
         }
@@ -1071,6 +1076,7 @@ mod tests {
         let problem = Problem { critical: true, message: "m".into(), help: "h".into() };
         for outcome in [
             Ok(Reply::Done),
+            Ok(Reply::Hypervisor("{}".into())),
             Ok(Reply::Attached(vec![attached])),
             Ok(Reply::Marked { mark: point.id, time: Timestamp(1) }),
             Ok(Reply::Points(vec![point.clone()])),

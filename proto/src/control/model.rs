@@ -200,6 +200,8 @@ pub enum ServerCommand {
     Status,
     /// Hosts that are not to be answered, open streams included.
     Deny(DenyList),
+    /// What is asked of whoever runs machines there: JSON, whose types are those of the hypervisor's crate.
+    Hypervisor(String),
 }
 
 /// Which host may write which disks of a machine, and how long their history is kept.
@@ -322,7 +324,10 @@ pub enum Reply {
     Done,
     Probed(Vec<ProbedDisk>),
     Attached(Vec<AttachedDisk>),
-    Marked { mark: MarkId, time: Timestamp },
+    Marked {
+        mark: MarkId,
+        time: Timestamp,
+    },
     Point(PointInfo),
     Points(Vec<PointInfo>),
     Verified(Verified),
@@ -330,6 +335,8 @@ pub enum Reply {
     Exported(Exported),
     Agent(AgentReport),
     Server(ServerReport),
+    /// The answer to [`ServerCommand::Hypervisor`].
+    Hypervisor(String),
 }
 
 impl Reply {
@@ -347,6 +354,7 @@ impl Reply {
             Reply::Exported(_) => "exported",
             Reply::Agent(_) => "agent report",
             Reply::Server(_) => "server report",
+            Reply::Hypervisor(_) => "a hypervisor's answer",
         }
     }
 }

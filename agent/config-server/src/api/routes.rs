@@ -20,7 +20,8 @@ use uuid::Uuid;
 use super::accounts::{self, ControlPort, RegistrationInfo, RevokeBody, RoleBody, TokenInfo, TokenRequest, UserBody};
 use super::operations::{Operation, Operations};
 use super::schema::{
-    CreatePolicySchema, EmptySchema, NamedPolicySchema, PointSchema, PolicySettingsSchema, ServingSchema,
+    CreatePolicySchema, DescriptionSchema, EmptySchema, NamedPolicySchema, PointSchema, PolicySettingsSchema,
+    ServingSchema,
 };
 use super::{Access, Answer, ApiError, accepted, events, ok, versioned};
 use crate::core::Core;
@@ -31,7 +32,7 @@ use crate::machines::ProtectRequest;
 use crate::model::UserRole;
 use crate::names::{Expected, bad_request};
 use crate::status::MachineStatus;
-use crate::{console, history, machines, points, policies, serves, status};
+use crate::{console, failover, history, machines, points, policies, serves, status};
 
 type App = State<Arc<Core>>;
 
@@ -78,6 +79,14 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.post("/serves/{id}/renew", renew_serve, one);
     let one = Operation::new(Operator, "Stops a serve").answers::<EmptySchema>();
     api.delete("/serves/{id}", stop_serve, one);
+
+    let one = Operation::new(Reader, "How a machine is run where its replica is");
+    api.get("/machines/{name}/description", show_description, one.answers_plain("application/json"));
+    let one = Operation::new(Operator, "Says how a machine is run where its replica is").takes::<DescriptionSchema>();
+    api.put("/machines/{name}/description", set_description, one.answers_plain("application/json"));
+    let one = job("Boots a point in isolation").takes::<failover::TestRequest>();
+    api.post("/machines/{name}/failover/test", failover_test, one);
+    api.post("/machines/{name}/failover/cleanup", failover_cleanup, job("Ends the test failovers of a machine"));
 
     let list = Operation::new(Reader, "All policies").answers_list::<NamedPolicySchema>();
     api.get("/policies", list_policies, list);
@@ -286,6 +295,24 @@ async fn stop_serve(State(core): App, Path(id): Path<String>) -> Answer {
 
 fn serve_id(text: &str) -> Result<ServeId, Failure> {
     text.parse().map_err(|_| bad_request("that is no id of a serve", "use the id that serving answered with"))
+}
+
+// ---- failovers
+
+async fn show_description(State(core): App, Path(name): Path<String>) -> Answer {
+    ok(failover::description(&core, &name)?)
+}
+
+async fn set_description(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    ok(failover::describe(&core, &name, parse(&body)?).await?)
+}
+
+async fn failover_test(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(failover::test(&core, &name, parse(&body)?)?)
+}
+
+async fn failover_cleanup(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(failover::cleanup(&core, &name)?)
 }
 
 // ---- policies

@@ -115,6 +115,37 @@ pub struct CreatePolicySchema {
     settings: PolicySettingsSchema,
 }
 
+/// How a machine is run where its replica is.
+#[derive(ToSchema)]
+#[schema(as = Description)]
+#[allow(dead_code)]
+pub struct DescriptionSchema {
+    hardware: Option<HardwareSchema>,
+    /// What shows that it lives: `"agent"`, `{"port":{"port":22}}` or `{"console":{"text":"login:"}}`.
+    #[schema(value_type = Option<Object>)]
+    sign: Option<serde_json::Value>,
+    sign_limit_seconds: Option<u64>,
+}
+
+/// The machine, whatever runs it.
+#[derive(ToSchema)]
+#[schema(as = Hardware)]
+#[allow(dead_code)]
+pub struct HardwareSchema {
+    /// `bios` or `uefi`.
+    firmware: Option<String>,
+    processors: Option<u16>,
+    memory_mib: Option<u64>,
+    /// Of the disks in their order: `ide`, `sata`, `scsi`, `virtio` or `nvme`. Further disks take the last one's.
+    buses: Option<Vec<String>>,
+    /// Network cards: `{"network":"isolated"}`, `{"network":{"bridge":"br0"}}`, with `mac`, `model` and `addresses`.
+    #[schema(value_type = Option<Vec<Object>>)]
+    cards: Option<Vec<serde_json::Value>>,
+    /// Started instead of what a disk's boot loader names: `image`, `initrd`, `command_line`.
+    #[schema(value_type = Option<Object>)]
+    kernel: Option<serde_json::Value>,
+}
+
 /// Nothing to say.
 #[derive(ToSchema)]
 #[schema(as = Empty)]

@@ -57,7 +57,8 @@ fn device(machine: &Machine, disk: usize, moves: u32) -> Value {
     device["drive"] = node(disk, moves).into();
     device["id"] = format!("device{disk}").into();
     device["serial"] = format!("{}-{disk}", &machine.id.simple().to_string()[..12]).into();
-    device["bootindex"] = disk.into();
+    // 0 is the kernel's, where one is named.
+    device["bootindex"] = (disk + 1).into();
     if bus != Bus::Nvme {
         // A guest that cannot write waits, and goes on where it was when there is room again.
         device["werror"] = "stop".into();
@@ -216,7 +217,7 @@ mod tests {
         let devices: Vec<Value> =
             json_after(&all, "-device").into_iter().filter(|device| device.get("drive").is_some()).collect();
         let order: Vec<u64> = devices.iter().map(|device| device["bootindex"].as_u64().unwrap()).collect();
-        assert_eq!(order, [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(order, [1, 2, 3, 4, 5, 6, 7, 8]);
         let place = |device: &Value| format!("{} {}", device["bus"], device.get("unit").unwrap_or(&device["scsi-id"]));
         assert_eq!(place(&devices[0]), "\"ide.0\" 0");
         assert_eq!(place(&devices[2]), "\"ide.0\" 1");

@@ -9,7 +9,11 @@ use crate::machine::{Bus, Card, CardModel, Hardware, Network, Purpose};
 
 /// Says that a test did not run; `tests/run` gathers these lines.
 pub(crate) fn skipped(test: &str) {
-    let line = format!("SKIPPED {test}: qemu-system-x86_64 is not installed\n");
+    skip(test, "qemu-system-x86_64 is not installed");
+}
+
+pub(crate) fn skip(test: &str, why: &str) {
+    let line = format!("SKIPPED {test}: {why}\n");
     print!("{line}");
     if let Some(file) = std::env::var_os("TIDEMARK_SKIPPED") {
         let file = std::fs::File::options().create(true).append(true).open(file);
@@ -67,7 +71,7 @@ fn boot_sector() -> [u8; 512] {
 }
 
 /// A disk that boots and says `text` again and again.
-fn disk(path: &Path, text: &str) {
+pub(crate) fn boot_disk(path: &Path, text: &str) {
     let file = std::fs::File::create(path).unwrap();
     file.set_len(8 << 20).unwrap();
     file.write_all_at(&boot_sector(), 0).unwrap();
@@ -128,7 +132,7 @@ async fn a_machine_outlives_the_process_that_started_it() {
     let folder = tempfile::tempdir().unwrap();
     let _ends = Ends(folder.path());
     let path = folder.path().join("disk.img");
-    disk(&path, "tick");
+    boot_disk(&path, "tick");
     let machine = machine("web", &path);
     let qemu = open(folder.path());
     assert!(matches!(qemu.power(machine.id).await, Err(HypervisorError::Unknown { .. })));
@@ -168,7 +172,7 @@ async fn a_killed_qemu_is_off_and_starts_again() {
     let folder = tempfile::tempdir().unwrap();
     let _ends = Ends(folder.path());
     let path = folder.path().join("disk.img");
-    disk(&path, "alive");
+    boot_disk(&path, "alive");
     let machine = machine("web", &path);
     let qemu = open(folder.path());
     qemu.define(&machine).await.unwrap();
@@ -190,7 +194,7 @@ async fn a_disk_moves_while_the_machine_runs() {
     let folder = tempfile::tempdir().unwrap();
     let _ends = Ends(folder.path());
     let (from, to) = (folder.path().join("from.img"), folder.path().join("to.img"));
-    disk(&from, "tick");
+    boot_disk(&from, "tick");
     std::fs::File::create(&to).unwrap().set_len(8 << 20).unwrap();
     let machine = machine("web", &from);
     let qemu = open(folder.path());
@@ -208,7 +212,7 @@ async fn a_disk_moves_while_the_machine_runs() {
 
     let place = Place::Raw { path: to.clone() };
     qemu.move_disk(machine.id, 0, &place, SOON).await.unwrap();
-    assert_eq!(qemu.places(machine.id).await.unwrap(), [place.clone()]);
+    assert_eq!(qemu.places(machine.id).await.unwrap(), std::slice::from_ref(&place));
     let copied = std::fs::read(&to).unwrap();
     assert!(copied == std::fs::read(&from).unwrap(), "the copy is the disk");
     // The old disk is let go of: it may change, or go, and the guest does not see it.
@@ -241,7 +245,7 @@ async fn a_move_that_was_interrupted_is_settled() {
     let folder = tempfile::tempdir().unwrap();
     let _ends = Ends(folder.path());
     let (from, to) = (folder.path().join("from.img"), folder.path().join("to.img"));
-    disk(&from, "tick");
+    boot_disk(&from, "tick");
     let machine = machine("web", &from);
     for kept in [false, true] {
         std::fs::File::create(&to).unwrap().set_len(8 << 20).unwrap();
@@ -287,7 +291,7 @@ async fn uefi_machines_start_where_the_firmware_is() {
     let folder = tempfile::tempdir().unwrap();
     let _ends = Ends(folder.path());
     let path = folder.path().join("disk.img");
-    disk(&path, "tick");
+    boot_disk(&path, "tick");
     let mut machine = machine("web", &path);
     machine.hardware =
         Hardware { firmware: Firmware::Uefi, memory_mib: 128, buses: vec![Bus::Scsi], ..Hardware::default() };
@@ -319,7 +323,7 @@ async fn drills_run_side_by_side_and_leave_evidence_only() {
     let drills: Vec<Drill> = (0..2)
         .map(|number| {
             let path = folder.path().join(format!("disk-{number}.img"));
-            disk(&path, &format!("guest {number} is alive"));
+            boot_disk(&path, &format!("guest {number} is alive"));
             let mut machine = machine(&format!("web-{number}"), &path);
             machine.hardware.cards = vec![isolated.clone()];
             // The second one never says what is waited for.

@@ -4,8 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use tidemark_base::MarkId;
 use tidemark_base::storage::{OpenMode, Storage, StorageFile, os_error, replace_file};
+use tidemark_base::{MarkId, Timestamp};
 
 use super::Point;
 
@@ -18,6 +18,7 @@ pub enum Record {
     Point(Point),
     Lock { id: MarkId, locked: bool },
     Flag { id: MarkId, damaged: bool },
+    Proven { id: MarkId, time: Timestamp },
     Drop { ids: Vec<MarkId> },
 }
 

@@ -52,6 +52,9 @@ pub struct Point {
     pub locked: bool,
     #[serde(default)]
     pub damaged: bool,
+    /// When a machine last booted from it and showed a sign of life.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proven: Option<Timestamp>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -273,6 +276,11 @@ impl PointStore {
         self.record(id, Record::Flag { id, damaged })
     }
 
+    /// A machine booted from it and showed a sign of life.
+    pub fn prove(&self, id: MarkId, time: Timestamp) -> Result<Point, PointError> {
+        self.record(id, Record::Proven { id, time })
+    }
+
     /// Marks points as damaged, durably. Those that are, or are gone, are left as they are.
     pub fn flag_all_damaged(&self, ids: &[MarkId]) -> Result<usize, PointError> {
         let mut state = self.state();
@@ -344,6 +352,7 @@ impl State {
             disks: held.into_values().collect(),
             locked: false,
             damaged,
+            proven: None,
         })
     }
 
@@ -364,6 +373,11 @@ impl State {
             Record::Flag { id, damaged } => {
                 if let Some(index) = find(&mut self.points, id) {
                     self.points[index].damaged = damaged;
+                }
+            }
+            Record::Proven { id, time } => {
+                if let Some(index) = find(&mut self.points, id) {
+                    self.points[index].proven = Some(time);
                 }
             }
             Record::Drop { ids } => {
@@ -413,6 +427,7 @@ mod tests {
             disks: vec![PointDisk { disk, cut: number, position, changed_bytes: 0 }],
             locked: false,
             damaged: false,
+            proven: None,
         }
     }
 

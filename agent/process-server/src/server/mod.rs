@@ -235,6 +235,11 @@ impl ProcessServer {
                 let inner = self.0.clone();
                 blocking(move || inner.authorisations.deny(list).map_err(authorise_failed)).await.map(|()| Reply::Done)
             }
+            ServerCommand::Hypervisor(_) => Err(Failure::new(
+                FailureKind::BadRequest,
+                "no machines are run here",
+                "ask a process server that is a process of its own",
+            )),
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
-use tidemark_base::{DiskId, MachineId, MarkId};
+use tidemark_base::{Clock, DiskId, MachineId, MarkId, SystemClock};
 use tidemark_proto::control::{
     Exported, ExportedFile, Failure, FailureKind, ImageFormat, PointInfo, Selector, ServeId, Serving, Verified,
 };
@@ -22,6 +22,17 @@ use crate::view::scratch::ScratchDisk;
 
 /// Defects of one disk that are named; more are counted.
 const DEFECTS_MAX: usize = 100;
+
+/// What a point is served for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    Listed {
+        writable: bool,
+        listen: Option<SocketAddr>,
+    },
+    /// With a scratch layer, for a machine that is run here.
+    Machine,
+}
 
 /// Ends what a dropped future began.
 struct StopOnDrop(Stop);
@@ -42,7 +53,26 @@ impl ProcessServer {
         listen: Option<SocketAddr>,
     ) -> Result<Serving, Failure> {
         let inner = self.0.clone();
-        blocking(move || inner.serve(ServeId::random(), machine, selector, writable, listen)).await
+        blocking(move || inner.serve(ServeId::random(), machine, selector, How::Listed { writable, listen })).await
+    }
+
+    /// As [`ProcessServer::serve`], writable, for a machine that is run here: not listed, so that nobody lets it expire.
+    pub async fn serve_machine(&self, machine: MachineId, selector: Selector) -> Result<Serving, Failure> {
+        let inner = self.0.clone();
+        blocking(move || inner.serve(ServeId::random(), machine, selector, How::Machine)).await
+    }
+
+    /// Notes on a point that a machine booted from it and showed a sign of life. A place between points has nowhere to note it.
+    pub async fn prove_point(&self, machine: MachineId, point: MarkId) -> Result<(), Failure> {
+        let inner = self.0.clone();
+        blocking(move || {
+            let points = inner.set.points(machine).map_err(point_failed)?;
+            match points.get(point) {
+                Some(_) => points.prove(point, SystemClock::new().wall_now()).map(drop).map_err(point_failed),
+                None => Ok(()),
+            }
+        })
+        .await
     }
 
     /// Ends the connections to it and drops its scratch layers.
@@ -178,20 +208,17 @@ impl Inner {
         Ok((info, views.into_iter().map(|(disk, view)| (disk, Arc::new(view))).collect(), place))
     }
 
-    fn serve(
-        &self,
-        id: ServeId,
-        machine: MachineId,
-        selector: Selector,
-        writable: bool,
-        listen: Option<SocketAddr>,
-    ) -> Result<Serving, Failure> {
+    fn serve(&self, id: ServeId, machine: MachineId, selector: Selector, how: How) -> Result<Serving, Failure> {
+        let (writable, listen) = match how {
+            How::Listed { writable, listen } => (writable, listen),
+            How::Machine => (true, None),
+        };
         let (info, views, place) = self.open_views(machine, selector)?;
         let pins = DurablePins::of_serve(&self.set, id, &place).map_err(set_failed)?;
         let result = self.open_disks(id, views, writable).and_then(|disks| {
             let held: Option<Box<dyn Send>> = Some(Box::new(pins));
             let point = ServedPoint { machine, point: info.id, time: info.time, writable, disks, listen, held };
-            Ok(self.serves.start(id, point, false)?)
+            Ok(self.serves.start(id, point, how == How::Machine)?)
         });
         if result.is_err()
             && let Err(error) = self.serves.discard(id)

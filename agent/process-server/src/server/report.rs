@@ -252,8 +252,13 @@ pub(super) fn point_info(point: &Point) -> PointInfo {
         label: point.label.clone(),
         locked: point.locked,
         change_bytes: point.changed_bytes(),
-        flags: if point.damaged { vec!["damaged".to_owned()] } else { Vec::new() },
+        flags: flags(point),
     }
+}
+
+fn flags(point: &Point) -> Vec<String> {
+    let damaged = point.damaged.then(|| "damaged".to_owned());
+    damaged.into_iter().chain(point.proven.map(|time| format!("booted {time}"))).collect()
 }
 
 /// A place between marks has no id of its own. It gets one that is the same whenever the same place is meant.

@@ -1,0 +1,95 @@
+//! The guest that writes a chain of records, and its disk.
+
+use std::path::{Path, PathBuf};
+
+use tidemark_tests::image::{self, MIB};
+use tidemark_tests::{Machine, Site, guest, tools};
+
+/// What a guest says when it found its chain whole, before the number of its last record.
+pub const ALIVE: &str = "ALIVE ";
+/// Before the number of a record that is on the disk.
+pub const SYNCED: &str = "SYNCED ";
+const FILE_SYSTEM_BYTES: u64 = 48 * MIB;
+
+/// The guest's first program.
+fn init() -> String {
+    format!(
+        r#"#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev /mnt
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox --install -s /bin
+exec 2>&1
+fail() {{ echo "FAILED: $1"; poweroff -f; }}
+digest() {{ echo "$1" | md5sum | cut -c1-32; }}
+disk=/dev/nvme0n1
+until [ -b $disk ]; do :; done
+mount -t ext4 $disk /mnt || fail "mount"
+touch /mnt/chain
+last="begin"; number=0
+while read line; do
+    number=$((number + 1))
+    [ "$line" = "$number $(digest "$last")" ] || fail "record $number is $line"
+    last="$line"
+done < /mnt/chain
+echo "{ALIVE}$number"
+while true; do
+    number=$((number + 1))
+    last="$number $(digest "$last")"
+    echo "$last" >> /mnt/chain || fail "write of record $number"
+    sync
+    echo "{SYNCED}$number"
+done
+"#
+    )
+}
+
+/// Everything that a guest needs but its disk.
+pub struct Parts {
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+}
+
+impl Parts {
+    /// `None`: the test was noted as skipped.
+    pub fn make(site: &Site, test: &str) -> Option<Self> {
+        match guest::kernel() {
+            Ok(kernel) => Some(Self { kernel, initrd: guest::initrd(site, &init()) }),
+            Err(why) => {
+                tools::skipped(test, &why);
+                None
+            }
+        }
+    }
+
+    /// Says how the machine is run, with `extra` arguments.
+    pub fn describe(&self, site: &Site, name: &str, extra: &[&str]) -> serde_json::Value {
+        let (kernel, initrd) = (text(&self.kernel), text(&self.initrd));
+        let mut arguments = vec!["machine", "set", name, "--memory", "256M", "--bus", "nvme", "--kernel", &kernel];
+        arguments.extend(["--initrd", &initrd, "--kernel-command-line", guest::COMMAND_LINE]);
+        arguments.extend(extra);
+        site.json(&arguments)
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().expect("paths of tests are text").to_owned()
+}
+
+/// Protects a disk with an empty file system at its beginning and nothing behind it.
+pub fn protect(site: &Site, name: &str, bytes: u64) -> Machine {
+    let (disk, empty) = (site.path(&format!("{name}.img")), site.path("empty"));
+    std::fs::create_dir_all(&empty).expect("a folder can be made");
+    image::make_ext4(&disk, FILE_SYSTEM_BYTES, &empty);
+    let file = std::fs::File::options().write(true).open(&disk).expect("the disk is there");
+    file.set_len(bytes).expect("a sparse disk costs nothing");
+    let machine = site.protect(name, &[&disk], &[]);
+    site.wait_protected(name);
+    machine
+}
+
+/// The number of the last line that begins so.
+pub fn last_number(console: &str, beginning: &str) -> Option<u64> {
+    console.lines().rev().find_map(|line| line.trim().strip_prefix(beginning)?.trim().parse().ok())
+}
