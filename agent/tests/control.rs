@@ -97,6 +97,10 @@ impl Fake {
                 self.note("resync");
                 Ok(Reply::Done)
             }
+            AgentCommand::CancelResync(_) => {
+                self.note("cancel_resync");
+                Ok(Reply::Done)
+            }
             AgentCommand::Mark(_) => Ok(Reply::Marked { mark: MarkId::random(), time: Timestamp(1) }),
             AgentCommand::Deny(list) => {
                 *self.denied.lock().unwrap() = list;
@@ -221,6 +225,7 @@ fn source_disk(disk: DiskId) -> SourceDisk {
         log_bytes: 40,
         rpo: Duration::from_millis(250),
         scan: None,
+        compare: Default::default(),
         problems: Vec::new(),
     }
 }

@@ -16,6 +16,10 @@ const LONG_ROUNDS: u64 = 150;
 /// After the kill of an agent nothing is sent but what was under way, and at most one part in so many of the disk. A
 /// little more was written between the last look and the kill.
 const RESENT_SHARE: u64 = 100;
+/// At most one part in so many of the disk is compared.
+const COMPARED_SHARE: u64 = 100;
+/// From the start of a role until a new recovery point is made.
+const AT_WORK_AGAIN_MAX: Duration = Duration::from_secs(5);
 
 fn fio(site: &Site, machine: &Machine, seed: u64) -> Owned {
     let mut command = tools::command("fio");
@@ -76,10 +80,14 @@ fn killed_again_and_again_under_load_nothing_is_lost() {
             let sent = number(&status["sent_bytes"]);
             let limit = under_way + DISK_BYTES / RESENT_SHARE + MIB;
             assert!(sent <= limit, "{sent} bytes sent, at most {limit} were to be: {status}");
+            let compare = &status["compare"];
+            let compared = number(&compare["compared_bytes"]) + number(&compare["left_bytes"]);
+            assert!(compared <= DISK_BYTES / COMPARED_SHARE, "{compared} bytes of {DISK_BYTES} compared: {status}");
         }
         assert_recovered(&site, &machine, &[written]);
     }
     image::assert_same(&reference, &site.export("db", &text(&first["id"]), "first.raw", "raw"));
+    assert!(longest <= AT_WORK_AGAIN_MAX, "it took {longest:?} until a point could be made again");
     println!("{kills} kills, at work again after {longest:?} at the latest");
     tools::counted("kills of a real role under load", kills);
     site.down();

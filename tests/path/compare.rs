@@ -108,3 +108,48 @@ fn a_resync_outlives_a_kill() {
     site.point("web");
     image::assert_same(&disk, &site.export("web", "latest", "recovered.raw", "raw"));
 }
+
+/// A resync that was asked for by mistake: whether it waits or runs, it ends at once and costs nothing; what the guest wrote
+/// meanwhile is replicated, and every recovery point stays.
+#[test]
+fn a_resync_is_cancelled_at_no_cost() {
+    const BYTES: u64 = 256 * MIB;
+    let (site, disk, machine) = replicated(BYTES, 27);
+    let points = |site: &Site| -> Vec<String> {
+        let list = site.json(&["point", "list", "web"]);
+        list.as_array().map(|list| list.iter().map(|point| point["id"].to_string()).collect()).unwrap_or_default()
+    };
+    let old = points(&site);
+    // While it waits.
+    site.json(&["pause", "web"]);
+    site.json(&["resync", "web"]);
+    let mut client = Client::connect(machine.nbd()).unwrap();
+    client.write(3 * MIB, &[27; 65536]).unwrap();
+    wait::until("the whole disk waits", LIMIT, || {
+        (number(&site.status("web")["pending_bytes"]) >= BYTES).then_some(())
+    });
+    let before = sent(&site);
+    site.json(&["resync", "web", "--cancel"]);
+    site.json(&["resume", "web"]);
+    site.wait_sent("web");
+    let status = site.wait_protected("web");
+    assert_eq!(number(&status["compare"]["compared_bytes"]), 0, "{status}");
+    assert!(sent(&site) - before < MIB, "{status}");
+    // While it runs; cancelled again, nothing happens.
+    site.json(&["resync", "web"]);
+    wait::until("the compare begins", LIMIT, || {
+        (number(&site.status("web")["compare"]["compared_bytes"]) > 0).then_some(())
+    });
+    site.json(&["resync", "web", "--cancel"]);
+    client.write(5 * MIB, &[28; 65536]).unwrap();
+    client.disconnect().unwrap();
+    site.json(&["resync", "web", "--cancel"]);
+    site.wait_sent("web");
+    let status = site.wait_protected("web");
+    assert_eq!(number(&status["compare"]["left_bytes"]), 0, "{status}");
+    assert_eq!(number(&status["compare"]["differing_bytes"]), 0, "{status}");
+    site.point("web");
+    image::assert_same(&disk, &site.export("web", "latest", "recovered.raw", "raw"));
+    let now = points(&site);
+    assert!(!old.is_empty() && old.iter().all(|point| now.contains(point)), "{old:?} {now:?}");
+}

@@ -535,6 +535,19 @@ pub fn resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
     })
 }
 
+/// What only a resync asked for is not read; old recovery points and what is replicated meanwhile stay as they are.
+pub fn cancel_resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
+    refuse_unprotected(&core.machine(name)?)?;
+    let (core, name) = (core.clone(), name.to_owned());
+    core.jobs.clone().start("cancel_resync", Some(&name.clone()), |progress| async move {
+        let _lock = core.lock(&name).await;
+        let machine = core.machine(&name)?;
+        progress.step("tell the agent");
+        core.agent_does(machine.host, &AgentCommand::CancelResync(machine.id), QUICK).await?;
+        Ok(json!({ "machine": name }))
+    })
+}
+
 pub fn refuse_unprotected(machine: &Machine) -> Result<(), Failure> {
     match machine.wanted {
         Wanted::Unprotected { .. } => Err(Failure::new(

@@ -5,13 +5,13 @@ use std::time::Duration;
 use serde::Serialize;
 use tidemark_base::{Clock, DiskId, MachineId, Timestamp};
 use tidemark_proto::control::{
-    AgentCommand, AgentReport, PointInfo, Problem, ReplicaDisk, Reply, ServerCommand, ServerReport, SourceDisk,
-    SourceMode, SourceState,
+    AgentCommand, AgentReport, Compared, PointInfo, Problem, ReplicaDisk, Reply, ServerCommand, ServerReport,
+    SourceDisk, SourceMode, SourceState,
 };
 
 use utoipa::ToSchema;
 
-use crate::api::schema::{PointSchema, ProblemSchema};
+use crate::api::schema::{ComparedSchema, PointSchema, ProblemSchema};
 use crate::core::Core;
 use crate::hub::{PeerId, Presence, Report};
 use crate::model::{Machine, MachineDisk, Wanted};
@@ -49,6 +49,9 @@ pub struct MachineStatus {
     pub last_point: Option<PointInfo>,
     /// Of an initial replication or a resynchronisation.
     pub progress: Option<Progress>,
+    /// What was compared with the replica since the agent has the disks, what of it differed, and what is left to compare.
+    #[schema(value_type = ComparedSchema)]
+    pub compare: Compared,
     pub disks: Vec<DiskStatus>,
     #[schema(value_type = Vec<ProblemSchema>)]
     pub problems: Vec<Problem>,
@@ -131,6 +134,8 @@ pub struct DiskStatus {
     pub stored_bytes: u64,
     pub rpo_seconds: Option<f64>,
     pub progress: Option<Progress>,
+    #[schema(value_type = ComparedSchema)]
+    pub compare: Compared,
 }
 
 #[derive(Clone, Debug, Default, Serialize, ToSchema)]
@@ -258,6 +263,11 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
         stored_bytes: replicas.iter().flatten().map(|disk| disk.stored_bytes).sum(),
         points: on_server.map_or(0, |replicated| replicated.points),
         last_point: on_server.and_then(|replicated| replicated.latest.clone()),
+        compare: sources.iter().flatten().fold(Compared::default(), |sum, disk| Compared {
+            compared_bytes: sum.compared_bytes.saturating_add(disk.compare.compared_bytes),
+            differing_bytes: sum.differing_bytes.saturating_add(disk.compare.differing_bytes),
+            left_bytes: sum.left_bytes.saturating_add(disk.compare.left_bytes),
+        }),
         progress: (!scans.is_empty())
             .then(|| progress(scans.iter().map(|(done, _)| done).sum(), scans.iter().map(|(_, total)| total).sum())),
         disks,
@@ -385,6 +395,7 @@ fn disk_status(disk: &MachineDisk, source: Option<&SourceDisk>, replica: Option<
         stored_bytes: replica.map_or(0, |replica| replica.stored_bytes),
         rpo_seconds: source.map(|source| source.rpo.as_secs_f64()),
         progress: source.and_then(|source| source.scan).map(|(done, total)| progress(done, total)),
+        compare: source.map(|source| source.compare).unwrap_or_default(),
     }
 }
 

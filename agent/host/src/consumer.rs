@@ -48,12 +48,17 @@ pub struct Stored {
     /// The log does not wait for it any more: what was logged after its cursor and up to here is in its scan.
     #[serde(default)]
     pub covered: Option<Position>,
+    /// The whole disk was added because somebody asked for it; `kept-<server>` says what is pending for other reasons.
+    #[serde(default)]
+    pub resync: bool,
 }
 
 struct State {
     file: SealedFile<Stored>,
     current: Stored,
     stored: Option<Stored>,
+    /// While a resync runs: what is pending for other reasons.
+    kept: Option<DirtyBitmap>,
     /// Additions of this run, in whole granules, with the revision that made them.
     recent: Vec<(ScanRevision, ExtentSet)>,
     /// Scanned parts of granules of which the rest is not scanned yet.
@@ -80,11 +85,21 @@ impl Consumer {
     pub fn create(storage: Arc<dyn Storage>, server: ServerId, disk_bytes: u64) -> io::Result<Self> {
         let scan = Self::full_scan(&storage, server, disk_bytes)?;
         let (file, _) = SealedFile::open(storage.clone(), &Self::state_file(server), SLOT_BYTES)?;
-        let current =
-            Stored { version: VERSION, server, cursor: None, reason: Some(ScanReason::Initial), covered: None };
-        let consumer = Self::new(storage, file, scan, current, None);
+        let current = Stored {
+            version: VERSION,
+            server,
+            cursor: None,
+            reason: Some(ScanReason::Initial),
+            covered: None,
+            resync: false,
+        };
+        let consumer = Self::new(storage, file, scan, current, None, None);
         consumer.store()?;
         Ok(consumer)
+    }
+
+    fn kept_file(server: ServerId) -> String {
+        format!("kept-{server}")
     }
 
     fn full_scan(storage: &Arc<dyn Storage>, server: ServerId, disk_bytes: u64) -> io::Result<DirtyBitmap> {
@@ -118,15 +133,23 @@ impl Consumer {
             None => {
                 // It may hold anything by now: zeroes must be sent as well.
                 current.reason = Some(ScanReason::Unclean);
+                current.resync = false;
                 Self::full_scan(&storage, server, disk_bytes)?
             }
         };
+        let kept_file = Self::kept_file(server);
+        let kept = match current.resync && storage.exists(&kept_file)? {
+            true => DirtyBitmap::open(storage.open(&kept_file, OpenMode::ReadWrite)?, disk_bytes)?,
+            false => None,
+        };
+        // Without it nobody knows what may be taken back.
+        current.resync = kept.is_some();
         match (scan.is_empty(), current.reason) {
             (true, _) => current.reason = None,
             (false, None) => current.reason = Some(ScanReason::Unclean),
             (false, Some(_)) => {}
         }
-        Ok(Some(Self::new(storage, file, scan, current, Some(stored))))
+        Ok(Some(Self::new(storage, file, scan, current, Some(stored), kept)))
     }
 
     fn new(
@@ -135,8 +158,10 @@ impl Consumer {
         scan: DirtyBitmap,
         current: Stored,
         stored: Option<Stored>,
+        kept: Option<DirtyBitmap>,
     ) -> Self {
         let state = State {
+            kept,
             file,
             stored,
             recent: Vec::new(),
@@ -232,6 +257,9 @@ impl Consumer {
             let offset = extent.offset / GRANULE_BYTES * GRANULE_BYTES;
             added.insert(Extent::new(offset, extent.end().next_multiple_of(GRANULE_BYTES) - offset));
             self.scan.mark(extent);
+            if let Some(kept) = state.kept.as_ref().filter(|_| reason != ScanReason::Requested) {
+                kept.mark(extent);
+            }
         }
         for extent in added.iter() {
             state.partial.remove(extent);
@@ -256,8 +284,53 @@ impl Consumer {
             None if self.scan.is_empty() => None,
             before => Some(reason.joined(before)),
         };
+        if let Some(kept) = &state.kept {
+            kept.sync()?;
+        }
         self.scan.sync()?;
         self.store_locked(&mut state)
+    }
+
+    /// Adds the whole disk because somebody asked for it. What is pending without that is kept apart first, so that
+    /// [`Self::cancel_resync`] can take the rest back. Durable when it returns.
+    pub fn resync(&self, disk_bytes: u64, revision: ScanRevision) -> io::Result<()> {
+        {
+            let mut state = self.state();
+            if state.kept.is_none() {
+                let file = self.storage.open(&Self::kept_file(self.server), OpenMode::OpenOrCreate)?;
+                let kept = DirtyBitmap::create(file, disk_bytes)?;
+                self.scan.extents().iter().for_each(|extent| kept.mark(extent));
+                kept.sync()?;
+                self.storage.sync_folder("")?;
+                state.kept = Some(kept);
+                state.current.resync = true;
+            }
+        }
+        let whole = ExtentSet::from_iter([Extent::new(0, disk_bytes)]);
+        self.add(&whole, ScanReason::Requested, revision)
+    }
+
+    /// Takes back what only a resync asked for; how much it was, or `None` when none runs. Durable when it returns.
+    /// No bit that stands for anything else is cleared even for a moment: a kill in between leaves more, never less.
+    pub fn cancel_resync(&self) -> io::Result<Option<u64>> {
+        let mut state = self.state();
+        let Some(kept) = state.kept.take() else { return Ok(None) };
+        let (before, needed) = (self.scan.bytes(), kept.extents());
+        for extent in self.scan.extents().iter() {
+            needed.gaps(extent).into_iter().for_each(|gap| self.scan.clear(gap));
+        }
+        self.scan.sync()?;
+        state.current.resync = false;
+        state.total_bytes = self.scan.bytes();
+        if self.scan.is_empty() {
+            state.current.reason = None;
+            state.recent.clear();
+            state.partial = ExtentSet::new();
+        }
+        self.store_locked(&mut state)?;
+        drop(state);
+        self.storage.remove(&Self::kept_file(self.server))?;
+        Ok(Some(before - self.scan.bytes()))
     }
 
     /// Nothing of the disk was ever scanned for it, and it acknowledged no record: what it was sent as records does not
@@ -336,6 +409,9 @@ impl Consumer {
         let runs: Vec<Extent> = state.partial.overlapping(around).collect();
         for run in runs {
             self.scan.clear(run);
+            if let Some(kept) = &state.kept {
+                kept.clear(run);
+            }
             let offset = run.offset.next_multiple_of(GRANULE_BYTES);
             let end = run.end() / GRANULE_BYTES * GRANULE_BYTES;
             if end > offset {
@@ -347,6 +423,8 @@ impl Consumer {
         }
         if self.scan.is_empty() {
             state.current.reason = None;
+            state.current.resync = false;
+            state.kept = None;
             state.recent.clear();
             state.partial = ExtentSet::new();
         }
@@ -385,6 +463,9 @@ impl Consumer {
     pub fn remove(&self) -> io::Result<()> {
         self.storage.remove(&Self::state_file(self.server))?;
         self.storage.remove(&Self::scan_file(self.server))?;
+        if self.storage.exists(&Self::kept_file(self.server))? {
+            self.storage.remove(&Self::kept_file(self.server))?;
+        }
         self.storage.sync_folder("")
     }
 }
@@ -439,6 +520,45 @@ mod tests {
         let consumer = Consumer::open(storage.clone(), server, DISK_BYTES).unwrap().unwrap();
         assert_eq!((consumer.cursor(), consumer.progress()), (Some(position), None));
         assert!(Consumer::open(storage, ServerId::random(), DISK_BYTES).unwrap().is_none());
+    }
+
+    /// What a resync alone asked for is taken back, at once or after a restart; what was pending before, or became so since,
+    /// is not.
+    #[test]
+    fn a_resync_that_is_cancelled_leaves_what_is_pending_for_another_reason() {
+        for restart in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            let storage = RealStorage::open_folder(folder.path());
+            let server = ServerId::random();
+            let mut consumer = Consumer::create(storage.clone(), server, DISK_BYTES).unwrap();
+            consumer.scanned(Extent::new(0, DISK_BYTES), ScanRevision(1));
+            assert_eq!(consumer.cancel_resync().unwrap(), None, "none runs");
+            consumer.add(&set(&[Extent::new(3 * G, 2 * G)]), ScanReason::Dirty, ScanRevision(2)).unwrap();
+            consumer.resync(DISK_BYTES, ScanRevision(3)).unwrap();
+            assert_eq!(pending(&consumer, 0), [Extent::new(0, DISK_BYTES)]);
+            // Asked for again, it is the same one.
+            consumer.resync(DISK_BYTES, ScanRevision(4)).unwrap();
+            consumer.add(&set(&[Extent::new(60 * G, 5 * G)]), ScanReason::Dirty, ScanRevision(5)).unwrap();
+            consumer.scanned(Extent::new(0, 4 * G), ScanRevision(5));
+            if restart {
+                consumer.store().unwrap();
+                drop(consumer);
+                consumer = Consumer::open(storage.clone(), server, DISK_BYTES).unwrap().unwrap();
+                assert_eq!(consumer.scan_bytes(), DISK_BYTES - 4 * G);
+            }
+            let left = [Extent::new(4 * G, G), Extent::new(60 * G, DISK_BYTES - 60 * G)];
+            let left_bytes: u64 = left.iter().map(|extent| extent.length).sum();
+            assert_eq!(consumer.cancel_resync().unwrap(), Some(DISK_BYTES - 4 * G - left_bytes));
+            assert_eq!(pending(&consumer, 0), left);
+            drop(consumer);
+            let consumer = Consumer::open(storage.clone(), server, DISK_BYTES).unwrap().unwrap();
+            assert_eq!(pending(&consumer, 0), left);
+            consumer.scanned(Extent::new(0, DISK_BYTES), ScanRevision(9));
+            // One that nothing else was pending beside ends with nothing to do.
+            consumer.resync(DISK_BYTES, ScanRevision(10)).unwrap();
+            assert_eq!(consumer.cancel_resync().unwrap(), Some(DISK_BYTES));
+            assert_eq!((pending(&consumer, 0), consumer.progress()), (vec![], None));
+        }
     }
 
     /// A stretch at a time it is the same as at once; what was added since is told apart.

@@ -59,6 +59,7 @@ kinds! {
     MachinePaused = "machine_paused",
     MachineResumed = "machine_resumed",
     ResyncRequested = "resync_requested",
+    ResyncCancelled = "resync_cancelled",
     /// A disk of a machine cannot be opened; it is tried again.
     AttachFailed = "attach_failed",
     /// Nobody knows this disk: it is replicated from the beginning.

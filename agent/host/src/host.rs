@@ -343,6 +343,16 @@ impl Host {
         Ok(())
     }
 
+    /// Takes a resync back: what only it asked for is not read. Where none runs, nothing changes.
+    pub fn cancel_resync(&self, machine: MachineId) -> Result<(), HostError> {
+        let machine = self.machine(machine)?;
+        if machine.cancel_resync().map_err(|source| HostError::Io { what: "take marks of blocks back", source })? {
+            let message = "is no longer compared with its replica, because somebody cancelled that";
+            self.shared.tell(&machine.spec(), Severity::Information, EventKind::ResyncCancelled, message, "");
+        }
+        Ok(())
+    }
+
     /// Makes a mark on all disks of a machine. It becomes a recovery point once the process server holds it on each. One
     /// that is to be kept waits for scans to end, for a while: inside a scan there are no points.
     pub fn mark(&self, request: &MarkRequest) -> Result<MarkOutcome, HostError> {
@@ -572,6 +582,7 @@ fn failed_disk(disk: DiskId, failure: &Failure) -> SourceDisk {
         log_bytes: 0,
         rpo: Duration::ZERO,
         scan: None,
+        compare: Default::default(),
         problems: vec![Problem { critical: true, message: failure.message.clone(), help: failure.help.clone() }],
     }
 }

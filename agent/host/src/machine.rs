@@ -17,7 +17,7 @@ use tidemark_base::thread::JoinHandle;
 use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId};
 use tidemark_proto::control::{
-    AttachedDisk, Failure, MachineSpec, Problem, ReplicationPolicy, SourceDisk, SourceMode, SourceState,
+    AttachedDisk, Compared, Failure, MachineSpec, Problem, ReplicationPolicy, SourceDisk, SourceMode, SourceState,
 };
 use tidemark_proto::replication::Consistency;
 
@@ -268,6 +268,21 @@ impl Machine {
         self.disks.iter().try_for_each(|disk| disk.disk.resync())
     }
 
+    /// Takes a resync back; whether one ran. Senders begin again, with what is pending now: the scan that they began ends at
+    /// once when that is nothing.
+    pub fn cancel_resync(&self) -> std::io::Result<bool> {
+        let mut ran = false;
+        for disk in &self.disks {
+            if disk.disk.cancel_resync()? {
+                ran = true;
+                if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
+                    sender.restart_stream();
+                }
+            }
+        }
+        Ok(ran)
+    }
+
     /// Waits until no disk is being scanned: a mark inside a scan never becomes a recovery point. When `limit` passed
     /// first, says of which disk how much is done.
     pub fn wait_scanned(&self, limit: Duration) -> Result<(), (DiskId, u64, u64)> {
@@ -352,6 +367,14 @@ impl Machine {
                 .and_then(|sender| sender.scan.as_ref())
                 .map(|scan| (scan.durable_bytes, scan.total_bytes))
                 .or(progress.map(|(done, total, _)| (done, total))),
+            compare: sender.as_ref().map_or_else(Compared::default, |sender| Compared {
+                compared_bytes: sender.compared_bytes,
+                differing_bytes: sender.differing_bytes,
+                left_bytes: sender
+                    .scan
+                    .filter(|scan| scan.compares)
+                    .map_or(0, |scan| scan.total_bytes.saturating_sub(scan.durable_bytes)),
+            }),
             problems,
         }
     }

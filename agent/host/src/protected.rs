@@ -293,15 +293,28 @@ impl ProtectedDisk {
         Ok(())
     }
 
-    pub(crate) fn whole(&self) -> ExtentSet {
-        let mut whole = ExtentSet::new();
-        whole.insert(Extent::new(0, self.identity.disk_bytes));
-        whole
-    }
-
     /// The whole disk is read again for every consumer.
     pub fn resync(&self) -> io::Result<()> {
-        self.add_for_all(&self.whole(), ScanReason::Requested)
+        let result = {
+            let _adding = self.adding.lock().expect("no panic while held");
+            let revision = ScanRevision(self.revision.load(Ordering::Acquire) + 1);
+            let disk_bytes = self.identity.disk_bytes;
+            let result = self.consumers().iter().try_for_each(|consumer| consumer.resync(disk_bytes, revision));
+            self.revision.store(revision.0, Ordering::Release);
+            result
+        };
+        self.watchers.changed();
+        result
+    }
+
+    /// Takes a resync back; whether one ran. What else is pending is scanned all the same.
+    pub fn cancel_resync(&self) -> io::Result<bool> {
+        let _adding = self.adding.lock().expect("no panic while held");
+        let mut ran = false;
+        for consumer in self.consumers() {
+            ran |= consumer.cancel_resync()?.is_some();
+        }
+        Ok(ran)
     }
 
     // ---- holds and epochs

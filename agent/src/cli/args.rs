@@ -100,7 +100,7 @@ pub enum Verb {
     /// Sends again.
     Resume(MachineArgs),
     /// Compares every block with the replica.
-    Resync(MachineArgs),
+    Resync(ResyncArgs),
     /// Shows how machines do.
     Status(StatusArgs),
     /// How machines are run where their replica is.
@@ -391,6 +391,15 @@ pub struct MachineArgs {
     pub name: String,
     #[command(flatten)]
     pub wait: WaitArgs,
+}
+
+#[derive(Args)]
+pub struct ResyncArgs {
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// Ends one that was asked for before; what it found so far, and all recovery points, stay.
+    #[arg(long)]
+    pub cancel: bool,
 }
 
 #[derive(Args)]

@@ -79,6 +79,17 @@ pub async fn simple(client: &Client, verb: &str, args: MachineArgs, output: &Out
     Ok(())
 }
 
+/// resync --cancel.
+pub async fn cancel_resync(client: &Client, args: MachineArgs, output: &Output) -> Result<(), CliError> {
+    let started = client.request(Method::DELETE, &format!("/machines/{}/resync", escape(&args.name)), None).await?;
+    let Some(result) = job::finish(client, started, &args.wait, output).await? else { return Ok(()) };
+    if output.is_json() {
+        return Ok(output.json(&result)?);
+    }
+    output.line(&format!("{}: it is no longer compared", args.name))?;
+    Ok(())
+}
+
 /// As the server must be told it: it is not where we are.
 pub fn full_path(path: &Path) -> Result<String, CliError> {
     let full = std::path::absolute(path)

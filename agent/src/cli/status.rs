@@ -60,6 +60,15 @@ fn show(status: &Value, output: &Output) -> Result<(), CliError> {
     let header = ["MACHINE", "STATE", "HEALTH", "MODE", "RPO", "WAITING", "WRITTEN", "SENT", "POINTS", "LAST POINT"];
     output.table(&header, &rows)?;
     for machine in machines {
+        if machine.pointer("/compare/left_bytes").and_then(Value::as_u64).is_some_and(|left| left > 0) {
+            output.line(&format!(
+                "{}: {} compared with the replica, {} differ, {} left to compare",
+                text(machine, "/name"),
+                bytes_at(machine, "/compare/compared_bytes"),
+                bytes_at(machine, "/compare/differing_bytes"),
+                bytes_at(machine, "/compare/left_bytes"),
+            ))?;
+        }
         for problem in machine["problems"].as_array().into_iter().flatten() {
             output.line(&format!("{}: {}", text(machine, "/name"), text(problem, "/problem")))?;
             output.line(&format!("  help: {}", text(problem, "/help")))?;

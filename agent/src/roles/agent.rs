@@ -168,6 +168,7 @@ fn execute(host: &Host, command: AgentCommand) -> Result<Reply, HostError> {
         AgentCommand::Pause(machine) => host.pause(machine).map(|()| Reply::Done),
         AgentCommand::Resume(machine) => host.resume(machine).map(|()| Reply::Done),
         AgentCommand::Resync(machine) => host.resync(machine).map(|()| Reply::Done),
+        AgentCommand::CancelResync(machine) => host.cancel_resync(machine).map(|()| Reply::Done),
         AgentCommand::Mark(request) => {
             host.mark(&request).map(|outcome| Reply::Marked { mark: outcome.id, time: outcome.time })
         }

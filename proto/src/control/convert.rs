@@ -218,6 +218,7 @@ impl From<&AgentCommand> for wire::AgentCommand {
             AgentCommand::Pause(id) => Body::Pause(machine_ref(id)),
             AgentCommand::Resume(id) => Body::Resume(machine_ref(id)),
             AgentCommand::Resync(id) => Body::Resync(machine_ref(id)),
+            AgentCommand::CancelResync(id) => Body::CancelResync(machine_ref(id)),
             AgentCommand::Mark(request) => Body::Mark(wire::MakeMark {
                 machine: request.machine.to_vec(),
                 consistency: wire::PointConsistency::from(request.consistency).into(),
@@ -245,6 +246,7 @@ impl TryFrom<wire::AgentCommand> for AgentCommand {
             Body::Pause(of) => AgentCommand::Pause(machine(&of.machine)?),
             Body::Resume(of) => AgentCommand::Resume(machine(&of.machine)?),
             Body::Resync(of) => AgentCommand::Resync(machine(&of.machine)?),
+            Body::CancelResync(of) => AgentCommand::CancelResync(machine(&of.machine)?),
             Body::Mark(make) => AgentCommand::Mark(MarkRequest {
                 machine: machine(&make.machine)?,
                 consistency: make.consistency().try_into()?,
@@ -815,6 +817,9 @@ impl From<&SourceDisk> for wire::SourceDisk {
             scan_total_bytes,
             problems: wire_problems(&from.problems),
             mode_reason: from.mode_reason.clone(),
+            compared_bytes: from.compare.compared_bytes,
+            differing_bytes: from.compare.differing_bytes,
+            compare_left_bytes: from.compare.left_bytes,
         }
     }
 }
@@ -852,6 +857,11 @@ impl TryFrom<wire::SourceDisk> for SourceDisk {
             log_bytes: from.log_bytes,
             rpo: Duration::from_nanos(from.rpo_ns),
             scan: (from.scan_total_bytes > 0).then_some((from.scan_done_bytes, from.scan_total_bytes)),
+            compare: Compared {
+                compared_bytes: from.compared_bytes,
+                differing_bytes: from.differing_bytes,
+                left_bytes: from.compare_left_bytes,
+            },
             problems: problems(from.problems)?,
         })
     }
@@ -1001,6 +1011,7 @@ mod tests {
             AgentCommand::Pause(machine),
             AgentCommand::Resume(machine),
             AgentCommand::Resync(machine),
+            AgentCommand::CancelResync(machine),
             AgentCommand::Mark(MarkRequest { machine, consistency: Consistency::App, label: "x".into(), keep: true }),
             AgentCommand::Status,
             AgentCommand::Deny(denied()),
@@ -1098,6 +1109,7 @@ mod tests {
                     log_bytes: 4,
                     rpo: Duration::from_millis(5),
                     scan: Some((1, 2)),
+                    compare: Compared { compared_bytes: 7, differing_bytes: 8, left_bytes: 9 },
                     problems: vec![problem.clone()],
                 }],
             })),

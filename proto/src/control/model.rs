@@ -88,6 +88,7 @@ pub enum AgentCommand {
     Pause(MachineId),
     Resume(MachineId),
     Resync(MachineId),
+    CancelResync(MachineId),
     Mark(MarkRequest),
     Status,
     /// Process servers that are not to be dialled.
@@ -516,7 +517,19 @@ pub struct SourceDisk {
     pub rpo: Duration,
     /// Done and total bytes of the scan that runs.
     pub scan: Option<(u64, u64)>,
+    pub compare: Compared,
     pub problems: Vec<Problem>,
+}
+
+/// What of a disk was compared with its replica, by hash.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Compared {
+    /// Since the agent has the disk.
+    pub compared_bytes: u64,
+    /// Of these, in blocks of which something differed.
+    pub differing_bytes: u64,
+    /// What the compare that runs has not settled; 0: none runs.
+    pub left_bytes: u64,
 }
 
 #[derive(Clone, PartialEq, Debug)]

@@ -61,6 +61,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.post("/machines/{name}/pause", pause, job("Sends nothing for now"));
     api.post("/machines/{name}/resume", resume, job("Sends again"));
     api.post("/machines/{name}/resync", resync, job("Compares every block with the replica"));
+    api.delete("/machines/{name}/resync", cancel_resync, job("Ends a compare that was asked for"));
     let list = Operation::new(Reader, "The recovery points of a machine").answers_list::<PointSchema>();
     api.get("/machines/{name}/points", list_points, list);
     let one = job("Makes a recovery point").takes::<points::CreateRequest>();
@@ -247,6 +248,10 @@ async fn resume(State(core): App, Path(name): Path<String>) -> Answer {
 
 async fn resync(State(core): App, Path(name): Path<String>) -> Answer {
     accepted(machines::resync(&core, &name)?)
+}
+
+async fn cancel_resync(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(machines::cancel_resync(&core, &name)?)
 }
 
 // ---- points

@@ -31,6 +31,19 @@ pub struct ProblemSchema {
     help: String,
 }
 
+/// What was compared with the replica, by hash.
+#[derive(ToSchema)]
+#[schema(as = Compared)]
+#[allow(dead_code)]
+pub struct ComparedSchema {
+    /// Since the agent has the disk.
+    compared_bytes: u64,
+    /// Of these, in blocks of which something differed.
+    differing_bytes: u64,
+    /// What the compare that runs has not settled; 0: none runs.
+    left_bytes: u64,
+}
+
 /// Why something was not done.
 #[derive(ToSchema)]
 #[schema(as = Failure)]

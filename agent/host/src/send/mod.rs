@@ -163,6 +163,8 @@ struct Control {
     paused: bool,
     /// Counts calls of [`Sender::resume`].
     resumed: u64,
+    /// Counts calls of [`Sender::restart_stream`].
+    restarted: u64,
     policy: SendPolicy,
 }
 
@@ -186,7 +188,13 @@ impl Sender {
     pub fn start(source: Arc<dyn Source>, config: SenderConfig) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             inbox: Arc::default(),
-            control: Mutex::new(Control { stop: false, paused: false, resumed: 0, policy: config.policy }),
+            control: Mutex::new(Control {
+                stop: false,
+                paused: false,
+                resumed: 0,
+                restarted: 0,
+                policy: config.policy,
+            }),
             status: Mutex::new(SenderStatus::new()),
             status_changed: Condvar::new(),
         });
@@ -220,6 +228,11 @@ impl Sender {
             control.paused = false;
             control.resumed += 1;
         });
+    }
+
+    /// Ends the stream and opens another one, which begins with what is pending then.
+    pub fn restart_stream(&self) {
+        self.shared.set_control(|control| control.restarted += 1);
     }
 
     pub fn set_policy(&self, policy: SendPolicy) {

@@ -58,6 +58,8 @@ pub struct SenderStatus {
     pub question_bytes_sent: u64,
     /// What was asked about and answered since the sender started, holes included.
     pub compared_bytes: u64,
+    /// Of it, blocks of which something differed.
+    pub differing_bytes: u64,
     pub cuts_sent: u64,
     pub cuts_durable: u64,
     pub streams_opened: u64,
@@ -82,6 +84,7 @@ impl SenderStatus {
             raw_bytes_sent: 0,
             question_bytes_sent: 0,
             compared_bytes: 0,
+            differing_bytes: 0,
             cuts_sent: 0,
             cuts_durable: 0,
             streams_opened: 0,

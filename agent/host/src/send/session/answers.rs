@@ -25,13 +25,14 @@ impl Session<'_> {
     }
 
     pub(super) fn check_control(&mut self) -> Result<(), End> {
-        self.control = self.emitter.shared.control();
+        let before = std::mem::replace(&mut self.control, self.emitter.shared.control());
         self.emitter.live_level.set_policy(self.control.policy.compression);
         self.emitter.scan_level.set_policy(self.control.policy.compression);
         self.emitter.throttle.set_limit(self.control.policy.bytes_per_second_max);
         match self.control {
             Control { stop: true, .. } => Err(End::Stopped),
             Control { paused: true, .. } => Err(End::Paused),
+            Control { restarted, .. } if restarted != before.restarted => Err(End::Again),
             _ => Ok(()),
         }
     }

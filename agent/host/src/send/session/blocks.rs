@@ -146,7 +146,10 @@ impl Session<'_> {
         }
         let progress = scan.progress();
         self.emitter.shared.set_status(|status| {
-            status.compared_bytes += progress.compared_bytes - before.compared_bytes;
+            let (equal_bytes, compared_bytes) =
+                (progress.equal_bytes - before.equal_bytes, progress.compared_bytes - before.compared_bytes);
+            status.compared_bytes += compared_bytes;
+            status.differing_bytes += compared_bytes - equal_bytes;
             status.scan = Some(progress);
         });
         Ok(())
