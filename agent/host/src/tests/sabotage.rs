@@ -18,17 +18,6 @@ fn fails_without(safeguard: &'static str, test: impl FnOnce() + Send) {
     assert!(failed, "nobody noticed that {safeguard} is taken out");
 }
 
-/// The same for a test whose safeguard is asked about on other threads: in a process of its own, by its name.
-fn fails_in_a_process_without(safeguard: &str, test: &str) {
-    let run = |safeguard: &str| {
-        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        let output = command.args([test, "--exact"]).env("TIDEMARK_SABOTAGE", safeguard).output().unwrap();
-        (output.status.success(), String::from_utf8_lossy(&output.stdout).contains("1 passed"))
-    };
-    assert_eq!(run(""), (true, true), "{test} holds as long as nothing is taken out");
-    assert!(!run(safeguard).0, "nobody noticed that {safeguard} is taken out");
-}
-
 fn some_lives() {
     (0..10).for_each(power::live_and_die);
 }
@@ -55,14 +44,6 @@ fn what_is_not_logged_is_tracked() {
     fails_without("dirty-mark", scenarios::a_log_that_fails_steps_down_and_comes_back);
     fails_without("epoch-scan", scenarios::a_server_that_is_away_leaves_history_and_blocks_and_gets_both);
     fails_without("epoch-scan", scenarios::a_kill_in_the_middle_of_a_new_epoch_compares_nothing_that_is_known);
-}
-
-#[test]
-fn a_scan_waits_for_the_records_that_its_reads_saw() {
-    let compares = "send::tests::compare::a_block_is_not_settled_before_the_records_that_its_read_saw";
-    fails_in_a_process_without("scan-wait", compares);
-    let overtakes = "send::tests::scans::a_delayed_read_never_undoes_a_write_that_left_before_it";
-    fails_in_a_process_without("scan-cut-out", overtakes);
 }
 
 #[test]
