@@ -120,7 +120,7 @@ pub fn test(core: &Arc<Core>, name: &str, request: TestRequest) -> Result<Job, F
             keep: !request.cleanup,
         };
         let before = asked.elapsed();
-        let answer = ask(&core, &machine, &Call::Drill(call), limit).await;
+        let answer = ask(&core, &machine, &Call::Drill(Box::new(call)), limit).await;
         // Only what may still run is kept: a drill that nobody answered for may.
         if let Err(failure) = &answer
             && !matches!(failure.kind, FailureKind::TimedOut | FailureKind::Unavailable)

@@ -35,7 +35,7 @@ impl Default for Description {
 pub enum Call {
     /// What it is, and whether it works. Finds out what machines run under, so that no drill waits for that.
     Check,
-    Drill(DrillCall),
+    Drill(Box<DrillCall>),
     /// Ends a drill that was left running. Repeating it changes nothing.
     EndDrill {
         drill: Uuid,
@@ -90,7 +90,7 @@ mod tests {
 
     #[test]
     fn calls_survive_the_wire_and_nothing_else_is_one() {
-        let call = Call::Drill(DrillCall {
+        let call = Call::Drill(Box::new(DrillCall {
             drill: Uuid::new_v4(),
             machine: MachineId::random(),
             name: "web-drill".into(),
@@ -101,7 +101,7 @@ mod tests {
                 ..Description::default()
             },
             keep: true,
-        });
+        }));
         assert_eq!(decode::<Call>(&encode(&call)).unwrap(), call);
         assert_eq!(decode::<Call>("\"check\"").unwrap(), Call::Check);
         assert!(decode::<Call>("{\"run\":\"/bin/sh\"}").is_err());

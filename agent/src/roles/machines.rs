@@ -85,7 +85,7 @@ impl Machines {
                 let began = Instant::now();
                 let machines = self.clone();
                 // A task of its own: a command whose stream ends leaves no half of a drill.
-                let drilling = tokio::spawn(async move { machines.drill(call, began).await });
+                let drilling = tokio::spawn(async move { machines.drill(*call, began).await });
                 let drilled = drilling.await.map_err(|error| {
                     Failure::new(FailureKind::Failed, format!("the drill stopped abruptly: {error}"), "see the log")
                 })?;

@@ -135,7 +135,7 @@ async fn a_real_libvirt_runs_machines_and_drills() {
     std::fs::File::create(&to).unwrap().set_len(8 << 20).unwrap();
     let place = Place::Raw { path: to.clone() };
     libvirt.move_disk(web.id, 0, &place, Duration::from_secs(60)).await.unwrap();
-    assert_eq!(libvirt.places(web.id).await.unwrap(), [place.clone()]);
+    assert_eq!(libvirt.places(web.id).await.unwrap(), std::slice::from_ref(&place));
     assert!(std::fs::read(&to).unwrap() == std::fs::read(&path).unwrap());
     let nowhere = Place::Raw { path: folder.join("nowhere/x.img") };
     libvirt.move_disk(web.id, 0, &nowhere, Duration::from_secs(60)).await.unwrap_err();
