@@ -168,7 +168,7 @@ impl Fake {
                 self.points.lock().unwrap().push(point.clone());
                 Ok(Reply::Point(point))
             }
-            ServerCommand::Serve { machine, point, writable } => {
+            ServerCommand::Serve { machine, point, writable, .. } => {
                 let point = find(point)?;
                 let serve = ServeId::random();
                 let disks = self.machines.lock().unwrap()[&machine]
