@@ -310,7 +310,7 @@ fn read_piece(
 /// sums, and the small files against memory.
 pub fn scrub(replica: &Replica, stop: &Stop) -> Result<ScrubReport, ReplicaError> {
     let mut report = ScrubReport::default();
-    for what in &replica.open_report().damage {
+    for what in &replica.opening_damage() {
         report.find(Finding {
             file: replica.storage().path("segments").display().to_string(),
             extent: None,

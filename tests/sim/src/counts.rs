@@ -51,6 +51,7 @@ kinds! {
     NoRoom "enospc",
     DiskError "disk-eio",
     DiskFlushError "disk-flush-eio",
+    SlowMedium "slow-medium",
     BitRot "bit-rot",
     BitRotFound "bit-rot-found",
     BitRotNamed "bit-rot-named-by-the-scrub",

@@ -49,6 +49,7 @@ pub const SEEN_SABOTAGES: &[&str] = &[
     "epoch-scan",
     "scan-cut-out",
     "chunk-hash",
+    "mark-hold",
 ];
 
 /// What one run came to.
@@ -133,6 +134,13 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
             delay_ms_max: [1, 5, 60, 300][random.below(4) as usize],
         },
     };
+    if !is_calm {
+        // Of its own, so that media of the other seeds are what they would be.
+        let mut slow = Random::new(seed ^ 0x510e);
+        for media in [&sim.host, &sim.server] {
+            media.slow_one_in.set([0, 0, 0, 0, 0, 64, 16, 4][slow.below(8) as usize]);
+        }
+    }
     let server = ServerState::new(machine, disks.clone(), limits, retention, oracle.clone());
     let network = Network::new(sim.clone(), server.clone());
     *server.network.borrow_mut() = Rc::downgrade(&network);

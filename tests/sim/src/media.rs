@@ -12,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tidemark_base::Extent;
 use tidemark_base::disk::{Allocation, Disk, DiskIdentity, Durability};
@@ -24,6 +25,7 @@ use crate::paged::{PAGE, Paged};
 use crate::world::{Process, Sim};
 
 const SECTOR: usize = 512;
+const SLOW_MS_MAX: u64 = 20;
 
 #[derive(Debug)]
 enum Change {
@@ -196,6 +198,8 @@ pub struct Media {
     disks: RefCell<BTreeMap<String, Arc<MemoryDisk>>>,
     boot: Cell<u64>,
     pub rates: Cell<FaultRates>,
+    /// One operation of a file or disk in so many takes time, up to [`SLOW_MS_MAX`]; 0: none does.
+    pub slow_one_in: Cell<u64>,
     /// No room at all for a while.
     pub is_full: Cell<bool>,
     /// Syncs, by what the name of the file says it is.
@@ -213,6 +217,7 @@ impl Media {
             disks: RefCell::default(),
             boot: Cell::new(1),
             rates: Cell::default(),
+            slow_one_in: Cell::default(),
             is_full: Cell::new(false),
             syncs: RefCell::default(),
             stop_at_sync: RefCell::default(),
@@ -365,6 +370,14 @@ impl Media {
         let sim = self.sim();
         sim.step();
         sim
+    }
+
+    /// The medium is at work: others go on meanwhile, and time passes.
+    fn take_time(&self, sim: &Sim) {
+        if sim.running() == self.process && sim.one_in(self.slow_one_in.get()) {
+            sim.count(Kind::SlowMedium);
+            sim.sleep(Duration::from_micros(1 + sim.below(SLOW_MS_MAX * 1000)));
+        }
     }
 
     /// Whether an operation fails now. Only those of the machine's own process do.
@@ -615,6 +628,7 @@ impl MediaFile {
     fn write(&self, offset: u64, data: Vec<u8>) -> io::Result<()> {
         self.check_latch()?;
         let sim = self.media.step();
+        self.media.take_time(&sim);
         let rates = self.media.rates.get();
         let result = self
             .media
@@ -662,6 +676,7 @@ impl StorageFile for MediaFile {
         self.check_latch()?;
         self.media.at_sync(&self.name, false);
         let sim = self.media.step();
+        self.media.take_time(&sim);
         let result = self.media.fails(&sim, self.media.rates.get().sync, Kind::SyncError, libc::EIO, &self.name);
         if result.is_err() {
             self.is_latched.set(true);
@@ -814,6 +829,7 @@ impl Disk for MemoryDisk {
         self.state.borrow().now.read(offset, buffer);
         // Long enough for others to write in between.
         sim.step();
+        media.take_time(&sim);
         Ok(())
     }
 
@@ -831,6 +847,7 @@ impl Disk for MemoryDisk {
             self.write(offset + at as u64, &data[at..at + part]);
             at += part;
             sim.step();
+            media.take_time(&sim);
         }
         match durability {
             Durability::Cached => Ok(()),
@@ -875,6 +892,7 @@ impl Disk for MemoryDisk {
             self.write(at, &zeroes[..length as usize]);
             at += length;
             sim.step();
+            media.take_time(&sim);
         }
         if durability == Durability::Durable { self.flush() } else { Ok(()) }
     }
@@ -882,6 +900,7 @@ impl Disk for MemoryDisk {
     fn flush(&self) -> io::Result<()> {
         let media = self.media();
         let sim = media.step();
+        media.take_time(&sim);
         let result =
             media.fails(&sim, media.rates.get().disk_flush, Kind::DiskFlushError, libc::EIO, "the disk (flush)");
         let mut state = self.state.borrow_mut();

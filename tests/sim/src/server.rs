@@ -163,6 +163,15 @@ impl ServerState {
         let stop = Stop::new();
         loop {
             sim.sleep(MAINTENANCE);
+            for replica in set.replicas() {
+                let disk = replica.disk();
+                let mut named = self.named.borrow_mut();
+                for what in replica.opening_damage().into_iter().map(|what| format!("{disk} {what}")) {
+                    if !named.contains(&what) {
+                        named.push(what);
+                    }
+                }
+            }
             match set.maintain(self.machine, &self.retention, Timestamp::now(), &stop) {
                 Ok(done) => {
                     self.oracle.dropped(&done.dropped);

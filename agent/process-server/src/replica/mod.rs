@@ -170,6 +170,8 @@ pub struct Replica {
     /// False: nothing of it is changed.
     write: bool,
     open_report: OpenReport,
+    /// What was found when the journal was opened again after a failure.
+    reopened: Mutex<Vec<String>>,
     damage: Table<damage::Known>,
     suspects: Arc<Suspects>,
     needs: Arc<Needs>,
@@ -260,6 +262,7 @@ impl Replica {
             pins: Arc::default(),
             write,
             open_report,
+            reopened: Mutex::default(),
             damage,
             suspects: Arc::default(),
             needs,
@@ -307,6 +310,13 @@ impl Replica {
     /// What opening found: torn tails are normal after a crash, damage is not.
     pub fn open_report(&self) -> &OpenReport {
         &self.open_report
+    }
+
+    /// The damage that opening found, this replica or later its journal alone.
+    pub fn opening_damage(&self) -> Vec<String> {
+        let mut found = self.open_report.damage.clone();
+        found.extend(self.reopened.lock().expect("no panic while held").iter().cloned());
+        found
     }
 
     pub fn generation(&self) -> Generation {

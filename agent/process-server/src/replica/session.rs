@@ -146,6 +146,12 @@ impl Replica {
             store_failed(format!("it failed before ({failed}), and cannot be opened again: {error}"))
         })?;
         state.marks.clear();
+        {
+            // Whoever asks learns of it until the next start, which finds it itself.
+            let mut known = self.reopened.lock().expect("no panic while held");
+            let new: Vec<String> = report.damage.iter().filter(|what| !known.contains(what)).cloned().collect();
+            known.extend(new);
+        }
         if state.journal.durable().cut < durable || !report.damage.is_empty() {
             tracing::error!(disk = %self.disk, cut = durable, found = state.journal.durable().cut, damage = ?report.damage, "the journal lost acknowledged cuts");
         }

@@ -193,7 +193,7 @@ impl Inner {
                 help: "the host scans the disk by itself when it connects; older recovery points stay".to_owned(),
             });
         }
-        for damage in &replica.open_report().damage {
+        for damage in &replica.opening_damage() {
             problems.push(Problem {
                 critical: true,
                 message: format!("disk {}: {damage}", replica.disk()),

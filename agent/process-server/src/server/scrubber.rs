@@ -290,7 +290,7 @@ impl Worker {
     fn end_pass(&self, replica: &Replica, mut pass: Pass) {
         let disk = replica.disk();
         // What opening found is damage as well, though nothing of it is read.
-        let opening = &replica.open_report().damage;
+        let opening = replica.opening_damage();
         pass.places += opening.len() as u64;
         if pass.first.is_none() {
             pass.first = opening.first().cloned();
