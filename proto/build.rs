@@ -2,7 +2,8 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=tidemark");
-    let files = protox::compile(["tidemark/replication.proto", "tidemark/control.proto"], ["."])?;
+    let files =
+        protox::compile(["tidemark/replication.proto", "tidemark/control.proto", "tidemark/health.proto"], ["."])?;
     tonic_prost_build::configure()
         // Payloads are slices of the message that carried them, never copies.
         .bytes(".tidemark.replication.v1.Data.chunks")

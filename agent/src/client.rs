@@ -134,7 +134,30 @@ impl Client {
             .unwrap_or_else(|_| Err(self.unreachable(&format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))))
     }
 
+    /// What is answered, as it is.
+    pub async fn download(&self, path: &str) -> Result<Vec<u8>, ClientError> {
+        let (status, body) = tokio::time::timeout(ANSWER_TIMEOUT, self.bytes(Method::GET, path, None))
+            .await
+            .unwrap_or_else(|_| Err(self.unreachable(&format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))))?;
+        if status.is_success() {
+            return Ok(body.to_vec());
+        }
+        let value: Value = serde_json::from_slice(&body).map_err(|error| self.nonsense(&error))?;
+        Err(refused(status, &value))
+    }
+
     async fn exchange(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, ClientError> {
+        let (status, body) = self.bytes(method, path, body).await?;
+        let value: Value = serde_json::from_slice(&body).map_err(|error| self.nonsense(&error))?;
+        if status.is_success() { Ok(value) } else { Err(refused(status, &value)) }
+    }
+
+    async fn bytes(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
         let connecting = async {
             let stream = TcpStream::connect(&self.address).await?;
             stream.set_nodelay(true)?;
@@ -171,8 +194,7 @@ impl Client {
             .await
             .map_err(|error| self.unreachable(&error))?
             .to_bytes();
-        let value: Value = serde_json::from_slice(&body).map_err(|error| self.nonsense(&error))?;
-        if status.is_success() { Ok(value) } else { Err(refused(status, &value)) }
+        Ok((status, body))
     }
 
     fn unreachable(&self, reason: &dyn std::fmt::Display) -> ClientError {

@@ -3,6 +3,7 @@
 //! ```text
 //! authority/      the certificate authority
 //! ca.pem          its certificate, for clients of the REST API
+//! recovery-key    what opens backups of the configuration; move it to a safe place
 //! agent/          identity and state of each role
 //! process-server/
 //! config-server/  … and `token`, the bearer token of the REST API
@@ -28,6 +29,8 @@ const SMALL_FILE_BYTES_MAX: u64 = 64 << 10;
 const IDENTITY_FILE: &str = "identity.pem";
 const TOKEN_FILE: &str = "config-server/token";
 const CA_FILE: &str = "ca.pem";
+const AUTHORITY_FILE: &str = "authority/authority.pem";
+const RECOVERY_KEY_FILE: &str = "recovery-key";
 const CONFIG_SERVER_ADDRESSES: &str = "run/config-server.json";
 const PROCESS_SERVER_ADDRESS: &str = "run/process-server.json";
 /// The longest path of a Unix socket, without its final zero.
@@ -174,6 +177,31 @@ impl Folder {
                 .map_err(|error| self.io(error))?;
         }
         Ok(authority)
+    }
+
+    /// Key and certificate of the authority.
+    pub fn authority_pem(&self) -> Result<String, FolderError> {
+        Ok(self.read(AUTHORITY_FILE)?.unwrap_or_default())
+    }
+
+    /// Whether there is an authority or a token here.
+    pub fn is_in_use(&self) -> Result<bool, FolderError> {
+        let exists = |name| self.storage.exists(name).map_err(|error| self.io(error));
+        Ok(exists(AUTHORITY_FILE)? || exists(TOKEN_FILE)?)
+    }
+
+    /// Puts the authority and the token of another installation here.
+    pub fn install(&self, authority_pem: &str, token: &str) -> Result<(), FolderError> {
+        let write = |name, content: String| {
+            replace_file(&*self.storage, name, content.as_bytes()).map_err(|error| self.io(error))
+        };
+        write(TOKEN_FILE, format!("{token}\n"))?;
+        write(AUTHORITY_FILE, authority_pem.to_owned())
+    }
+
+    /// Keeps the recovery key of an all-in-one, of which nobody sees the first start. Whoever is serious moves it away.
+    pub fn keep_recovery_key(&self, text: &str) -> Result<(), FolderError> {
+        replace_file(&*self.storage, RECOVERY_KEY_FILE, format!("{text}\n").as_bytes()).map_err(|error| self.io(error))
     }
 
     /// Whether a role has an identity already.

@@ -39,6 +39,8 @@ struct Fake {
     /// What happened since it was asked last.
     news: Mutex<Vec<Draft>>,
     log_bytes: Mutex<u64>,
+    /// The last backup of the configuration that came.
+    backup: Mutex<Vec<u8>>,
 }
 
 impl Fake {
@@ -196,6 +198,15 @@ impl Fake {
                     .collect();
                 Ok(Reply::Exported(Exported { point: MarkId::random(), time: Timestamp(1), files }))
             }
+            ServerCommand::Hypervisor(_) => Err(link::not_mine()),
+            ServerCommand::KeepBackup(part) => {
+                let mut backup = self.backup.lock().unwrap();
+                if part.offset == 0 {
+                    backup.clear();
+                }
+                backup.extend_from_slice(&part.data);
+                Ok(Reply::Done)
+            }
             ServerCommand::Deny(list) => {
                 *self.denied.lock().unwrap() = list;
                 Ok(Reply::Done)
@@ -278,6 +289,7 @@ impl Dialling {
             denied: Mutex::default(),
             news: Mutex::default(),
             log_bytes: Mutex::new(40),
+            backup: Mutex::default(),
         });
         let stop = CancellationToken::new();
         let handler: Arc<dyn Handler> = fake.clone();
@@ -828,6 +840,7 @@ async fn roles_register_with_passphrase_fingerprint_and_approval() {
         control_listen: None,
         names: Vec::new(),
         database: None,
+        metrics_listen: None,
         config_server: None,
     };
     let place = Place::configured(config, Role::Agent).unwrap();
@@ -875,6 +888,7 @@ async fn a_certificate_is_renewed_over_the_stream_and_kept() {
         control_listen: None,
         names: Vec::new(),
         database: None,
+        metrics_listen: None,
         config_server: Some(config_server.addresses.control.to_string()),
     };
     let place = Place::configured(config, Role::Agent).unwrap();
@@ -1165,3 +1179,8 @@ async fn the_first_set_up_prints_what_registering_needs_and_the_pages_are_made()
     run(&["man", "--dir", pages.to_str().unwrap()]).await;
     assert!(std::fs::read_to_string(pages.join("tidemark-protect.1")).unwrap().contains("protect"));
 }
+
+#[path = "control/recovery.rs"]
+mod recovery;
+#[path = "control/streams.rs"]
+mod streams;

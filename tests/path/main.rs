@@ -3,6 +3,7 @@
 mod access;
 mod compare;
 mod demo;
+mod document;
 mod interval;
 mod logs;
 mod marks;

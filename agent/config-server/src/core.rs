@@ -9,6 +9,8 @@ use tidemark_proto::control::{AgentCommand, Failure, FailureKind, Reply, ServerC
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::backup::Backups;
+use crate::database::Statement;
 use crate::history::History;
 use crate::hub::{Hub, PeerId, unexpected};
 use crate::identity::Registrar;
@@ -30,6 +32,7 @@ pub struct Core {
     pub jobs: Arc<Jobs>,
     pub history: Arc<History>,
     pub registrar: Arc<Registrar>,
+    pub backups: Backups,
     pub serves: Serves,
     pub stop: CancellationToken,
     pub clock: SystemClock,
@@ -54,6 +57,7 @@ impl Core {
         jobs: Arc<Jobs>,
         history: Arc<History>,
         registrar: Arc<Registrar>,
+        backups: Backups,
     ) -> Arc<Self> {
         Arc::new(Self {
             store,
@@ -61,6 +65,7 @@ impl Core {
             jobs,
             history,
             registrar,
+            backups,
             serves: Serves::default(),
             stop: CancellationToken::new(),
             clock: SystemClock::new(),
@@ -68,6 +73,12 @@ impl Core {
             locks: Mutex::default(),
             unsettled: Mutex::default(),
         })
+    }
+
+    /// Whether requests can be answered: the database does. Blocks.
+    pub fn is_ready(&self) -> Result<(), Failure> {
+        let database = self.store.database();
+        Ok(database.read(Statement::new("SELECT COUNT(*) FROM facts", [])).map(drop)?)
     }
 
     /// Operations that change what is wanted of a machine, one after another.

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tidemark_base::storage::{Storage, read_file};
 use tidemark_base::{Clock, SystemClock, Timestamp};
 use tidemark_proto::control::{Failure, FailureKind, Severity};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -32,8 +32,10 @@ const AT_HAND_MAX: usize = 500;
 const HISTORY_MAX: u64 = 10_000;
 /// Jobs that run at once; more are refused.
 const RUNNING_MAX: usize = 64;
+/// Changes that wait for somebody who follows.
+const TOLD_MAX: usize = 256;
 /// Those that can be cancelled: they wait, or read.
-const CANCELLABLE: [&str; 3] = ["point_create", "point_verify", "point_export"];
+const CANCELLABLE: [&str; 4] = ["point_create", "point_verify", "point_export", "backup"];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -63,6 +65,20 @@ pub struct Job {
     pub failure: Option<Failure>,
     /// Grows with each change, for long polls.
     pub version: u64,
+    /// How far the step that runs is, where that can be said.
+    #[serde(default)]
+    pub progress: Option<Amount>,
+    /// When the step that runs is likely to be done, from how fast it went so far.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, format = "date-time")]
+    pub estimated: Option<Timestamp>,
+}
+
+/// Of a step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Amount {
+    pub done_bytes: u64,
+    pub total_bytes: u64,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
@@ -81,6 +97,8 @@ pub struct Jobs {
     /// Those whose last change is not saved.
     unsaved: Mutex<BTreeSet<Uuid>>,
     changed: Notify,
+    /// Jobs as they change, for whoever follows.
+    told: broadcast::Sender<Job>,
     clock: SystemClock,
 }
 
@@ -106,9 +124,30 @@ impl Progress {
             job.steps.push(Step { name: name.into(), started: now, finished: None });
         });
     }
+
+    /// How far the step is.
+    pub fn done(&self, done_bytes: u64, total_bytes: u64) {
+        let now = self.jobs.clock.wall_now();
+        self.jobs.update(&self.job, |job| {
+            let began = job.steps.last().map_or(job.started, |step| step.started);
+            job.progress = Some(Amount { done_bytes, total_bytes });
+            job.estimated = estimate(began, now, done_bytes, total_bytes);
+        });
+    }
+}
+
+/// As fast as so far.
+fn estimate(began: Timestamp, now: Timestamp, done: u64, total: u64) -> Option<Timestamp> {
+    let took = now.saturating_since(began);
+    if done == 0 || took.is_zero() {
+        return None;
+    }
+    let left = took.as_nanos() * u128::from(total.saturating_sub(done)) / u128::from(done);
+    Some(Timestamp(now.0.saturating_add(u64::try_from(left).unwrap_or(u64::MAX))))
 }
 
 fn finish_step(job: &mut Job, now: Timestamp) {
+    (job.progress, job.estimated) = (None, None);
     if let Some(step) = job.steps.last_mut() {
         step.finished.get_or_insert(now);
     }
@@ -138,6 +177,7 @@ impl Jobs {
             jobs: Mutex::new(at_hand.into_iter().map(entry).collect()),
             unsaved: Mutex::new(interrupted),
             changed: Notify::new(),
+            told: broadcast::Sender::new(TOLD_MAX),
             clock: SystemClock::new(),
         }))
     }
@@ -163,6 +203,8 @@ impl Jobs {
             result: None,
             failure: None,
             version: 1,
+            progress: None,
+            estimated: None,
         };
         let sender = watch::Sender::new(job.clone());
         let cancel = CancellationToken::new();
@@ -180,6 +222,7 @@ impl Jobs {
         }
         self.unsaved.lock().expect("no panic while held").insert(job.id);
         self.changed.notify_one();
+        let _ = self.told.send(job.clone());
         let work = work(Progress { jobs: self.clone(), job: sender.clone() });
         let jobs = self.clone();
         tokio::spawn(async move {
@@ -199,6 +242,7 @@ impl Jobs {
                 job.finished = Some(now);
                 match outcome {
                     None => {
+                        (job.progress, job.estimated) = (None, None);
                         job.state = JobState::Cancelled;
                         job.failure = Some(Failure::new(
                             FailureKind::Conflict,
@@ -236,6 +280,13 @@ impl Jobs {
         });
         self.unsaved.lock().expect("no panic while held").insert(job.borrow().id);
         self.changed.notify_one();
+        // Nobody follows, most often.
+        let _ = self.told.send(job.borrow().clone());
+    }
+
+    /// Every change from now on. Whoever is too slow is told that some were left out, and reads the list again.
+    pub fn follow(&self) -> broadcast::Receiver<Job> {
+        self.told.subscribe()
     }
 
     /// Ends a job that can be cancelled.
@@ -407,6 +458,45 @@ mod tests {
         let interrupted = again.get(hanging.id, 0, SOON).await.unwrap();
         assert_eq!(interrupted.state, JobState::Failed);
         assert!(interrupted.failure.unwrap().message.contains("stopped while"));
+    }
+
+    #[tokio::test]
+    async fn a_step_says_how_far_it_is_and_when_it_is_likely_done_and_followers_see_every_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let jobs = open(folder.path());
+        let mut followed = jobs.follow();
+        let (go, gone) = tokio::sync::oneshot::channel::<()>();
+        let job = jobs
+            .start("backup", None, |progress| async move {
+                progress.step("send");
+                progress.done(1, 4);
+                let _ = gone.await;
+                progress.step("finish");
+                Ok(Value::Null)
+            })
+            .unwrap();
+        let mut version = 0;
+        let seen = loop {
+            let seen = jobs.get(job.id, version, SOON).await.unwrap();
+            if seen.progress.is_some() {
+                break seen;
+            }
+            version = seen.version;
+        };
+        assert_eq!(seen.progress, Some(Amount { done_bytes: 1, total_bytes: 4 }));
+        assert!(seen.estimated.is_some_and(|estimated| estimated > seen.steps[0].started));
+        let _ = go.send(());
+        let ended = end(&jobs, job.id).await;
+        assert!(ended.progress.is_none() && ended.estimated.is_none(), "only of a step that runs");
+        let mut versions = Vec::new();
+        while let Ok(change) = followed.try_recv() {
+            versions.push(change.version);
+        }
+        assert_eq!(versions, (1..=ended.version).collect::<Vec<_>>());
+        let at = |seconds: u64| Timestamp(seconds * 1_000_000_000);
+        assert_eq!(estimate(at(100), at(110), 1, 4), Some(at(140)));
+        assert_eq!((estimate(at(100), at(110), 0, 4), estimate(at(100), at(100), 1, 4)), (None, None));
+        assert_eq!(estimate(at(100), at(110), 4, 4), Some(at(110)));
     }
 
     #[tokio::test]

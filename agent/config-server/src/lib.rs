@@ -9,7 +9,9 @@
 //! A job that was interrupted leaves what is wanted; reconciling finishes it. *Crash.* A change of the state is there or not.
 
 mod alerts;
+mod announce;
 pub mod api;
+pub mod backup;
 mod console;
 mod core;
 pub mod database;
@@ -25,6 +27,7 @@ mod names;
 mod points;
 mod policies;
 mod reconcile;
+mod retry;
 mod schedule;
 mod server;
 mod serves;

@@ -1,7 +1,7 @@
 //! Makes what is, what is wanted: whenever an agent or a process server connects it is told everything that concerns it.
 //!
-//! *Consistency.* One machine at a time, under its lock, from the state as it is then. *Retries.* With growing pauses while
-//! the peer stays connected. *Cancellation.* At the server's stop, between machines. *Crash.* Connecting again begins again.
+//! *Consistency.* One machine at a time, under its lock, from the state as it is then. *Retries.* Each item by itself, as
+//! [`crate::retry`] says, while the peer stays connected; one that connects again begins anew. *Cancellation.* At the server's stop, between machines. *Crash.* Connecting again begins again.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,9 +18,10 @@ use crate::history::News;
 use crate::hub::{Event, PeerId, Presence, kind};
 use crate::machines::{settle_agent, settle_server, settle_unprotected};
 use crate::model::{Host, Machine, Server, Wanted};
+use crate::retry::Retries;
 
-const PAUSE_MIN: Duration = Duration::from_millis(500);
-const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// How often it is looked whether something that failed was changed, and is to be tried at once.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 pub async fn run(core: Arc<Core>, mut events: mpsc::Receiver<Event>) {
     let mut settling: HashMap<PeerId, CancellationToken> = HashMap::new();
@@ -110,39 +111,59 @@ fn note_gone(core: &Core, peer: PeerId) -> Result<(), Failure> {
     })
 }
 
+/// What one peer is told.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Item {
+    /// Whom to refuse: comes first.
+    DenyList,
+    Machine(String),
+}
+
 async fn settle(core: Arc<Core>, peer: PeerId, moved: bool, stop: CancellationToken) {
-    let mut pause = PAUSE_MIN;
+    let mut retries: Retries<Item> = Retries::default();
+    let mut is_first = true;
     loop {
         let pass = async {
-            let mut all_settled = true;
-            // Whom to refuse comes first.
-            if let Err(failure) = denials::tell(&core, peer, &core.registrar.deny_list()).await {
-                tracing::info!(%peer, %failure, "it does not know yet whom to refuse");
-                all_settled = false;
-            }
-            let names: Vec<String> = core.store.state().machines.keys().cloned().collect();
-            for name in names {
-                if let Err(failure) = settle_machine(&core, peer, moved, &name).await {
-                    tracing::info!(%peer, machine = name, %failure, "what is wanted cannot be done yet");
-                    all_settled = false;
+            let state = core.store.state();
+            let revision = |name: &str| state.revisions.get(&("machines", name.to_owned())).copied().unwrap_or(0);
+            let machines = state.machines.keys().map(|name| (Item::Machine(name.clone()), revision(name)));
+            let items: Vec<(Item, u64)> = [(Item::DenyList, 0)].into_iter().chain(machines).collect();
+            retries.retain(|item| items.iter().any(|(known, _)| known == item));
+            for (item, revision) in items {
+                // Once everything; after that what failed.
+                let is_to_do = is_first
+                    || (retries.is_failing(&item) && retries.is_due(&item, revision, core.clock.monotonic_now()));
+                if !is_to_do {
+                    continue;
+                }
+                let outcome = match &item {
+                    Item::DenyList => denials::tell(&core, peer, &core.registrar.deny_list()).await,
+                    Item::Machine(name) => settle_machine(&core, peer, moved, name).await,
+                };
+                match outcome {
+                    Ok(()) => retries.succeeded(&item),
+                    Err(failure) => {
+                        let pause = retries.failed(item.clone(), revision, core.clock.monotonic_now());
+                        let again_in = pause.as_secs();
+                        tracing::info!(%peer, ?item, %failure, again_in, "what is wanted cannot be done yet");
+                    }
                 }
             }
-            all_settled
         };
         tokio::select! {
             () = stop.cancelled() => return,
-            all_settled = pass => {
-                // The first pass told everything, whether or not all of it could be done.
-                core.settled_peers.send_modify(|settled| {
-                    settled.insert(peer);
-                });
-                if all_settled { return }
-            }
+            () = pass => {}
         }
+        // The first pass told everything, whether or not all of it could be done.
+        core.settled_peers.send_modify(|settled| {
+            settled.insert(peer);
+        });
+        is_first = false;
+        let Some(due) = retries.next_due() else { return };
+        let pause = due.saturating_sub(core.clock.monotonic_now()).min(LOOK_EVERY);
         if tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
             return;
         }
-        pause = (pause * 2).min(PAUSE_MAX);
     }
 }
 

@@ -3,22 +3,29 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tidemark_base::storage::Storage;
-use tidemark_proto::control::Failure;
-use tidemark_transport::{Authority, Identity, TlsListener, tls};
+use tidemark_proto::control::{ADDRESSES_MAX, Failure, Severity, Whereabouts};
+use tidemark_proto::health::{Serving, health_server};
+use tidemark_transport::{Authority, ByPath, Identity, PeerIdentity, TlsListener, tls};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::api::{Access, router};
+use crate::backup::{self, BackupOptions, Backups};
 use crate::core::Core;
 use crate::database::{Database, DatabaseError, DatabaseSetting};
-use crate::history::History;
+use crate::history::{History, News};
 use crate::hub::{Hub, control_server};
 use crate::identity::{PassphraseRequest, Registrar};
 use crate::jobs::Jobs;
 use crate::model::PeerRole;
 use crate::store::{Store, StoreError};
-use crate::{alerts, api, denials, reconcile, schedule, serves};
+use crate::{alerts, announce, api, denials, reconcile, schedule, serves};
+
+/// How often it is looked whether the database answers.
+const HEALTH_EVERY: Duration = Duration::from_secs(5);
 
 pub struct Options {
     /// Holds the state of older versions, and the embedded database.
@@ -31,6 +38,10 @@ pub struct Options {
     pub name: String,
     /// The bearer token of the REST API.
     pub token: String,
+    /// Key and certificate of the authority, PEM, for backups.
+    pub authority_pem: String,
+    /// Names and addresses under which agents and process servers reach it; none: its control address.
+    pub reached_at: Vec<String>,
     /// Where the REST API listens; port 0: any.
     pub api: SocketAddr,
     /// Where agents and process servers dial; port 0: any.
@@ -47,6 +58,8 @@ pub enum StartError {
     Listen { address: SocketAddr, source: io::Error },
     #[error(transparent)]
     Passphrase(Failure),
+    #[error(transparent)]
+    Backup(Failure),
     #[error("the server's certificate cannot be used: {0}")]
     Certificate(String),
 }
@@ -58,6 +71,7 @@ impl StartError {
             StartError::Database(error) => error.help(),
             StartError::Listen { .. } => "choose an address of this machine and a free port; port 0 takes any free one",
             StartError::Passphrase(_) => "see the log",
+            StartError::Backup(_) => "make a new recovery key: `tidemark config-server recovery-key`",
             StartError::Certificate(_) => "issue a new certificate for the configuration server",
         }
     }
@@ -110,16 +124,35 @@ impl ConfigServer {
 
     async fn start_with(options: Options, database: Database) -> Result<Self, StartError> {
         let storage = options.storage.clone();
+        let backup_options = BackupOptions {
+            authority: options.authority_pem,
+            fingerprint: options.authority.fingerprint(),
+            token: options.token.clone(),
+            name: options.name.clone(),
+        };
         let opened = blocking(move || -> Result<_, StartError> {
             let history = Arc::new(History::open(database.clone())?);
             let jobs = Jobs::open(database.clone(), history.clone(), &*storage)?;
-            let store = Arc::new(Store::open(database, &*storage)?);
-            Ok((store, history, jobs))
+            let store = Arc::new(Store::open(database.clone(), &*storage)?);
+            let incarnation = backup::content::incarnation(&database)?;
+            if let Some(restored) = backup::content::take_restored(&database)? {
+                history.note(News {
+                    severity: Severity::Warning,
+                    kind: "configuration_restored",
+                    machine: None,
+                    message: format!("the configuration was restored {restored}"),
+                    help: "what was changed after that backup is not known here: protect again what is missing, and \
+                           revoke again what was revoked"
+                        .to_owned(),
+                });
+            }
+            let backups = Backups::open(storage, database, backup_options, incarnation).map_err(StartError::Backup)?;
+            Ok((store, history, jobs, backups, incarnation))
         });
-        let (store, history, jobs) = opened.await??;
+        let (store, history, jobs, backups, incarnation) = opened.await??;
         let registrar = Arc::new(Registrar::new(store.clone(), history.clone(), options.authority));
         let (hub, events) = Hub::new(registrar.clone());
-        let core = Core::new(store, hub.clone(), jobs, history, registrar);
+        let core = Core::new(store, hub.clone(), jobs, history, registrar, backups);
         let api_config =
             tls::api_server(&options.identity).map_err(|error| StartError::Certificate(error.to_string()))?;
         let control_config =
@@ -132,8 +165,19 @@ impl ConfigServer {
             .map_err(|source| StartError::Listen { address: options.control, source })?;
         let (api, control) = (api_listener.local_address(), control_listener.local_address());
 
+        let addresses = match options.reached_at.as_slice() {
+            [] => vec![control.to_string()],
+            names => names.iter().map(|name| with_port(name, control.port())).collect(),
+        };
+        let addresses = addresses.into_iter().take(ADDRESSES_MAX).collect();
+        if let PeerIdentity::ConfigServer(server) = options.identity.peer() {
+            hub.set_whereabouts(Whereabouts { incarnation, server, addresses });
+        }
+        let (serving_sender, serving) = watch::channel(serving(true));
+
         let router = router(core.clone(), Access::new(&options.token), control.port());
         let service = control_server(hub, options.name);
+        let service = ByPath::new("/grpc.health.v1.Health/", health_server(serving), service);
         let stop = core.stop.clone();
         let tasks = vec![
             tokio::spawn(reconcile::run(core.clone(), events)),
@@ -141,6 +185,9 @@ impl ConfigServer {
             tokio::spawn(alerts::watch(core.clone())),
             tokio::spawn(denials::push(core.clone())),
             tokio::spawn(schedule::run(core.clone())),
+            tokio::spawn(backup::run(core.clone())),
+            tokio::spawn(announce::run(core.clone(), options.identity.clone())),
+            tokio::spawn(look_after_health(core.clone(), serving_sender)),
             tokio::spawn(api::serve(api_listener, router, stop.clone())),
             tokio::spawn(async move {
                 let stopped = stop.cancelled_owned();
@@ -192,6 +239,30 @@ impl ConfigServer {
     pub fn registrar(&self) -> &Arc<Registrar> {
         &self.core.registrar
     }
+}
+
+/// HOST:PORT, also of an IPv6 address.
+fn with_port(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{}]:{port}", host.trim_matches(['[', ']'])) } else { format!("{host}:{port}") }
+}
+
+fn serving(works: bool) -> Serving {
+    Serving::from([(String::new(), works), ("tidemark.control.v1.Control".to_owned(), works)])
+}
+
+/// It works while its database answers.
+async fn look_after_health(core: Arc<Core>, serving_sender: watch::Sender<Serving>) {
+    while tokio::time::timeout(HEALTH_EVERY, core.stop.cancelled()).await.is_err() {
+        let asked = core.clone();
+        let works = tokio::task::spawn_blocking(move || asked.is_ready().is_ok()).await.unwrap_or(false);
+        serving_sender.send_if_modified(|now| {
+            let next = serving(works);
+            let differs = *now != next;
+            *now = next;
+            differs
+        });
+    }
+    serving_sender.send_replace(serving(false));
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StartError> {

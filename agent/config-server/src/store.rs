@@ -242,4 +242,4 @@ struct Version {
 
 #[cfg(test)]
 #[path = "store/tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -9,6 +9,7 @@ pub mod accept;
 pub mod export;
 pub mod fold;
 pub mod journal;
+pub mod offline;
 pub mod points;
 pub mod replica;
 pub mod scrub;
@@ -18,4 +19,4 @@ mod settings;
 mod table;
 pub mod view;
 
-pub use server::{ProcessServer, ProcessServerConfig};
+pub use server::{Directory, ProcessServer, ProcessServerConfig};

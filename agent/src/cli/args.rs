@@ -191,8 +191,36 @@ pub enum ProcessServerVerb {
 pub enum ConfigServerVerb {
     /// Runs the role until SIGTERM.
     Run(RoleArgs),
-    /// The first set-up: authority, token, database, and a passphrase for an agent and one for a process server.
+    /// The first set-up: authority, token, database, a passphrase for an agent and one for a process server, and the
+    /// recovery key.
     Init(RoleArgs),
+    /// Backs up the configuration now, sealed for the recovery key; every process server keeps it as well.
+    Backup {
+        /// Write it to a file as well.
+        #[arg(long, value_name = "FILE")]
+        to: Option<PathBuf>,
+        /// Make none: list those there are.
+        #[arg(long, conflicts_with = "to")]
+        list: bool,
+    },
+    /// Makes a new folder, on any host, that of the configuration server whose backup it is. Offline.
+    Restore(RestoreArgs),
+    /// Makes another recovery key and shows it, this once; backups from now on are opened by it. Offline.
+    RecoveryKey(RoleArgs),
+}
+
+#[derive(Args)]
+pub struct RestoreArgs {
+    /// The backup: from `config-backups` of a process server, or as `config-server backup --to` wrote it.
+    pub file: PathBuf,
+    /// The file with the recovery key; `-`: standard input.
+    #[arg(long, value_name = "FILE")]
+    pub key_file: PathBuf,
+    /// Look only what it is, and whether it can be opened.
+    #[arg(long)]
+    pub check: bool,
+    #[command(flatten)]
+    pub role: RoleArgs,
 }
 
 /// The server is named by --server.
@@ -618,6 +646,30 @@ pub enum ReplicaVerb {
     Inspect { dir: PathBuf },
     /// Checks a replica's folder; exit 0 if it is sound.
     Verify { dir: PathBuf },
+    /// Takes a machine over where no configuration server is left, with the recovery key: its old host is refused from
+    /// then on. The process server must not run.
+    Failover(FailoverArgs),
+}
+
+#[derive(Args)]
+pub struct FailoverArgs {
+    /// The process server's folder, or that of one disk's replica in it.
+    pub dir: PathBuf,
+    /// The file with the recovery key; `-`: standard input.
+    #[arg(long, value_name = "FILE")]
+    pub key_file: PathBuf,
+    /// The machine, by name or id; needed where there is more than one.
+    #[arg(long)]
+    pub machine: Option<String>,
+    /// An id, `latest`, `latest-app`, or a time.
+    #[arg(long, default_value = "latest")]
+    pub point: String,
+    /// Write the point's disks as raw images: a new file, or for several disks a folder.
+    #[arg(long, value_name = "FILE or DIR")]
+    pub to: Option<PathBuf>,
+    /// Serve the point's disks, read-only, over NBD on this Unix socket until stopped.
+    #[arg(long, value_name = "SOCKET", conflicts_with = "to")]
+    pub serve: Option<PathBuf>,
 }
 
 /// A size in bytes: `512M`, `10G`, `4096`, in powers of 1024.

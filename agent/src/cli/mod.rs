@@ -2,6 +2,7 @@
 
 mod account;
 mod args;
+mod backup;
 mod error;
 mod events;
 mod failover;
@@ -65,6 +66,9 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::ConfigServer { verb } => match verb {
             args::ConfigServerVerb::Run(args) => role(run::config_server(args)),
             args::ConfigServerVerb::Init(args) => client(run::init(args, output)),
+            args::ConfigServerVerb::Backup { to, list } => client(backup::backup(&target.client()?, to, list, output)),
+            args::ConfigServerVerb::Restore(args) => client(backup::restore(args, output)),
+            args::ConfigServerVerb::RecoveryKey(args) => backup::recovery_key(args, output),
         },
         Verb::Passphrase { verb } => client(account::passphrase(&target.client()?, verb, output)),
         Verb::Identity { verb } => client(account::identity(&target.client()?, verb, output)),

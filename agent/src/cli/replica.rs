@@ -1,22 +1,27 @@
-//! replica …: looks into a replica's folder, without a server; writes nothing.
+//! replica …: a replica's folder, without a server. Looking writes nothing; failing over does.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use tidemark_base::Timestamp;
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::{RealStorage, Storage};
+use tidemark_process_server::offline;
+use tidemark_process_server::points::{PointError, PointSelector};
 use tidemark_process_server::scrub::{inspect_folder, verify_folder};
 use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_transport::recovery::RecoveryKey;
 
 use super::CliError;
-use super::args::ReplicaVerb;
+use super::args::{FailoverArgs, ReplicaVerb};
 use super::output::{Output, bytes, bytes_at, text};
 
 pub fn run(verb: ReplicaVerb, output: &Output) -> Result<(), CliError> {
     match verb {
         ReplicaVerb::Inspect { dir } => inspect(&dir, output),
         ReplicaVerb::Verify { dir } => verify(&dir, output),
+        ReplicaVerb::Failover(args) => failover(args, output),
     }
 }
 
@@ -62,6 +67,82 @@ fn inspect(dir: &Path, output: &Output) -> Result<(), CliError> {
         output.line(&format!("damaged: {damage}"))?;
     }
     Ok(())
+}
+
+/// Offline, with the recovery key.
+fn failover(args: FailoverArgs, output: &Output) -> Result<(), CliError> {
+    let key = read_recovery_key(&args.key_file)?;
+    let selector: PointSelector =
+        args.point.parse().map_err(|error: PointError| CliError::new(error.to_string(), error.help()))?;
+    let refused = |failure: Failure| CliError::new(failure.message, failure.help);
+    let done = offline::failover(&args.dir, args.machine.as_deref(), selector, &key).map_err(refused)?;
+    let record = &done.record;
+    let mut answer = json!({
+        "machine": record.name,
+        "id": record.machine,
+        "point": record.point,
+        "time": record.point_time,
+        "disks": record.disks,
+        "lost_seconds": Timestamp::now().saturating_since(record.point_time).as_secs_f64(),
+    });
+    if !output.is_json() {
+        output.line(&format!("{} was failed over to the point of {}", record.name, record.point_time))?;
+        for (disk, of) in &record.disks {
+            output
+                .line(&format!("  disk {disk}: generation {}; its old host is refused from now on", of.generation))?;
+        }
+    }
+    if let Some(to) = &args.to {
+        let exported = done.export(to, &Stop::new()).map_err(refused)?;
+        let files: Vec<Value> = exported
+            .files
+            .iter()
+            .map(|file| json!({ "id": file.id, "path": file.path, "bytes": file.bytes }))
+            .collect();
+        for file in files.iter().filter(|_| !output.is_json()) {
+            output.line(&format!("  {} ({})", text(file, "/path"), bytes_at(file, "/bytes")))?;
+        }
+        answer["files"] = Value::Array(files);
+    }
+    let Some(socket) = &args.serve else {
+        if output.is_json() {
+            output.json(&answer)?;
+        } else if args.to.is_none() {
+            output.line("To have its disks: the same again with --to DIR, or with --serve SOCKET.")?;
+        }
+        return Ok(());
+    };
+    let (serving, _serves) = done.serve(socket).map_err(refused)?;
+    answer["serving"] =
+        serving.disks.iter().map(|disk| json!({ "id": disk.id, "nbd": disk.nbd, "bytes": disk.bytes })).collect();
+    if output.is_json() {
+        output.json(&answer)?;
+    } else {
+        for disk in &serving.disks {
+            output.line(&format!("  {}", disk.nbd.as_deref().unwrap_or_default()))?;
+        }
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::runtime)?;
+    runtime.block_on(async {
+        let ended = super::run::ended().map_err(CliError::runtime)?;
+        ended.await;
+        Ok(())
+    })
+}
+
+/// As people keep it: a file, or typed.
+pub fn read_recovery_key(path: &Path) -> Result<RecoveryKey, CliError> {
+    let read = match path.as_os_str() == "-" {
+        true => std::io::read_to_string(std::io::stdin()),
+        false => std::fs::read_to_string(path),
+    };
+    let read = read.map_err(|error| {
+        CliError::new(
+            format!("cannot read the recovery key from {}: {error}", path.display()),
+            "name the file that holds it, or `-` for standard input",
+        )
+    })?;
+    RecoveryKey::parse(&read).map_err(|error| CliError::new(error.to_string(), error.help()))
 }
 
 /// Names and plain values; lists have tables of their own.

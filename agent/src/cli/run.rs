@@ -76,7 +76,7 @@ pub async fn config_server(args: RoleArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-fn config_server_place(args: &RoleArgs) -> Result<(Folder, config_server::Settings), RoleError> {
+pub fn config_server_place(args: &RoleArgs) -> Result<(Folder, config_server::Settings), RoleError> {
     let (dir, settings) = match &args.dir {
         Some(dir) => (dir.clone(), config_server::Settings::default()),
         None => {
@@ -90,7 +90,7 @@ fn config_server_place(args: &RoleArgs) -> Result<(Folder, config_server::Settin
 /// The first set-up of a configuration server.
 pub async fn init(args: RoleArgs, output: &Output) -> Result<(), CliError> {
     let (folder, settings) = config_server_place(&args)?;
-    let config_server::Initialised { fingerprint, passphrases: [agent, server] } =
+    let config_server::Initialised { fingerprint, passphrases: [agent, server], recovery_key } =
         config_server::init(&folder, &settings).await?;
     let (token_file, ca_file) = (folder.token_file(), folder.ca_file());
     if output.is_json() {
@@ -100,6 +100,7 @@ pub async fn init(args: RoleArgs, output: &Output) -> Result<(), CliError> {
             "token_file": token_file,
             "agent_passphrase": agent,
             "process_server_passphrase": server,
+            "recovery_key": recovery_key.map(|key| key.text()),
         }))?);
     }
     output.line(&format!("fingerprint of the authority  {fingerprint}"))?;
@@ -108,6 +109,13 @@ pub async fn init(args: RoleArgs, output: &Output) -> Result<(), CliError> {
     output.line("Passphrases, each for one registration within a day, shown this once:")?;
     output.line(&format!("  an agent                    {agent}"))?;
     output.line(&format!("  a process server            {server}"))?;
+    if let Some(key) = recovery_key {
+        output.line(
+            "The recovery key, shown this once. It opens backups of this configuration and fails over without it.",
+        )?;
+        output.line("Print it, and keep it where the loss of this site does not reach it:")?;
+        output.line(&format!("  {}", key.text()))?;
+    }
     Ok(())
 }
 

@@ -4,19 +4,21 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tidemark_base::HostId;
+use prometheus_client::registry::Unit;
 use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_base::{HostId, ServerId};
 use tidemark_host::events::Subscriber;
 use tidemark_host::freeze::{FreezeError, Freezer, Frozen, ScriptFreezer};
 use tidemark_host::{Host, HostConfig, HostError};
 use tidemark_proto::control::{
-    AgentCommand, DenyList, Failure, FailureKind, Peer, ProbedDisk, Register, Reply, Severity,
+    AgentCommand, DenyList, Failure, FailureKind, Peer, ProbedDisk, Register, Reply, Severity, SourceDisk, SourceState,
 };
 use tidemark_transport::{Identity, PeerIdentity};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::link::{self, Command, Handler, not_mine};
+use super::metrics::{self, Figures, Sheet};
 use super::outbox::Draft;
 use super::place::Place;
 use super::{RoleError, boot_id, host_name};
@@ -53,6 +55,9 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
     let heard = Mutex::new(host.events().subscribe(0));
     let denied = Denied::open(place.identity.clone(), place.storage());
     let handler = Arc::new(AgentHandler { id, host: host.clone(), heard, denied });
+    if let Some(listen) = place.metrics {
+        metrics::serve(listen, handler.clone(), stop.clone()).await?;
+    }
     let link = link::run(place.identity.clone(), place.config_server.clone(), handler, place.kept(), stop.clone());
     let link = tokio::spawn(link);
     Ok(RunningAgent { host, stop, link, _place: place })
@@ -137,9 +142,59 @@ impl Handler for AgentHandler {
         blocking(move || execute(&host, command)).await
     }
 
+    fn neighbours(&self) -> Vec<(ServerId, String)> {
+        let machines = self.host.status().into_iter().filter_map(|status| self.host.machine(status.machine).ok());
+        let mut servers: Vec<(ServerId, String)> =
+            machines.map(|machine| machine.spec().server).map(|of| (of.server, of.address)).collect();
+        servers.sort();
+        servers.dedup();
+        servers
+    }
+
     fn events(&self) -> Vec<Draft> {
         let heard = self.heard.lock().expect("no panic while held").take();
         heard.into_iter().map(draft).collect()
+    }
+}
+
+#[tonic::async_trait]
+impl Figures for AgentHandler {
+    async fn fill(&self, sheet: &mut Sheet) -> Result<(), Failure> {
+        let host = self.host.clone();
+        let machines = blocking(move || Ok(host.status())).await?;
+        sheet.gauge("machines", "Machines that are protected here", None, &Vec::new(), machines.len() as f64);
+        for machine in machines {
+            let labels = vec![("machine", machine.name.clone())];
+            let seconds = machine.disks.iter().map(|disk| disk.rpo.as_secs_f64()).fold(0.0, f64::max);
+            sheet.gauge("rpo", "Age of the oldest write that is not durable", Some(Unit::Seconds), &labels, seconds);
+            let sum = |of: fn(&SourceDisk) -> u64| machine.disks.iter().map(of).sum::<u64>();
+            let bytes = Some(Unit::Bytes);
+            let pending = sum(|disk| disk.pending_bytes) as f64;
+            sheet.gauge("pending", "Written and not durable yet", bytes.clone(), &labels, pending);
+            sheet.gauge("log", "What the logs take", bytes, &labels, sum(|disk| disk.log_bytes) as f64);
+            let errors = machine.disks.iter().flat_map(|disk| &disk.problems);
+            for (name, critical) in [("warning", false), ("critical", true)] {
+                let count = errors.clone().filter(|problem| problem.critical == critical).count() as f64;
+                let labels = vec![("machine", machine.name.clone()), ("severity", name.to_owned())];
+                sheet.gauge("problems", "What is wrong now", None, &labels, count);
+            }
+            for disk in &machine.disks {
+                let mode = serde_json::to_value(disk.mode).ok().and_then(|mode| Some(mode.as_str()?.to_owned()));
+                let labels = [("machine", machine.name.clone()), ("disk", disk.disk.to_string())];
+                let labels = labels.into_iter().chain([("mode", mode.unwrap_or_default())]).collect();
+                sheet.gauge("mode", "1 for the mode of a disk", None, &labels, 1.0);
+            }
+            sheet.counter("written", "Written since the agent started", &labels, sum(|disk| disk.written_bytes));
+            sheet.counter("sent", "Sent since the agent started", &labels, sum(|disk| disk.sent_bytes));
+        }
+        Ok(())
+    }
+
+    fn is_ready(&self) -> Result<(), String> {
+        let failed = self.host.status().into_iter().flat_map(|machine| machine.disks).find_map(|disk| {
+            (disk.state == SourceState::Failed).then(|| disk.problems.first().map(|problem| problem.message.clone()))
+        });
+        failed.map_or(Ok(()), |reason| Err(reason.unwrap_or_else(|| "a disk cannot be attached".to_owned())))
     }
 }
 

@@ -2,8 +2,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use tidemark_base::storage::replace_file;
+use tidemark_base::{Clock, SystemClock};
+use tidemark_config_server::backup::{self, Head};
 use tidemark_config_server::database::DatabaseSetting;
 use tidemark_config_server::{ConfigServer, Options, StartError};
+use tidemark_transport::recovery::RecoveryKey;
 use tidemark_transport::{Identity, Role};
 
 use super::RoleError;
@@ -35,6 +39,17 @@ impl Settings {
     }
 }
 
+impl Settings {
+    /// Under which names and addresses agents and process servers find it; none: where it listens.
+    fn reached_at(&self, listens: IpAddr) -> Vec<String> {
+        let own = if listens.is_unspecified() { super::host_name() } else { listens.to_string() };
+        match listens.is_unspecified() || !self.names.is_empty() {
+            true => self.names.iter().cloned().chain([own]).filter(|name| is_host(name)).collect(),
+            false => Vec::new(),
+        }
+    }
+}
+
 const DATABASE_FILE: &str = "config.db";
 
 /// What the first set-up made, to be shown once.
@@ -42,6 +57,8 @@ pub struct Initialised {
     pub fingerprint: String,
     /// For an agent and for a process server.
     pub passphrases: [String; 2],
+    /// `None`: there was one already.
+    pub recovery_key: Option<RecoveryKey>,
 }
 
 /// The first set-up, while nothing runs: authority, token, database, and a passphrase for each role.
@@ -51,12 +68,63 @@ pub async fn init(folder: &Folder, settings: &Settings) -> Result<Initialised, R
     let (authority, database) = (folder.authority()?, settings.database(folder));
     let fingerprint = authority.fingerprint();
     let storage = folder.role(Role::ConfigServer);
+    let recovery_key = match backup::keeper(&*storage)? {
+        Some(_) => None,
+        None => Some(backup::new_recovery_key(&*storage)?),
+    };
     let passphrases =
         tokio::task::spawn_blocking(move || tidemark_config_server::init(&*storage, &database, authority))
             .await
             .map_err(|error| RoleError { message: error.to_string(), help: "see the log".to_owned() })?
             .map_err(RoleError::from)?;
-    Ok(Initialised { fingerprint, passphrases })
+    Ok(Initialised { fingerprint, passphrases, recovery_key })
+}
+
+/// Another recovery key: backups are sealed for it from now on, older ones are opened by the one before.
+pub fn new_recovery_key(folder: &Folder) -> Result<RecoveryKey, RoleError> {
+    let _lock = folder.lock(Role::ConfigServer)?;
+    Ok(backup::new_recovery_key(&*folder.role(Role::ConfigServer))?)
+}
+
+/// What a restore made.
+pub struct Restored {
+    pub head: Head,
+    /// Of the configuration server that will run here.
+    pub incarnation: u64,
+    pub fingerprint: String,
+}
+
+/// Makes this folder, which must be new, that of the configuration server whose backup it is. It runs under any address:
+/// process servers are told, agents ask them.
+pub async fn restore(
+    folder: &Folder,
+    settings: &Settings,
+    sealed: Vec<u8>,
+    key: RecoveryKey,
+) -> Result<Restored, RoleError> {
+    let _lock = folder.lock(Role::ConfigServer)?;
+    if folder.is_in_use()? {
+        return Err(RoleError {
+            message: format!("{} holds an installation already", folder.path().display()),
+            help: "restore into a new folder".to_owned(),
+        });
+    }
+    let (database, storage) = (settings.database(folder), folder.role(Role::ConfigServer));
+    let filling = tokio::task::spawn_blocking(move || -> Result<_, RoleError> {
+        let (head, content) = backup::open(&key, &sealed)?;
+        content
+            .restore(&database, SystemClock::new().wall_now())
+            .map_err(|error| RoleError::new(&error, error.help()))?;
+        let keep = replace_file(&*storage, backup::KEEPER_FILE, content.keeper.as_bytes());
+        keep.map_err(|error| RoleError::new(&error, "name a folder that this user can write"))?;
+        Ok((head, content))
+    });
+    let (head, content) =
+        filling.await.map_err(|error| RoleError { message: error.to_string(), help: "see the log".to_owned() })??;
+    // The authority last: with it the folder is in use.
+    folder.install(&content.authority, &content.token)?;
+    let fingerprint = folder.authority()?.fingerprint();
+    Ok(Restored { head, incarnation: content.incarnation + 1, fingerprint })
 }
 
 /// Starts the role in an all-in-one's folder. Ports that were used before are used again where they are free.
@@ -138,6 +206,8 @@ async fn try_start(
         authority,
         name: super::host_name(),
         token: token.to_owned(),
+        authority_pem: folder.authority_pem().map_err(|error| Attempt::Role(error.into()))?,
+        reached_at: settings.reached_at(control.ip()),
         api,
         control,
     };

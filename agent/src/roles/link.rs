@@ -8,21 +8,26 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidemark_base::storage::Storage;
-use tidemark_base::{Clock, SystemClock};
+use tidemark_base::{Clock, ServerId, SystemClock};
 use tidemark_proto::control::wire::control_client::ControlClient;
+use tidemark_proto::control::wire::directory_client::DirectoryClient;
 use tidemark_proto::control::{
-    AgentCommand, Failure, FailureKind, Peer, Register, Reply, ServerCommand, reply_to, wire,
+    AgentCommand, Failure, FailureKind, Peer, Register, Reply, ServerCommand, Whereabouts, reply_to, wire,
 };
-use tidemark_transport::{Expected, Identity, KeyRequest, Role};
+use tidemark_transport::{Expected, Identity, KeyRequest, PeerIdentity, Role};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use super::known::Known;
 use super::outbox::{Draft, Outbox};
 
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(3);
+/// Process servers that are asked where the configuration server is.
+const NEIGHBOURS_MAX: usize = 4;
+const NEIGHBOUR_TIMEOUT: Duration = Duration::from_secs(5);
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// Replies and reports that wait to be sent.
 const UP_MAX: usize = 64;
@@ -49,11 +54,16 @@ pub trait Handler: Send + Sync + 'static {
     fn events(&self) -> Vec<Draft> {
         Vec::new()
     }
+    /// Process servers that may know where the configuration server is now: id and address.
+    fn neighbours(&self) -> Vec<(ServerId, String)> {
+        Vec::new()
+    }
 }
 
 /// What a link keeps on disk, in the role's own folder.
 pub struct Kept {
     pub outbox: Outbox,
+    pub known: Arc<Known>,
     storage: Arc<dyn Storage>,
     /// The file of the identity.
     identity_file: &'static str,
@@ -63,7 +73,8 @@ impl Kept {
     /// Blocks.
     pub fn open(storage: Arc<dyn Storage>) -> Arc<Self> {
         let outbox = Outbox::open(storage.clone());
-        Arc::new(Self { outbox, storage, identity_file: super::place::IDENTITY_FILE })
+        let known = Known::open(storage.clone());
+        Arc::new(Self { outbox, known, storage, identity_file: super::place::IDENTITY_FILE })
     }
 }
 
@@ -86,14 +97,18 @@ pub async fn run(
     let link = Link { identity, register, handler, kept };
     let mut pause = PAUSE_MIN;
     let mut last_reason = String::new();
+    let mut turn = 0;
     loop {
-        let outcome = match address() {
+        let candidates = link.kept.known.candidates(address().as_deref());
+        turn %= candidates.len().max(1);
+        let outcome = match candidates.get(turn) {
             None => Err("the configuration server's address is not known yet".to_owned()),
             Some(address) => tokio::select! {
                 () = stop.cancelled() => break,
-                outcome = link.keep(&address) => outcome,
+                outcome = link.keep(address) => outcome,
             },
         };
+        let is_established = outcome.is_ok();
         let reason = match outcome {
             Ok(()) => {
                 pause = PAUSE_MIN;
@@ -105,6 +120,17 @@ pub async fn run(
         if reason != last_reason {
             tracing::info!(reason, "no stream to the configuration server; dialling again");
             last_reason = reason;
+        }
+        if !is_established {
+            // The next address; where there is none left, whoever may know of another.
+            turn += 1;
+            if turn < candidates.len() {
+                continue;
+            }
+            tokio::select! {
+                () = stop.cancelled() => break,
+                () = link.ask_neighbours() => {}
+            }
         }
         if tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
             break;
@@ -185,6 +211,9 @@ impl Link {
             };
             match message {
                 Ok(Some(wire::Down { body: Some(wire::down::Body::Registered(registered)), .. })) => {
+                    self.take_whereabouts(&registered).await.map_err(|refusal| {
+                        format!("the configuration server at {address} is refused: {refusal}; stop it")
+                    })?;
                     tracing::info!(address, name = registered.name, "connected to the configuration server");
                     established = true;
                     renewals.reset_immediately();
@@ -213,10 +242,43 @@ impl Link {
         }
     }
 
+    /// Asks process servers where the configuration server is now.
+    async fn ask_neighbours(&self) {
+        let neighbours = self.handler.neighbours();
+        let asking = neighbours.into_iter().take(NEIGHBOURS_MAX).map(|(server, address)| async move {
+            let peer = PeerIdentity::ProcessServer(server);
+            let channel = tidemark_transport::connect(&address, peer, &self.identity).await.ok()?;
+            let mut client = DirectoryClient::new(channel);
+            let asked = client.locate(wire::Empty {});
+            let answer = tokio::time::timeout(NEIGHBOUR_TIMEOUT, asked).await.ok()?.ok()?;
+            Whereabouts::try_from(answer.into_inner()).ok()
+        });
+        let mut found = Vec::new();
+        for asked in asking {
+            found.extend(asked.await.into_iter().flat_map(|known| known.addresses));
+        }
+        if !found.is_empty() {
+            self.kept.known.hint(found);
+        }
+    }
+
     /// Whether a batch was sent.
     fn tell_events(&self, up: &mpsc::Sender<wire::Up>) -> bool {
         let Some(batch) = self.kept.outbox.batch() else { return false };
         up.try_send(wire::Up { body: Some(wire::up::Body::Events((&batch).into())) }).is_ok()
+    }
+
+    /// Keeps where it says that it is; `Err` when another one is the right one.
+    async fn take_whereabouts(&self, registered: &wire::Registered) -> Result<(), String> {
+        let whereabouts = wire::Whereabouts {
+            incarnation: registered.incarnation,
+            server: registered.server.clone(),
+            addresses: registered.addresses.clone(),
+        };
+        // An older version says nothing of it.
+        let Ok(whereabouts) = Whereabouts::try_from(whereabouts) else { return Ok(()) };
+        let kept = self.kept.clone();
+        tokio::task::spawn_blocking(move || kept.known.take(whereabouts)).await.map_err(|error| error.to_string())?
     }
 
     fn ask_renewal(&self, up: &mpsc::Sender<wire::Up>, asked: Option<KeyRequest>) -> Option<KeyRequest> {

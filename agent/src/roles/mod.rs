@@ -2,8 +2,10 @@
 
 pub mod agent;
 pub mod config_server;
+pub mod known;
 pub mod link;
 pub mod machines;
+pub mod metrics;
 pub mod outbox;
 pub mod place;
 pub mod process_server;

@@ -41,7 +41,10 @@ pub struct RoleConfig {
     /// Configuration servers: `host=/run/postgresql user=tidemark dbname=tidemark` instead of the embedded database.
     #[serde(default)]
     pub database: Option<String>,
-    /// The others: where that is, HOST:PORT; absent: where they registered.
+    /// The others: where metrics and health are told over plain HTTP, such as `127.0.0.1:7324`; absent: nowhere.
+    #[serde(default)]
+    pub metrics_listen: Option<SocketAddr>,
+    /// The others: where that is, HOST:PORT, or several of them with commas between; absent: where they registered.
     #[serde(default)]
     pub config_server: Option<String>,
 }
@@ -75,6 +78,8 @@ pub struct Place {
     /// Where it should listen, if it does; port 0: any.
     pub listen: SocketAddr,
     pub config_server: Address,
+    /// Where metrics and health are told.
+    pub metrics: Option<SocketAddr>,
     /// Where the address that was bound is noted.
     folder: Option<Folder>,
     _lock: Option<RoleLock>,
@@ -93,6 +98,7 @@ impl Place {
             run: folder.path().join("run"),
             listen: folder.process_server()?.unwrap_or(loopback),
             // It may move while we run.
+            metrics: None,
             config_server: Arc::new(move || Some(asking.config_server().ok()??.control.to_string())),
             folder: Some(folder.clone()),
             _lock: Some(lock),
@@ -130,6 +136,7 @@ impl Place {
             run,
             state: config.dir,
             listen: config.listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 7320)),
+            metrics: config.metrics_listen,
             config_server: Arc::new(move || Some(address.clone())),
             folder: None,
             _lock: None,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
+use prometheus_client::registry::Unit;
 use tidemark_base::DiskId;
 use tidemark_process_server::{ProcessServer, ProcessServerConfig};
 use tidemark_proto::control::{Failure, Peer, Problem, Register, Reply, ServerCommand, ServerReport, Severity};
@@ -11,8 +12,10 @@ use tidemark_transport::PeerIdentity;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::known::Known;
 use super::link::{self, Command, Handler, not_mine};
 use super::machines::Machines;
+use super::metrics::{self, Figures, Sheet};
 use super::outbox::Draft;
 use super::place::Place;
 use super::{RoleError, boot_id, host_name};
@@ -26,9 +29,10 @@ pub struct RunningProcessServer {
 }
 
 pub async fn start(place: Place) -> Result<RunningProcessServer, RoleError> {
-    let server = match open(&place, place.listen).await {
+    let kept = place.kept();
+    let server = match open(&place, place.listen, kept.known.clone()).await {
         // Someone else took the port meanwhile: agents are told the new one.
-        Err(_) if place.may_move() => open(&place, SocketAddr::new(place.listen.ip(), 0)).await?,
+        Err(_) if place.may_move() => open(&place, SocketAddr::new(place.listen.ip(), 0), kept.known.clone()).await?,
         other => other?,
     };
     place.note_process_server(server.address())?;
@@ -40,14 +44,18 @@ pub async fn start(place: Place) -> Result<RunningProcessServer, RoleError> {
         peer: peer(&place, server.address())?,
         heard: Mutex::default(),
     });
-    let link = link::run(place.identity.clone(), place.config_server.clone(), handler, place.kept(), stop.clone());
+    if let Some(listen) = place.metrics {
+        metrics::serve(listen, handler.clone(), stop.clone()).await?;
+    }
+    let link = link::run(place.identity.clone(), place.config_server.clone(), handler, kept, stop.clone());
     let link = tokio::spawn(link);
     Ok(RunningProcessServer { server, stop, link, machines, _place: place })
 }
 
-async fn open(place: &Place, listen: SocketAddr) -> Result<ProcessServer, Failure> {
+async fn open(place: &Place, listen: SocketAddr, directory: Arc<Known>) -> Result<ProcessServer, Failure> {
     let mut config = ProcessServerConfig::new(&place.state, listen, place.identity.clone());
     config.socket = place.run.join("points.sock");
+    config.directory = directory;
     ProcessServer::start(config).await
 }
 
@@ -120,6 +128,49 @@ impl Heard {
 /// Without its figures, which change all the time.
 fn told_apart(disk: DiskId, problem: &Problem) -> (DiskId, String) {
     (disk, problem.message.chars().filter(|letter| !letter.is_ascii_digit()).collect())
+}
+
+#[tonic::async_trait]
+impl Figures for ServerHandler {
+    async fn fill(&self, sheet: &mut Sheet) -> Result<(), Failure> {
+        let report = self.server.status().await?;
+        let name = |machine| self.server.machine_name(machine);
+        let now = report.time;
+        let none = Vec::new();
+        sheet.counter("received", "Received since the process server started", &none, self.server.appended_bytes());
+        sheet.gauge("serves", "Points that are served", None, &none, report.serves.len() as f64);
+        for of in &report.machines {
+            let labels = vec![("machine", name(of.machine))];
+            sheet.gauge("recovery_points", "Listed recovery points", None, &labels, of.points as f64);
+            if let Some(latest) = &of.latest {
+                let age = now.saturating_since(latest.time).as_secs_f64();
+                sheet.gauge("recovery_point_age", "Age of the newest one", Some(Unit::Seconds), &labels, age);
+            }
+        }
+        for disk in &report.disks {
+            let machine = self.server.machine_of(disk.disk).map(name).unwrap_or_default();
+            let labels = vec![("machine", machine), ("disk", disk.disk.to_string())];
+            let bytes = Some(Unit::Bytes);
+            sheet.gauge("stored", "What the replica takes", bytes, &labels, disk.stored_bytes as f64);
+            let consistent = if disk.consistent { 1.0 } else { 0.0 };
+            sheet.gauge("consistent", "1 while the replica is consistent", None, &labels, consistent);
+            if let Some(time) = disk.durable_time {
+                let age = now.saturating_since(time).as_secs_f64();
+                sheet.gauge("durable_age", "Since the newest durable cut", Some(Unit::Seconds), &labels, age);
+            }
+            for (severity, critical) in [("warning", false), ("critical", true)] {
+                let count = disk.problems.iter().filter(|problem| problem.critical == critical).count() as f64;
+                let labels = labels.iter().cloned().chain([("severity", severity.to_owned())]).collect();
+                sheet.gauge("problems", "What is wrong now", None, &labels, count);
+            }
+        }
+        Ok(())
+    }
+
+    fn is_ready(&self) -> Result<(), String> {
+        // It listens from its start on, and refuses by name what it cannot take.
+        Ok(())
+    }
 }
 
 #[tonic::async_trait]

@@ -28,6 +28,10 @@ impl Up {
     pub async fn start(folder: &Folder, listen: Option<SocketAddr>) -> Result<Self, RoleError> {
         // All locks first: whether the folder is in use is said before anything is begun.
         let locks = (folder.lock(Role::Agent)?, folder.lock(Role::ProcessServer)?);
+        if tidemark_config_server::backup::keeper(&*folder.role(Role::ConfigServer))?.is_none() {
+            // Nobody sees this start: it is kept beside what it opens until somebody moves it away.
+            folder.keep_recovery_key(&config_server::new_recovery_key(folder)?.text())?;
+        }
         let settings = config_server::Settings { listen, ..config_server::Settings::default() };
         let config_server = config_server::start(folder, settings).await?;
         for role in [Role::ProcessServer, Role::Agent] {

@@ -6,13 +6,16 @@
 //! *Cancellation.* Dropping a listener or a channel closes it. A server that stops lets its streams end, for a limited
 //! time. *Crash.* Identities and the authority are single files, replaced atomically.
 
+mod by_path;
 pub mod client;
 pub mod export;
 pub mod identity;
 pub mod messages;
+pub mod recovery;
 pub mod server;
 pub mod tls;
 
+pub use by_path::ByPath;
 pub use client::{ConnectError, Expected, connect};
 pub use export::{ExportAuthority, ExportTlsError};
 pub use identity::{

@@ -12,7 +12,8 @@ use tidemark_base::{HostId, ServerId};
 use tidemark_transport::client::connect_with;
 use tidemark_transport::server::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX};
 use tidemark_transport::{
-    Authority, ConnectError, Expected, Identity, PeerIdentity, PeerInfo, Role, TlsListener, connect, serve, tls,
+    Authority, ConnectError, Expected, Identity, KeyRequest, PeerIdentity, PeerInfo, Role, TlsListener, connect, serve,
+    tls,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -88,6 +89,46 @@ async fn both_ends_know_each_other() {
     for expected in [Expected::Peer(server.peer), Expected::Role(Role::ProcessServer)] {
         let answer = ask(connect(&server.address, expected, &agent).await.unwrap()).await;
         assert_eq!((answer.code(), answer.message()), (tonic::Code::Aborted, agent.peer().to_string().as_str()));
+    }
+    server.stop.send(()).unwrap();
+    server.task.await.unwrap();
+}
+
+/// A certificate that began and ended so many days from now.
+fn agent_of_days(authority: &Authority, begins: i64, ends: i64) -> Identity {
+    let request = KeyRequest::new().unwrap();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
+    let begins_at = Duration::from_secs((now + begins * 86_400) as u64);
+    let lifetime = Duration::from_secs(((ends - begins) * 86_400) as u64);
+    let peer = PeerIdentity::Agent(HostId::random());
+    let certificate = authority.sign_for(peer, request.request(), begins_at, lifetime).unwrap();
+    request.complete(&certificate, authority.certificate()).unwrap()
+}
+
+#[tokio::test]
+async fn an_expired_certificate_and_a_clock_that_is_off_are_named_with_both_times() {
+    let (_folder, authority) = authority();
+    let server = start_process_server(&authority).await;
+    // Within the grace: the authority may be away.
+    let late = agent_of_days(&authority, -100, -2);
+    let answer = ask(connect(&server.address, server.peer, &late).await.unwrap()).await;
+    assert_eq!(answer.message(), late.peer().to_string());
+    for (begins, ends) in [(-200, -31), (3, 90)] {
+        let off = agent_of_days(&authority, begins, ends);
+        let error = connect(&server.address, server.peer, &off).await.unwrap_err();
+        let ConnectError::Expired { identity, expires, .. } = &error else { panic!("{error}") };
+        assert!(*identity == off.peer() && *expires == off.expires());
+        let text = error.to_string();
+        assert!(text.contains(&off.expires().to_string()) && text.contains("this machine's clock says"), "{text}");
+        assert!(error.help().contains("clock") && error.help().contains("register"));
+        // Also the server takes none, whatever the other end believes.
+        let config = tls::mutual_client(&off, server.peer.into()).unwrap();
+        let channel = tidemark_transport::client::connect_with(&server.address, config).await;
+        let refused = match channel {
+            Ok(channel) => ask(channel).await.code() != tonic::Code::Aborted,
+            Err(_) => true,
+        };
+        assert!(refused, "{begins} to {ends}");
     }
     server.stop.send(()).unwrap();
     server.task.await.unwrap();

@@ -7,7 +7,7 @@ use tidemark_base::{DiskId, Generation, HostId, MachineId, MarkId, SECTOR_BYTES,
 use uuid::Uuid;
 
 use super::model::*;
-use super::{DISKS_MAX, EVENTS_MAX, TEXT_BYTES_MAX, VERSION, wire};
+use super::{ADDRESSES_MAX, DISKS_MAX, EVENTS_MAX, TEXT_BYTES_MAX, VERSION, wire};
 
 /// Why a message cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -125,6 +125,25 @@ impl TryFrom<wire::Register> for Register {
                 .map(|bytes| Uuid::from_slice(&bytes).map_err(|_| WireError::Invalid("instance")))
                 .transpose()?,
             time: optional(from.time_ns).map(Timestamp),
+        })
+    }
+}
+
+impl From<&Whereabouts> for wire::Whereabouts {
+    fn from(from: &Whereabouts) -> Self {
+        let (server, addresses) = (from.server.to_vec(), from.addresses.clone());
+        wire::Whereabouts { incarnation: from.incarnation, server, addresses }
+    }
+}
+
+impl TryFrom<wire::Whereabouts> for Whereabouts {
+    type Error = WireError;
+
+    fn try_from(from: wire::Whereabouts) -> Checked<Self> {
+        Ok(Whereabouts {
+            incarnation: optional(from.incarnation).ok_or(WireError::Invalid("incarnation"))?,
+            server: need(ServerId::from_slice(&from.server), "server")?,
+            addresses: list(from.addresses, "addresses", ADDRESSES_MAX, |address| named(address, "address"))?,
         })
     }
 }
@@ -430,6 +449,14 @@ impl From<&ServerCommand> for wire::ServerCommand {
             ServerCommand::Status => Body::Status(empty()),
             ServerCommand::Deny(list) => Body::Deny(list.into()),
             ServerCommand::Hypervisor(call) => Body::Hypervisor(wire::HypervisorCall { call: call.clone() }),
+            ServerCommand::KeepBackup(part) => Body::KeepBackup(wire::BackupPart {
+                name: part.name.clone(),
+                offset: part.offset,
+                bytes: part.bytes,
+                digest: part.digest.to_vec(),
+                data: part.data.clone(),
+                break_glass: part.break_glass.to_vec(),
+            }),
         };
         wire::ServerCommand { body: Some(body) }
     }
@@ -478,6 +505,14 @@ impl TryFrom<wire::ServerCommand> for ServerCommand {
             Body::Status(_) => ServerCommand::Status,
             Body::Deny(list) => ServerCommand::Deny(list.try_into()?),
             Body::Hypervisor(of) => ServerCommand::Hypervisor(named(of.call, "call")?),
+            Body::KeepBackup(part) => ServerCommand::KeepBackup(BackupPart {
+                name: named(part.name, "name")?,
+                offset: part.offset,
+                bytes: part.bytes,
+                digest: part.digest.try_into().map_err(|_| WireError::Invalid("digest"))?,
+                data: part.data,
+                break_glass: part.break_glass.try_into().map_err(|_| WireError::Invalid("break_glass"))?,
+            }),
         })
     }
 }
@@ -1053,6 +1088,14 @@ mod tests {
             ServerCommand::Status,
             ServerCommand::Deny(denied()),
             ServerCommand::Hypervisor("\"check\"".into()),
+            ServerCommand::KeepBackup(BackupPart {
+                name: "backup-1.tidemark".into(),
+                offset: 4,
+                bytes: 7,
+                digest: [5; 32],
+                data: vec![1, 2, 3],
+                break_glass: [6; 32],
+            }),
         ] {
             assert_eq!(ServerCommand::try_from(wire::ServerCommand::from(&command)), Ok(command));
         }

@@ -21,3 +21,5 @@ pub const TEXT_BYTES_MAX: usize = 8192;
 pub const DISKS_MAX: usize = 256;
 /// The most events of one batch.
 pub const EVENTS_MAX: usize = 256;
+/// The most addresses of a configuration server.
+pub const ADDRESSES_MAX: usize = 16;

@@ -203,6 +203,7 @@ pub enum ServerCommand {
     Deny(DenyList),
     /// What is asked of whoever runs machines there: JSON, whose types are those of the hypervisor's crate.
     Hypervisor(String),
+    KeepBackup(BackupPart),
 }
 
 /// Which host may write which disks of a machine, and how long their history is kept.
@@ -564,4 +565,25 @@ pub struct ReplicaDisk {
     /// The pass that is under way: when it began, and what it has read.
     pub scrub_started: Option<Timestamp>,
     pub scrub_bytes: u64,
+}
+
+/// A part of a sealed backup of the configuration.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BackupPart {
+    pub name: String,
+    pub offset: u64,
+    pub bytes: u64,
+    pub digest: [u8; 32],
+    pub data: Vec<u8>,
+    /// Public key that offline failovers must be signed for.
+    pub break_glass: [u8; 32],
+}
+
+/// Where a configuration server is, and which one it is. The higher incarnation counts; of two that were restored from
+/// one backup the one that was heard of first.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Whereabouts {
+    pub incarnation: u64,
+    pub server: ServerId,
+    pub addresses: Vec<String>,
 }

@@ -11,12 +11,14 @@ use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde::{Deserialize, Serialize};
 use tidemark_proto::control::{Failure, Severity};
+use tokio::sync::broadcast::error::RecvError;
 use utoipa::ToSchema;
 
 use super::{Answer, blocking, ok};
 use crate::core::Core;
 use crate::database::DatabaseError;
 use crate::history::{self, PAGE_MAX, Stored};
+use crate::jobs::{Job, JobState};
 use crate::model::Alert;
 
 /// The longest that a poll waits.
@@ -101,6 +103,39 @@ pub async fn follow(State(core): State<Arc<Core>>, headers: HeaderMap, query: Qu
 fn told(stored: &Stored) -> Event {
     let data = serde_json::to_string(stored).expect("an event is plain data");
     Event::default().id(stored.id.to_string()).event("event").data(data)
+}
+
+/// Server-sent events: the jobs that run, then every change of any.
+pub async fn follow_jobs(State(core): State<Arc<Core>>) -> Response {
+    // First the subscription, then the list: a change in between is told twice, not lost.
+    let changes = core.jobs.follow();
+    let running = running(&core);
+    let following = stream::unfold((core, changes, running.into_iter()), |following| async move {
+        let (core, mut changes, mut waiting) = following;
+        loop {
+            if let Some(job) = waiting.next() {
+                return Some((Ok::<_, Infallible>(told_job(&job)), (core, changes, waiting)));
+            }
+            tokio::select! {
+                change = changes.recv() => match change {
+                    Ok(job) => return Some((Ok(told_job(&job)), (core, changes, waiting))),
+                    // Some were left out: what is at hand is what they led to.
+                    Err(RecvError::Lagged(_)) => waiting = core.jobs.list().into_iter(),
+                    Err(RecvError::Closed) => return None,
+                },
+                () = core.stop.cancelled() => return None,
+            }
+        }
+    });
+    Sse::new(following).keep_alive(KeepAlive::default()).into_response()
+}
+
+fn running(core: &Core) -> Vec<Job> {
+    core.jobs.list().into_iter().filter(|job| job.state == JobState::Running).collect()
+}
+
+fn told_job(job: &Job) -> Event {
+    Event::default().event("job").data(serde_json::to_string(job).expect("a job is plain data"))
 }
 
 /// An alert with what names it.

@@ -24,6 +24,7 @@ use super::schema::{
     ServingSchema,
 };
 use super::{Access, Answer, ApiError, accepted, events, ok, versioned};
+use crate::backup::{self, BackupInfo};
 use crate::core::Core;
 use crate::hub::{PeerId, kind};
 use crate::identity::{IdentityInfo, PassphraseInfo, PassphraseRequest, RegisterRequest};
@@ -43,6 +44,8 @@ use UserRole::{Administrator, Operator, Reader};
 
 pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let mut api = Operations::new(core.clone(), access);
+    let ready = Operation::public("Whether requests can be answered").answers_plain("application/json");
+    api.get("/ready", ready_answer, ready);
     api.get("/health", health, Operation::new(Reader, "Whether the server works").answers_plain("application/json"));
 
     let list = Operation::new(Reader, "All machines and how they do").answers_list::<MachineStatus>();
@@ -100,6 +103,8 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.delete("/policies/{name}", delete_policy, one);
 
     api.get("/jobs", list_jobs, Operation::new(Reader, "Jobs, the newest first").answers_list::<Job>());
+    let one = Operation::new(Reader, "Jobs as they change, as server-sent events").answers_plain("text/event-stream");
+    api.get("/jobs/stream", events::follow_jobs, one);
     let one = Operation::new(Reader, "A job").answers::<Job>();
     let one = one.query("version", Type::Integer, "Waits until the job differs from it.");
     let one = one.query("wait_seconds", Type::Integer, "How long, at most a minute.");
@@ -137,6 +142,11 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let one = admin("Makes a token, shown this once").takes::<TokenRequest>().answers::<TokenInfo>();
     api.post("/tokens", accounts::create_token, one);
     api.delete("/tokens/{id}", accounts::delete_token, admin("Deletes a token").answers::<EmptySchema>());
+    let list = admin("Backups of the configuration, the newest first").answers_list::<BackupInfo>();
+    api.get("/backups", list_backups, list);
+    api.post("/backups", create_backup, admin("Backs up the configuration now").starts_job());
+    let one = admin("A backup's file, sealed for the recovery key").answers_plain("application/octet-stream");
+    api.get("/backups/{id}", show_backup, one);
     let list = admin("Passphrases, without their text").answers_list::<PassphraseInfo>();
     api.get("/passphrases", accounts::list_passphrases, list);
     let one = admin("Makes a passphrase, shown this once").takes::<PassphraseRequest>().answers::<PassphraseInfo>();
@@ -172,7 +182,13 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
         .layer(axum::Extension(ControlPort(control_port)));
     // Without a token: for whoever asks only whether it runs.
     let alive = get(|| async { axum::Json(json!({ "status": "ok" })) });
-    Router::new().route("/", get(console::page)).route("/health", alive).nest("/api/v1", api).fallback(nothing_there)
+    let ready = get(ready_answer).with_state(core);
+    Router::new()
+        .route("/", get(console::page))
+        .route("/health", alive)
+        .route("/ready", ready)
+        .nest("/api/v1", api)
+        .fallback(nothing_there)
 }
 
 async fn metrics_text(State(core): App) -> Answer {
@@ -202,6 +218,34 @@ async fn nothing_there() -> Answer {
 
 async fn wrong_method() -> Answer {
     Err(bad_request("this address does not take that method", "see the documentation of the API").into())
+}
+
+// ---- backups
+
+async fn list_backups(State(core): App) -> Answer {
+    ok(super::blocking(move || core.backups.list()).await?)
+}
+
+async fn create_backup(State(core): App) -> Answer {
+    accepted(backup::start(&core)?)
+}
+
+async fn show_backup(State(core): App, Path(id): Path<String>) -> Answer {
+    let sealed = super::blocking(move || core.backups.read(&id)).await?;
+    Ok(([(axum::http::header::CONTENT_TYPE, "application/octet-stream")], sealed).into_response())
+}
+
+/// Whether the database answers.
+async fn ready_answer(State(core): App) -> Answer {
+    let asked = core.clone();
+    if let Err(error) = super::blocking(move || asked.is_ready()).await {
+        // Whatever is wrong: not now.
+        return Err(ApiError {
+            failure: Failure { kind: FailureKind::Unavailable, ..error.failure },
+            retry_after: None,
+        });
+    }
+    ok(json!({ "status": "ready", "version": env!("CARGO_PKG_VERSION") }))
 }
 
 async fn health(State(core): App) -> Answer {

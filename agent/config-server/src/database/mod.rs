@@ -15,15 +15,17 @@ mod sqlite;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, mpsc};
 
+use serde::{Deserialize, Serialize};
 use tidemark_proto::control::{Failure, FailureKind};
 
-pub use schema::VERSION;
+pub use schema::{VERSION, tables};
 
 /// Calls that wait for the thread; callers of more wait to hand theirs over.
 const CALLS_MAX: usize = 1024;
 
 /// A value of a column. Ids are text, times are ns since 1970, documents are JSON text.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(untagged)]
 pub enum Value {
     Null,
     Int(i64),
@@ -185,8 +187,17 @@ impl Database {
         Self::open_with(setting, None)
     }
 
+    /// Opens it with the tables of an older version, for what a backup of that version holds.
+    pub fn open_at(setting: &DatabaseSetting, version: i64) -> Result<Self, DatabaseError> {
+        Self::start(setting, None, version)
+    }
+
     /// `pages_max` limits SQLite's file, for tests of a full volume.
     pub fn open_with(setting: &DatabaseSetting, pages_max: Option<u32>) -> Result<Self, DatabaseError> {
+        Self::start(setting, pages_max, VERSION)
+    }
+
+    fn start(setting: &DatabaseSetting, pages_max: Option<u32>, version: i64) -> Result<Self, DatabaseError> {
         let (calls, receiver) = mpsc::sync_channel::<Call>(CALLS_MAX);
         let (opened, outcome) = mpsc::channel();
         let setting = setting.clone();
@@ -201,7 +212,7 @@ impl Database {
                         postgres::Postgres::open(text).map(|backend| Box::new(backend) as _)
                     }
                 };
-                let ready = backend.and_then(|mut backend| schema::migrate(&mut *backend).map(|()| backend));
+                let ready = backend.and_then(|mut backend| schema::migrate(&mut *backend, version).map(|()| backend));
                 let mut backend = match ready {
                     Ok(backend) => {
                         let _ = opened.send(Ok(backend.name()));

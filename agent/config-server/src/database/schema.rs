@@ -31,14 +31,15 @@ const MIGRATIONS: [&[&str]; VERSION as usize] = [&[
     "CREATE TABLE facts (id TEXT PRIMARY KEY, value TEXT NOT NULL)",
 ]];
 
-pub(super) fn migrate(backend: &mut dyn Backend) -> Result<(), DatabaseError> {
+/// Brings the tables to the version `to`.
+pub(super) fn migrate(backend: &mut dyn Backend, to: i64) -> Result<(), DatabaseError> {
     backend.write(&[Statement::new("CREATE TABLE IF NOT EXISTS schema (version BIGINT NOT NULL)", [])])?;
     let rows = backend.read(&Statement::new("SELECT version FROM schema", []))?;
     let before = rows.first().map_or(0, |row| row[0].int());
     if before > VERSION {
         return Err(DatabaseError::Newer { name: backend.name(), version: before });
     }
-    for version in before..VERSION {
+    for version in before..to {
         // One transaction a version: a crash between two leaves a sound older one.
         let steps = MIGRATIONS[version as usize].iter().map(|sql| Statement::new(*sql, []));
         let noted = [
@@ -49,4 +50,59 @@ pub(super) fn migrate(backend: &mut dyn Backend) -> Result<(), DatabaseError> {
         tracing::info!(database = backend.name(), version = version + 1, "the tables are up to date");
     }
     Ok(())
+}
+
+/// The tables of a version with their columns, as its migrations made them: what a backup holds cannot fall behind them.
+pub fn tables(version: i64) -> Vec<(String, Vec<String>)> {
+    let mut tables: Vec<(String, Vec<String>)> = Vec::new();
+    let steps = MIGRATIONS.iter().take(usize::try_from(version).unwrap_or_default());
+    for sql in steps.flat_map(|steps| steps.iter()) {
+        let words: Vec<&str> = sql.split_whitespace().take(6).collect();
+        match words[..] {
+            ["CREATE", "TABLE", name, ..] => {
+                let list = sql.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')')).map_or("", |(list, _)| list);
+                let column = |of: &str| of.split_whitespace().next().unwrap_or_default().to_owned();
+                tables.push((name.to_owned(), list.split(',').map(column).collect()));
+            }
+            ["ALTER", "TABLE", name, "ADD", "COLUMN", column] => {
+                if let Some((_, columns)) = tables.iter_mut().find(|(known, _)| known == name) {
+                    columns.push(column.to_owned());
+                }
+            }
+            ["DROP", "TABLE", name] => tables.retain(|(known, _)| known != name),
+            _ => {}
+        }
+    }
+    tables
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::database::{Database, DatabaseSetting};
+
+    #[test]
+    fn the_tables_and_columns_that_backups_hold_are_those_of_the_database() {
+        let folder = tempfile::tempdir().unwrap();
+        let database = Database::open(&DatabaseSetting::Sqlite(folder.path().join("config.db"))).unwrap();
+        let sql = "SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'schema' ORDER BY name";
+        let there: Vec<String> = database
+            .read(Statement::new(sql, []))
+            .unwrap()
+            .iter()
+            .map(|row| row[0].text().to_owned())
+            .filter(|name| !name.starts_with("sqlite_"))
+            .collect();
+        let mut known = tables(VERSION);
+        known.sort();
+        assert_eq!(known.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>(), there);
+        for (table, mut columns) in known {
+            let sql = format!("SELECT name FROM pragma_table_info('{table}')");
+            let rows = database.read(Statement::new(sql, [])).unwrap();
+            let mut there: Vec<String> = rows.iter().map(|row| row[0].text().to_owned()).collect();
+            columns.sort();
+            there.sort();
+            assert_eq!(columns, there, "{table}");
+        }
+    }
 }

@@ -8,13 +8,13 @@ mod service;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use tidemark_base::{Clock, HostId, ServerId, SystemClock, Timestamp};
 use tidemark_proto::control::{
     AgentCommand, AgentReport, EventBatch, Failure, FailureKind, Peer, Register, Reply, ServerCommand, ServerReport,
-    wire,
+    Whereabouts, wire,
 };
 use tidemark_transport::PeerIdentity;
 use tokio::sync::{mpsc, oneshot};
@@ -75,6 +75,8 @@ pub struct Hub {
     events: mpsc::Sender<Event>,
     registry: Arc<dyn Registry>,
     clock: SystemClock,
+    /// What those who connect are told of us.
+    whereabouts: OnceLock<Whereabouts>,
 }
 
 #[derive(Default)]
@@ -117,7 +119,22 @@ pub enum Presence {
 impl Hub {
     pub fn new(registry: Arc<dyn Registry>) -> (Arc<Self>, mpsc::Receiver<Event>) {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
-        (Arc::new(Self { inner: Mutex::default(), events, registry, clock: SystemClock::new() }), receiver)
+        let (inner, whereabouts) = (Mutex::default(), OnceLock::new());
+        (Arc::new(Self { inner, events, registry, clock: SystemClock::new(), whereabouts }), receiver)
+    }
+
+    /// Where we are, once that is known.
+    pub fn set_whereabouts(&self, whereabouts: Whereabouts) {
+        // Said once, at the start.
+        let _ = self.whereabouts.set(whereabouts);
+    }
+
+    pub fn whereabouts(&self) -> &Whereabouts {
+        self.whereabouts.get_or_init(|| Whereabouts {
+            incarnation: 1,
+            server: ServerId::random(),
+            addresses: Vec::new(),
+        })
     }
 
     /// Asks an agent; waits at most `limit` for the answer.

@@ -70,7 +70,13 @@ impl Hub {
         let Some(wire::up::Body::Register(register)) = first.body else {
             return Err(Status::failed_precondition("the first message must be the registration"));
         };
-        let register = Register::try_from(register).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let shown: String = register.name.chars().take(64).collect();
+        let register = Register::try_from(register).map_err(|error| match error {
+            WireError::Version(_) => Status::failed_precondition(format!(
+                "{identity} ({shown}) is refused: {error}; run versions of Tidemark that are at most two apart"
+            )),
+            error => Status::invalid_argument(format!("{identity} ({shown}) is refused: {error}")),
+        })?;
         let peer = PeerId::from(&register.peer);
         let proven = match identity {
             PeerIdentity::Agent(id) => Some(PeerId::Agent(id)),
@@ -99,7 +105,14 @@ impl Hub {
         }
         let (number, commands, out) = self.open(&register);
         tracing::info!(%peer, name = register.name, "connected");
-        let registered = wire::Registered { name: name.to_owned(), time_ns: self.clock.wall_now().0 };
+        let whereabouts = wire::Whereabouts::from(self.whereabouts());
+        let registered = wire::Registered {
+            name: name.to_owned(),
+            time_ns: self.clock.wall_now().0,
+            addresses: whereabouts.addresses,
+            incarnation: whereabouts.incarnation,
+            server: whereabouts.server,
+        };
         let hello = wire::Down { request: 0, body: Some(wire::down::Body::Registered(registered)) };
         // Only the reconciler can be behind, and it must hear of every connect.
         let register_name = register.name.clone();

@@ -56,7 +56,7 @@ fn changes_survive_in_sqlite_and_its_files_are_private() {
 }
 
 /// Debian's PostgreSQL on a socket of its own, stopped when it is dropped.
-struct Postgres {
+pub(crate) struct Postgres {
     folder: tempfile::TempDir,
     bin: std::path::PathBuf,
     as_user: bool,
@@ -64,7 +64,7 @@ struct Postgres {
 
 impl Postgres {
     /// `None` where it is not installed.
-    fn start() -> Option<Self> {
+    pub(crate) fn start() -> Option<Self> {
         let bin = std::fs::read_dir("/usr/lib/postgresql")
             .ok()?
             .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
@@ -116,8 +116,13 @@ impl Postgres {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    fn setting(&self) -> DatabaseSetting {
-        DatabaseSetting::Postgres(format!("host={} user=postgres dbname=postgres", self.socket()))
+    pub(crate) fn setting(&self) -> DatabaseSetting {
+        self.setting_of("postgres")
+    }
+
+    /// `postgres` and `template1` are there, and empty.
+    pub(crate) fn setting_of(&self, database: &str) -> DatabaseSetting {
+        DatabaseSetting::Postgres(format!("host={} user=postgres dbname={database}", self.socket()))
     }
 }
 
@@ -128,7 +133,7 @@ impl Drop for Postgres {
 }
 
 /// The test command gathers these lines.
-fn skipped(why: &str) {
+pub(crate) fn skipped(why: &str) {
     eprintln!("SKIPPED {why}");
     if let Some(file) = std::env::var_os("TIDEMARK_SKIPPED") {
         let mut file = std::fs::File::options().append(true).create(true).open(file).unwrap();

@@ -6,6 +6,8 @@
 //! removes what it began; the other methods finish what they began. *Crash.* See the stages; serves end, everything else is
 //! found again.
 
+pub(crate) mod backups;
+mod directory;
 mod maintain;
 mod pins;
 mod recover;
@@ -26,7 +28,8 @@ use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile};
 use tidemark_base::sync::Mutex;
 use tidemark_base::{DiskId, MachineId, Timestamp};
 use tidemark_proto::control::{Failure, FailureKind, MachineGrant, Reply, Retention, ServerCommand};
-use tidemark_transport::{Identity, TlsListener, serve, tls};
+use tidemark_proto::health::{Serving, health_server};
+use tidemark_transport::{ByPath, Identity, TlsListener, serve, tls};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -38,6 +41,9 @@ use crate::replica::{OpenFailure, ReplicaError, ReplicaInfo, ReplicaSet, SetErro
 use crate::serve::Serves;
 use crate::settings::{self, MachineSettings, Settings};
 use crate::table::TableError;
+use backups::Backups;
+use directory::directory_server;
+pub use directory::{Directory, NoDirectory};
 use maintain::Maintainer;
 use scrubber::{Scrubber, Tables};
 use tend::Tender;
@@ -66,6 +72,8 @@ pub struct ProcessServerConfig {
     pub scrub_interval: Duration,
     /// What a scrub in the background reads in a second at most.
     pub scrub_rate_bytes: u64,
+    /// What is known of the configuration server, for those who ask.
+    pub directory: Arc<dyn Directory>,
 }
 
 impl ProcessServerConfig {
@@ -82,6 +90,7 @@ impl ProcessServerConfig {
             maintenance_interval: MAINTENANCE_INTERVAL,
             scrub_interval: SCRUB_INTERVAL,
             scrub_rate_bytes: SCRUB_RATE_BYTES,
+            directory: Arc::new(NoDirectory),
         }
     }
 }
@@ -106,6 +115,8 @@ struct Inner {
     maintainer: Maintainer,
     scrubber: Scrubber,
     tender: Tender,
+    backups: Backups,
+    health: watch::Sender<Serving>,
     /// Locked until everything has stopped; the lock goes with the descriptor.
     lock: Mutex<Option<Arc<dyn StorageFile>>>,
 }
@@ -125,9 +136,13 @@ impl ProcessServer {
             Failure::new(FailureKind::Failed, message, "stop the program that uses the port, or choose another port")
         })?;
         let address = listener.local_address();
+        let directory = directory_server(config.directory.clone());
         let server = blocking(move || Self::open(config, address)).await?;
         let stop = server.0.stop.clone();
-        let task = tokio::spawn(serve(listener, server.0.acceptor.service(), stop.cancelled_owned()));
+        let service = ByPath::new("/tidemark.control.v1.Directory/", directory, server.0.acceptor.service());
+        let health = health_server(server.0.health.subscribe());
+        let service = ByPath::new("/grpc.health.v1.Health/", health, service);
+        let task = tokio::spawn(serve(listener, service, stop.cancelled_owned()));
         *server.0.transport.lock().expect("no panic while held") = Some(task);
         tracing::info!(%address, replicas = server.0.set.replicas().len(), "process server ready");
         Ok(server)
@@ -153,6 +168,7 @@ impl ProcessServer {
         let maintainer = Maintainer::start(set.clone(), settings.clone(), points.clone(), config.maintenance_interval)
             .map_err(|error| store_failed(&error))?;
         let tables = Tables { authorisations: authorisations.clone(), settings: settings.clone() };
+        let backups = Backups::open(storage.clone())?;
         let scrubber = Scrubber::start(set.clone(), tables, storage, config.scrub_interval, config.scrub_rate_bytes)
             .map_err(|error| store_failed(&error))?;
         let tender = Tender::start(set.clone()).map_err(|error| store_failed(&error))?;
@@ -171,6 +187,8 @@ impl ProcessServer {
             maintainer,
             scrubber,
             tender,
+            backups,
+            health: watch::channel(serving(true)).0,
             lock: Mutex::new(Some(lock)),
         })))
     }
@@ -180,8 +198,25 @@ impl ProcessServer {
         self.0.address
     }
 
+    /// Bytes that came for all disks since the start.
+    pub fn appended_bytes(&self) -> u64 {
+        self.0.set.appended_bytes()
+    }
+
+    /// As people know it; its id, where the name is not known.
+    pub fn machine_name(&self, machine: MachineId) -> String {
+        let name = self.0.settings.read(|machines| machines.get(&machine).map(|settings| settings.name.clone()));
+        name.unwrap_or_else(|| machine.to_string())
+    }
+
+    /// Whose disk it is.
+    pub fn machine_of(&self, disk: DiskId) -> Option<MachineId> {
+        self.0.set.get(disk).ok().map(|replica| replica.machine())
+    }
+
     /// Takes no more frames, makes what came durable, ends serves and folding, and waits for all of it.
     pub async fn stop(&self) {
+        self.0.health.send_replace(serving(false));
         self.0.acceptor.stop().await;
         self.0.stop.cancel();
         let transport = self.0.transport.lock().expect("no panic while held").take();
@@ -231,6 +266,10 @@ impl ProcessServer {
                 self.export(machine, point, &to, format).await.map(Reply::Exported)
             }
             ServerCommand::Status => self.status().await.map(Reply::Server),
+            ServerCommand::KeepBackup(part) => {
+                let inner = self.0.clone();
+                blocking(move || inner.backups.take(part)).await.map(|()| Reply::Done)
+            }
             ServerCommand::Deny(list) => {
                 let inner = self.0.clone();
                 blocking(move || inner.authorisations.deny(list).map_err(authorise_failed)).await.map(|()| Reply::Done)
@@ -381,6 +420,10 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+fn serving(works: bool) -> Serving {
+    Serving::from([(String::new(), works), ("tidemark.replication.v1.Replication".to_owned(), works)])
 }
 
 /// Every segment of every replica is an open file; the usual limit of 1,024 is for programs that use `select`.

@@ -8,13 +8,16 @@ use tidemark_base::chunk::{ChunkKey, Compression, Sealer};
 use tidemark_base::storage::RealStorage;
 use tidemark_base::{DiskId, Extent, Generation, HostId, MachineId, MarkId, ServerId};
 use tidemark_proto::control::{
-    DiskSpec, FailureKind, ImageFormat, MachineGrant, Reply, Retention, Selector, ServerCommand,
+    BackupPart, DiskSpec, FailureKind, ImageFormat, MachineGrant, Reply, Retention, Selector, ServerCommand,
 };
 use tidemark_proto::replication::{CutKind, Mark, Refusal, RefusalReason};
+use tidemark_transport::recovery::RecoveryKey;
 use tidemark_transport::{Authority, Identity, PeerIdentity};
 
 use super::{ProcessServer, ProcessServerConfig};
 use crate::accept::testing::{DISK_BYTES, Endpoint, TestHost, hello};
+use crate::offline;
+use crate::points::PointSelector;
 
 struct Site {
     folder: tempfile::TempDir,
@@ -139,6 +142,81 @@ async fn a_point_equals_the_source_and_survives_a_restart() {
     drop(host);
     let verified = site.server.verify(site.machine, Selector::Latest).await.unwrap();
     assert!(verified.defects.is_empty() && verified.bytes >= 3 * 65536, "{verified:?}");
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_configuration_server_the_recovery_key_takes_a_machine_over_and_its_old_host_is_refused() {
+    let mut site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (mut host, first, mark) = site.replicated(disk).await;
+    host.write(4096, &[0xee; 4096]).await;
+    let later = host.mark(site.machine, vec![disk], true);
+    host.end(CutKind::Records, Some(later.clone())).await;
+    host.durable().await;
+    drop(host);
+    let folder = site.folder.path().join("ps");
+    let key = RecoveryKey::generate().unwrap();
+    let failover = |point: PointSelector, key: &RecoveryKey| offline::failover(&folder, Some("mail"), point, key);
+    let refused = failover(PointSelector::Latest, &key).err().unwrap();
+    assert!(refused.message.contains("never told"), "{refused}");
+    let backup = BackupPart {
+        name: format!("backup-{:020}.tidemark", 1),
+        offset: 0,
+        bytes: 3,
+        digest: *blake3::hash(b"abc").as_bytes(),
+        data: b"abc".to_vec(),
+        break_glass: key.keeper().unwrap().break_glass(),
+    };
+    site.server.execute(ServerCommand::KeepBackup(backup)).await.unwrap();
+    let refused = failover(PointSelector::Latest, &key).err().unwrap();
+    assert!(refused.message.contains("in use"), "the process server runs: {refused}");
+    site.server.stop().await;
+    let refused = failover(PointSelector::Latest, &RecoveryKey::generate().unwrap()).err().unwrap();
+    assert!(refused.message.contains("not that of this installation"), "{refused}");
+    let refused = offline::failover(&folder, Some("nobody"), PointSelector::Latest, &key).err().unwrap();
+    assert!(refused.message.contains("mail"), "it says which there are: {refused}");
+    // Nothing of that changed anything.
+    site.server = Site::start_server(folder.clone(), &site.identity).await;
+    drop(site.host(disk).await);
+    site.server.stop().await;
+
+    // By the folder of its one disk, and to the older point.
+    let of_disk = folder.join("replicas").join(disk.to_string());
+    let done = offline::failover(&of_disk, None, PointSelector::Id(mark.id), &key).unwrap();
+    assert_eq!(done.record.disks[&disk].generation, Generation(2));
+    let image = site.folder.path().join("failed-over.raw");
+    done.export(&image, &tidemark_base::stop::Stop::new()).unwrap();
+    assert!(std::fs::read(&image).unwrap() == first);
+    drop(done);
+    // Another point, once more: the generation stands.
+    let done = failover(PointSelector::Latest, &key).unwrap();
+    assert_eq!(done.record.disks[&disk].generation, Generation(2));
+    let (serving, serves) = done.serve(&site.folder.path().join("s/failover.sock")).unwrap();
+    assert_eq!(serving.disks[0].bytes, DISK_BYTES);
+    drop((serves, done));
+    let records = offline::records(RealStorage::open_folder(&folder)).unwrap();
+    let record = &records[&site.machine];
+    assert!(record.point == Some(later.id) && record.is_signed_for(&key.keeper().unwrap().break_glass()));
+    let forged = offline::Record { name: "other".into(), ..record.clone() };
+    assert!(!forged.is_signed_for(&key.keeper().unwrap().break_glass()));
+
+    // The process server again: the old host writes nothing any more, whatever an older configuration server says.
+    site.server = Site::start_server(folder.clone(), &site.identity).await;
+    let refused = async |site: &Site| {
+        TestHost::open_with(&site.endpoint(), &site.agent(), hello(disk)).await.err().expect("a refusal").reason
+    };
+    assert_eq!(refused(&site).await, RefusalReason::Generation);
+    let behind = site.server.authorise(site.grant(&[disk])).await.unwrap_err();
+    assert!(behind.kind == FailureKind::Conflict && behind.message.contains("generation 2"), "{behind}");
+    assert_eq!(refused(&site).await, RefusalReason::Generation, "a lower generation was not taken");
+    // Its points stay, and what was failed over to is not folded away.
+    assert_eq!(site.server.points(site.machine).await.unwrap().len(), 2);
+    site.server.maintain_now().await;
+    let mut expected = first;
+    expected[4096..8192].fill(0xee);
+    assert!(exported(&site, Selector::Latest).await == expected);
     site.server.stop().await;
 }
 

@@ -1,0 +1,317 @@
+//! Failing over where no configuration server is left: with the recovery key, on the process server's own machine.
+//!
+//! The key's public half came with the first backup of the configuration (`server/backups.rs`), so a process server that was
+//! never given one knows no offline failover. Whoever is root here could change files; the key is what makes it a decision
+//! of those who may decide, and the record that stays is signed with it.
+//!
+//! *Consistency.* In this order, each step durable before the next: the point is pinned, the disks' authorisations are raised
+//! to a new generation (the old host is refused from here on), their replicas follow, the record is written. *Retries.*
+//! Again with the same or another point: the generation is raised once. *Cancellation.* Between two steps, as a crash.
+//! *Crash.* After the pin: nothing happened but a pin. After some authorisations: those disks take nothing any more, and the
+//! next try raises the others. After the record: done.
+
+use std::collections::BTreeMap;
+use std::fs::TryLockError;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tidemark_base::disk::Disk;
+use tidemark_base::stop::Stop;
+use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile};
+use tidemark_base::{DiskId, Generation, MachineId, MarkId, Timestamp};
+use tidemark_proto::control::{Exported, ExportedFile, Failure, FailureKind, ImageFormat, ServeId, Serving};
+use tidemark_transport::recovery::{RecoveryKey, verify_break_glass};
+
+use crate::accept::authorise::{Authorisation, Authorisations};
+use crate::export::{export_raw, targets};
+use crate::journal::Limits;
+use crate::points::PointSelector;
+use crate::replica::manifest::Manifest;
+use crate::replica::{Place, Replica, ReplicaSet};
+use crate::serve::{ServedPoint, Serves};
+use crate::server::backups;
+use crate::settings::{self, Settings};
+use crate::table::Table;
+
+const RECORDS_FILE: &str = "failovers.json";
+const HOLDER: &str = "failover";
+
+/// That a machine was failed over here, and by which right.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Record {
+    pub machine: MachineId,
+    pub name: String,
+    /// The mark; none for a position between marks.
+    pub point: Option<MarkId>,
+    pub point_time: Timestamp,
+    pub disks: BTreeMap<DiskId, FailedOverDisk>,
+    pub at: Timestamp,
+    /// Ed25519 by the recovery key, over everything before, in hex.
+    pub signature: String,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct FailedOverDisk {
+    pub cut: u64,
+    pub generation: Generation,
+}
+
+impl Record {
+    /// What is signed: the record without its signature.
+    fn message(&self) -> Vec<u8> {
+        let unsigned = Self { signature: String::new(), ..self.clone() };
+        serde_json::to_vec(&unsigned).unwrap_or_default()
+    }
+
+    pub fn is_signed_for(&self, break_glass: &[u8; 32]) -> bool {
+        let digits = self.signature.as_bytes().chunks(2);
+        let bytes: Option<Vec<u8>> =
+            digits.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect();
+        bytes.is_some_and(|bytes| verify_break_glass(break_glass, &self.message(), &bytes))
+    }
+}
+
+/// The records of a process server's folder.
+pub fn records(storage: Arc<dyn Storage>) -> Result<BTreeMap<MachineId, Record>, Failure> {
+    let table = Table::<BTreeMap<MachineId, Record>>::open(storage, RECORDS_FILE);
+    Ok(table.map_err(|error| Failure::from_error(FailureKind::Failed, &error, error.help()))?.all())
+}
+
+/// A machine that was failed over, and the folder that nobody else uses meanwhile.
+pub struct FailedOver {
+    pub record: Record,
+    set: Arc<ReplicaSet>,
+    place: Place,
+    storage: Arc<dyn Storage>,
+    _lock: Arc<dyn StorageFile>,
+}
+
+/// A process server's folder, or that of one disk's replica in it; and the machine, where the folder says which.
+fn resolve_folder(folder: &Path) -> Result<(PathBuf, Option<MachineId>), Failure> {
+    let wrong = |what: &str| {
+        Failure::new(
+            FailureKind::BadRequest,
+            format!("{} {what}", folder.display()),
+            "name the process server's folder, or the folder of one disk's replica: replicas/<disk> in it",
+        )
+    };
+    let folder = folder.canonicalize().map_err(|error| wrong(&format!("cannot be opened: {error}")))?;
+    if folder.join("replicas").is_dir() {
+        return Ok((folder, None));
+    }
+    let manifest = Manifest::load(&*RealStorage::open_folder(&folder))
+        .map_err(|error| wrong(&format!("is no process server's folder and no replica: {error}")))?;
+    match folder.parent().filter(|parent| parent.ends_with("replicas")).and_then(Path::parent) {
+        Some(root) => Ok((root.to_owned(), Some(manifest.manifest.machine))),
+        None => Err(wrong("is a replica that is not in a process server's folder")),
+    }
+}
+
+fn failed(error: &dyn std::error::Error, help: &str) -> Failure {
+    Failure::from_error(FailureKind::Failed, error, help)
+}
+
+const VOLUME: &str = "check the process server's volume (free room, kernel log)";
+
+/// Takes a machine over at a point, under a new generation. The process server must not run. Blocks.
+pub fn failover(
+    folder: &Path,
+    machine: Option<&str>,
+    selector: PointSelector,
+    key: &RecoveryKey,
+) -> Result<FailedOver, Failure> {
+    let (root, of_folder) = resolve_folder(folder)?;
+    let storage = RealStorage::open_folder(&root);
+    let break_glass = backups::recovery(storage.clone())?.break_glass.ok_or_else(|| {
+        Failure::new(
+            FailureKind::Conflict,
+            "this process server was never told a break-glass key: it comes with the first backup of the configuration",
+            "fail over with the configuration server, or restore that first: `tidemark config-server restore`",
+        )
+    })?;
+    let is_right = key.keeper().map(|keeper| keeper.break_glass() == break_glass);
+    if !is_right.map_err(|error| failed(&error, error.help()))? {
+        return Err(Failure::new(
+            FailureKind::Conflict,
+            "the recovery key is not that of this installation",
+            "use the key that `tidemark config-server init` showed, or the newest that was made since",
+        ));
+    }
+    let lock = lock(&*storage, &root)?;
+    let (set, failures) = ReplicaSet::open(storage.clone(), Limits::default()).map_err(|error| {
+        let help = error.help();
+        failed(&error, help)
+    })?;
+    let set = Arc::new(set);
+    let settings = Settings::open(storage.clone(), settings::FILE).map_err(|error| failed(&error, error.help()))?.all();
+    let machine = choose(&set, &settings, of_folder, machine)?;
+    if let Some(failure) = failures.first() {
+        // It may be a disk of this machine: half a machine is not failed over.
+        tracing::warn!(folder = failure.folder, error = %failure.error, "a replica cannot be opened");
+    }
+    let place = set.resolve(machine, selector).map_err(|error| {
+        let help = error.help();
+        failed(&error, help)
+    })?;
+    let replicas = set.of_machine(machine);
+    let missing: Vec<String> = place
+        .cuts
+        .iter()
+        .filter(|(disk, _)| !replicas.iter().any(|replica| replica.disk() == *disk))
+        .map(|(disk, _)| disk.to_string())
+        .collect();
+    if !missing.is_empty() {
+        return Err(Failure::new(
+            FailureKind::Damaged,
+            format!("the replicas of these disks of the point cannot be opened: {}", missing.join(", ")),
+            "see `tidemark replica verify` on them; choose another point, or bring the folder back from a copy",
+        ));
+    }
+    // Every disk of the point can be opened before anything is changed.
+    let views = set.views(&place).map_err(|error| {
+        let help = error.help();
+        failed(&error, help)
+    })?;
+    let name = settings.get(&machine).map_or_else(|| machine.to_string(), |settings| settings.name.clone());
+    let record = take_over(&set, &storage, machine, name, &place, key)?;
+    drop(views);
+    Ok(FailedOver { record, set, place, storage, _lock: lock })
+}
+
+fn choose(
+    set: &ReplicaSet,
+    settings: &BTreeMap<MachineId, settings::MachineSettings>,
+    of_folder: Option<MachineId>,
+    wanted: Option<&str>,
+) -> Result<MachineId, Failure> {
+    let mut there: Vec<MachineId> = set.replicas().iter().map(|replica| replica.machine()).collect();
+    there.sort();
+    there.dedup();
+    let name = |id: &MachineId| settings.get(id).map_or_else(|| id.to_string(), |settings| settings.name.clone());
+    let fits = |id: &&MachineId| match wanted {
+        Some(wanted) => id.to_string() == wanted || name(id) == wanted,
+        None => of_folder.is_none_or(|machine| machine == **id),
+    };
+    match there.iter().filter(fits).collect::<Vec<_>>()[..] {
+        [machine] if of_folder.is_none_or(|of| of == *machine) => Ok(*machine),
+        _ => {
+            let names: Vec<String> = there.iter().map(name).collect();
+            Err(Failure::new(
+                FailureKind::BadRequest,
+                format!("which machine is to be failed over is not said; there are: {}", names.join(", ")),
+                "name one of them with --machine",
+            ))
+        }
+    }
+}
+
+fn take_over(
+    set: &ReplicaSet,
+    storage: &Arc<dyn Storage>,
+    machine: MachineId,
+    name: String,
+    place: &Place,
+    key: &RecoveryKey,
+) -> Result<Record, Failure> {
+    let authorisations = Authorisations::open(storage.clone()).map_err(|error| failed(&error, error.help()))?;
+    let table = Table::<BTreeMap<MachineId, Record>>::open(storage.clone(), RECORDS_FILE)
+        .map_err(|error| failed(&error, error.help()))?;
+    let before = table.read(|records| records.get(&machine).cloned());
+    let replica_of =
+        |disk: DiskId| -> Result<Arc<Replica>, Failure> { set.get(disk).map_err(|error| failed(&error, error.help())) };
+    let mut disks = BTreeMap::new();
+    for &(disk, cut) in &place.cuts {
+        let replica = replica_of(disk)?;
+        replica.pin(HOLDER, cut, Timestamp::now()).map_err(|error| failed(&error, error.help()))?;
+        let known = authorisations.get(disk);
+        let highest = known.map_or(replica.generation(), |known| known.generation.max(replica.generation()));
+        // Another point of a machine that was failed over already: its generation stands.
+        let taken = before.as_ref().and_then(|record| record.disks.get(&disk)).map(|disk| disk.generation);
+        let generation = taken.filter(|taken| *taken == highest).unwrap_or(Generation(highest.0 + 1));
+        disks.insert(disk, FailedOverDisk { cut, generation });
+    }
+    for (disk, FailedOverDisk { generation, .. }) in &disks {
+        let replica = replica_of(*disk)?;
+        if let Some(known) = authorisations.get(*disk) {
+            let raised = Authorisation { generation: *generation, ..known };
+            authorisations.authorise(*disk, raised).map_err(|error| failed(&error, error.help()))?;
+        }
+        let current = replica.generation();
+        if current < *generation {
+            replica.advance_generation(current, *generation).map_err(|error| failed(&error, error.help()))?;
+        }
+    }
+    let (point, point_time, at) = (place.id, place.time, Timestamp::now());
+    let mut record = Record { machine, name, point, point_time, disks, at, signature: String::new() };
+    let signature = key.sign(&record.message()).map_err(|error| failed(&error, error.help()))?;
+    record.signature = signature.iter().map(|byte| format!("{byte:02x}")).collect();
+    table
+        .change(|records| {
+            records.insert(machine, record.clone());
+            Ok(())
+        })
+        .map_err(|error: crate::table::TableError| failed(&error, error.help()))?;
+    Ok(record)
+}
+
+/// As the process server's own lock: two on one folder would each believe that they know the journals' ends.
+fn lock(storage: &dyn Storage, root: &Path) -> Result<Arc<dyn StorageFile>, Failure> {
+    let lock = storage.open("lock", OpenMode::OpenOrCreate).map_err(|error| failed(&error, VOLUME))?;
+    match lock.as_file().map(std::fs::File::try_lock) {
+        None | Some(Ok(())) => Ok(lock),
+        Some(Err(TryLockError::WouldBlock)) => Err(Failure::new(
+            FailureKind::Conflict,
+            format!("{} is in use by a process server", root.display()),
+            "stop it first: an offline failover is alone with the replicas",
+        )),
+        Some(Err(TryLockError::Error(error))) => Err(failed(&error, VOLUME)),
+    }
+}
+
+impl FailedOver {
+    fn disks(&self) -> Result<Vec<(DiskId, Arc<dyn Disk>)>, Failure> {
+        let views = self.set.views(&self.place).map_err(|error| {
+            let help = error.help();
+            failed(&error, help)
+        })?;
+        Ok(views.into_iter().map(|(disk, view)| (disk, Arc::new(view) as Arc<dyn Disk>)).collect())
+    }
+
+    /// Writes the point's disks as raw images: to the file `to`, or into the folder `to`. Blocks.
+    pub fn export(&self, to: &Path, stop: &Stop) -> Result<Exported, Failure> {
+        let disks = self.disks()?;
+        let ids: Vec<DiskId> = disks.iter().map(|(disk, _)| *disk).collect();
+        let paths = targets(to, &ids, ImageFormat::Raw)?;
+        let mut files = Vec::new();
+        for ((disk, view), path) in disks.iter().zip(paths) {
+            let image = export_raw(&**view, &path, stop)?;
+            files.push(ExportedFile { id: *disk, path: path.display().to_string(), bytes: image.bytes });
+        }
+        Ok(Exported { point: self.place.id.unwrap_or_else(MarkId::random), time: self.place.time, files })
+    }
+
+    /// Serves the point's disks, read-only, over NBD on a socket, until what is returned is dropped. Blocks.
+    pub fn serve(&self, socket: &Path) -> Result<(Serving, impl Drop + use<>), Failure> {
+        let serves = Serves::open(self.storage.clone(), socket)?;
+        let point = ServedPoint {
+            machine: self.record.machine,
+            point: self.place.id.unwrap_or_else(MarkId::random),
+            time: self.place.time,
+            writable: false,
+            listen: None,
+            disks: self.disks()?,
+            held: None,
+        };
+        let serving = serves.start(ServeId::random(), point, false)?;
+        Ok((serving, StopAll(serves)))
+    }
+}
+
+struct StopAll(Serves);
+
+impl Drop for StopAll {
+    fn drop(&mut self) {
+        self.0.stop_all();
+    }
+}

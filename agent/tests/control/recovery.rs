@@ -1,0 +1,192 @@
+//! The configuration server is lost: it is restored elsewhere, and everybody comes back.
+
+use tidemark::roles::{agent, process_server};
+use tidemark_process_server::offline;
+use tidemark_process_server::points::PointSelector;
+use tidemark_transport::recovery::RecoveryKey;
+
+use super::*;
+
+/// Real roles, each with its own part of one folder; the configuration server can be another folder's.
+struct Whole {
+    top: TempDir,
+    folder: Folder,
+    key: RecoveryKey,
+    config_server: Option<RunningConfigServer>,
+    agent: Option<agent::RunningAgent>,
+    process_server: Option<process_server::RunningProcessServer>,
+}
+
+async fn settled(server: &RunningConfigServer, peers: usize, what: &str) {
+    tokio::time::timeout(SOON, server.server.wait_settled(peers)).await.unwrap_or_else(|_| panic!("{what}"));
+}
+
+async fn finished(client: &Client, path: &str, body: Value) -> Value {
+    let job = client.post(path, &body).await.unwrap();
+    client.finish(job, |_| {}).await.unwrap()
+}
+
+impl Whole {
+    async fn start() -> Self {
+        let top = tempfile::tempdir().unwrap();
+        let folder = Folder::create(&top.path().join("site")).unwrap();
+        let key = config_server::new_recovery_key(&folder).unwrap();
+        let config_server = Some(config_server::start(&folder, Settings::default()).await.unwrap());
+        let mut whole = Self { top, folder, key, config_server, agent: None, process_server: None };
+        whole.start_process_server().await;
+        whole.agent = Some(agent::start(Place::in_folder(&whole.folder, Role::Agent).unwrap()).await.unwrap());
+        settled(whole.config_server.as_ref().unwrap(), 2, "both connect").await;
+        whole
+    }
+
+    async fn start_process_server(&mut self) {
+        let place = Place::in_folder(&self.folder, Role::ProcessServer).unwrap();
+        self.process_server = Some(process_server::start(place).await.unwrap());
+    }
+
+    fn client(&self) -> Client {
+        Client::of_folder(self.folder.path()).unwrap()
+    }
+
+    /// A protected disk with some content and a point of it.
+    async fn protect(&self) -> Vec<u8> {
+        let content: Vec<u8> = (0..1 << 20).map(|byte: u32| (byte / 4096) as u8).collect();
+        let path = self.top.path().join("disk.img");
+        File::create(&path).unwrap().write_all(&content).unwrap();
+        let client = self.client();
+        finished(&client, "/machines", json!({ "name": "web", "disks": [path] })).await;
+        finished(&client, "/machines/web/points", json!({})).await;
+        content
+    }
+
+    /// The newest backup that the process server keeps.
+    fn kept(&self) -> PathBuf {
+        let folder = self.folder.path().join("process-server/config-backups");
+        let mut names: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        names.retain(|path| path.extension().is_some_and(|end| end == "tidemark"));
+        names.sort();
+        names.pop().expect("the process server keeps a backup")
+    }
+
+    async fn restored(&self) -> Folder {
+        let folder = Folder::create(&self.top.path().join("elsewhere")).unwrap();
+        let sealed = std::fs::read(self.kept()).unwrap();
+        let key = RecoveryKey::parse(&self.key.text()).unwrap();
+        config_server::restore(&folder, &Settings::default(), sealed, key).await.unwrap();
+        folder
+    }
+
+    async fn stop(mut self) {
+        if let Some(agent) = self.agent.take() {
+            agent.stop().await;
+        }
+        if let Some(server) = self.process_server.take() {
+            server.stop().await;
+        }
+        if let Some(server) = self.config_server.take() {
+            server.server.stop().await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_configuration_server_is_restored_at_another_address_and_everybody_comes_back() {
+    let mut whole = Whole::start().await;
+    whole.protect().await;
+    let made = finished(&whole.client(), "/backups", json!({})).await;
+    assert_eq!(made["process_servers"].as_array().unwrap().len(), 1, "{made}");
+    assert!(made["not_kept_by"].as_array().unwrap().is_empty());
+    let client = whole.client();
+    let sealed = client.download(&format!("/backups/{}", made["id"].as_str().unwrap())).await.unwrap();
+    assert!(sealed == std::fs::read(whole.kept()).unwrap(), "the same is kept there");
+    let jobs = client.get("/jobs").await.unwrap();
+    assert!(jobs.as_array().unwrap().iter().any(|job| job["kind"] == "backup" && job["state"] == "succeeded"));
+
+    // The host is gone, with everything on it; the backup comes from the process server.
+    let before = whole.config_server.as_ref().unwrap().addresses;
+    let points = client.get("/machines/web/points").await.unwrap();
+    whole.config_server.take().unwrap().server.stop().await;
+    let elsewhere = whole.restored().await;
+    let key = RecoveryKey::parse(&whole.key.text()).unwrap();
+    let again = config_server::restore(&elsewhere, &Settings::default(), sealed, key).await.err().unwrap();
+    assert!(again.message.contains("already"), "nothing in use is written over: {}", again.message);
+    let restored = config_server::start(&elsewhere, Settings::default()).await.unwrap();
+    assert_ne!(restored.addresses.control, before.control);
+    settled(&restored, 2, "agent and process server find the restored server").await;
+    let client = Client::of_folder(elsewhere.path()).unwrap();
+    let mut status = Value::Null;
+    for _ in 0..50 {
+        status = client.get("/machines/web").await.unwrap();
+        if status["state"] == "protected" && status["health"] == "ok" {
+            break;
+        }
+    }
+    assert_eq!((&status["state"], &status["health"]), (&json!("protected"), &json!("ok")), "{status}");
+    let kept = client.get("/machines/web/points").await.unwrap();
+    let kept: Vec<&Value> = kept.as_array().unwrap().iter().map(|point| &point["id"]).collect();
+    assert!(points.as_array().unwrap().iter().all(|point| kept.contains(&&point["id"])), "no point went");
+    let point = finished(&client, "/machines/web/points", json!({})).await;
+    assert_eq!(point["consistency"], "crash");
+    let events = client.get("/events?limit=1000").await.unwrap();
+    let has = |events: &Value, kind: &str| events.as_array().unwrap().iter().any(|event| event["kind"] == kind);
+    assert!(has(&events, "configuration_restored"));
+    assert!(!has(&events, "resync_started"), "nothing is compared or sent again for it");
+
+    // The old one comes up again: nobody takes it, and it says so.
+    let old = config_server::start(&whole.folder, Settings::default()).await.unwrap();
+    let client = whole.client();
+    let told = async {
+        loop {
+            let events = client.get("/events?severity=critical").await.unwrap();
+            if has(&events, "superseded") {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(SOON, told).await.expect("the old one hears that it was superseded");
+    let peers = client.get("/peers").await.unwrap();
+    assert_eq!(peers["connected"], json!([]), "both stay with the restored one");
+    old.server.stop().await;
+    whole.config_server = Some(restored);
+    whole.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_server_lowers_no_generation_and_says_which_machine_was_failed_over() {
+    let mut whole = Whole::start().await;
+    let content = whole.protect().await;
+    finished(&whole.client(), "/backups", json!({})).await;
+    whole.config_server.take().unwrap().server.stop().await;
+    whole.process_server.take().unwrap().stop().await;
+
+    // No configuration server is left: the machine is failed over with the recovery key.
+    let root = whole.folder.path().join("process-server");
+    let image = whole.top.path().join("recovered.raw");
+    let done = offline::failover(&root, Some("web"), PointSelector::Latest, &whole.key).unwrap();
+    done.export(&image, &tidemark_base::stop::Stop::new()).unwrap();
+    assert!(std::fs::read(&image).unwrap() == content);
+    let generation = done.record.disks.values().next().unwrap().generation;
+    drop(done);
+
+    // Then a configuration server is restored that knows nothing of that.
+    let elsewhere = whole.restored().await;
+    whole.start_process_server().await;
+    whole.config_server = Some(config_server::start(&elsewhere, Settings::default()).await.unwrap());
+    settled(whole.config_server.as_ref().unwrap(), 2, "both come back").await;
+    let client = Client::of_folder(elsewhere.path()).unwrap();
+    let critical = async {
+        loop {
+            let status = client.get("/machines/web").await.unwrap();
+            let told = status["reasons"].to_string() + &status["problems"].to_string();
+            if status["health"] == "critical" && told.contains(&format!("generation {generation}")) {
+                break;
+            }
+        }
+    };
+    tokio::time::timeout(SOON, critical).await.expect("the machine's status says why");
+    let authorised = std::fs::read_to_string(root.join("authorisations.json")).unwrap();
+    assert!(authorised.contains(&format!("\"generation\": {}", generation.0)), "{authorised}");
+    assert_eq!(offline::records(tidemark_base::storage::RealStorage::open_folder(&root)).unwrap().len(), 1);
+    whole.stop().await;
+}
