@@ -36,6 +36,8 @@ struct Fake {
     refuses: Mutex<Option<Failure>>,
     policy: Mutex<Option<ReplicationPolicy>>,
     denied: Mutex<DenyList>,
+    storage_encrypted: Mutex<Option<bool>>,
+    retention: Mutex<Option<Retention>>,
     /// What happened since it was asked last.
     news: Mutex<Vec<Draft>>,
     log_bytes: Mutex<u64>,
@@ -78,7 +80,7 @@ impl Fake {
                 if let Some(failure) = self.refuses.lock().unwrap().clone() {
                     return Err(failure);
                 }
-                *self.policy.lock().unwrap() = Some(spec.policy);
+                *self.policy.lock().unwrap() = Some(spec.policy.clone());
                 self.machines.lock().unwrap().insert(spec.machine, spec.disks.clone());
                 Ok(Reply::Attached(Self::attached(&spec)))
             }
@@ -134,6 +136,7 @@ impl Fake {
         match command {
             ServerCommand::Authorise(grant) => {
                 self.note("authorise");
+                *self.retention.lock().unwrap() = Some(grant.retention);
                 self.machines.lock().unwrap().insert(grant.machine, grant.disks);
                 Ok(Reply::Done)
             }
@@ -212,6 +215,7 @@ impl Fake {
                 Ok(Reply::Done)
             }
             ServerCommand::Status => Ok(Reply::Server(ServerReport {
+                storage_encrypted: *self.storage_encrypted.lock().unwrap(),
                 time: Timestamp(1),
                 disks: Vec::new(),
                 serves: self.serves.lock().unwrap().clone(),
@@ -287,6 +291,8 @@ impl Dialling {
             refuses: Mutex::default(),
             policy: Mutex::default(),
             denied: Mutex::default(),
+            storage_encrypted: Mutex::default(),
+            retention: Mutex::default(),
             news: Mutex::default(),
             log_bytes: Mutex::new(40),
             backup: Mutex::default(),
@@ -629,11 +635,11 @@ async fn a_changed_policy_reaches_those_that_it_concerns() {
     assert_eq!((&created["frequency"], &created["any_time_seconds"]), (&json!("5m"), &json!(7200)));
     let disk = site.disk("a.img", 1 << 20);
     site.job("/machines", json!({ "name": "web", "disks": [disk], "policy": "slow" })).await.unwrap();
-    let policy = site.agent().policy.lock().unwrap().unwrap();
-    assert_eq!((policy.cycle, policy.compression), (Some(Duration::from_secs(300)), None));
+    let policy = site.agent().policy.lock().unwrap().clone().unwrap();
+    assert_eq!((policy.cycle, policy.compression), (Some(Duration::from_secs(300)), Compression::Off));
     let change = json!({ "frequency": "continuous", "point_interval_seconds": 60 });
     client.request(hyper::Method::PATCH, "/policies/slow", Some(&change)).await.unwrap();
-    let policy = site.agent().policy.lock().unwrap().unwrap();
+    let policy = site.agent().policy.lock().unwrap().clone().unwrap();
     assert_eq!((policy.cycle, policy.point_interval), (None, Some(Duration::from_secs(60))));
     assert!(matches!(
         client.request(hyper::Method::DELETE, "/policies/slow", None).await,
@@ -1124,6 +1130,29 @@ async fn policies_that_contradict_themselves_are_refused_and_short_retention_sho
         (json!({ "log_limit_bytes": 1 }), "log"),
         (json!({ "alarm_log_percent": 101 }), "alarm_log_percent"),
         (json!({ "throttle_schedule": [{ "from": "9", "to": "10:00" }] }), "time of a day"),
+        (json!({ "throttle_schedule": [{ "network": "10.0.0/8" }] }), "range of addresses"),
+        (json!({ "throttle_schedule": [{}, { "from": "08:00", "to": "09:00" }] }), "never counts"),
+        (json!({ "compression": 99 }), "compression"),
+        (json!({ "compression": "fast" }), "compression"),
+        (json!({ "frequency": "15m", "point_interval_seconds": 300 }), "point_interval_seconds"),
+        (json!({ "frequency": "15m", "app_point_interval_seconds": 60 }), "app_point_interval_seconds"),
+        (json!({ "frequency": "5m", "alarm_rpo_seconds": 60 }), "alarm_rpo_seconds"),
+        (json!({ "alarm_missed_percent": 0 }), "alarm_missed_percent"),
+        (json!({ "alarm_no_contact_seconds": 0 }), "alarm_no_contact_seconds"),
+        (json!({ "encryption": "none" }), "encryption"),
+        (
+            json!({ "retention_grid": [{ "within_seconds": 9, "every_seconds": 0 }, { "within_seconds": 9, "every_seconds": 1 }] }),
+            "retention_grid",
+        ),
+        (
+            json!({ "retention_grid": [{ "within_seconds": 7200, "every_seconds": 60 }, { "every_seconds": 0 }] }),
+            "retention_grid",
+        ),
+        (json!({ "retention_grid": [{ "within_seconds": 60, "every_seconds": 61 }] }), "retention_grid"),
+        (
+            json!({ "retention_seconds": 86400, "retention_grid": [{ "within_seconds": 86400, "every_seconds": 0 }, { "every_seconds": 7200 }] }),
+            "retention_seconds",
+        ),
     ] {
         let mut body = settings.clone();
         body["name"] = json!("p");
@@ -1142,6 +1171,72 @@ async fn policies_that_contradict_themselves_are_refused_and_short_retention_sho
     let policy: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(policy["throttle_schedule"][0]["days"], json!([1, 2, 3, 4, 5, 7]));
     assert_eq!(policy["throttle_schedule"][1]["bytes_per_second"], Value::Null);
+    let output = site.run(&["policy", "create", "slow", "--frequency", "15m", "--compression", "off", "--json"]).await;
+    let policy: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&policy["point_interval_seconds"], &policy["compression"]), (&json!(900), &json!("off")));
+    let grid = ["--grid", "1h:all,12h:1h,rest:6h", "--compression", "auto", "--alarm-missed", "50"];
+    let output = site.run(&[&["policy", "set", "slow", "--json"][..], &grid].concat()).await;
+    let policy: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(policy["retention_grid"][2], json!({ "within_seconds": null, "every_seconds": 21600 }));
+    assert_eq!((&policy["alarm_missed_percent"], &policy["compression"]), (&json!(50), &json!("auto")));
+}
+
+/// Grid, throttle and intervals reach those who follow them, at once and without anything being restarted.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_setting_of_a_policy_reaches_who_follows_it() {
+    let site = Site::start().await;
+    let disk = site.disk("a.img", 1 << 20);
+    site.protect("web", &[&disk]).await.unwrap();
+    let every =
+        |days: u64| site.server().retention.lock().unwrap().unwrap().grid.every(Duration::from_secs(days * 86_400));
+    let hours = |hours: u64| Duration::from_secs(hours * 3600);
+    assert_eq!((every(0), every(1), every(7), every(8)), (hours(0), hours(1), hours(2), hours(4)), "as the field's");
+    assert_eq!(site.agent().policy.lock().unwrap().clone().unwrap().compression, Compression::Auto);
+    let told = (site.agent().was_told("protect"), site.agent().was_told("unprotect"));
+    let set = [
+        "policy",
+        "set",
+        "continuous",
+        "--grid",
+        "1h:all,rest:6h",
+        "--app-interval",
+        "1h",
+        "--compression",
+        "7",
+        "--throttle",
+        "9M",
+        "--throttle-window",
+        "1-5 08:00-18:00 10.1.0.0/16 1M",
+    ];
+    let output = site.run(&set).await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!((every(0), every(1)), (hours(0), hours(6)));
+    let policy = site.agent().policy.lock().unwrap().clone().unwrap();
+    assert_eq!((policy.compression, policy.app_point_interval), (Compression::Level(7), Some(hours(1))));
+    let monday = Timestamp::parse("2026-11-23T09:00:00Z").unwrap();
+    let limit = |to: &str| policy.throttle.limit(monday, Some(to.parse().unwrap()));
+    assert_eq!((limit("10.1.2.3"), limit("10.2.2.3")), (Some(1 << 20), Some(9 << 20)));
+    assert_eq!((site.agent().was_told("protect"), site.agent().was_told("unprotect")), (told.0 + 1, told.1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn encryption_at_rest_takes_only_process_servers_with_an_encrypted_volume() {
+    let site = Site::start().await;
+    let disk = site.disk("a.img", 1 << 20);
+    site.client().post("/policies", &json!({ "name": "sealed", "encryption": "at_rest" })).await.unwrap();
+    let body = json!({ "name": "web", "disks": [disk], "policy": "sealed" });
+    for (told, part) in [(Some(false), "is not encrypted"), (None, "whether it is encrypted")] {
+        *site.server().storage_encrypted.lock().unwrap() = told;
+        let refused = format!("{:?}", site.job("/machines", body.clone()).await.unwrap_err());
+        assert!(refused.contains(part) && refused.contains("at_rest"), "{refused}");
+    }
+    assert_eq!(site.client().get("/machines").await.unwrap(), json!([]));
+    *site.server().storage_encrypted.lock().unwrap() = Some(true);
+    site.job("/machines", body).await.unwrap();
+    // It was moved to another volume: that is critical.
+    *site.server().storage_encrypted.lock().unwrap() = Some(false);
+    let status = site.client().get("/machines/web").await.unwrap();
+    assert_eq!((&status["health"], &status["reasons"][0]["kind"]), (&json!("critical"), &json!("encryption")));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,7 @@ use tidemark_proto::control::Severity;
 
 use crate::core::Core;
 use crate::history::News;
-use crate::model::Alert;
+use crate::model::{Alert, Policy};
 use crate::status::{self, Health};
 
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -35,7 +35,15 @@ pub async fn watch(core: Arc<Core>) {
 fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Alert> {
     let now = core.clock.wall_now();
     let mut found = BTreeMap::new();
-    for machine in status::all_reported(core) {
+    let (state, statuses) = (core.store.state(), status::all_reported(core));
+    core.cycles.retain(|machine| statuses.iter().any(|status| status.id == machine));
+    for machine in &statuses {
+        let is_told = machine.state == status::State::Protected;
+        let rpo = machine.rpo_seconds.filter(|_| is_told).map(Duration::from_secs_f64);
+        let cycle = state.policies.get(&machine.policy).and_then(Policy::cycle);
+        core.cycles.note(machine.id, core.clock.monotonic_now(), cycle, rpo);
+    }
+    for machine in statuses {
         for reason in machine.reasons.iter().filter(|reason| is_settled || !reason.is_absence) {
             let severity = if reason.health == Health::Critical { Severity::Critical } else { Severity::Warning };
             let alert = Alert {

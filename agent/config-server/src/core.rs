@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::backup::Backups;
+use crate::cycles::Cycles;
 use crate::database::Statement;
 use crate::history::History;
 use crate::hub::{Hub, PeerId, unexpected};
@@ -34,6 +35,7 @@ pub struct Core {
     pub registrar: Arc<Registrar>,
     pub backups: Backups,
     pub serves: Serves,
+    pub cycles: Cycles,
     pub stop: CancellationToken,
     pub clock: SystemClock,
     /// How many peers were told everything that concerns them since they connected.
@@ -67,6 +69,7 @@ impl Core {
             registrar,
             backups,
             serves: Serves::default(),
+            cycles: Cycles::default(),
             stop: CancellationToken::new(),
             clock: SystemClock::new(),
             settled_peers: watch::Sender::default(),

@@ -14,6 +14,7 @@ pub mod api;
 pub mod backup;
 mod console;
 mod core;
+mod cycles;
 pub mod database;
 mod denials;
 mod failover;

@@ -17,7 +17,7 @@ use tidemark_proto::control::{
 use crate::core::{Core, QUICK, SETTLE, Side};
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::{Job, Progress};
-use crate::model::{DEFAULT_POLICY, Machine, MachineDisk, State, Wanted};
+use crate::model::{DEFAULT_POLICY, Encryption, Machine, MachineDisk, State, Wanted};
 use crate::names::{bad_request, check_name, check_path};
 use crate::status::CLOCK_OFF_SECONDS_MAX;
 
@@ -207,8 +207,20 @@ async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, server: 
     // Asking who is away would only wait for the same answer.
     let asked = core.agent(host, &AgentCommand::Status, QUICK).await.map(drop);
     checks.push(Check::new("host", host.to_string(), asked));
-    let asked = core.server(server, &ServerCommand::Status, QUICK).await.map(drop);
-    checks.push(Check::new("process_server", server.to_string(), asked));
+    let asked = core.server(server, &ServerCommand::Status, QUICK).await;
+    let encrypted = match &asked {
+        Ok(Reply::Server(report)) => Some(report.storage_encrypted),
+        _ => None,
+    };
+    checks.push(Check::new("process_server", server.to_string(), asked.map(drop)));
+    let state = core.store.state();
+    let policy = request.policy.as_deref().or(state.machines.get(&request.name).map(|known| known.policy.as_str()));
+    let policy = state.policies.get(policy.unwrap_or(DEFAULT_POLICY));
+    if let Some(encrypted) = encrypted
+        && policy.is_some_and(|policy| policy.encryption == Encryption::AtRest)
+    {
+        checks.push(Check::new("encryption", server.to_string(), is_encrypted(&server.to_string(), encrypted)));
+    }
     for peer in [agent, keeper].into_iter().filter(|peer| present(*peer)) {
         let software = core.hub.software(peer).unwrap_or_default();
         checks.push(Check::new("version", peer.to_string(), version_fits(peer, &software)));
@@ -246,6 +258,20 @@ async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, server: 
         }
     }
     Preflight { checks, disks }
+}
+
+/// Whether a process server's volume is as a policy with encryption at rest wants it.
+pub fn is_encrypted(server: &str, encrypted: Option<bool>) -> Result<(), Failure> {
+    let what = match encrypted {
+        Some(true) => return Ok(()),
+        Some(false) => "is not encrypted",
+        None => "is none of which the kernel tells whether it is encrypted",
+    };
+    Err(Failure::new(
+        FailureKind::Conflict,
+        format!("the volume of process server {server} {what}, and the policy wants encryption at_rest"),
+        "put its folder on a LUKS (dm-crypt) volume, choose another process server, or another policy",
+    ))
 }
 
 /// Two versions apart work together; a development build has no version to compare.
@@ -378,7 +404,7 @@ pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<Attached
             machine: machine.id,
             name: machine.name.clone(),
             disks: machine.disks.iter().map(MachineDisk::spec).collect(),
-            policy: find_policy(&state, &machine.policy)?.replication(core.clock.wall_now()),
+            policy: find_policy(&state, &machine.policy)?.replication(),
             server: Endpoint { server: machine.server, address: server.address.clone() },
             paused: machine.wanted == Wanted::Paused,
             listen: machine.listen,

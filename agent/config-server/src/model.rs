@@ -7,7 +7,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tidemark_base::{DiskId, Generation, HostId, MachineId, ServerId, Timestamp};
 use tidemark_hypervisor::call::Description;
-use tidemark_proto::control::{DiskSpec, ReplicationPolicy, Retention, Severity};
+use tidemark_proto::control::{
+    Compression, DAY_MINUTES, DiskSpec, Grid, GridStep, Network, ReplicationPolicy, Retention, Severity, Throttle,
+    ThrottleRule,
+};
 
 use crate::failover::DrillNote;
 
@@ -261,15 +264,18 @@ pub struct Policy {
     pub retention_seconds: Option<u64>,
     /// At most so many points; absent: no limit.
     pub retention_count: Option<u64>,
+    /// How many points stay as they grow older, in steps of ascending age; none: all.
+    pub retention_grid: Vec<GridSetting>,
     /// A kept crash-consistent point that often; 0: none.
     pub point_interval_seconds: u64,
-    /// zstd level; 0: off; 1: begins there and adapts.
-    pub compression: i32,
+    /// `auto`: as link and processors allow; `off`; or a level of zstd.
+    #[schema(value_type = CompressionSetting)]
+    pub compression: Compression,
     /// The most that the log of one disk may occupy; absent: the agent's own default.
     pub log_limit_bytes: Option<u64>,
     /// The most that is sent in a second; absent: no limit.
     pub throttle_bytes_per_second: Option<u64>,
-    /// Other limits at some times of the week; the first that fits counts.
+    /// Other limits at some times of the week or for some addresses; the first that fits counts.
     pub throttle_schedule: Vec<ThrottleWindow>,
     /// A kept app-consistent point that often; 0: none.
     pub app_point_interval_seconds: u64,
@@ -277,11 +283,54 @@ pub struct Policy {
     pub alarm_rpo_seconds: u64,
     /// An alert when a log takes so much of its limit.
     pub alarm_log_percent: u8,
+    /// An alert when more of the last hour's cycles were missed; for a frequency that has cycles.
+    pub alarm_missed_percent: u8,
     /// An alert when nothing was heard of a host or process server for so long.
     pub alarm_no_contact_seconds: u64,
+    /// Where data is encrypted.
+    pub encryption: Encryption,
 }
 
-/// A limit for some hours of some days, in UTC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Encryption {
+    /// On every network, always.
+    #[default]
+    Transit,
+    /// And where it is stored: only process servers whose volume is encrypted take the machine.
+    AtRest,
+}
+
+/// Of points no older than `within_seconds`, one stays for each `every_seconds`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GridSetting {
+    /// Absent: however old. The last step goes on in any case.
+    #[serde(default)]
+    pub within_seconds: Option<u64>,
+    /// 0: all stay.
+    pub every_seconds: u64,
+}
+
+/// `auto`, `off`, or a level of zstd: the shape of [`Compression`].
+#[derive(utoipa::ToSchema)]
+#[serde(untagged)]
+#[schema(as = Compression)]
+#[allow(dead_code)]
+pub enum CompressionSetting {
+    Level(i32),
+    Word(CompressionWord),
+}
+
+#[derive(utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[allow(dead_code)]
+pub enum CompressionWord {
+    Auto,
+    Off,
+}
+
+/// A limit for some hours of some days, in UTC, and some addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ThrottleWindow {
@@ -289,11 +338,54 @@ pub struct ThrottleWindow {
     #[serde(default)]
     pub days: Vec<u8>,
     /// `HH:MM`.
+    #[serde(default = "day_begins")]
     pub from: String,
     /// `HH:MM`, `24:00` for the day's end; before `from`: on the day after.
+    #[serde(default = "day_ends")]
     pub to: String,
+    /// Only for what is sent to process servers with these addresses: `10.1.0.0/16`.
+    #[serde(default)]
+    pub network: Option<String>,
     /// Absent: no limit then.
+    #[serde(default)]
     pub bytes_per_second: Option<u64>,
+}
+
+fn day_begins() -> String {
+    "00:00".to_owned()
+}
+
+fn day_ends() -> String {
+    "24:00".to_owned()
+}
+
+impl ThrottleWindow {
+    /// As agents follow it. `None`: a time, a day or the network is none.
+    pub fn rule(&self) -> Option<ThrottleRule> {
+        let days = self.days.iter().try_fold(0u8, |days, day| (1..=7).contains(day).then(|| days | 1 << (day - 1)))?;
+        let network = match &self.network {
+            None => None,
+            Some(text) => Some(text.parse::<Network>().ok()?),
+        };
+        Some(ThrottleRule {
+            days,
+            from_minute: minutes(&self.from)?,
+            to_minute: minutes(&self.to)?,
+            network,
+            bytes_per_second: self.bytes_per_second,
+        })
+    }
+}
+
+/// Of a day, at `HH:MM`.
+pub fn minutes(time: &str) -> Option<u16> {
+    let (hours, minutes) = time.split_once(':')?;
+    if hours.len() != 2 || minutes.len() != 2 {
+        return None;
+    }
+    let (hours, minutes): (u16, u16) = (hours.parse().ok()?, minutes.parse().ok()?);
+    let all = hours * 60 + minutes;
+    (minutes < 60 && all <= DAY_MINUTES).then_some(all)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
@@ -316,21 +408,27 @@ impl Default for Policy {
             any_time_seconds: 2 * 3600,
             retention_seconds: Some(24 * 3600),
             retention_count: None,
+            // As the field's: all for two hours, hourly for a day, two-hourly for a week, four-hourly after.
+            retention_grid: [(Some(2 * 3600), 0), (Some(86_400), 3600), (Some(7 * 86_400), 7200), (None, 4 * 3600)]
+                .map(|(within_seconds, every_seconds)| GridSetting { within_seconds, every_seconds })
+                .to_vec(),
             point_interval_seconds: 300,
-            compression: 1,
+            compression: Compression::Auto,
             log_limit_bytes: None,
             throttle_bytes_per_second: None,
             throttle_schedule: Vec::new(),
             app_point_interval_seconds: 0,
             alarm_rpo_seconds: 0,
             alarm_log_percent: 80,
+            alarm_missed_percent: 20,
             alarm_no_contact_seconds: 300,
+            encryption: Encryption::Transit,
         }
     }
 }
 
 impl Policy {
-    fn cycle(&self) -> Option<Duration> {
+    pub fn cycle(&self) -> Option<Duration> {
         let seconds = match self.frequency {
             Frequency::Continuous => return None,
             Frequency::Seconds30 => 30,
@@ -348,14 +446,19 @@ impl Policy {
         }
     }
 
-    /// As agents are told at a time: the throttle follows its schedule.
-    pub fn replication(&self, now: Timestamp) -> ReplicationPolicy {
+    /// As agents are told. What makes no sense was refused when the policy was made.
+    pub fn replication(&self) -> ReplicationPolicy {
+        let interval = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
         ReplicationPolicy {
             cycle: self.cycle(),
-            point_interval: (self.point_interval_seconds > 0).then(|| Duration::from_secs(self.point_interval_seconds)),
-            compression: (self.compression != 0).then_some(self.compression),
+            point_interval: interval(self.point_interval_seconds),
+            app_point_interval: interval(self.app_point_interval_seconds),
+            compression: self.compression,
             log_limit_bytes: self.log_limit_bytes,
-            throttle_bytes_per_second: crate::schedule::throttle(self, now),
+            throttle: Throttle {
+                bytes_per_second: self.throttle_bytes_per_second,
+                rules: self.throttle_schedule.iter().filter_map(ThrottleWindow::rule).collect(),
+            },
         }
     }
 
@@ -364,6 +467,15 @@ impl Policy {
             any_time: Duration::from_secs(self.any_time_seconds),
             age: self.retention_seconds.map(Duration::from_secs),
             count: self.retention_count,
+            grid: self.grid().unwrap_or_default(),
         }
+    }
+
+    /// `None`: the steps do not ascend, or are too many.
+    pub fn grid(&self) -> Option<Grid> {
+        Grid::new(self.retention_grid.iter().map(|step| GridStep {
+            within: step.within_seconds.map(Duration::from_secs),
+            every: Duration::from_secs(step.every_seconds),
+        }))
     }
 }

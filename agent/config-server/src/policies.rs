@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
-use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_proto::control::{Compression, Failure, FailureKind, GRID_STEPS_MAX};
 
 use crate::core::Core;
 use crate::machines::{find_policy, settle_agent, settle_server};
@@ -94,6 +94,8 @@ fn with_settings(policy: &Policy, settings: Map<String, Value>) -> Result<Policy
     let mut value = serde_json::to_value(policy).expect("a policy is plain data");
     let fields = value.as_object_mut().expect("a policy is an object");
     shorten(fields, &settings);
+    lengthen(fields, &settings);
+    let is_grid_named = settings.contains_key("retention_grid");
     fields.extend(settings);
     let policy: Policy = serde_json::from_value(value).map_err(|error| {
         bad_request(
@@ -101,15 +103,62 @@ fn with_settings(policy: &Policy, settings: Map<String, Value>) -> Result<Policy
             "frequency is continuous, 30s, 5m or 15m; see `tidemark policy show continuous --json` for all settings",
         )
     })?;
-    if !(-7..=22).contains(&policy.compression) {
+    if let Compression::Level(level) = policy.compression
+        && !(-7..=22).contains(&level)
+    {
         return Err(bad_request(
-            format!("compression level {} does not exist", policy.compression),
-            "choose a zstd level from 1 to 22, negative ones down to -7 for speed, or 0 for none",
+            format!("compression level {level} does not exist"),
+            "choose `auto`, `off`, or a zstd level from 1 to 22; negative ones down to -7 are for speed",
         ));
     }
     crate::schedule::check(&policy.throttle_schedule)?;
     contradictions(&policy)?;
+    grid_contradictions(&policy, is_grid_named)?;
     Ok(policy)
+}
+
+/// Points are made at the ends of cycles: intervals that nobody named are not shorter.
+fn lengthen(fields: &mut Map<String, Value>, settings: &Map<String, Value>) {
+    let frequency = settings.get("frequency").and_then(|value| serde_json::from_value(value.clone()).ok());
+    let cycle = frequency.and_then(|frequency| Policy { frequency, ..Policy::default() }.cycle());
+    let Some(cycle) = cycle.map(|cycle| cycle.as_secs()) else { return };
+    for name in ["point_interval_seconds", "app_point_interval_seconds"] {
+        let is_shorter = fields[name].as_u64().is_some_and(|seconds| (1..cycle).contains(&seconds));
+        if !settings.contains_key(name) && is_shorter {
+            fields.insert(name.to_owned(), json!(cycle));
+        }
+    }
+}
+
+fn grid_contradictions(policy: &Policy, is_named: bool) -> Result<(), Failure> {
+    let help = "write steps as `2h:all,1day:1h,7days:2h,rest:4h`: each reaches further back than the one before, and keeps fewer";
+    let refuse = |what: String| Err(bad_request(format!("retention_grid: {what}"), help));
+    if policy.retention_grid.len() > GRID_STEPS_MAX {
+        return refuse(format!("{} steps are more than {GRID_STEPS_MAX}", policy.retention_grid.len()));
+    }
+    if policy.grid().is_none() {
+        return refuse("a step reaches no further back than the one before".to_owned());
+    }
+    let (mut from, mut every) = (0, 0);
+    for step in &policy.retention_grid {
+        let reach = step.within_seconds.map_or("the rest".to_owned(), |within| format!("the step to {within} s"));
+        if step.every_seconds < every {
+            return refuse(format!(
+                "{reach} keeps a point every {} s, more than the younger step before",
+                step.every_seconds
+            ));
+        }
+        if step.within_seconds.is_some_and(|within| step.every_seconds > within - from) {
+            return refuse(format!("{reach} is shorter than its interval of {} s", step.every_seconds));
+        }
+        if is_named && policy.retention_seconds.is_some_and(|retention| retention > 0 && from >= retention) && from > 0
+        {
+            let retention = policy.retention_seconds.unwrap_or_default();
+            return refuse(format!("{reach} begins at an age of {from} s, and retention_seconds is {retention}"));
+        }
+        (from, every) = (step.within_seconds.unwrap_or(from), step.every_seconds);
+    }
+    Ok(())
 }
 
 /// Who keeps history for a shorter time than before did not ask for more of anything else: what is not named follows.
@@ -130,11 +179,40 @@ fn contradictions(policy: &Policy) -> Result<(), Failure> {
     if policy.throttle_bytes_per_second == Some(0) {
         return Err(bad_request("a throttle of 0 bytes in a second sends nothing", "pause the machine instead"));
     }
-    if policy.alarm_log_percent == 0 || policy.alarm_log_percent > 100 {
+    for (name, percent) in
+        [("alarm_log_percent", policy.alarm_log_percent), ("alarm_missed_percent", policy.alarm_missed_percent)]
+    {
+        if percent == 0 || percent > 100 {
+            return Err(bad_request(format!("{name} is {percent}"), "give a percentage from 1 to 100"));
+        }
+    }
+    if policy.alarm_no_contact_seconds == 0 {
         return Err(bad_request(
-            format!("alarm_log_percent is {}", policy.alarm_log_percent),
-            "give a percentage from 1 to 100",
+            "alarm_no_contact_seconds is 0: everyone would be away at once",
+            "give the seconds after which silence is an alarm",
         ));
+    }
+    if let Some(cycle) = policy.cycle().map(|cycle| cycle.as_secs()) {
+        for (name, interval) in [
+            ("point_interval_seconds", policy.point_interval_seconds),
+            ("app_point_interval_seconds", policy.app_point_interval_seconds),
+        ] {
+            if (1..cycle).contains(&interval) {
+                return Err(bad_request(
+                    format!("{name} is {interval}, shorter than the cycle of frequency, {cycle} s"),
+                    "points are made at the ends of cycles: replicate more often, or make points less often",
+                ));
+            }
+        }
+        if (1..cycle).contains(&policy.alarm_rpo_seconds) {
+            return Err(bad_request(
+                format!(
+                    "alarm_rpo_seconds is {}, shorter than the cycle of frequency, {cycle} s: it would always ring",
+                    policy.alarm_rpo_seconds
+                ),
+                "allow an RPO of more than one cycle, or replicate more often",
+            ));
+        }
     }
     if let Some(retention) = policy.retention_seconds {
         for (name, interval) in [

@@ -22,7 +22,7 @@ use crate::identity::{PassphraseRequest, Registrar};
 use crate::jobs::Jobs;
 use crate::model::PeerRole;
 use crate::store::{Store, StoreError};
-use crate::{alerts, announce, api, denials, reconcile, schedule, serves};
+use crate::{alerts, announce, api, denials, reconcile, serves};
 
 /// How often it is looked whether the database answers.
 const HEALTH_EVERY: Duration = Duration::from_secs(5);
@@ -184,7 +184,6 @@ impl ConfigServer {
             tokio::spawn(serves::sweep(core.clone())),
             tokio::spawn(alerts::watch(core.clone())),
             tokio::spawn(denials::push(core.clone())),
-            tokio::spawn(schedule::run(core.clone())),
             tokio::spawn(backup::run(core.clone())),
             tokio::spawn(announce::run(core.clone(), options.identity.clone())),
             tokio::spawn(look_after_health(core.clone(), serving_sender)),

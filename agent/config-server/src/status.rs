@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 use crate::api::schema::{ComparedSchema, PointSchema, ProblemSchema};
 use crate::core::Core;
 use crate::hub::{PeerId, Presence, Report};
-use crate::model::{Machine, MachineDisk, Wanted};
+use crate::model::{Encryption, Machine, MachineDisk, Wanted};
 
 /// A clock that is off by more is told.
 pub const CLOCK_OFF_SECONDS_MAX: u64 = 60;
@@ -64,7 +64,7 @@ pub struct MachineStatus {
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Reason {
     pub health: Health,
-    /// For programs: `problem`, `rpo`, `log`, `no_contact`, `clock`, `failed`, `disconnected`.
+    /// For programs: `problem`, `rpo`, `log`, `missed_cycles`, `encryption`, `no_contact`, `clock`, `failed`, `disconnected`.
     pub kind: &'static str,
     pub message: String,
     pub help: String,
@@ -239,7 +239,8 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
     problems.dedup();
 
     let machine_state = state_of(machine, &sources, host.connected);
-    let reasons = reasons(core, machine, machine_state, &sources, &problems, [&host, &process_server]);
+    let reasons =
+        reasons(core, machine, machine_state, &sources, &problems, [&host, &process_server], reports.server.as_ref());
     let health = reasons.iter().map(|reason| reason.health).max().unwrap_or(Health::Ok);
     let known = sources.iter().all(Option::is_some);
     let sum = |figure: fn(&SourceDisk) -> u64| sources.iter().flatten().map(|disk| figure(disk)).sum();
@@ -284,6 +285,7 @@ fn reasons(
     sources: &[Option<&SourceDisk>],
     problems: &[Problem],
     peers: [&PeerStatus; 2],
+    server: Option<&ServerReport>,
 ) -> Vec<Reason> {
     let store = core.store.state();
     let policy = store.policies.get(&machine.policy).cloned().unwrap_or_default();
@@ -330,6 +332,18 @@ fn reasons(
     }
     if !is_active {
         return reasons;
+    }
+    if policy.encryption == Encryption::AtRest
+        && let Some(report) = server
+        && let Err(failure) = crate::machines::is_encrypted(&machine.server.to_string(), report.storage_encrypted)
+    {
+        add(Health::Critical, "encryption", failure.message, &failure.help, false);
+    }
+    let limit = u64::from(policy.alarm_missed_percent);
+    if let Some(missed) = core.cycles.missed(machine.id).filter(|missed| missed.percent() > limit) {
+        let message = format!("{} of the last {} cycles were missed, over {limit} %", missed.missed, missed.cycles);
+        let help = "check the link and the process server's volume, raise the throttle, or replicate less often";
+        add(Health::Warning, "missed_cycles", message, help, false);
     }
     let rpo_limit = policy.alarm_rpo();
     let rpo = sources.iter().flatten().map(|disk| disk.rpo).max().unwrap_or_default();

@@ -439,7 +439,7 @@ impl Shared {
             link: (self.config.link)(&spec.server),
             workers: self.workers.clone(),
             clock: self.config.clock.clone(),
-            policy: send_policy(&spec.policy),
+            policy: send_policy(&spec.policy, self.config.clock.wall_now(), None),
             limits: self.config.limits.send,
         };
         Machine::start(spec, &self.config, self.provider.clone(), &sender)

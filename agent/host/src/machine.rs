@@ -6,6 +6,7 @@
 
 mod watch;
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -15,9 +16,10 @@ use tidemark_base::stop::Stop;
 use tidemark_base::sync::Mutex;
 use tidemark_base::thread::JoinHandle;
 use tidemark_base::time::Instant;
-use tidemark_base::{Clock, DiskId};
+use tidemark_base::{Clock, DiskId, Timestamp};
 use tidemark_proto::control::{
-    AttachedDisk, Compared, Failure, MachineSpec, Problem, ReplicationPolicy, SourceDisk, SourceMode, SourceState,
+    AttachedDisk, Compared, Compression, Failure, MachineSpec, Problem, ReplicationPolicy, SourceDisk, SourceMode,
+    SourceState,
 };
 use tidemark_proto::replication::Consistency;
 
@@ -165,10 +167,13 @@ impl Machine {
         let (machine, stop) = (Arc::downgrade(self), self.stop.clone());
         threads.push(tidemark_base::thread::Builder::new().name("marks".to_owned()).spawn(move || {
             let mut marked = Instant::now();
+            let mut app_tried = marked;
             while !stop.wait_for(MARK_INTERVAL) {
                 let Some(machine) = machine.upgrade() else { break };
                 machine.disks.iter().for_each(MachineDisk::watch_sender);
+                machine.follow_throttle();
                 machine.mark_by_policy(&mut marked);
+                machine.mark_app_by_policy(&mut app_tried);
             }
         })?);
         Ok(())
@@ -198,6 +203,49 @@ impl Machine {
             }
         }
         *marked = Instant::now();
+    }
+
+    /// An app-consistent point when it is time for one and something was written since the last. One that could not be made
+    /// is tried again after another interval: its scripts hold the application.
+    fn mark_app_by_policy(&self, tried: &mut Instant) {
+        let Some(interval) = self.spec().policy.app_point_interval else {
+            self.disks.iter().for_each(|disk| drop(disk.disk.alarms().remove("app-points")));
+            return;
+        };
+        if tried.elapsed() < interval || !self.marker.is_logging() || !self.marker.is_written_since_app() {
+            return;
+        }
+        *tried = Instant::now();
+        match self.marker.mark(Consistency::Application, "", true) {
+            Ok(_) => self.disks.iter().for_each(|disk| drop(disk.disk.alarms().remove("app-points"))),
+            Err(error) => {
+                let message = format!("no app-consistent point was made: {error}");
+                self.disks.iter().for_each(|disk| disk.disk.alarm("app-points", false, message.clone(), &error.help()));
+            }
+        }
+    }
+
+    /// The limits of a schedule begin and end, and an address is known once the stream is there.
+    pub(crate) fn follow_throttle(&self) {
+        let policy = self.spec().policy;
+        if policy.throttle.rules.is_empty() {
+            return;
+        }
+        let now = self.clock.wall_now();
+        for disk in &self.disks {
+            if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
+                sender.set_policy(send_policy(&policy, now, sender.remote()));
+            }
+        }
+    }
+
+    /// The limit of each disk's sender.
+    #[cfg(test)]
+    pub(crate) fn throttled_to(&self) -> Vec<Option<u64>> {
+        let limit = |disk: &MachineDisk| {
+            disk.sender.lock().unwrap().as_ref().and_then(|sender| sender.policy().bytes_per_second_max)
+        };
+        self.disks.iter().map(limit).collect()
     }
 
     pub fn spec(&self) -> MachineSpec {
@@ -242,7 +290,7 @@ impl Machine {
         for disk in &self.disks {
             disk.disk.set_log_limits(log_limits(&self.limits, &spec.policy, disk.disk.identity.disk_bytes));
             if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
-                sender.set_policy(send_policy(&spec.policy));
+                sender.set_policy(send_policy(&spec.policy, self.clock.wall_now(), sender.remote()));
             }
         }
         let is_paused = spec.paused;
@@ -462,17 +510,15 @@ fn log_limits(limits: &HostLimits, policy: &ReplicationPolicy, disk_bytes: u64) 
     }
 }
 
-/// The level of a policy that names none: begun with, and left as link and processors allow.
-const COMPRESSION_ADAPTS: i32 = 1;
-
-pub(crate) fn send_policy(policy: &ReplicationPolicy) -> SendPolicy {
+/// What holds now for a process server at that address.
+pub(crate) fn send_policy(policy: &ReplicationPolicy, now: Timestamp, to: Option<IpAddr>) -> SendPolicy {
     SendPolicy {
         mode: if policy.cycle.is_some() { ShipMode::Interval } else { ShipMode::Continuous },
         compression: match policy.compression {
-            None => CompressionPolicy::Off,
-            Some(COMPRESSION_ADAPTS) => CompressionPolicy::Auto,
-            Some(level) => CompressionPolicy::Level(level),
+            Compression::Off => CompressionPolicy::Off,
+            Compression::Auto => CompressionPolicy::Auto,
+            Compression::Level(level) => CompressionPolicy::Level(level),
         },
-        bytes_per_second_max: policy.throttle_bytes_per_second,
+        bytes_per_second_max: policy.throttle.limit(now, to),
     }
 }

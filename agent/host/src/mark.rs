@@ -51,6 +51,7 @@ struct Last {
     positions: BTreeMap<DiskId, Position>,
     kept: BTreeMap<DiskId, Position>,
     kept_at: Option<Instant>,
+    app: BTreeMap<DiskId, Position>,
 }
 
 impl Marker {
@@ -76,6 +77,15 @@ impl Marker {
         self.disks.iter().any(|disk| {
             let logged = disk.log.published().logged;
             positions.get(&disk.identity.disk).map_or(logged.sequence.0 > 0, |position| *position != logged)
+        })
+    }
+
+    /// Whether anything was logged since the last app-consistent mark.
+    pub fn is_written_since_app(&self) -> bool {
+        let last = self.last();
+        self.disks.iter().any(|disk| {
+            let logged = disk.log.published().logged;
+            last.app.get(&disk.identity.disk).map_or(logged.sequence.0 > 0, |position| *position != logged)
         })
     }
 
@@ -121,6 +131,9 @@ impl Marker {
             last.positions.insert(*disk, *position);
             if keep {
                 last.kept.insert(*disk, *position);
+            }
+            if consistency == Consistency::Application {
+                last.app.insert(*disk, *position);
             }
         }
         if keep {

@@ -44,7 +44,7 @@ async fn main() -> Result<(), Failure> {
         generation: Generation::FIRST,
         bytes: total,
     };
-    let retention = Retention { any_time: Duration::from_secs(7200), age: None, count: None };
+    let retention = Retention { any_time: Duration::from_secs(7200), age: None, count: None, grid: Default::default() };
     server.authorise(MachineGrant { machine, name: "m".into(), host: agent, disks: vec![spec], retention }).await?;
     let agent = authority.issue(PeerIdentity::Agent(agent), &[])?;
     let address = server.address().to_string();

@@ -6,6 +6,7 @@
 //! everything again, [`server`] is the role as a whole.
 
 pub mod accept;
+mod encrypted;
 pub mod export;
 pub mod fold;
 pub mod journal;

@@ -598,16 +598,20 @@ pub struct PolicyArgs {
     /// A kept crash-consistent point that often; 0s: none.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub point_interval: Option<Duration>,
-    /// zstd level; 0: off; 1, the default: adapts to link and processors.
+    /// How many points stay as they grow older: `2h:all,1day:1h,7days:2h,rest:4h`, the default; `all` keeps all.
+    #[arg(long, value_name = "STEPS")]
+    pub grid: Option<String>,
+    /// auto, the default, adapts to link and processors; off; or a level of zstd.
     #[arg(long, value_name = "LEVEL", allow_negative_numbers = true)]
-    pub compression: Option<i32>,
+    pub compression: Option<String>,
     /// The most that the log of one disk may occupy, such as 10G.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub log_limit: Option<u64>,
     /// The most that is sent in a second, such as 50M.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub throttle: Option<u64>,
-    /// Another limit for some hours, in UTC: `1-5 08:00-18:00 10M` (Monday is 1), `22:00-06:00 none`; may be repeated.
+    /// Another limit for some hours, in UTC, or some addresses of process servers: `1-5 08:00-18:00 10M` (Monday is 1),
+    /// `22:00-06:00 none`, `10.1.0.0/16 5M`; may be repeated, the first that fits counts.
     #[arg(long, value_name = "WINDOW")]
     pub throttle_window: Vec<String>,
     /// A kept app-consistent point that often; 0s: none.
@@ -619,9 +623,30 @@ pub struct PolicyArgs {
     /// An alert when a log takes so much of its limit.
     #[arg(long, value_name = "PERCENT")]
     pub alarm_log: Option<u8>,
+    /// An alert when more of the last hour's cycles were missed.
+    #[arg(long, value_name = "PERCENT")]
+    pub alarm_missed: Option<u8>,
     /// An alert when nothing was heard of a host or process server for so long.
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub alarm_no_contact: Option<Duration>,
+    /// at-rest: only process servers whose volume is encrypted take the machine. Networks are always encrypted.
+    #[arg(long, value_enum)]
+    pub encryption: Option<EncryptionArg>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum EncryptionArg {
+    Transit,
+    AtRest,
+}
+
+impl EncryptionArg {
+    pub fn name(self) -> &'static str {
+        match self {
+            EncryptionArg::Transit => "transit",
+            EncryptionArg::AtRest => "at_rest",
+        }
+    }
 }
 
 #[derive(Subcommand)]

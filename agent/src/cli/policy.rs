@@ -45,38 +45,78 @@ fn settings(args: &PolicyArgs) -> Result<Map<String, Value>, CliError> {
     set("retention_seconds", args.retention.map(|value| json!(value.as_secs())));
     set("retention_count", args.retention_count.map(|value| json!(value)));
     set("point_interval_seconds", args.point_interval.map(|value| json!(value.as_secs())));
-    set("compression", args.compression.map(|value| json!(value)));
+    set("retention_grid", args.grid.as_deref().map(grid).transpose()?);
+    let compression = |text: &String| text.parse::<i32>().map_or_else(|_| json!(text), |level| json!(level));
+    set("compression", args.compression.as_ref().map(compression));
     set("log_limit_bytes", args.log_limit.map(|value| json!(value)));
     set("throttle_bytes_per_second", args.throttle.map(|value| json!(value)));
     set("app_point_interval_seconds", args.app_interval.map(|value| json!(value.as_secs())));
     set("alarm_rpo_seconds", args.alarm_rpo.map(|value| json!(value.as_secs())));
     set("alarm_log_percent", args.alarm_log.map(|value| json!(value)));
+    set("alarm_missed_percent", args.alarm_missed.map(|value| json!(value)));
+    set("encryption", args.encryption.map(|value| json!(value.name())));
     set("alarm_no_contact_seconds", args.alarm_no_contact.map(|value| json!(value.as_secs())));
     let windows = args.throttle_window.iter().map(|text| window(text)).collect::<Result<Vec<_>, _>>()?;
     set("throttle_schedule", (!windows.is_empty()).then(|| json!(windows)));
     Ok(settings)
 }
 
-/// `1-5 08:00-18:00 10M`
+/// `2h:all,1day:1h,7days:2h,rest:4h`; `all`: no grid.
+fn grid(text: &str) -> Result<Value, CliError> {
+    let wrong = || {
+        CliError::new(
+            format!("{text:?} is no grid of a retention"),
+            "write ages and of which interval one point stays: `2h:all,1day:1h,7days:2h,rest:4h`; `all` keeps all",
+        )
+    };
+    if text == "all" {
+        return Ok(json!([]));
+    }
+    let seconds = |text: &str| humantime::parse_duration(text).map(|duration| duration.as_secs()).map_err(|_| wrong());
+    let step = |step: &str| {
+        let (within, every) = step.split_once(':').ok_or_else(wrong)?;
+        let within = if within == "rest" { None } else { Some(seconds(within)?) };
+        let every = if every == "all" { 0 } else { seconds(every)? };
+        Ok(json!({ "within_seconds": within, "every_seconds": every }))
+    };
+    text.split(',').map(|text| step(text.trim())).collect::<Result<Vec<Value>, CliError>>().map(Value::Array)
+}
+
+/// `1-5 08:00-18:00 10.1.0.0/16 10M`
 fn window(text: &str) -> Result<Value, CliError> {
     let wrong = || {
         CliError::new(
             format!("{text:?} is no window of a throttle"),
-            "write days (1 is Monday; may be left out), hours and a limit: `1-5 08:00-18:00 10M`, `22:00-06:00 none`",
+            "write days (1 is Monday), hours and a range of addresses, each where it matters, and a limit: \
+             `1-5 08:00-18:00 10M`, `22:00-06:00 none`, `10.1.0.0/16 5M`",
         )
     };
     let words: Vec<&str> = text.split_whitespace().collect();
-    let (days, hours, limit) = match words[..] {
-        [hours, limit] => (Vec::new(), hours, limit),
-        [days, hours, limit] => (days_of(days).ok_or_else(wrong)?, hours, limit),
-        _ => return Err(wrong()),
-    };
-    let (from, to) = hours.split_once('-').ok_or_else(wrong)?;
-    let limit = match limit {
+    let (limit, when) = words.split_last().ok_or_else(wrong)?;
+    let limit = match *limit {
         "none" => None,
         limit => Some(parse_size(limit).map_err(|_| wrong())?),
     };
-    Ok(json!({ "days": days, "from": from, "to": to, "bytes_per_second": limit }))
+    if when.is_empty() {
+        return Err(wrong());
+    }
+    let mut window = json!({ "bytes_per_second": limit });
+    for word in when {
+        let (name, value) = if word.contains('/') {
+            ("network", json!(word))
+        } else if word.contains(':') {
+            let (from, to) = word.split_once('-').ok_or_else(wrong)?;
+            window["from"] = json!(from);
+            ("to", json!(to))
+        } else {
+            ("days", json!(days_of(word).ok_or_else(wrong)?))
+        };
+        if window.get(name).is_some() {
+            return Err(wrong());
+        }
+        window[name] = value;
+    }
+    Ok(window)
 }
 
 fn days_of(text: &str) -> Option<Vec<u8>> {
@@ -113,4 +153,41 @@ fn show(policies: &Value, output: &Output) -> Result<(), CliError> {
         list.into_iter().map(|policy| columns.map(|column| text(policy, column)).to_vec()).collect();
     let header = ["POLICY", "FREQUENCY", "ANY TIME (s)", "RETENTION (s)", "POINTS", "POINT EVERY (s)", "COMPRESSION"];
     Ok(output.table(&header, &rows)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grids_are_written_in_words() {
+        let steps = grid("2h:all, 1day:1h,rest:4h").unwrap();
+        let expected = json!([
+            { "within_seconds": 7200, "every_seconds": 0 },
+            { "within_seconds": 86400, "every_seconds": 3600 },
+            { "within_seconds": null, "every_seconds": 14400 },
+        ]);
+        assert_eq!((steps, grid("all").unwrap()), (expected, json!([])));
+        for wrong in ["", "2h", "2h:1h:1h", "x:1h", "2h:x", "2h:1h,"] {
+            assert!(grid(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn windows_are_written_in_words() {
+        for (text, expected) in [
+            (
+                "1-5 08:00-18:00 10M",
+                json!({"days": [1,2,3,4,5], "from": "08:00", "to": "18:00", "bytes_per_second": 10 << 20}),
+            ),
+            ("22:00-06:00 none", json!({"from": "22:00", "to": "06:00", "bytes_per_second": null})),
+            ("10.1.0.0/16 5K", json!({"network": "10.1.0.0/16", "bytes_per_second": 5120})),
+            ("6,7 fd00::/8 1", json!({"days": [6, 7], "network": "fd00::/8", "bytes_per_second": 1})),
+        ] {
+            assert_eq!(window(text).unwrap(), expected, "{text}");
+        }
+        for wrong in ["", "10M", "1-5 5M x", "08:00 5M", "1-9 5M", "10.0.0.0/8 10.0.0.0/9 5M"] {
+            assert!(window(wrong).is_err(), "{wrong}");
+        }
+    }
 }

@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use hyper_util::rt::TokioIo;
@@ -100,17 +101,45 @@ pub async fn connect(
     expected: impl Into<Expected>,
     identity: &Identity,
 ) -> Result<Channel, ConnectError> {
+    connect_noting(address, expected, identity, Remote::default()).await
+}
+
+/// The address at the other end of a channel, as of its last connection.
+#[derive(Clone, Default)]
+pub struct Remote(Arc<Mutex<Option<IpAddr>>>);
+
+impl Remote {
+    pub fn get(&self) -> Option<IpAddr> {
+        *self.0.lock().expect("no panic while held")
+    }
+
+    fn set(&self, address: Option<IpAddr>) {
+        *self.0.lock().expect("no panic while held") = address;
+    }
+}
+
+/// As [`connect`], noting whom it reached.
+pub async fn connect_noting(
+    address: &str,
+    expected: impl Into<Expected>,
+    identity: &Identity,
+    remote: Remote,
+) -> Result<Channel, ConnectError> {
     let (Validity { begins, expires }, now) = (identity.validity(), Timestamp::from_system(SystemTime::now()));
     if now < begins || now.saturating_since(expires) > tls::EXPIRY_GRACE {
         return Err(ConnectError::Expired { identity: identity.peer(), begins, expires, now });
     }
     let config = tls::mutual_client(identity, expected.into())
         .map_err(|error| ConnectError::Identity { identity: identity.peer(), reason: error.to_string() })?;
-    connect_with(address, config).await
+    connect_by(address, config, remote).await
 }
 
 /// As [`connect`], with a configuration of the caller's.
 pub async fn connect_with(address: &str, config: Arc<ClientConfig>) -> Result<Channel, ConnectError> {
+    connect_by(address, config, Remote::default()).await
+}
+
+async fn connect_by(address: &str, config: Arc<ClientConfig>, remote: Remote) -> Result<Channel, ConnectError> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|_| ConnectError::Address { address: address.to_owned() })?
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -121,8 +150,12 @@ pub async fn connect_with(address: &str, config: Arc<ClientConfig>) -> Result<Ch
         .keep_alive_while_idle(true);
     let dialled = address.to_owned();
     let connector = tower::service_fn(move |_| {
-        let (address, config) = (dialled.clone(), config.clone());
-        async move { dial(&address, config).await.map(TokioIo::new) }
+        let (address, config, remote) = (dialled.clone(), config.clone(), remote.clone());
+        async move {
+            let stream = dial(&address, config).await?;
+            remote.set(stream.get_ref().0.peer_addr().ok().map(|peer| peer.ip()));
+            Ok::<_, ConnectError>(TokioIo::new(stream))
+        }
     });
     endpoint.connect_with_connector(connector).await.map_err(|error| {
         find(&error)

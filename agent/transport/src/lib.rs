@@ -16,7 +16,7 @@ pub mod server;
 pub mod tls;
 
 pub use by_path::ByPath;
-pub use client::{ConnectError, Expected, connect};
+pub use client::{ConnectError, Expected, Remote, connect, connect_noting};
 pub use export::{ExportAuthority, ExportTlsError};
 pub use identity::{
     Authority, Identity, IdentityError, KeyRequest, PeerIdentity, Role, certificate_digest, fingerprint,

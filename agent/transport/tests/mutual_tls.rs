@@ -12,8 +12,8 @@ use tidemark_base::{HostId, ServerId};
 use tidemark_transport::client::connect_with;
 use tidemark_transport::server::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX};
 use tidemark_transport::{
-    Authority, ConnectError, Expected, Identity, KeyRequest, PeerIdentity, PeerInfo, Role, TlsListener, connect, serve,
-    tls,
+    Authority, ConnectError, Expected, Identity, KeyRequest, PeerIdentity, PeerInfo, Remote, Role, TlsListener, connect,
+    connect_noting, serve, tls,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -87,8 +87,11 @@ async fn both_ends_know_each_other() {
     let server = start_process_server(&authority).await;
     let agent = agent(&authority);
     for expected in [Expected::Peer(server.peer), Expected::Role(Role::ProcessServer)] {
-        let answer = ask(connect(&server.address, expected, &agent).await.unwrap()).await;
+        let remote = Remote::default();
+        assert_eq!(remote.get(), None);
+        let answer = ask(connect_noting(&server.address, expected, &agent, remote.clone()).await.unwrap()).await;
         assert_eq!((answer.code(), answer.message()), (tonic::Code::Aborted, agent.peer().to_string().as_str()));
+        assert_eq!(remote.get(), Some(std::net::Ipv4Addr::LOCALHOST.into()));
     }
     server.stop.send(()).unwrap();
     server.task.await.unwrap();

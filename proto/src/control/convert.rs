@@ -1,12 +1,13 @@
 //! Between the wire and the model. Receiving checks: ids are ids, texts and lists are bounded, enums are known.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use tidemark_base::{DiskId, Generation, HostId, MachineId, MarkId, SECTOR_BYTES, ServerId, Timestamp};
 use uuid::Uuid;
 
 use super::model::*;
+use super::policy::*;
 use super::{ADDRESSES_MAX, DISKS_MAX, EVENTS_MAX, TEXT_BYTES_MAX, VERSION, wire};
 
 /// Why a message cannot be used.
@@ -317,7 +318,7 @@ impl From<&MachineSpec> for wire::MachineSpec {
             machine: from.machine.to_vec(),
             name: from.name.clone(),
             disks: from.disks.iter().map(Into::into).collect(),
-            policy: Some(from.policy.into()),
+            policy: Some(from.policy.clone().into()),
             server: Some(wire::Endpoint { server: from.server.server.to_vec(), address: from.server.address.clone() }),
             paused: from.paused,
             listen: address_text(from.listen),
@@ -334,7 +335,7 @@ impl TryFrom<wire::MachineSpec> for MachineSpec {
             machine: machine(&from.machine)?,
             name: named(from.name, "name")?,
             disks: disks(from.disks)?,
-            policy: need(from.policy, "policy")?.into(),
+            policy: need(from.policy, "policy")?.try_into()?,
             server: Endpoint {
                 server: need(ServerId::from_slice(&server.server), "server")?,
                 address: named(server.address, "address")?,
@@ -386,22 +387,94 @@ impl From<ReplicationPolicy> for wire::ReplicationPolicy {
         wire::ReplicationPolicy {
             cycle_ms: from.cycle.map_or(0, milliseconds),
             point_interval_ms: from.point_interval.map_or(0, milliseconds),
-            compression: from.compression.unwrap_or(0),
+            app_point_interval_ms: from.app_point_interval.map_or(0, milliseconds),
+            compression: match from.compression {
+                Compression::Off => 0,
+                // What an agent that does not know the flag takes for it.
+                Compression::Auto => 1,
+                Compression::Level(level) => level,
+            },
+            compression_adapts: from.compression == Compression::Auto,
             log_limit_bytes: from.log_limit_bytes.unwrap_or(0),
-            throttle_bytes_per_second: from.throttle_bytes_per_second.unwrap_or(0),
+            throttle_bytes_per_second: from.throttle.bytes_per_second.unwrap_or(0),
+            throttle_rules: from.throttle.rules.into_iter().map(wire::ThrottleRule::from).collect(),
         }
     }
 }
 
-impl From<wire::ReplicationPolicy> for ReplicationPolicy {
-    fn from(from: wire::ReplicationPolicy) -> Self {
-        ReplicationPolicy {
+impl From<ThrottleRule> for wire::ThrottleRule {
+    fn from(from: ThrottleRule) -> Self {
+        let (network, prefix_bits) = match from.network {
+            None => (Vec::new(), 0),
+            Some(Network { address: IpAddr::V4(address), prefix_bits }) => (address.octets().to_vec(), prefix_bits),
+            Some(Network { address: IpAddr::V6(address), prefix_bits }) => (address.octets().to_vec(), prefix_bits),
+        };
+        wire::ThrottleRule {
+            days: from.days.into(),
+            from_minute: from.from_minute.into(),
+            to_minute: from.to_minute.into(),
+            network,
+            prefix_bits: prefix_bits.into(),
+            bytes_per_second: from.bytes_per_second.unwrap_or(0),
+        }
+    }
+}
+
+impl TryFrom<wire::ThrottleRule> for ThrottleRule {
+    type Error = WireError;
+
+    fn try_from(from: wire::ThrottleRule) -> Result<Self, WireError> {
+        let address: Option<IpAddr> = match from.network.len() {
+            0 => None,
+            4 => Some(need(<[u8; 4]>::try_from(from.network.as_slice()).ok(), "network")?.into()),
+            16 => Some(need(<[u8; 16]>::try_from(from.network.as_slice()).ok(), "network")?.into()),
+            _ => return Err(WireError::Invalid("network")),
+        };
+        let network = match address {
+            None => None,
+            Some(address) => {
+                let prefix_bits = u8::try_from(from.prefix_bits).map_err(|_| WireError::Invalid("prefix_bits"))?;
+                Some(need(Network::new(address, prefix_bits), "prefix_bits")?)
+            }
+        };
+        let minute = |minute: u32| {
+            u16::try_from(minute)
+                .ok()
+                .filter(|minute| *minute <= DAY_MINUTES)
+                .ok_or(WireError::Invalid("minute of a day"))
+        };
+        Ok(ThrottleRule {
+            days: u8::try_from(from.days).ok().filter(|days| *days < 128).ok_or(WireError::Invalid("days"))?,
+            from_minute: minute(from.from_minute)?,
+            to_minute: minute(from.to_minute)?,
+            network,
+            bytes_per_second: optional(from.bytes_per_second),
+        })
+    }
+}
+
+impl TryFrom<wire::ReplicationPolicy> for ReplicationPolicy {
+    type Error = WireError;
+
+    fn try_from(from: wire::ReplicationPolicy) -> Result<Self, WireError> {
+        if from.throttle_rules.len() > THROTTLE_RULES_MAX {
+            return Err(WireError::Invalid("throttle_rules"));
+        }
+        Ok(ReplicationPolicy {
             cycle: optional(from.cycle_ms).map(Duration::from_millis),
             point_interval: optional(from.point_interval_ms).map(Duration::from_millis),
-            compression: optional(from.compression),
+            app_point_interval: optional(from.app_point_interval_ms).map(Duration::from_millis),
+            compression: match from.compression {
+                _ if from.compression_adapts => Compression::Auto,
+                0 => Compression::Off,
+                level => Compression::Level(level),
+            },
             log_limit_bytes: optional(from.log_limit_bytes),
-            throttle_bytes_per_second: optional(from.throttle_bytes_per_second),
-        }
+            throttle: Throttle {
+                bytes_per_second: optional(from.throttle_bytes_per_second),
+                rules: from.throttle_rules.into_iter().map(ThrottleRule::try_from).collect::<Result<_, _>>()?,
+            },
+        })
     }
 }
 
@@ -474,7 +547,7 @@ impl TryFrom<wire::ServerCommand> for ServerCommand {
             }
             Body::Retention(of) => ServerCommand::Retention {
                 machine: machine(&of.machine)?,
-                retention: need(of.retention, "retention")?.into(),
+                retention: need(of.retention, "retention")?.try_into()?,
             },
             Body::Points(of) => ServerCommand::Points(machine(&of.machine)?),
             Body::Resolve(of) => {
@@ -561,7 +634,7 @@ impl TryFrom<wire::MachineGrant> for MachineGrant {
             name: named(from.name, "name")?,
             host: need(HostId::from_slice(&from.host), "host")?,
             disks: disks(from.disks)?,
-            retention: need(from.retention, "retention")?.into(),
+            retention: need(from.retention, "retention")?.try_into()?,
         })
     }
 }
@@ -572,17 +645,30 @@ impl From<Retention> for wire::Retention {
             any_time_ms: milliseconds(from.any_time),
             age_ms: from.age.map_or(0, milliseconds),
             count: from.count.unwrap_or(0),
+            grid: (from.grid.steps())
+                .map(|step| wire::GridStep {
+                    within_ms: step.within.map_or(0, milliseconds),
+                    every_ms: milliseconds(step.every),
+                })
+                .collect(),
         }
     }
 }
 
-impl From<wire::Retention> for Retention {
-    fn from(from: wire::Retention) -> Self {
-        Retention {
+impl TryFrom<wire::Retention> for Retention {
+    type Error = WireError;
+
+    fn try_from(from: wire::Retention) -> Result<Self, WireError> {
+        let steps = from.grid.iter().map(|step| GridStep {
+            within: optional(step.within_ms).map(Duration::from_millis),
+            every: Duration::from_millis(step.every_ms),
+        });
+        Ok(Retention {
             any_time: Duration::from_millis(from.any_time_ms),
             age: optional(from.age_ms).map(Duration::from_millis),
             count: optional(from.count),
-        }
+            grid: need(Grid::new(steps), "grid")?,
+        })
     }
 }
 
@@ -905,6 +991,7 @@ impl TryFrom<wire::SourceDisk> for SourceDisk {
 impl From<&ServerReport> for wire::ServerReport {
     fn from(from: &ServerReport) -> Self {
         wire::ServerReport {
+            storage_encrypted: from.storage_encrypted,
             time_ns: from.time.0,
             disks: from
                 .disks
@@ -941,6 +1028,7 @@ impl TryFrom<wire::ServerReport> for ServerReport {
 
     fn try_from(from: wire::ServerReport) -> Checked<Self> {
         Ok(ServerReport {
+            storage_encrypted: from.storage_encrypted,
             time: Timestamp(from.time_ns),
             disks: list(from.disks, "disks", LIST_MAX, |of| {
                 Ok(ReplicaDisk {
@@ -986,9 +1074,28 @@ mod tests {
             policy: ReplicationPolicy {
                 cycle: Some(Duration::from_secs(30)),
                 point_interval: None,
-                compression: Some(1),
+                app_point_interval: Some(Duration::from_secs(3600)),
+                compression: Compression::Auto,
                 log_limit_bytes: None,
-                throttle_bytes_per_second: None,
+                throttle: Throttle {
+                    bytes_per_second: Some(7),
+                    rules: vec![
+                        ThrottleRule {
+                            days: 0b11,
+                            from_minute: 60,
+                            to_minute: DAY_MINUTES,
+                            network: Network::new("10.1.0.0".parse().unwrap(), 16),
+                            bytes_per_second: None,
+                        },
+                        ThrottleRule {
+                            days: 0,
+                            from_minute: 60,
+                            to_minute: 0,
+                            network: Network::new("fd00::".parse().unwrap(), 8),
+                            bytes_per_second: Some(5),
+                        },
+                    ],
+                },
             },
             server: Endpoint { server: ServerId::random(), address: "127.0.0.1:1".into() },
             paused: true,
@@ -1058,8 +1165,16 @@ mod tests {
     #[test]
     fn server_commands_survive_the_wire() {
         let machine = MachineId::random();
-        let retention =
-            Retention { any_time: Duration::from_secs(7200), age: Some(Duration::from_secs(86400)), count: Some(7) };
+        let steps = [(Some(7200), 0), (None, 3600)].map(|(within, every)| GridStep {
+            within: within.map(Duration::from_secs),
+            every: Duration::from_secs(every),
+        });
+        let retention = Retention {
+            any_time: Duration::from_secs(7200),
+            age: Some(Duration::from_secs(86400)),
+            count: Some(7),
+            grid: Grid::new(steps).unwrap(),
+        };
         let point = Selector::Time(Timestamp(42));
         for command in [
             ServerCommand::Authorise(MachineGrant {
@@ -1157,6 +1272,7 @@ mod tests {
                 }],
             })),
             Ok(Reply::Server(ServerReport {
+                storage_encrypted: Some(true),
                 time: Timestamp(5),
                 disks: vec![ReplicaDisk {
                     disk: DiskId::random(),

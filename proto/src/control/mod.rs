@@ -4,6 +4,7 @@
 
 mod convert;
 mod model;
+mod policy;
 
 pub mod wire {
     tonic::include_proto!("tidemark.control.v1");
@@ -11,6 +12,7 @@ pub mod wire {
 
 pub use convert::{WireError, reply_to};
 pub use model::*;
+pub use policy::*;
 
 /// The version of the stream that this build speaks.
 pub const VERSION: u32 = 1;

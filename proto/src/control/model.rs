@@ -11,6 +11,8 @@ use tidemark_base::error::with_causes;
 use tidemark_base::{DiskId, Generation, HostId, MachineId, MarkId, ServerId, Timestamp};
 use uuid::Uuid;
 
+use super::policy::{Compression, Grid, Throttle};
+
 /// Who is at the other end of a control stream.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Peer {
@@ -126,17 +128,18 @@ pub struct Endpoint {
     pub address: String,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct ReplicationPolicy {
     /// `None`: continuous.
     pub cycle: Option<Duration>,
     /// A kept crash-consistent point that often.
     pub point_interval: Option<Duration>,
-    /// zstd level; `None`: off; 1: begins there and adapts.
-    pub compression: Option<i32>,
+    /// A kept app-consistent point that often.
+    pub app_point_interval: Option<Duration>,
+    pub compression: Compression,
     /// `None`: the agent's own default.
     pub log_limit_bytes: Option<u64>,
-    pub throttle_bytes_per_second: Option<u64>,
+    pub throttle: Throttle,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -223,6 +226,8 @@ pub struct Retention {
     pub any_time: Duration,
     pub age: Option<Duration>,
     pub count: Option<u64>,
+    /// Which of them stay as they grow older.
+    pub grid: Grid,
 }
 
 /// Which point is meant: `latest`, `latest-app`, an id, or a time (the last position before it).
@@ -539,6 +544,8 @@ pub struct ServerReport {
     pub disks: Vec<ReplicaDisk>,
     pub serves: Vec<Serving>,
     pub machines: Vec<ReplicaMachine>,
+    /// Whether what it keeps is on an encrypted volume; `None`: it cannot tell.
+    pub storage_encrypted: Option<bool>,
 }
 
 #[derive(Clone, PartialEq, Debug)]

@@ -26,7 +26,7 @@ use tidemark_base::seam::World;
 use tidemark_base::{DiskId, Generation, MachineId, MarkId, ServerId};
 use tidemark_process_server::journal::Limits;
 use tidemark_process_server::points::Retention;
-use tidemark_proto::control::{DiskSpec, Endpoint, MachineSpec, ReplicationPolicy};
+use tidemark_proto::control::{Compression, DiskSpec, Endpoint, MachineSpec, ReplicationPolicy, Throttle};
 
 use counts::{Counts, Kind};
 use host::{HostState, Workload};
@@ -114,6 +114,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         any_time_window: Duration::from_secs([5, 30, 120, 7200][random.below(4) as usize]),
         point_age_max: Duration::from_secs(86_400),
         points_max: if keeps_all { 100_000 } else { 2 + random.below(20) as usize },
+        ..Retention::default()
     };
     let limits = Limits {
         segment_bytes: 32 << 10 << random.below(5),
@@ -168,9 +169,10 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         policy: ReplicationPolicy {
             cycle: random.chance(1, 4).then(|| Duration::from_secs(1 + random.below(20))),
             point_interval: random.chance(1, 2).then(|| Duration::from_secs(1 + random.below(30))),
-            compression: random.chance(1, 2).then_some(1),
+            compression: if random.chance(1, 2) { Compression::Auto } else { Compression::Off },
             log_limit_bytes: Some(32 << 10 << random.below(7)),
-            throttle_bytes_per_second: random.chance(1, 8).then_some(256 << 10),
+            throttle: Throttle { bytes_per_second: random.chance(1, 8).then_some(256 << 10), rules: Vec::new() },
+            ..ReplicationPolicy::default()
         },
         server: Endpoint { server: ServerId::from_bytes(random.bytes16()), address: "sim:1".to_owned() },
         paused: false,

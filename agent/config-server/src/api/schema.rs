@@ -108,13 +108,16 @@ pub struct PolicySettingsSchema {
     retention_count: Option<u64>,
     point_interval_seconds: Option<u64>,
     app_point_interval_seconds: Option<u64>,
-    compression: Option<i32>,
+    compression: Option<crate::model::CompressionSetting>,
+    retention_grid: Option<Vec<crate::model::GridSetting>>,
     log_limit_bytes: Option<u64>,
     throttle_bytes_per_second: Option<u64>,
     throttle_schedule: Option<Vec<crate::model::ThrottleWindow>>,
     alarm_rpo_seconds: Option<u64>,
     alarm_log_percent: Option<u8>,
+    alarm_missed_percent: Option<u8>,
     alarm_no_contact_seconds: Option<u64>,
+    encryption: Option<crate::model::Encryption>,
 }
 
 /// The body of a new policy: its name, and the settings that differ from the default's.

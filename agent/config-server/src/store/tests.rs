@@ -4,9 +4,10 @@ use super::*;
 use crate::database::DatabaseSetting;
 use crate::model::{DEFAULT_POLICY, Policy};
 use tidemark_base::storage::{RealStorage, replace_file};
+use tidemark_proto::control::Compression;
 
-fn policy(compression: i32) -> Policy {
-    Policy { compression, ..Policy::default() }
+fn policy(level: i32) -> Policy {
+    Policy { compression: Compression::Level(level), ..Policy::default() }
 }
 
 fn set(store: &Store, name: &str, compression: i32) -> Result<(), Failure> {

@@ -4,12 +4,13 @@
 //! connection that was lost is dialled again by the next stream.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use futures_util::StreamExt;
 use tidemark_proto::replication::{HostFrame, REPLICATE, ServerFrame};
 use tidemark_transport::messages::call;
-use tidemark_transport::{Expected, Identity, Message};
+use tidemark_transport::{Expected, Identity, Message, Remote};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,6 +36,7 @@ struct Shared {
     expected: Expected,
     identity: Identity,
     channels: tokio::sync::Mutex<HashMap<Traffic, Channel>>,
+    remote: Remote,
 }
 
 impl GrpcLink {
@@ -45,6 +47,7 @@ impl GrpcLink {
             expected: expected.into(),
             identity,
             channels: tokio::sync::Mutex::default(),
+            remote: Remote::default(),
         }))
     }
 }
@@ -57,9 +60,10 @@ impl Shared {
         if let Some(channel) = channels.get(&traffic) {
             return Ok(channel.clone());
         }
-        let channel = tidemark_transport::connect(&self.address, self.expected, &self.identity)
-            .await
-            .map_err(|error| LinkError::Unreachable { reason: error.to_string(), help: error.help().to_owned() })?;
+        let channel =
+            tidemark_transport::connect_noting(&self.address, self.expected, &self.identity, self.remote.clone())
+                .await
+                .map_err(|error| LinkError::Unreachable { reason: error.to_string(), help: error.help().to_owned() })?;
         channels.insert(traffic, channel.clone());
         Ok(channel)
     }
@@ -122,6 +126,10 @@ impl Link for GrpcLink {
         let (sender, outgoing) = mpsc::channel(QUEUE_FRAMES_MAX);
         let task = self.0.runtime.spawn(self.0.clone().run(traffic, outgoing, events));
         Box::new(GrpcStream { sender: Some(sender), task })
+    }
+
+    fn remote(&self) -> Option<IpAddr> {
+        self.0.remote.get()
     }
 }
 

@@ -1,5 +1,6 @@
 //! What carries frames: gRPC ([`super::grpc`]), or a simulation.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use tidemark_proto::replication::{HostFrame, ServerFrame};
@@ -40,6 +41,11 @@ impl LinkError {
 pub trait Link: Send + Sync {
     /// Begins to open a stream and returns at once: that it failed is told to `events`, as is all that comes back.
     fn open(&self, traffic: Traffic, events: Arc<dyn LinkEvents>) -> Box<dyn LinkStream>;
+
+    /// The address that was dialled last; `None`: none yet, or the link has no addresses.
+    fn remote(&self) -> Option<IpAddr> {
+        None
+    }
 }
 
 /// One stream. Dropping it resets it: the server discards a cut that was not ended.

@@ -34,6 +34,7 @@ mod status;
 mod tests;
 mod throttle;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -146,6 +147,7 @@ pub struct SenderConfig {
 /// A running sender. Dropping it stops it.
 pub struct Sender {
     shared: Arc<Shared>,
+    link: Arc<dyn Link>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -198,9 +200,10 @@ impl Sender {
             status: Mutex::new(SenderStatus::new()),
             status_changed: Condvar::new(),
         });
+        let link = config.link.clone();
         let emitter = Emitter::new(source, config, shared.clone());
         let thread = tidemark_base::thread::Builder::new().name("send".to_owned()).spawn(move || emitter.run())?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, link, thread: Some(thread) })
     }
 
     /// Ends the stream and the thread.
@@ -236,7 +239,19 @@ impl Sender {
     }
 
     pub fn set_policy(&self, policy: SendPolicy) {
-        self.shared.set_control(|control| control.policy = policy);
+        if self.shared.control().policy != policy {
+            self.shared.set_control(|control| control.policy = policy);
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn policy(&self) -> SendPolicy {
+        self.shared.control().policy
+    }
+
+    /// Where the process server is; `None`: not known yet.
+    pub fn remote(&self) -> Option<IpAddr> {
+        self.link.remote()
     }
 
     pub fn status(&self) -> SenderStatus {

@@ -5,13 +5,15 @@ use std::time::Duration;
 use tidemark_base::{DiskId, Generation, MachineId, ServerId, SystemClock};
 use tidemark_nbd::Export;
 use tidemark_proto::control::{
-    Consistency, DiskSpec, Endpoint, MachineSpec, MarkRequest, ReplicationPolicy, SourceMode, SourceState,
+    Consistency, DAY_MINUTES, DiskSpec, Endpoint, MachineSpec, MarkRequest, ReplicationPolicy, SourceMode, SourceState,
+    Throttle, ThrottleRule,
 };
 use tidemark_proto::replication::HostFrame;
 
 use crate::capture::splitter::Splitter;
 use crate::error::HostError;
 use crate::events::Events;
+use crate::freeze::{FreezeError, Freezer, Frozen};
 use crate::host::{Host, HostConfig, HostLimits};
 use crate::pack::Permit;
 use crate::send::link::{Link, LinkError, LinkEvents, LinkStream, Traffic};
@@ -68,16 +70,41 @@ fn spec(folder: &Path, name: &str, disks: usize) -> MachineSpec {
         machine: MachineId::random(),
         name: name.to_owned(),
         disks: disks.collect(),
-        policy: ReplicationPolicy {
-            cycle: None,
-            point_interval: Some(Duration::from_secs(300)),
-            compression: Some(1),
-            log_limit_bytes: None,
-            throttle_bytes_per_second: None,
-        },
+        policy: ReplicationPolicy { point_interval: Some(Duration::from_secs(300)), ..ReplicationPolicy::default() },
         server: Endpoint { server: ServerId::random(), address: "nowhere.example:1".into() },
         paused: false,
         listen: None,
+    }
+}
+
+/// A process server at an address, that is never there.
+struct Somewhere(std::net::IpAddr);
+
+impl Link for Somewhere {
+    fn open(&self, traffic: Traffic, events: Arc<dyn LinkEvents>) -> Box<dyn LinkStream> {
+        Nowhere.open(traffic, events)
+    }
+
+    fn remote(&self) -> Option<std::net::IpAddr> {
+        Some(self.0)
+    }
+}
+
+/// Tells when an application is frozen.
+struct Telling(std::sync::mpsc::Sender<()>);
+
+struct Thawed;
+
+impl Frozen for Thawed {
+    fn thaw(self: Box<Self>) -> Result<(), FreezeError> {
+        Ok(())
+    }
+}
+
+impl Freezer for Telling {
+    fn freeze(&self, _machine: &str, _limit: Duration) -> Result<Box<dyn Frozen>, FreezeError> {
+        let _ = self.0.send(());
+        Ok(Box::new(Thawed))
     }
 }
 
@@ -136,6 +163,50 @@ fn what_is_protected_comes_back_at_the_same_addresses() {
     assert!(left.is_empty(), "left behind: {left:?}");
     host.stop();
     assert!(Host::start(config(folder.path())).unwrap().status().is_empty());
+}
+
+#[test]
+fn the_throttle_follows_the_address_of_the_process_server_and_the_policy() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut spec = spec(folder.path(), "web", 1);
+    let network = Some("10.1.0.0/16".parse().unwrap());
+    let rule =
+        ThrottleRule { days: 0, from_minute: 0, to_minute: DAY_MINUTES, network, bytes_per_second: Some(5 << 20) };
+    spec.policy.throttle = Throttle { bytes_per_second: Some(9 << 20), rules: vec![rule] };
+    for (address, limit) in [("10.1.2.3", 5 << 20), ("10.2.2.3", 9 << 20)] {
+        let link = Arc::new(Somewhere(address.parse().unwrap()));
+        let host = Host::start(HostConfig { link: Arc::new(move |_| link.clone()), ..config(folder.path()) }).unwrap();
+        host.protect(spec.clone()).unwrap();
+        let machine = host.machine(spec.machine).unwrap();
+        machine.follow_throttle();
+        assert_eq!(machine.throttled_to(), [Some(limit)], "{address}");
+        let mut changed = spec.clone();
+        changed.policy.throttle = Throttle::default();
+        host.protect(changed).unwrap();
+        assert_eq!(machine.throttled_to(), [None], "a changed policy counts at once");
+        drop(machine);
+        host.stop();
+    }
+}
+
+/// By the agent itself: nobody needs to be there to ask for it.
+#[test]
+fn app_consistent_points_are_made_by_the_policy_when_something_was_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut spec = spec(folder.path(), "web", 1);
+    spec.policy.app_point_interval = Some(Duration::from_secs(1));
+    let (frozen, told) = std::sync::mpsc::channel();
+    let host = Host::start(HostConfig { freezer: Some(Arc::new(Telling(frozen))), ..config(folder.path()) }).unwrap();
+    host.protect(spec.clone()).unwrap();
+    assert!(told.recv_timeout(Duration::from_millis(2500)).is_err(), "nothing was written yet");
+    let machine = host.machine(spec.machine).unwrap();
+    let splitter = Splitter::new(machine.disks().next().unwrap().clone()).unwrap();
+    for round in 1..3 {
+        super::write(&splitter, 0, &[round; 4096]).unwrap();
+        told.recv_timeout(Duration::from_secs(8)).unwrap();
+    }
+    drop((splitter, machine));
+    host.stop();
 }
 
 #[test]

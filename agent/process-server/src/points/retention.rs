@@ -1,11 +1,14 @@
 //! Which points go, and how far back everything must stay.
 
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::{MarkId, Timestamp};
+use tidemark_proto::control::Grid;
 
-use super::Point;
+use super::{Point, PointConsistency};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Retention {
@@ -15,6 +18,9 @@ pub struct Retention {
     pub point_age_max: Duration,
     /// More points go, oldest first.
     pub points_max: usize,
+    /// The older they are, the fewer stay.
+    #[serde(default)]
+    pub grid: Grid,
 }
 
 impl Default for Retention {
@@ -23,6 +29,7 @@ impl Default for Retention {
             any_time_window: Duration::from_secs(2 * 3600),
             point_age_max: Duration::from_secs(24 * 3600),
             points_max: 256,
+            grid: Grid::default(),
         }
     }
 }
@@ -56,17 +63,19 @@ impl Retention {
         let newest = points.iter().rposition(|point| !point.damaged);
         let times = effective_times(points, now);
         let window_begin = times.iter().rposition(|&time| time <= window_start);
-        let mut kept_after = points.iter().filter(|point| point.keep && !point.locked).count();
+        let thinned = self.thinned(points, &times, now);
+        let counts = |index: usize| points[index].keep && !points[index].locked && !thinned.contains(&index);
+        let mut kept_after = (0..points.len()).filter(|index| counts(*index)).count();
         let mut expired = Vec::new();
         for (index, point) in points.iter().enumerate() {
-            let counted = point.keep && !point.locked;
+            let counted = counts(index);
             let too_many = counted && kept_after > self.points_max;
             kept_after -= usize::from(counted);
             if point.locked || Some(index) == newest_kept || Some(index) == newest || is_pinned(point) {
                 continue;
             }
             let goes = if point.keep {
-                times[index] < oldest_kept || too_many
+                times[index] < oldest_kept || too_many || thinned.contains(&index)
             } else {
                 times[index] < window_start && Some(index) != window_begin
             };
@@ -76,10 +85,35 @@ impl Retention {
         }
         expired
     }
+
+    /// The kept points of which the grid has another one for their interval. Intervals begin at whole multiples since 1970,
+    /// not at the points' ages, so that the same one stays however often this is asked: the oldest app-consistent one, or
+    /// the oldest where there is none. Damaged ones stand for no interval, locked ones are apart.
+    fn thinned(&self, points: &[Point], times: &[Timestamp], now: Timestamp) -> HashSet<usize> {
+        let mut thinned = HashSet::new();
+        let mut stays: HashMap<(u128, u128), usize> = HashMap::new();
+        for (index, point) in points.iter().enumerate().filter(|(_, point)| point.keep && !point.locked) {
+            let every = self.grid.every(now.saturating_since(times[index])).as_nanos();
+            if every == 0 {
+                continue;
+            }
+            let rank = |point: &Point| (!point.damaged, point.consistency == PointConsistency::Application);
+            match stays.entry((every, u128::from(times[index].0) / every)) {
+                Entry::Vacant(entry) => drop(entry.insert(index)),
+                Entry::Occupied(mut entry) if rank(point) > rank(&points[*entry.get()]) => {
+                    thinned.insert(entry.insert(index));
+                }
+                Entry::Occupied(_) => drop(thinned.insert(index)),
+            }
+        }
+        thinned
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use tidemark_proto::control::GridStep;
+
     use super::*;
     use crate::points::tests::point;
 
@@ -92,6 +126,7 @@ mod tests {
             any_time_window: Duration::ZERO,
             point_age_max: Duration::from_secs(2 * 3600),
             points_max: 100,
+            ..Retention::default()
         };
         let now = Timestamp(5 * hour);
         let pinned = points[2].id;
@@ -119,6 +154,7 @@ mod tests {
             any_time_window: Duration::ZERO,
             point_age_max: Duration::from_secs(24 * 3600),
             points_max: 100,
+            ..Retention::default()
         };
         assert_eq!(retention.expired(&points, Timestamp(104 * hour), |_| false), []);
         // A day later the oldest go, and those of the wrong times with their neighbours.
@@ -126,11 +162,76 @@ mod tests {
         assert_eq!(gone, points[..3].iter().map(|point| point.id).collect::<Vec<_>>());
     }
 
+    const HOUR: u64 = 3_600_000_000_000;
+
+    /// The field's grid: all for 2 h, hourly for a day, two-hourly for a week, four-hourly after.
+    fn grid() -> Retention {
+        let hours = |hours: u64| Duration::from_secs(hours * 3600);
+        let steps = [(Some(2), 0), (Some(24), 1), (Some(168), 2), (None, 4)]
+            .map(|(within, every)| GridStep { within: within.map(hours), every: hours(every) });
+        Retention {
+            any_time_window: Duration::ZERO,
+            point_age_max: hours(15 * 24),
+            points_max: usize::MAX,
+            grid: Grid::new(steps).unwrap(),
+        }
+    }
+
+    #[test]
+    fn the_grid_keeps_fewer_points_the_older_they_are_and_the_same_however_often_it_is_asked() {
+        let retention = grid();
+        let mut points: Vec<Point> = Vec::new();
+        // A point every 5 minutes for 20 days, thinned after each, as the maintenance does.
+        let every = HOUR / 12;
+        let mut now = 0;
+        for number in 1..=20 * 24 * 12u64 {
+            now = number * every;
+            points.push(point(number, Timestamp(now), true));
+            let gone: HashSet<MarkId> = retention.expired(&points, Timestamp(now), |_| false).into_iter().collect();
+            points.retain(|point| !gone.contains(&point.id));
+        }
+        let ages: Vec<u64> = points.iter().map(|point| now - point.time.0).collect();
+        let between = |from: u64, to: u64| ages.iter().filter(|age| (from * HOUR..to * HOUR).contains(age)).count();
+        assert_eq!((between(0, 2), between(2, 24), between(24, 168), between(168, 360)), (24, 23, 72, 48));
+        // No gap is longer than two intervals of its age.
+        for pair in points.windows(2) {
+            let age = Duration::from_nanos(now - pair[0].time.0);
+            let gap = pair[1].time.saturating_since(pair[0].time);
+            let allowed = 2 * retention.grid.every(age).max(Duration::from_nanos(every));
+            assert!(gap <= allowed, "{gap:?} at an age of {age:?}");
+        }
+    }
+
+    #[test]
+    fn of_an_interval_the_app_consistent_point_stays_and_no_damaged_one() {
+        let retention = grid();
+        let mut points: Vec<Point> =
+            (0..5).map(|number| point(number, Timestamp(10 * HOUR + number * HOUR / 10), true)).collect();
+        points.push(point(9, Timestamp(40 * HOUR), true));
+        let now = Timestamp(20 * HOUR + HOUR / 2);
+        let stays = |points: &[Point]| -> Vec<usize> {
+            let gone = retention.expired(points, now, |_| false);
+            (0..5).filter(|index| !gone.contains(&points[*index].id)).collect()
+        };
+        assert_eq!(stays(&points), [0]);
+        points[0].damaged = true;
+        assert_eq!(stays(&points), [1]);
+        points[3].consistency = PointConsistency::Application;
+        assert_eq!(stays(&points), [3]);
+        points[4].locked = true;
+        assert_eq!(stays(&points), [3, 4]);
+    }
+
     #[test]
     fn a_damaged_point_does_not_count_as_the_newest() {
         let mut points: Vec<Point> = (0..3).map(|number| point(number, Timestamp(number), true)).collect();
         points[2].damaged = true;
-        let retention = Retention { any_time_window: Duration::ZERO, point_age_max: Duration::ZERO, points_max: 0 };
+        let retention = Retention {
+            any_time_window: Duration::ZERO,
+            point_age_max: Duration::ZERO,
+            points_max: 0,
+            ..Retention::default()
+        };
         assert_eq!(retention.expired(&points, Timestamp(u64::MAX), |_| false), [points[0].id, points[2].id]);
     }
 }

@@ -27,7 +27,7 @@ pub(super) fn small() -> Limits {
 }
 
 pub(super) fn tight() -> Retention {
-    Retention { any_time_window: Duration::ZERO, point_age_max: Duration::ZERO, points_max: 0 }
+    Retention { any_time_window: Duration::ZERO, point_age_max: Duration::ZERO, points_max: 0, ..Retention::default() }
 }
 
 pub(super) fn open(storage: &SimStorage) -> ReplicaSet {
@@ -807,7 +807,12 @@ fn a_full_volume_refuses_loses_nothing_and_goes_on_when_there_is_room() {
         let mark = host.mark(true);
         host.send(&stream, CutKind::Records, Some(mark.clone()), &mut chance).unwrap();
         set.sync(&replica).unwrap();
-        let all = Retention { any_time_window: Duration::MAX, point_age_max: Duration::MAX, points_max: usize::MAX };
+        let all = Retention {
+            any_time_window: Duration::MAX,
+            point_age_max: Duration::MAX,
+            points_max: usize::MAX,
+            ..Retention::default()
+        };
         let before = points.list().len();
         let done = set.maintain(host.info.machine, &all, Timestamp(host.time), &Stop::new()).unwrap();
         let points = points.list();

@@ -507,6 +507,7 @@ fn a_fold_never_goes_past_a_listed_point() {
         any_time_window: Duration::from_secs(12),
         point_age_max: Duration::from_secs(86_400),
         points_max: 1,
+        ..Retention::default()
     };
     let mut folded_to = 0;
     for number in 0..60 {

@@ -110,6 +110,7 @@ struct Inner {
     /// Grows whenever points were made.
     points: Arc<watch::Sender<u64>>,
     qemu_img: PathBuf,
+    storage_encrypted: Option<bool>,
     stop: CancellationToken,
     transport: Mutex<Option<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>>>,
     maintainer: Maintainer,
@@ -159,6 +160,7 @@ impl ProcessServer {
         let set = Arc::new(set);
         pins::release_stale(&set);
         let authorisations = Arc::new(Authorisations::open(storage.clone()).map_err(authorise_failed)?);
+        let storage_encrypted = crate::encrypted::is_encrypted(&storage.path(""));
         let settings = Arc::new(Settings::open(storage.clone(), settings::FILE).map_err(table_failed)?);
         let serves = Serves::open(storage.clone(), &config.socket)?;
         let points = Arc::new(watch::channel(0).0);
@@ -182,6 +184,7 @@ impl ProcessServer {
             serves,
             points,
             qemu_img: config.qemu_img,
+            storage_encrypted,
             stop: CancellationToken::new(),
             transport: Mutex::default(),
             maintainer,
@@ -462,6 +465,7 @@ fn retention_of(retention: Retention) -> points::Retention {
         any_time_window: retention.any_time,
         point_age_max: retention.age.unwrap_or(Duration::MAX),
         points_max: retention.count.map_or(usize::MAX, |count| usize::try_from(count).unwrap_or(usize::MAX)),
+        grid: retention.grid,
     }
 }
 

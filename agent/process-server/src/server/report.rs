@@ -103,7 +103,13 @@ impl ProcessServer {
                 let latest = points.last().map(point_info);
                 machines.push(ReplicaMachine { machine, points: points.len() as u64, latest });
             }
-            Ok(ServerReport { time: now(), disks, serves: inner.serves.list(), machines })
+            Ok(ServerReport {
+                time: now(),
+                disks,
+                serves: inner.serves.list(),
+                machines,
+                storage_encrypted: inner.storage_encrypted,
+            })
         })
         .await
     }

@@ -61,7 +61,12 @@ impl Site {
             name: "mail".to_owned(),
             host: self.agent,
             disks: disks.iter().map(spec).collect(),
-            retention: Retention { any_time: Duration::from_secs(7200), age: None, count: None },
+            retention: Retention {
+                any_time: Duration::from_secs(7200),
+                age: None,
+                count: None,
+                grid: Default::default(),
+            },
         }
     }
 
@@ -520,7 +525,8 @@ async fn what_is_served_is_pinned_for_as_long_as_it_is_served() {
     let (mut host, content, mark) = site.replicated(disk).await;
     let serving = site.server.serve(site.machine, Selector::Point(mark.id), false, None).await.unwrap();
     assert_eq!(pins(&site, disk), [format!("serve {}", serving.serve)]);
-    let nothing = Retention { any_time: Duration::ZERO, age: Some(Duration::ZERO), count: Some(1) };
+    let nothing =
+        Retention { any_time: Duration::ZERO, age: Some(Duration::ZERO), count: Some(1), grid: Default::default() };
     site.server.set_retention(site.machine, nothing).await.unwrap();
     host.write(0, &[8; 4096]).await;
     let later = host.mark(site.machine, vec![disk], true);
