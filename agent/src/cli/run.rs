@@ -8,6 +8,7 @@ use super::CliError;
 use super::args::{RegisterArgs, RoleArgs, Target, UpArgs};
 use super::output::Output;
 use crate::folder::Folder;
+use crate::roles::notify::Manager;
 use crate::roles::place::{Config, Place, RoleConfig};
 use crate::roles::register::{self, Outcome, Registration};
 use crate::roles::up::Up;
@@ -37,6 +38,16 @@ pub fn ended() -> std::io::Result<impl std::future::Future<Output = ()>> {
     Ok(async move { ends.wait().await })
 }
 
+/// Tells the service manager, and waits for the end.
+async fn serve_until(ends: &mut Ends) {
+    let manager = std::sync::Arc::new(Manager::of_environment());
+    let alive = manager.ready();
+    ends.wait().await;
+    // The end may take as long as its own limit says: the watchdog is for what serves.
+    drop(alive);
+    manager.stopping();
+}
+
 pub async fn up(args: UpArgs) -> Result<(), CliError> {
     let mut ends = Ends::new()?;
     let folder = Folder::create(&args.dir).map_err(RoleError::from)?;
@@ -45,7 +56,7 @@ pub async fn up(args: UpArgs) -> Result<(), CliError> {
         () = ends.wait() => return Ok(()),
     };
     Output::new(true).line(&up.ready_line(&folder))?;
-    ends.wait().await;
+    serve_until(&mut ends).await;
     tracing::info!("stopping");
     up.stop().await;
     Ok(())
@@ -54,7 +65,7 @@ pub async fn up(args: UpArgs) -> Result<(), CliError> {
 pub async fn agent(args: RoleArgs) -> Result<(), CliError> {
     let mut ends = Ends::new()?;
     let running = agent::start(place(&args, Role::Agent)?).await?;
-    ends.wait().await;
+    serve_until(&mut ends).await;
     running.stop().await;
     Ok(())
 }
@@ -62,7 +73,7 @@ pub async fn agent(args: RoleArgs) -> Result<(), CliError> {
 pub async fn process_server(args: RoleArgs) -> Result<(), CliError> {
     let mut ends = Ends::new()?;
     let running = process_server::start(place(&args, Role::ProcessServer)?).await?;
-    ends.wait().await;
+    serve_until(&mut ends).await;
     running.stop().await;
     Ok(())
 }
@@ -71,7 +82,7 @@ pub async fn config_server(args: RoleArgs) -> Result<(), CliError> {
     let mut ends = Ends::new()?;
     let (folder, settings) = config_server_place(&args)?;
     let running = config_server::start(&folder, settings).await?;
-    ends.wait().await;
+    serve_until(&mut ends).await;
     running.server.stop().await;
     Ok(())
 }

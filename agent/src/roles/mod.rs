@@ -6,6 +6,7 @@ pub mod known;
 pub mod link;
 pub mod machines;
 pub mod metrics;
+pub mod notify;
 pub mod outbox;
 pub mod place;
 pub mod process_server;
