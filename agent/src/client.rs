@@ -207,14 +207,22 @@ impl Client {
 
     /// Waits for a job's end, telling its steps; its result, or why it failed.
     pub async fn finish(&self, job: Value, mut tell: impl FnMut(&str)) -> Result<Value, ClientError> {
-        let mut job = job;
         let mut told = 0;
-        loop {
+        let watching = self.watch(job, |job| {
             let steps = job["steps"].as_array().map(Vec::as_slice).unwrap_or_default();
             for step in steps.iter().skip(told) {
                 tell(step["name"].as_str().unwrap_or_default());
             }
             told = told.max(steps.len());
+        });
+        watching.await
+    }
+
+    /// The same, telling the job whenever it changed.
+    pub async fn watch(&self, job: Value, mut tell: impl FnMut(&Value)) -> Result<Value, ClientError> {
+        let mut job = job;
+        loop {
+            tell(&job);
             match job["state"].as_str() {
                 Some("succeeded") => return Ok(job["result"].take()),
                 Some("failed" | "cancelled") => return Err(refused(StatusCode::OK, &job["failure"])),

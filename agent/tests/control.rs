@@ -1279,3 +1279,213 @@ async fn the_first_set_up_prints_what_registering_needs_and_the_pages_are_made()
 mod recovery;
 #[path = "control/streams.rs"]
 mod streams;
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_come_into_groups_and_leave_them_while_they_are_protected() {
+    let site = Site::start().await;
+    let (first, second) = (site.disk("a.img", 1 << 20), site.disk("b.img", 1 << 20));
+    let first = first.to_str().unwrap();
+    let run = async |arguments: &[&str]| -> Value {
+        let output = site.run(&[arguments, &["--json"]].concat()).await;
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    run(&["group", "create", "shop"]).await;
+    run(&["protect", "web", "--disk", first, "--group", "shop"]).await;
+    site.protect("db", &[&second]).await.unwrap();
+    assert_eq!(run(&["group", "add", "shop", "db"]).await["machines"], json!(["db", "web"]));
+    assert_eq!(run(&["group", "show", "shop"]).await["health"], "ok");
+    assert_eq!(run(&["status", "web"]).await["group"], "shop");
+    site.refused(&["group", "create", "other", "web"], "is in group \"shop\"").await;
+    assert_eq!(run(&["group", "list"]).await.as_array().unwrap().len(), 1, "nothing half made");
+    site.refused(&["group", "create", "shop"], "already").await;
+    site.refused(&["group", "create", "a/b"], "a/b").await;
+    site.refused(&["group", "add", "shop", "nobody"], "nobody").await;
+    site.refused(&["group", "remove", "shop", "nobody"], "nobody").await;
+    site.refused(&["group", "show", "none"], "none").await;
+    site.refused(&["protect", "x", "--disk", first, "--group", "nogroup"], "nogroup").await;
+    let told = site.agent().was_told("unprotect");
+    assert_eq!(run(&["group", "remove", "shop", "db"]).await["machines"], json!(["web"]));
+    run(&["protect", "web", "--disk", first, "--group", "none"]).await;
+    assert_eq!(run(&["group", "show", "shop"]).await["machines"], json!([]));
+    run(&["group", "add", "shop", "web"]).await;
+    run(&["group", "delete", "shop"]).await;
+    assert_eq!(
+        (run(&["status", "web"]).await["group"].clone(), run(&["group", "list"]).await),
+        (Value::Null, json!([]))
+    );
+    assert_eq!(site.agent().was_told("unprotect"), told, "protection goes on");
+}
+
+/// Answers each connection by `answer`, and hands over what was asked.
+async fn hook(statuses: Vec<u16>) -> (String, tokio::sync::mpsc::UnboundedReceiver<(String, String)>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/alerts?x=1", listener.local_addr().unwrap());
+    let (asked, asks) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let mut statuses = statuses.into_iter();
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut stream = tokio::io::BufReader::new(stream);
+            let (mut head, mut bytes) = (String::new(), 0);
+            loop {
+                let mut line = String::new();
+                tokio::io::AsyncBufReadExt::read_line(&mut stream, &mut line).await.unwrap();
+                if let Some(length) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                    bytes = length.trim().parse().unwrap();
+                }
+                if line.trim().is_empty() {
+                    break;
+                }
+                head.push_str(&line);
+            }
+            let mut body = vec![0; bytes];
+            tokio::io::AsyncReadExt::read_exact(&mut stream, &mut body).await.unwrap();
+            let _ = asked.send((head, String::from_utf8(body).unwrap()));
+            let status = statuses.next().unwrap_or(200);
+            let answer = format!("HTTP/1.1 {status} X\r\ncontent-length: 0\r\n\r\n");
+            let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, answer.as_bytes()).await;
+        }
+    });
+    (url, asks)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn alerts_are_posted_signed_once_each_and_none_of_before() {
+    let site = Site::start().await;
+    let client = site.client();
+    let (url, mut asks) = hook(Vec::new()).await;
+    let secret = site.top.path().join("secret");
+    File::create(&secret).unwrap().write_all(b"0123456789abcdef\n").unwrap();
+    let secret = secret.to_str().unwrap();
+    let output = site.run(&["channel", "create", "ops", "--webhook", &url, "--secret-file", secret, "--json"]).await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(shown.contains("\"signed\":true") && !shown.contains("0123456789"), "{shown}");
+    let next = async |asks: &mut tokio::sync::mpsc::UnboundedReceiver<(String, String)>| {
+        tokio::time::timeout(SOON, asks.recv()).await.expect("it is told").unwrap()
+    };
+    assert!(site.run(&["channel", "test", "ops"]).await.status.success());
+    let (head, body) = next(&mut asks).await;
+    assert!(head.starts_with("POST /alerts?x=1 HTTP/1.1") && body.contains("channel_test"), "{head}{body}");
+    // The agent's log is near its limit: an alert begins, and ends.
+    let disk = site.disk("a.img", 1 << 20);
+    client.post("/policies", &json!({ "name": "strict", "log_limit_bytes": 1 << 20 })).await.unwrap();
+    *site.agent().log_bytes.lock().unwrap() = 900 << 10;
+    site.job("/machines", json!({ "name": "web", "disks": [disk], "policy": "strict" })).await.unwrap();
+    let (head, body) = next(&mut asks).await;
+    let event: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((&event["kind"], &event["machine"]), (&json!("alert_raised"), &json!("web")), "{body}");
+    let signed = header(&head, "tidemark-signature");
+    assert!(signed.starts_with("t=") && signed.contains(",v1="), "{head}");
+    assert_eq!(header(&head, "tidemark-event"), event["id"].to_string());
+    client.request(hyper::Method::PATCH, "/policies/strict", Some(&json!({ "alarm_log_percent": 95 }))).await.unwrap();
+    let (_, body) = next(&mut asks).await;
+    assert!(body.contains("alert_cleared"), "{body}");
+    let done = serde_json::from_str::<Value>(&body).unwrap()["id"].as_u64().unwrap();
+    let is_done = async || client.get("/channels/ops").await.unwrap()["done"].as_u64().unwrap() >= done;
+    tokio::time::timeout(SOON, async { while !is_done().await {} }).await.unwrap();
+    // Made later, it hears nothing of what was before; restarted, it hears nothing twice.
+    let (late, mut late_asks) = hook(Vec::new()).await;
+    client.post("/channels", &json!({ "name": "late", "webhook": { "url": late } })).await.unwrap();
+    let mut site = site;
+    site.stop_config_server().await;
+    site.start_config_server().await;
+    site.settled(2).await;
+    assert!(site.run(&["channel", "test", "late"]).await.status.success());
+    assert!(next(&mut late_asks).await.1.contains("channel_test"));
+    assert!(late_asks.try_recv().is_err() && asks.try_recv().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_webhook_that_refuses_shows_why_and_channels_that_make_no_sense_are_refused() {
+    let site = Site::start().await;
+    let client = site.client();
+    let (url, _asks) = hook(vec![503]).await;
+    client.post("/channels", &json!({ "name": "ops", "webhook": { "url": url } })).await.unwrap();
+    site.refused(&["channel", "test", "ops"], "503").await;
+    let mail =
+        |server: &str, from: &str, tls: &str| json!({ "server": server, "from": from, "to": ["b@x"], "tls": tls });
+    for (channel, part) in [
+        (json!({}), "webhook or mail"),
+        (json!({ "webhook": { "url": "http://a.example/" } }), "not encrypted"),
+        (json!({ "webhook": { "url": "https://a.example/", "secret": "short" } }), "secret"),
+        (json!({ "webhook": { "url": "https://a.example/", "ca": "none" } }), "ca"),
+        (json!({ "mail": mail("a.example:25", "a@x", "none") }), "not be encrypted"),
+        (json!({ "mail": mail("a.example", "a@x", "tls") }), "mail server"),
+        (json!({ "mail": mail("a.example:25", "a@x>\r\nDATA", "tls") }), "mailbox"),
+    ] {
+        let mut body = channel.clone();
+        body["name"] = json!("c");
+        match client.post("/channels", &body).await {
+            Err(ClientError::Refused { status: 400, message, help }) => {
+                assert!(message.contains(part) && !help.is_empty(), "{message}");
+            }
+            other => panic!("{channel}: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn alerts_are_mailed() {
+    let site = Site::start().await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = listener.local_addr().unwrap().to_string();
+    let taking = tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut stream = tokio::io::BufReader::new(stream);
+        let mut said = Vec::new();
+        let mut answer = "220 here".to_owned();
+        loop {
+            tokio::io::AsyncWriteExt::write_all(&mut stream, format!("{answer}\r\n").as_bytes()).await.unwrap();
+            let mut line = String::new();
+            if tokio::io::AsyncBufReadExt::read_line(&mut stream, &mut line).await.unwrap() == 0 {
+                return said;
+            }
+            let word = line.split_whitespace().next().unwrap_or_default().to_owned();
+            said.push(line.trim_end().to_owned());
+            answer = match word.as_str() {
+                "EHLO" => "250-here\r\n250 AUTH PLAIN".to_owned(),
+                "AUTH" => "235 yes".to_owned(),
+                "QUIT" => "221 bye".to_owned(),
+                "DATA" => {
+                    tokio::io::AsyncWriteExt::write_all(&mut stream, b"354 go\r\n").await.unwrap();
+                    loop {
+                        let mut line = String::new();
+                        tokio::io::AsyncBufReadExt::read_line(&mut stream, &mut line).await.unwrap();
+                        if line == ".\r\n" {
+                            break;
+                        }
+                        said.push(line.trim_end().to_owned());
+                    }
+                    "250 taken".to_owned()
+                }
+                _ => "250 ok".to_owned(),
+            };
+        }
+    });
+    let mail = json!({ "server": server, "tls": "none", "user": "u", "password": "p", "from": "t@x.example", "to": ["a@y.example", "b@y.example"] });
+    site.client().post("/channels", &json!({ "name": "mail", "mail": mail })).await.unwrap();
+    let output = site.run(&["channel", "test", "mail"]).await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = tokio::time::timeout(SOON, taking).await.unwrap().unwrap();
+    let has = |line: &str| said.iter().any(|said| said == line);
+    // `\0u\0p`
+    assert!(has("AUTH PLAIN AHUAcA==") && has("MAIL FROM:<t@x.example>") && has("RCPT TO:<b@y.example>"), "{said:?}");
+    assert!(has("To: a@y.example, b@y.example") && has("Content-Transfer-Encoding: base64"), "{said:?}");
+    let shown = site.client().get("/channels").await.unwrap().to_string();
+    assert!(!shown.contains("password") && shown.contains("b@y.example"), "{shown}");
+    // STARTTLS is never given up for a server that does not offer it.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut buffer = [0; 256];
+        tokio::io::AsyncWriteExt::write_all(&mut stream, b"220 here\r\n").await.unwrap();
+        let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut buffer).await;
+        tokio::io::AsyncWriteExt::write_all(&mut stream, b"250 here\r\n").await.unwrap();
+        let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut buffer).await;
+    });
+    let mail = json!({ "server": server, "from": "t@x.example", "to": ["a@y.example"] });
+    site.client().post("/channels", &json!({ "name": "plain", "mail": mail })).await.unwrap();
+    site.refused(&["channel", "test", "plain"], "STARTTLS").await;
+}

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::backup::Backups;
 use crate::cycles::Cycles;
 use crate::database::Statement;
+use crate::deliver::Deliveries;
 use crate::history::History;
 use crate::hub::{Hub, PeerId, unexpected};
 use crate::identity::Registrar;
@@ -36,6 +37,7 @@ pub struct Core {
     pub backups: Backups,
     pub serves: Serves,
     pub cycles: Cycles,
+    pub deliveries: Deliveries,
     pub stop: CancellationToken,
     pub clock: SystemClock,
     /// How many peers were told everything that concerns them since they connected.
@@ -70,6 +72,7 @@ impl Core {
             backups,
             serves: Serves::default(),
             cycles: Cycles::default(),
+            deliveries: Deliveries::default(),
             stop: CancellationToken::new(),
             clock: SystemClock::new(),
             settled_peers: watch::Sender::default(),

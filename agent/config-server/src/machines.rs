@@ -15,12 +15,15 @@ use tidemark_proto::control::{
 };
 
 use crate::core::{Core, QUICK, SETTLE, Side};
+use crate::groups;
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::{Job, Progress};
 use crate::model::{DEFAULT_POLICY, Encryption, Machine, MachineDisk, State, Wanted};
 use crate::names::{bad_request, check_name, check_path};
 use crate::status::CLOCK_OFF_SECONDS_MAX;
 
+/// As a request says that a machine is in no group.
+const NO_GROUP: &str = "none";
 /// How many versions apart agents, process servers and configuration servers work together.
 const VERSIONS_APART_MAX: u64 = 2;
 
@@ -36,6 +39,9 @@ pub struct ProtectRequest {
     pub process_server: Option<String>,
     #[serde(default)]
     pub policy: Option<String>,
+    /// The group that it comes into; absent: as before, and `none`: no group.
+    #[serde(default)]
+    pub group: Option<String>,
     /// Where the host serves the disks over TLS as well: IP:PORT, or `none`. Absent: as before.
     #[serde(default)]
     pub listen: Option<String>,
@@ -92,6 +98,9 @@ pub fn protect(core: &Arc<Core>, mut request: ProtectRequest) -> Result<Job, Fai
     let state = core.store.state();
     let policy = request.policy.as_deref().unwrap_or(DEFAULT_POLICY);
     find_policy(&state, policy)?;
+    if let Some(group) = request.group.as_deref().filter(|group| *group != NO_GROUP) {
+        groups::find(&state, group)?;
+    }
     let (host, server) = match state.machines.get(&request.name) {
         // Its places are known, also while they are not connected.
         Some(machine) if request.host.is_none() && request.process_server.is_none() => (machine.host, machine.server),
@@ -145,9 +154,13 @@ async fn run_protect(
         listen: request.listen()?.flatten(),
         description: None,
         drills: Vec::new(),
+        group: request.group.clone().filter(|group| group != NO_GROUP),
     };
     core.store.change(|state| {
         find_policy(state, &machine.policy)?;
+        if let Some(group) = &machine.group {
+            groups::has_room(state, group)?;
+        }
         disks_are_free(state, host, &paths)?;
         state.machines.insert(machine.name.clone(), machine.clone());
         Ok(())
@@ -341,6 +354,19 @@ async fn protect_again(
             find_policy(state, policy)?;
             let machine = state.machines.get_mut(&machine.name).ok_or_else(vanished)?;
             machine.policy = policy.clone();
+            Ok(machine.clone())
+        })?;
+    }
+    if let Some(group) = request.group.as_deref()
+        && machine.group.as_deref().unwrap_or(NO_GROUP) != group
+    {
+        let group = Some(group.to_owned()).filter(|group| group != NO_GROUP);
+        machine = core.store.change(|state| {
+            if let Some(group) = &group {
+                groups::has_room(state, group)?;
+            }
+            let machine = state.machines.get_mut(&machine.name).ok_or_else(vanished)?;
+            machine.group = group;
             Ok(machine.clone())
         })?;
     }

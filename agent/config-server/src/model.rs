@@ -12,6 +12,7 @@ use tidemark_proto::control::{
     ThrottleRule,
 };
 
+use crate::deliver::Channel;
 use crate::failover::DrillNote;
 
 /// Everything that must outlive the process.
@@ -36,6 +37,11 @@ pub struct State {
     pub tokens: BTreeMap<String, ApiToken>,
     #[serde(default)]
     pub alerts: BTreeMap<String, Alert>,
+    #[serde(default)]
+    pub groups: BTreeMap<String, Group>,
+    /// Where alerts are told.
+    #[serde(default)]
+    pub channels: BTreeMap<String, Channel>,
     /// How often each row was changed, by table and id.
     #[serde(skip)]
     pub revisions: BTreeMap<(&'static str, String), u64>,
@@ -180,6 +186,8 @@ impl Default for State {
             users: BTreeMap::new(),
             tokens: BTreeMap::new(),
             alerts: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            channels: BTreeMap::new(),
             revisions: BTreeMap::new(),
         }
     }
@@ -204,6 +212,14 @@ pub struct Machine {
     /// Drills that run, or may.
     #[serde(default)]
     pub drills: Vec<DrillNote>,
+    #[serde(default)]
+    pub group: Option<String>,
+}
+
+/// Machines that belong together: those that name it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Group {
+    pub created: Timestamp,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -96,13 +96,20 @@ fn with_settings(policy: &Policy, settings: Map<String, Value>) -> Result<Policy
     shorten(fields, &settings);
     lengthen(fields, &settings);
     let is_grid_named = settings.contains_key("retention_grid");
+    let named = settings.clone();
     fields.extend(settings);
     let policy: Policy = serde_json::from_value(value).map_err(|error| {
+        // Which one it is, the error does not say.
+        let alone =
+            |name: &String, value: &Value| serde_json::from_value::<Policy>(json!({ name.as_str(): value })).err();
+        let wrong = named.iter().find_map(|(name, value)| Some((name, alone(name, value)?)));
+        let what = wrong.map_or_else(|| error.to_string(), |(name, error)| format!("{name}: {error}"));
         bad_request(
-            format!("not a policy: {error}"),
+            format!("not a policy: {what}"),
             "frequency is continuous, 30s, 5m or 15m; see `tidemark policy show continuous --json` for all settings",
         )
     })?;
+
     if let Compression::Level(level) = policy.compression
         && !(-7..=22).contains(&level)
     {

@@ -22,7 +22,7 @@ use crate::identity::{PassphraseRequest, Registrar};
 use crate::jobs::Jobs;
 use crate::model::PeerRole;
 use crate::store::{Store, StoreError};
-use crate::{alerts, announce, api, denials, reconcile, serves};
+use crate::{alerts, announce, api, deliver, denials, reconcile, serves};
 
 /// How often it is looked whether the database answers.
 const HEALTH_EVERY: Duration = Duration::from_secs(5);
@@ -187,6 +187,7 @@ impl ConfigServer {
             tokio::spawn(backup::run(core.clone())),
             tokio::spawn(announce::run(core.clone(), options.identity.clone())),
             tokio::spawn(look_after_health(core.clone(), serving_sender)),
+            tokio::spawn(deliver::run(core.clone())),
             tokio::spawn(api::serve(api_listener, router, stop.clone())),
             tokio::spawn(async move {
                 let stopped = stop.cancelled_owned();

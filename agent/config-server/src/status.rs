@@ -35,6 +35,7 @@ pub struct MachineStatus {
     /// Why a disk's mode is not `data`.
     pub mode_reason: Option<String>,
     pub policy: String,
+    pub group: Option<String>,
     pub host: PeerStatus,
     pub process_server: PeerStatus,
     /// Age of the oldest write that is not durable at the process server; absent when the agent does not say.
@@ -254,6 +255,7 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
         mode: sources.iter().flatten().map(|disk| disk.mode).max_by_key(|mode| *mode as u8),
         mode_reason: sources.iter().flatten().map(|disk| &disk.mode_reason).find(|reason| !reason.is_empty()).cloned(),
         policy: machine.policy.clone(),
+        group: machine.group.clone(),
         host,
         process_server,
         rpo_seconds: known.then(|| sources.iter().flatten().map(|disk| disk.rpo.as_secs_f64()).fold(0.0, f64::max)),

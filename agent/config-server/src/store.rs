@@ -129,6 +129,8 @@ macro_rules! collections {
         $apply!(users, "users");
         $apply!(tokens, "tokens");
         $apply!(alerts, "alerts");
+        $apply!(groups, "machine_groups");
+        $apply!(channels, "channels");
     };
 }
 

@@ -37,7 +37,13 @@ fn device_is_encrypted(device: &Path, depth: usize) -> Option<bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
+
+    fn write(path: &Path, text: &str) {
+        fs::File::create(path).unwrap().write_all(text.as_bytes()).unwrap();
+    }
 
     #[test]
     fn a_volume_is_encrypted_when_everything_beneath_it_is() {
@@ -46,7 +52,7 @@ mod tests {
             let path = folder.path().join(name);
             fs::create_dir_all(path.join("dm")).unwrap();
             fs::create_dir_all(path.join("slaves")).unwrap();
-            fs::write(path.join("dm/uuid"), uuid).unwrap();
+            write(&path.join("dm/uuid"), uuid);
             for other in beneath {
                 std::os::unix::fs::symlink(folder.path().join(other), path.join("slaves").join(other)).unwrap();
             }
@@ -55,7 +61,7 @@ mod tests {
         let plain = device("sda", "", &[]);
         let part = folder.path().join("sda/sda1");
         fs::create_dir_all(&part).unwrap();
-        fs::write(part.join("partition"), "1").unwrap();
+        write(&part.join("partition"), "1");
         let crypt = device("dm-0", "CRYPT-LUKS2-ab", &["sda"]);
         let logical = device("dm-1", "LVM-x", &["dm-0"]);
         let mixed = device("dm-2", "LVM-y", &["dm-0", "sda"]);

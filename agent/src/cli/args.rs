@@ -123,6 +123,16 @@ pub enum Verb {
         #[command(subcommand)]
         verb: PolicyVerb,
     },
+    /// Machines that belong together.
+    Group {
+        #[command(subcommand)]
+        verb: GroupVerb,
+    },
+    /// Where alerts are told: webhooks and mail.
+    Channel {
+        #[command(subcommand)]
+        verb: ChannelVerb,
+    },
     /// What was asked for, and how it went.
     Job {
         #[command(subcommand)]
@@ -385,6 +395,9 @@ pub struct ProtectArgs {
     pub process_server: Option<String>,
     #[arg(long)]
     pub policy: Option<String>,
+    /// The group that it comes into; `none`: no group.
+    #[arg(long)]
+    pub group: Option<String>,
     /// Serves the disks over NBD with mutual TLS as well, at IP:PORT; port 0 takes any free one and keeps it. `none` ends it.
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<String>,
@@ -647,6 +660,92 @@ impl EncryptionArg {
             EncryptionArg::AtRest => "at_rest",
         }
     }
+}
+
+#[derive(Subcommand)]
+pub enum GroupVerb {
+    /// Makes a group.
+    Create {
+        name: String,
+        /// Machines that are protected already.
+        machines: Vec<String>,
+    },
+    /// Puts machines into a group.
+    Add {
+        name: String,
+        #[arg(required = true)]
+        machines: Vec<String>,
+    },
+    /// Takes machines out of a group; they stay protected.
+    Remove {
+        name: String,
+        #[arg(required = true)]
+        machines: Vec<String>,
+    },
+    List,
+    Show {
+        name: String,
+    },
+    /// Deletes a group; its machines stay protected.
+    Delete {
+        name: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum ChannelVerb {
+    /// Tells alerts to a webhook or by mail from now on.
+    Create(ChannelArgs),
+    List,
+    Show {
+        name: String,
+    },
+    /// Tells it something now.
+    Test {
+        name: String,
+    },
+    Delete {
+        name: String,
+    },
+}
+
+#[derive(Args)]
+pub struct ChannelArgs {
+    pub name: String,
+    /// Of this severity and worse: warning or critical.
+    #[arg(long)]
+    pub severity: Option<String>,
+    /// Where events are posted as JSON: https://…
+    #[arg(long, value_name = "URL", required_unless_present = "smtp", conflicts_with = "smtp")]
+    pub webhook: Option<String>,
+    /// The file with the secret that signs what is posted.
+    #[arg(long, value_name = "FILE", requires = "webhook")]
+    pub secret_file: Option<PathBuf>,
+    /// The mail server, HOST:PORT.
+    #[arg(long, value_name = "ADDRESS", requires = "mail_from", requires = "mail_to")]
+    pub smtp: Option<String>,
+    #[arg(long, value_enum, default_value = "starttls")]
+    pub smtp_tls: MailTlsArg,
+    #[arg(long, value_name = "USER", requires = "smtp_password_file")]
+    pub smtp_user: Option<String>,
+    /// The file with its password.
+    #[arg(long, value_name = "FILE", requires = "smtp_user")]
+    pub smtp_password_file: Option<PathBuf>,
+    #[arg(long, value_name = "MAILBOX")]
+    pub mail_from: Option<String>,
+    #[arg(long, value_name = "MAILBOX", num_args = 1.., value_delimiter = ',')]
+    pub mail_to: Vec<String>,
+    /// PEM of the authority that vouches for the other end; without it, those of the system.
+    #[arg(long, value_name = "FILE")]
+    pub channel_ca: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum MailTlsArg {
+    Starttls,
+    Tls,
+    /// To this machine only.
+    None,
 }
 
 #[derive(Subcommand)]

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::CliError;
 use super::args::{JobVerb, WaitArgs};
 use super::output::{Output, text};
-use crate::client::{Client, escape};
+use crate::client::{Client, ClientError, escape};
 
 /// Waits for a job that was just started and gives its result; `None` when nobody wants to wait.
 pub async fn finish(client: &Client, job: Value, wait: &WaitArgs, output: &Output) -> Result<Option<Value>, CliError> {
@@ -18,7 +18,7 @@ pub async fn finish(client: &Client, job: Value, wait: &WaitArgs, output: &Outpu
         }
         return Ok(None);
     }
-    Ok(Some(client.finish(job, |step| output.progress(step)).await?))
+    Ok(Some(watch(client, job, output).await?))
 }
 
 pub async fn run(client: &Client, verb: JobVerb, output: &Output) -> Result<(), CliError> {
@@ -46,12 +46,18 @@ pub async fn run(client: &Client, verb: JobVerb, output: &Output) -> Result<(), 
         JobVerb::Watch { id } => {
             let job = client.get(&format!("/jobs/{}", escape(&id))).await?;
             let id = text(&job, "/id");
-            let outcome = client.finish(job, |step| output.progress(step)).await;
+            let outcome = watch(client, job, output).await;
             show(&client.get(&format!("/jobs/{id}")).await?, output)?;
             outcome?;
             Ok(())
         }
     }
+}
+
+/// To its end: with `--json` one document at the end, for people a bar until then.
+async fn watch(client: &Client, job: Value, output: &Output) -> Result<Value, ClientError> {
+    let mut bar = output.bar();
+    client.watch(job, |job| bar.draw(job)).await
 }
 
 fn show(job: &Value, output: &Output) -> Result<(), CliError> {

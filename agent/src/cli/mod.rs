@@ -3,9 +3,11 @@
 mod account;
 mod args;
 mod backup;
+mod channel;
 mod error;
 mod events;
 mod failover;
+mod group;
 mod hrl;
 mod job;
 mod output;
@@ -93,6 +95,8 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Failover { verb } => client(failover::run(&target.client()?, verb, output)),
         Verb::Point { verb } => client(point::run(&target.client()?, verb, output)),
         Verb::Policy { verb } => client(policy::run(&target.client()?, verb, output)),
+        Verb::Group { verb } => client(group::run(&target.client()?, verb, output)),
+        Verb::Channel { verb } => client(channel::run(&target.client()?, verb, output)),
         Verb::Job { verb } => client(job::run(&target.client()?, verb, output)),
         Verb::Replica { verb } => replica::run(verb, output),
     }

@@ -19,6 +19,7 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
         "host": args.host,
         "process_server": args.process_server,
         "policy": args.policy,
+        "group": args.group,
         "listen": args.listen,
         "exclude": exclude,
         "check_only": args.check,

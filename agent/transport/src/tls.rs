@@ -202,6 +202,18 @@ pub fn api_client(authority: &CertificateDer<'static>) -> Result<Arc<ClientConfi
     Ok(Arc::new(config))
 }
 
+/// For servers of others, such as those that take alerts: whom these authorities vouch for.
+pub fn public_client(authorities: Vec<CertificateDer<'static>>) -> Result<Arc<ClientConfig>, Error> {
+    let mut roots = RootCertStore::empty();
+    // A bundle of a system may hold what is no authority here.
+    roots.add_parsable_certificates(authorities);
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(Arc::new(config))
+}
+
 /// The authority that a server showed, once its fingerprint was found to be the expected one.
 pub type ShownAuthority = Arc<OnceLock<CertificateDer<'static>>>;
 

@@ -13,7 +13,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tidemark_base::Clock;
-use tidemark_proto::control::{Failure, FailureKind, ServeId};
+use tidemark_proto::control::{Failure, FailureKind, ServeId, Severity};
+use utoipa::ToSchema;
 use utoipa::openapi::schema::Type;
 use uuid::Uuid;
 
@@ -26,6 +27,8 @@ use super::schema::{
 use super::{Access, Answer, ApiError, accepted, events, ok, versioned};
 use crate::backup::{self, BackupInfo};
 use crate::core::Core;
+use crate::deliver::ShownChannel;
+use crate::groups::{CreateGroup, ShownGroup};
 use crate::hub::{PeerId, kind};
 use crate::identity::{IdentityInfo, PassphraseInfo, PassphraseRequest, RegisterRequest};
 use crate::jobs::Job;
@@ -33,7 +36,7 @@ use crate::machines::ProtectRequest;
 use crate::model::UserRole;
 use crate::names::{Expected, bad_request};
 use crate::status::MachineStatus;
-use crate::{console, failover, history, machines, points, policies, serves, status};
+use crate::{console, deliver, failover, groups, history, machines, points, policies, serves, status};
 
 type App = State<Arc<Core>>;
 
@@ -101,6 +104,28 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.patch("/policies/{name}", set_policy, one);
     let one = Operation::new(Operator, "Deletes a policy that no machine has").answers::<EmptySchema>();
     api.delete("/policies/{name}", delete_policy, one);
+
+    let list = Operation::new(Reader, "All groups with their machines").answers_list::<ShownGroup>();
+    api.get("/groups", list_groups, list);
+    let group = |role, summary| Operation::new(role, summary).answers::<ShownGroup>();
+    api.post("/groups", create_group, group(Operator, "Makes a group").takes::<CreateGroup>());
+    api.get("/groups/{name}", show_group, group(Reader, "A group"));
+    let one = Operation::new(Operator, "Deletes a group; its machines stay").answers::<EmptySchema>();
+    api.delete("/groups/{name}", delete_group, one);
+    let path = "/groups/{name}/machines/{machine}";
+    api.put(path, add_to_group, group(Operator, "Puts a machine into a group"));
+    api.delete(path, remove_from_group, group(Operator, "Takes a machine out of a group"));
+
+    let channel = |summary| Operation::new(Administrator, summary).answers::<ShownChannel>();
+    let list = Operation::new(Administrator, "Where alerts are told").answers_list::<ShownChannel>();
+    api.get("/channels", list_channels, list);
+    let one = channel("Makes a channel that alerts are told to").takes::<CreateChannel>();
+    api.post("/channels", create_channel, one);
+    api.get("/channels/{name}", show_channel, channel("A channel and how it does"));
+    let one = Operation::new(Administrator, "Deletes a channel").answers::<EmptySchema>();
+    api.delete("/channels/{name}", delete_channel, one);
+    let one = Operation::new(Administrator, "Tells a channel something now, once").answers::<EmptySchema>();
+    api.post("/channels/{name}/test", test_channel, one);
 
     api.get("/jobs", list_jobs, Operation::new(Reader, "Jobs, the newest first").answers_list::<Job>());
     let one = Operation::new(Reader, "Jobs as they change, as server-sent events").answers_plain("text/event-stream");
@@ -396,6 +421,76 @@ async fn set_policy(State(core): App, Path(name): Path<String>, headers: HeaderM
 
 async fn delete_policy(State(core): App, Path(name): Path<String>, headers: HeaderMap) -> Answer {
     policies::delete(&core, &name, expected(&headers)?)?;
+    ok(json!({}))
+}
+
+// ---- groups
+
+async fn list_groups(State(core): App) -> Answer {
+    ok(groups::list(&core))
+}
+
+async fn create_group(State(core): App, body: Bytes) -> Answer {
+    let request: CreateGroup = parse(&body)?;
+    versioned(groups::create(&core, &request)?, core.store.revision("machine_groups", &request.name))
+}
+
+async fn show_group(State(core): App, Path(name): Path<String>) -> Answer {
+    versioned(groups::get(&core, &name)?, core.store.revision("machine_groups", &name))
+}
+
+async fn delete_group(State(core): App, Path(name): Path<String>, headers: HeaderMap) -> Answer {
+    groups::delete(&core, &name, expected(&headers)?)?;
+    ok(json!({}))
+}
+
+async fn add_to_group(State(core): App, Path((name, machine)): Path<(String, String)>) -> Answer {
+    ok(groups::add(&core, &name, &machine)?)
+}
+
+async fn remove_from_group(State(core): App, Path((name, machine)): Path<(String, String)>) -> Answer {
+    ok(groups::remove(&core, &name, &machine)?)
+}
+
+// ---- channels
+
+/// A new channel: exactly one of `webhook` and `mail`.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct CreateChannel {
+    name: String,
+    /// `warning` or `critical`: of that and worse.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    severity: Option<Severity>,
+    #[serde(default)]
+    webhook: Option<deliver::Webhook>,
+    #[serde(default)]
+    mail: Option<deliver::Mail>,
+}
+
+async fn list_channels(State(core): App) -> Answer {
+    ok(deliver::list(&core))
+}
+
+async fn create_channel(State(core): App, body: Bytes) -> Answer {
+    let CreateChannel { name, severity, webhook, mail } = parse(&body)?;
+    let channel = deliver::Channel { severity: severity.unwrap_or(Severity::Warning), webhook, mail };
+    let created = deliver::create(&core, &name, channel)?;
+    versioned(created, core.store.revision("channels", &name))
+}
+
+async fn show_channel(State(core): App, Path(name): Path<String>) -> Answer {
+    versioned(deliver::get(&core, &name)?, core.store.revision("channels", &name))
+}
+
+async fn delete_channel(State(core): App, Path(name): Path<String>, headers: HeaderMap) -> Answer {
+    deliver::delete(&core, &name, expected(&headers)?)?;
+    ok(json!({}))
+}
+
+async fn test_channel(State(core): App, Path(name): Path<String>) -> Answer {
+    deliver::test(&core, &name).await?;
     ok(json!({}))
 }
 

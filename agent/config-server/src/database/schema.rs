@@ -3,10 +3,17 @@
 use super::{Backend, DatabaseError, Statement, Value};
 
 /// The version of the tables that this build writes.
-pub const VERSION: i64 = 1;
+pub const VERSION: i64 = 2;
 
 /// What each version adds to the one before. Never changed once released: a database may stand at any of them.
-const MIGRATIONS: [&[&str]; VERSION as usize] = [&[
+const MIGRATIONS: [&[&str]; VERSION as usize] = [FIRST, GROUPS_AND_CHANNELS];
+
+const GROUPS_AND_CHANNELS: &[&str] = &[
+    "CREATE TABLE machine_groups (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+    "CREATE TABLE channels (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
+];
+
+const FIRST: &[&str] = &[
     // One row a thing that is wanted; `revision` counts its changes, for `If-Match`.
     "CREATE TABLE hosts (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
     "CREATE TABLE process_servers (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
@@ -29,7 +36,7 @@ const MIGRATIONS: [&[&str]; VERSION as usize] = [&[
      body TEXT NOT NULL)",
     // Single values, such as what was imported.
     "CREATE TABLE facts (id TEXT PRIMARY KEY, value TEXT NOT NULL)",
-]];
+];
 
 /// Brings the tables to the version `to`.
 pub(super) fn migrate(backend: &mut dyn Backend, to: i64) -> Result<(), DatabaseError> {

@@ -238,5 +238,5 @@ fn the_file_of_an_older_version_is_taken_over_once() {
     drop(store);
     // Even if it comes back, as after a crash before the renaming: what was changed since stays.
     replace_file(&*storage, FILE, older.as_bytes()).unwrap();
-    assert_eq!(open().unwrap().state().policies["gold"].compression, 9);
+    assert_eq!(open().unwrap().state().policies["gold"].compression, Compression::Level(9));
 }
