@@ -12,8 +12,8 @@ use tidemark_base::{HostId, ServerId};
 use tidemark_transport::client::connect_with;
 use tidemark_transport::server::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX};
 use tidemark_transport::{
-    Authority, ConnectError, Expected, Identity, KeyRequest, PeerIdentity, PeerInfo, Remote, Role, TlsListener, connect,
-    connect_noting, serve, tls,
+    Authority, ConnectError, Expected, Identity, KeyRequest, PeerIdentity, PeerInfo, Remote, Role, TlsListener,
+    connect, connect_noting, serve, tls,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;

@@ -109,6 +109,7 @@ impl Simulated {
             rpo: Duration::from_millis(900),
             scan: None,
             problems: Vec::new(),
+            compare: Compared::default(),
         };
         AgentReport { time: SystemClock::new().wall_now(), disks: disks.iter().map(disk).collect() }
     }

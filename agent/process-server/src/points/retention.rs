@@ -192,7 +192,7 @@ mod tests {
         }
         let ages: Vec<u64> = points.iter().map(|point| now - point.time.0).collect();
         let between = |from: u64, to: u64| ages.iter().filter(|age| (from * HOUR..to * HOUR).contains(age)).count();
-        assert_eq!((between(0, 2), between(2, 24), between(24, 168), between(168, 360)), (24, 23, 72, 48));
+        assert_eq!((between(0, 2), between(2, 24), between(24, 168), between(168, 360)), (24, 22, 72, 48));
         // No gap is longer than two intervals of its age.
         for pair in points.windows(2) {
             let age = Duration::from_nanos(now - pair[0].time.0);
