@@ -215,6 +215,11 @@ impl FileDisk {
         &self.file
     }
 
+    /// Whether what was written before may never reach the medium: see [`Disk::flush`].
+    pub fn has_failed_to_sync(&self) -> bool {
+        self.flush_failed.load(Ordering::Acquire)
+    }
+
     fn sync_data(&self) -> io::Result<()> {
         simulated!(self, flush());
         self.file.sync_data()

@@ -186,6 +186,10 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     };
 
     // This session.
+    let sync_failed = remains
+        .session
+        .as_ref()
+        .is_some_and(|before| before.sync_failed && before.boot.id == request.boot.id && before.mount == mount);
     let session = Session {
         version: session::VERSION,
         disk: request.disk,
@@ -198,6 +202,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         newest,
         clean: None,
         intent_lost: false,
+        sync_failed,
     };
     let slots_file =
         preallocated(&*places.state, "slots", slots::FILE_BYTES).map_err(places.failed("make the slots"))?;

@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tidemark_base::disk::FileDisk;
+use tidemark_base::disk::{Disk, FileDisk};
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId, Epoch, Extent, ExtentSet, Position, ServerId, Timestamp};
@@ -254,6 +254,9 @@ impl ProtectedDisk {
 
     /// A write failed: what is in its range now is unknown.
     pub(crate) fn write_failed(&self, extent: Extent, error: &io::Error) {
+        if self.disk.has_failed_to_sync() {
+            self.note_failed_sync();
+        }
         tracing::warn!(disk = %self.identity.disk, %extent, %error, "write failed");
         if !self.write_failures.swap(true, Ordering::AcqRel) {
             let message = format!("writes to disk {} fail: {error}", self.path.display());
@@ -265,6 +268,24 @@ impl ProtectedDisk {
         if self.add_for_all(&extents, ScanReason::Dirty).is_err() {
             // Survives a killed process; an attach adds it to the scans.
             self.dirty.mark(extent);
+        }
+    }
+
+    /// Syncs the disk, for the guest or for us.
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        self.disk.flush().inspect_err(|_| self.note_failed_sync())
+    }
+
+    /// Stores that syncs of the disk prove nothing any more in this boot.
+    pub(crate) fn note_failed_sync(&self) {
+        let mut session = self.session.lock().expect("no panic while held");
+        if session.current().sync_failed {
+            return;
+        }
+        let next = Session { sync_failed: true, ..session.current().clone() };
+        // Without a session the next attach takes nothing for granted.
+        if let Err(error) = session.store(next).or_else(|_| session.remove()) {
+            tracing::error!(disk = %self.identity.disk, %error, "that the disk cannot be synced cannot be stored");
         }
     }
 

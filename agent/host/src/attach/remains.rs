@@ -150,7 +150,10 @@ impl Remains {
             has_history: false,
             log: LogFound::Unknown,
             has_dirty: self.dirty.is_some(),
-            has_intent: self.intent.is_some() && !session.intent_lost,
+            // Its bits were cleared by syncs that did not cover what an earlier one had lost.
+            has_intent: self.intent.is_some()
+                && !session.intent_lost
+                && !(session.sync_failed && before == Before::PowerLost),
         }
     }
 

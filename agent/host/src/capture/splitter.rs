@@ -186,7 +186,7 @@ impl Export for Splitter {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.disk.disk.flush()
+        self.disk.flush()
     }
 
     fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)> {

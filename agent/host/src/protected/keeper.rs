@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tidemark_base::disk::Disk;
 use tidemark_base::{ExtentSet, Position, Sequence};
 
 use super::{HELP_ROOM, ProtectedDisk, insert_granules};
@@ -117,7 +116,7 @@ impl ProtectedDisk {
         if let Err(error) = self.in_flight.sync() {
             tracing::warn!(disk = %self.identity.disk, %error, "the slots cannot be synced");
         }
-        self.disk.flush()?;
+        self.flush()?;
         if !self.dirty.is_empty() {
             self.dirty.sync()?;
         }
@@ -274,7 +273,7 @@ impl ProtectedDisk {
             return Err(io::Error::other(format!("writes to {} do not end", self.path.display())));
         }
         let _changing = self.changing_epoch.lock().expect("no panic while held");
-        self.disk.flush()?;
+        self.flush()?;
         // With its times: they are the proof.
         self.disk.file().sync_all()?;
         let is_logging = self.log.is_logging();
@@ -290,6 +289,10 @@ impl ProtectedDisk {
         }
         let mut session = self.session.lock().expect("no panic while held");
         let mut last = session.current().clone();
+        if last.sync_failed {
+            tracing::warn!(disk = %self.identity.disk, "it could not be synced in this boot: the next one compares it");
+            return Ok(());
+        }
         // What was not kept names nothing in the next session either.
         last.intent_lost |= self.intent.has_given_up();
         last.newest = self.log.published().time;

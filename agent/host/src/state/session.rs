@@ -130,6 +130,11 @@ pub struct Session {
     pub clean: Option<CleanDetach>,
     /// The intent bitmap could not be kept, so after a power loss the whole disk counts.
     pub intent_lost: bool,
+    /// The disk could not be synced, in this session or one before it in the same boot. The page cache shows what may never
+    /// reach the medium, and the next sync succeeds all the same: no detach is clean until the boot ended, and then the
+    /// whole disk counts.
+    #[serde(default)]
+    pub sync_failed: bool,
 }
 
 pub const VERSION: u32 = 2;
@@ -218,6 +223,7 @@ mod tests {
             newest: Timestamp(7_000_000_000),
             clean: None,
             intent_lost: false,
+            sync_failed: false,
         }
     }
 

@@ -215,6 +215,29 @@ fn an_intent_bitmap_that_cannot_be_written_is_told_elsewhere_and_the_guest_goes_
     assert_eq!(fixture.attach().decision, Decision::ScanTouched);
 }
 
+/// The sync that failed took the dirty pages with it; the ones after a restart succeed, and clear the intent bits.
+#[test]
+fn a_sync_that_failed_is_remembered_until_the_boot_ends() {
+    let mut fixture = Fixture::new(DISK_BYTES);
+    let disk = fixture.attach_in_sync();
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    write(&splitter, 0, &[1; 512]).unwrap();
+    disk.note_failed_sync();
+    drop((splitter, disk));
+    // A kill, then a detach: nothing is compared for it, and nothing is clean.
+    let attached = fixture.attach();
+    assert_eq!(attached.decision, Decision::ReadSlots);
+    attached.disk.detach().unwrap();
+    drop(attached);
+    let attached = fixture.attach();
+    assert_eq!(attached.decision, Decision::ReadSlots);
+    drop(attached);
+    super::crash::reboot(&mut fixture);
+    assert_eq!(fixture.attach().decision, Decision::ScanWhole(Why::StateDamaged));
+    super::crash::reboot(&mut fixture);
+    assert_eq!(fixture.attach().decision, Decision::ScanTouched, "forgotten with the boot");
+}
+
 /// Neither volume takes the note: the guest goes on, an alarm says so, and the note is stored as soon as one takes it.
 #[test]
 fn a_note_that_nobody_takes_fails_no_write_and_is_stored_later() {
