@@ -102,7 +102,7 @@ mod tests {
         let missed = cycles.missed(machine).unwrap();
         assert!(missed.missed == 2 && missed.percent() > 20, "{missed:?}");
         // An hour later they are forgotten.
-        run(120, 1);
+        run(121, 1);
         assert_eq!(cycles.missed(machine), Some(Missed { missed: 0, cycles: 120 }));
         // Another frequency begins again, and none has no cycles.
         cycles.note(machine, seconds(now), Some(seconds(300)), None);

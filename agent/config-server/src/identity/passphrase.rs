@@ -1,5 +1,7 @@
 //! Passphrases: an id that finds the row, and a secret of which only the hash is kept.
 
+use std::sync::{Condvar, Mutex};
+
 use argon2::password_hash::{PasswordHasher, PasswordVerifier};
 use argon2::{Algorithm, Argon2, Params, Version};
 use tidemark_proto::control::{Failure, FailureKind};
@@ -8,6 +10,8 @@ use uuid::Uuid;
 /// OWASP's least for Argon2id; the secret has 122 random bits, so that this is a second wall and not the first.
 const MEMORY_KIB: u32 = 19 << 10;
 const PASSES: u32 = 2;
+/// Each takes its memory, and whoever reaches the address can ask for one: the others wait.
+const VERIFIED_AT_ONCE_MAX: usize = 4;
 const SECRET_LETTERS: usize = 24;
 /// Without letters that look like others.
 const LETTERS: &[u8; 32] = b"abcdefghjkmnpqrstuvwxyz123456789";
@@ -46,8 +50,40 @@ pub fn parts(text: &str) -> Option<(&str, String)> {
     (!id.is_empty() && !secret.is_empty()).then_some((id, secret))
 }
 
-/// Whether the secret is the one of this hash; takes the same time where there is none.
+/// Lets so many work at once. Blocks.
+struct Turns {
+    taken: Mutex<usize>,
+    freed: Condvar,
+}
+
+struct Turn<'a>(&'a Turns);
+
+impl Turns {
+    const fn new() -> Self {
+        Self { taken: Mutex::new(0), freed: Condvar::new() }
+    }
+
+    fn wait(&self) -> Turn<'_> {
+        let taken = self.taken.lock().expect("no panic while held");
+        let mut taken =
+            self.freed.wait_while(taken, |taken| *taken >= VERIFIED_AT_ONCE_MAX).expect("no panic while held");
+        *taken += 1;
+        Turn(self)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.taken.lock().expect("no panic while held") -= 1;
+        self.0.freed.notify_one();
+    }
+}
+
+static TURNS: Turns = Turns::new();
+
+/// Whether the secret is the one of this hash; takes the same time where there is none. Blocks while others are looked at.
 pub fn verify(hash: Option<&str>, secret: String) -> bool {
+    let _turn = TURNS.wait();
     let is_right = argon2().verify_password(secret.as_bytes(), hash.unwrap_or(NOBODY)).is_ok();
     is_right && hash.is_some()
 }
@@ -55,6 +91,23 @@ pub fn verify(hash: Option<&str>, secret: String) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_so_many_are_looked_at_at_once() {
+        let turns = Turns::new();
+        let held: Vec<Turn<'_>> = (0..VERIFIED_AT_ONCE_MAX).map(|_| turns.wait()).collect();
+        let (done, waits) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _turn = turns.wait();
+                let _ = done.send(());
+            });
+            let soon = std::time::Duration::from_millis(200);
+            assert!(waits.recv_timeout(soon).is_err(), "one more waits");
+            drop(held);
+            waits.recv().unwrap();
+        });
+    }
 
     #[test]
     fn a_passphrase_is_known_by_its_hash_only() {
