@@ -254,7 +254,7 @@ impl Handler for Fake {
     async fn execute(&self, command: Command) -> Result<Reply, Failure> {
         match command {
             Command::Agent(command) => self.agent(command),
-            Command::Server(command) => self.server(command),
+            Command::Server(command) => self.server(*command),
         }
     }
 

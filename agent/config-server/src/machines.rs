@@ -435,7 +435,7 @@ pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<Attached
             paused: machine.wanted == Wanted::Paused,
             listen: machine.listen,
         };
-        match core.agent(machine.host, &AgentCommand::Protect(spec), SETTLE).await? {
+        match core.agent(machine.host, &AgentCommand::Protect(Box::new(spec)), SETTLE).await? {
             Reply::Attached(disks) => Ok(disks),
             other => Err(unexpected(PeerId::Agent(machine.host), &other)),
         }

@@ -695,7 +695,7 @@ pub enum GroupVerb {
 #[derive(Subcommand)]
 pub enum ChannelVerb {
     /// Tells alerts to a webhook or by mail from now on.
-    Create(ChannelArgs),
+    Create(Box<ChannelArgs>),
     List,
     Show {
         name: String,

@@ -218,7 +218,7 @@ fn draft(event: tidemark_host::events::Event) -> Draft {
 fn execute(host: &Host, command: AgentCommand) -> Result<Reply, HostError> {
     match command {
         AgentCommand::Probe { paths } => probe(host, &paths).map(Reply::Probed),
-        AgentCommand::Protect(spec) => host.protect(spec).map(Reply::Attached),
+        AgentCommand::Protect(spec) => host.protect(*spec).map(Reply::Attached),
         AgentCommand::Unprotect(machine) => host.unprotect(machine).map(|()| Reply::Done),
         AgentCommand::Pause(machine) => host.pause(machine).map(|()| Reply::Done),
         AgentCommand::Resume(machine) => host.resume(machine).map(|()| Reply::Done),

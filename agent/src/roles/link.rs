@@ -41,7 +41,7 @@ const MESSAGE_BYTES_MAX: usize = 16 << 20;
 #[derive(Debug)]
 pub enum Command {
     Agent(AgentCommand),
-    Server(ServerCommand),
+    Server(Box<ServerCommand>),
 }
 
 /// What a role does with commands.
@@ -314,7 +314,7 @@ impl Link {
 async fn send_report(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>) {
     let status = match handler.register().peer {
         Peer::Agent { .. } => Command::Agent(AgentCommand::Status),
-        Peer::ProcessServer { .. } => Command::Server(ServerCommand::Status),
+        Peer::ProcessServer { .. } => Command::Server(Box::new(ServerCommand::Status)),
     };
     let body = match handler.execute(status).await {
         Ok(Reply::Agent(report)) => wire::up::Body::AgentReport((&report).into()),
@@ -331,7 +331,9 @@ fn take(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>, commands: &Arc<
     let request = down.request;
     let command = match down.body {
         Some(wire::down::Body::Agent(command)) => AgentCommand::try_from(command).map(Command::Agent),
-        Some(wire::down::Body::Server(command)) => ServerCommand::try_from(command).map(Command::Server),
+        Some(wire::down::Body::Server(command)) => {
+            ServerCommand::try_from(command).map(|command| Command::Server(Box::new(command)))
+        }
         _ => Err(tidemark_proto::control::WireError::Invalid("command")),
     };
     let permit = commands.clone().try_acquire_owned();

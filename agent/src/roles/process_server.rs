@@ -187,16 +187,16 @@ impl Handler for ServerHandler {
     }
 
     async fn execute(&self, command: Command) -> Result<Reply, Failure> {
-        match command {
-            Command::Server(ServerCommand::Hypervisor(call)) => self.machines.execute(&call).await,
-            Command::Server(command) => {
+        let Command::Server(command) = command else { return Err(not_mine()) };
+        match *command {
+            ServerCommand::Hypervisor(call) => self.machines.execute(&call).await,
+            command => {
                 let reply = self.server.execute(command).await;
                 if let Ok(Reply::Server(report)) = &reply {
                     self.heard.lock().expect("no panic while held").hear(report);
                 }
                 reply
             }
-            Command::Agent(_) => Err(not_mine()),
         }
     }
 

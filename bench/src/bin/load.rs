@@ -145,7 +145,7 @@ impl Handler for Simulated {
     async fn execute(&self, command: Command) -> Result<Reply, tidemark_proto::control::Failure> {
         Ok(match command {
             Command::Agent(command) => self.agent(command),
-            Command::Server(ServerCommand::Status) => Reply::Server(ServerReport {
+            Command::Server(command) if *command == ServerCommand::Status => Reply::Server(ServerReport {
                 time: SystemClock::new().wall_now(),
                 disks: Vec::new(),
                 serves: Vec::new(),
@@ -241,7 +241,7 @@ async fn run() -> Result<bool, Failure> {
     for (number, identity) in identities.into_iter().enumerate() {
         let PeerIdentity::Agent(id) = identity.peer() else { return Err("an agent has another identity".into()) };
         let handler = Simulated::new(Peer::Agent { id }, agent_name(number));
-        let kept = Kept::open(RealStorage::open_folder(&agent_folder(top.path(), number)));
+        let kept = Kept::open(RealStorage::open_folder(agent_folder(top.path(), number)));
         links.spawn(link::run(identity, address.clone(), handler, kept, stop.clone()));
     }
     let place = Place::in_folder(&folder, Role::ProcessServer)?;

@@ -233,7 +233,7 @@ impl From<&AgentCommand> for wire::AgentCommand {
         use wire::agent_command::Body;
         let body = match from {
             AgentCommand::Probe { paths } => Body::Probe(wire::Probe { paths: paths.clone() }),
-            AgentCommand::Protect(spec) => Body::Protect(spec.into()),
+            AgentCommand::Protect(spec) => Body::Protect((&**spec).into()),
             AgentCommand::Unprotect(id) => Body::Unprotect(machine_ref(id)),
             AgentCommand::Pause(id) => Body::Pause(machine_ref(id)),
             AgentCommand::Resume(id) => Body::Resume(machine_ref(id)),
@@ -261,7 +261,7 @@ impl TryFrom<wire::AgentCommand> for AgentCommand {
             Body::Probe(probe) => {
                 AgentCommand::Probe { paths: list(probe.paths, "paths", DISKS_MAX, |path| named(path, "path"))? }
             }
-            Body::Protect(spec) => AgentCommand::Protect(spec.try_into()?),
+            Body::Protect(spec) => AgentCommand::Protect(Box::new(spec.try_into()?)),
             Body::Unprotect(of) => AgentCommand::Unprotect(machine(&of.machine)?),
             Body::Pause(of) => AgentCommand::Pause(machine(&of.machine)?),
             Body::Resume(of) => AgentCommand::Resume(machine(&of.machine)?),
@@ -1148,7 +1148,7 @@ mod tests {
         let machine = MachineId::random();
         for command in [
             AgentCommand::Probe { paths: vec!["/a".into(), "/b".into()] },
-            AgentCommand::Protect(spec()),
+            AgentCommand::Protect(Box::new(spec())),
             AgentCommand::Unprotect(machine),
             AgentCommand::Pause(machine),
             AgentCommand::Resume(machine),

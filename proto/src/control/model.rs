@@ -85,7 +85,7 @@ pub enum AgentCommand {
     Probe {
         paths: Vec<String>,
     },
-    Protect(MachineSpec),
+    Protect(Box<MachineSpec>),
     Unprotect(MachineId),
     Pause(MachineId),
     Resume(MachineId),

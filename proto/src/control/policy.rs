@@ -187,9 +187,8 @@ impl Grid {
     /// `None`: too many steps, or they do not ascend.
     pub fn new(steps: impl IntoIterator<Item = GridStep>) -> Option<Self> {
         let mut grid = Self::default();
-        let mut count = 0usize;
-        for step in steps {
-            let before: Option<&GridStep> = count.checked_sub(1).and_then(|last| grid.0[last].as_ref());
+        for (at, step) in steps.into_iter().enumerate() {
+            let before = at.checked_sub(1).and_then(|last| grid.0[last].as_ref());
             let ascends = before.is_none_or(|before| match (before.within, step.within) {
                 (None, _) => false,
                 (Some(_), None) => true,
@@ -198,8 +197,7 @@ impl Grid {
             if !ascends {
                 return None;
             }
-            *grid.0.get_mut(count)? = Some(step);
-            count += 1;
+            *grid.0.get_mut(at)? = Some(step);
         }
         Some(grid)
     }
