@@ -224,8 +224,7 @@ fn a_manifest_is_there_twice_and_one_that_is_damaged_is_written_again() {
 fn a_header_that_turns_while_its_segment_is_open_is_found_and_written_again() {
     let (storage, host) = small_world();
     let limits = Limits { segment_cuts: 2, reserve_bytes: 0, ..Limits::default() };
-    let names =
-        |end: &str| storage.files().into_iter().map(|file| file.0).filter(|name| name.ends_with(end)).last().unwrap();
+    let names = |end: &str| storage.files().into_iter().map(|file| file.0).rfind(|name| name.ends_with(end)).unwrap();
     for name in [names(".active"), names(".sealed")] {
         let storage = storage.copy();
         let good = storage.files().into_iter().find(|file| file.0 == name).unwrap().1;
