@@ -186,10 +186,9 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     };
 
     // This session.
-    let sync_failed = remains
-        .session
-        .as_ref()
-        .is_some_and(|before| before.sync_failed && before.boot.id == request.boot.id && before.mount == mount);
+    // Whatever the mount: a service in a namespace of its own sees another one at each start.
+    let sync_failed =
+        remains.session.as_ref().is_some_and(|before| before.sync_failed && before.boot.id == request.boot.id);
     let session = Session {
         version: session::VERSION,
         disk: request.disk,

@@ -183,12 +183,18 @@ impl Link {
         let mut renewals = tokio::time::interval(RENEWAL_EVERY);
         renewals.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut established = false;
+        // Whom this stream leads to, once that is known.
+        let mut serving = None;
         // A request for a certificate that was sent, and a batch of events: one of each at a time.
         let mut renewing: Option<KeyRequest> = None;
         let mut telling = false;
         loop {
             if established && !telling {
                 telling = self.tell_events(&up);
+            }
+            if established && self.whom() != serving {
+                // Another one was restored from its backup, and announced itself by another way.
+                return Err(format!("the configuration server at {address} is of before a restore; stop it"));
             }
             let message = tokio::select! {
                 message = down.message() => message,
@@ -216,6 +222,7 @@ impl Link {
                     })?;
                     tracing::info!(address, name = registered.name, "connected to the configuration server");
                     established = true;
+                    serving = self.whom();
                     renewals.reset_immediately();
                 }
                 Ok(Some(wire::Down { body: Some(wire::down::Body::EventsTaken(taken)), .. })) => {
@@ -231,7 +238,8 @@ impl Link {
                         self.take_renewal(request, renewed).await;
                     }
                 }
-                Ok(Some(down)) => take(handler, &up, &commands, down),
+                Ok(Some(down)) if established => take(handler, &up, &commands, down),
+                Ok(Some(_)) => return Err("it commands before it answered to the registration".to_owned()),
                 Ok(None) => return Ok(()),
                 Err(status) if established => {
                     tracing::debug!(reason = status.message(), "the control stream broke");
@@ -269,6 +277,11 @@ impl Link {
     }
 
     /// Keeps where it says that it is; `Err` when another one is the right one.
+    /// The configuration server that counts.
+    fn whom(&self) -> Option<(u64, ServerId)> {
+        self.kept.known.get().map(|known| (known.incarnation, known.server))
+    }
+
     async fn take_whereabouts(&self, registered: &wire::Registered) -> Result<(), String> {
         let whereabouts = wire::Whereabouts {
             incarnation: registered.incarnation,

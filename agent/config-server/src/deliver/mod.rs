@@ -37,6 +37,7 @@ const TRY_LIMIT: Duration = Duration::from_secs(30);
 const CHANNELS_MAX: usize = 32;
 const RECIPIENTS_MAX: usize = 32;
 const SECRET_BYTES_MIN: usize = 16;
+const READ_AGAIN: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Certificates of one authority.
 const CA_BYTES_MAX: usize = 64 << 10;
@@ -295,14 +296,17 @@ pub async fn run(core: Arc<Core>) {
 /// Tells what happens, in order. Ends with its task.
 async fn follow(core: &Core, name: &str, channel: &Channel) {
     let mut newest = core.history.newest();
+    let mut again = tokio::time::interval(READ_AGAIN);
     let mut done = remembered(core, name).unwrap_or_else(|| *newest.borrow());
     loop {
         core.deliveries.with(name, |standing| standing.done = done);
         let query = Query { after: Some(done), ..Query::default() };
         let history = core.history.clone();
-        let page = match tokio::task::spawn_blocking(move || history.list(&query)).await {
-            Ok(Ok(page)) => page,
-            _ => Vec::new(),
+        let Ok(Ok(page)) = tokio::task::spawn_blocking(move || history.list(&query)).await else {
+            // The history cannot be read now: nothing is passed over for it.
+            again.reset();
+            again.tick().await;
+            continue;
         };
         let Some(last) = page.last().map(|event| event.id) else {
             if newest.wait_for(|newest| *newest > done).await.is_err() {

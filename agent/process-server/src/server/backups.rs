@@ -78,10 +78,6 @@ impl Backups {
         }
         let path = format!("{FOLDER}/{}", part.name);
         if part.offset == 0 {
-            if self.storage.exists(&path).map_err(failed)? {
-                // It came before; saying so again changes nothing.
-                self.storage.remove(&path).map_err(failed)?;
-            }
             if self.storage.exists(PART).map_err(failed)? {
                 self.storage.remove(PART).map_err(failed)?;
             }
