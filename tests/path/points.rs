@@ -132,6 +132,8 @@ fn damage_at_the_replica_is_found_and_named() {
     let (mut site, _) = protected(6);
     site.point("web");
     assert_eq!(site.run(&["point", "verify", "web"]).code, 0);
+    // Else it is healed before it is asked for.
+    site.json(&["pause", "web"]);
     site.down();
     // The largest file of the site that is not a source disk is the base or a journal segment: flip one byte of its middle.
     let mut files = Vec::new();
