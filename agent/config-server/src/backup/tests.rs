@@ -175,11 +175,15 @@ fn backups_are_due_after_changes_and_days_and_old_ones_go() {
         name: "cs".into(),
         incarnation: 1,
         authority: String::new(),
-        key: String::new(),
+        key: site.backups.keeper.as_ref().unwrap().id(),
         software: String::new(),
         machines: 0,
         state: digest(of),
     };
+    let other_key = Head { key: String::new(), ..head(Duration::from_secs(60), &state) };
+    assert!(site.backups.is_due(&state, Some(&other_key)), "the newest is sealed for another key");
+    let ahead = Head { created: Timestamp(now.0 + 3_600_000_000_000), ..head(Duration::ZERO, &state) };
+    assert!(site.backups.is_due(&state, Some(&ahead)), "the clock was ahead");
     let (minute, hours, day) = (Duration::from_secs(60), 2 * CHANGED_EVERY, EVERY + Duration::from_secs(1));
     for (age, of, due) in [
         (minute, State::default(), false),
