@@ -160,7 +160,8 @@ fn conclude(core: &Core, name: &str, id: Uuid, drilled: Drilled, before: Duratio
         kind: "failover_test",
         machine: Some(name.to_owned()),
         message: match (&report.reason, alive) {
-            (_, true) => format!("point {} boots", drilled.point),
+            (_, true) if report.sign.is_some() => format!("point {} boots", drilled.point),
+            (_, true) => format!("point {} was started; no sign of life is set, so nothing is proven", drilled.point),
             (reason, false) => {
                 let reason = reason.as_deref().unwrap_or("it did not live");
                 format!("point {} was tried and did not boot: {reason}", drilled.point)

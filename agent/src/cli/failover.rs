@@ -115,7 +115,11 @@ pub async fn run(client: &Client, verb: FailoverVerb, output: &Output) -> Result
             if output.is_json() {
                 return Ok(output.json(&result)?);
             }
-            output.line(&format!("point {} of {} boots", text(&result, "/point"), text(&result, "/time")))?;
+            let proven = match result["sign"].is_null() {
+                false => "boots",
+                true => "was started; no sign of life is set (`tidemark machine set`), so nothing is proven",
+            };
+            output.line(&format!("point {} of {} {proven}", text(&result, "/point"), text(&result, "/time")))?;
             output.line(&format!("  first instruction after {} s", seconds(&result["rto_seconds"])))?;
             if !result["sign_seconds"].is_null() {
                 output.line(&format!("  sign of life after {} s", seconds(&result["sign_seconds"])))?;
