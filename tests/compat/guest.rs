@@ -30,15 +30,7 @@ fn pattern(turn: u32, block: u64) -> Vec<u8> {
 fn init() -> String {
     let first = PATTERN_AT / PATTERN_BLOCK as u64;
     format!(
-        r#"#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys /dev /mnt
-/bin/busybox mount -t proc proc /proc
-/bin/busybox mount -t sysfs sys /sys
-/bin/busybox mount -t devtmpfs dev /dev
-/bin/busybox --install -s /bin
-exec 2>&1
-fail() {{ echo "FAILED: $1"; poweroff -f; }}
-block() {{ yes "tidemark guest, turn $1, block $2" | head -c {PATTERN_BLOCK}; }}
+        r#"block() {{ yes "tidemark guest, turn $1, block $2" | head -c {PATTERN_BLOCK}; }}
 blocks() {{
     for n in $(seq $2 $3); do
         block $1 $n | dd of=$disk bs={PATTERN_BLOCK} seek=$(({first} + n)) conv=notrunc 2>/dev/null || fail "write of block $n"
@@ -49,8 +41,6 @@ files() {{
     for n in $(seq $2 $3); do block $1 $n > /mnt/turn-$1-$n || fail "write of file $n"; done
     sync
 }}
-disk=/dev/nvme0n1
-until [ -b $disk ]; do :; done
 mount -t ext4 -o discard $disk /mnt || fail "mount"
 blocks 1 0 127; files 1 0 31
 echo "DONE 1"; read word

@@ -27,8 +27,22 @@ pub fn kernel() -> Result<PathBuf, String> {
     }
 }
 
-/// Makes an initramfs of busybox and this first program.
-pub fn initrd(site: &Site, init: &str) -> PathBuf {
+/// How every first program begins: what busybox needs is mounted, `fail WHAT` says so and ends the guest, `$disk` is there.
+const BEGIN: &str = r#"#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev /mnt
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox --install -s /bin
+exec 2>&1
+fail() { echo "FAILED: $1"; poweroff -f; }
+disk=/dev/nvme0n1
+until [ -b $disk ]; do :; done
+"#;
+
+/// Makes an initramfs of busybox and a first program that goes on with `script`.
+pub fn initrd(site: &Site, script: &str) -> PathBuf {
+    let init = format!("{BEGIN}{script}");
     let busybox = std::fs::read(tools::find("busybox").expect("it was asked for")).expect("busybox can be read");
     let archive =
         initramfs(&[("bin", 0o40755, &[]), ("bin/busybox", 0o100755, &busybox), ("init", 0o100755, init.as_bytes())]);

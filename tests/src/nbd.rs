@@ -205,7 +205,7 @@ mod tests {
         let mut command = tools::command("nbdkit");
         command.args(["--foreground", "--unix"]).arg(&socket).args(["memory", "1M"]);
         let _server = Owned::start("nbdkit", command, None);
-        wait::until("nbdkit listens", Duration::from_secs(10), || socket.exists().then_some(()));
+        wait::until("nbdkit listens", Duration::from_secs(60), || socket.exists().then_some(()));
         let mut client = Client::connect(&format!("nbd+unix:///?socket={}", socket.display())).unwrap();
         assert_eq!(client.bytes, 1 << 20);
         client.write_with(4096, &[7; 512], FUA).unwrap();

@@ -576,26 +576,28 @@ pub fn pause_or_resume(core: &Arc<Core>, name: &str, pause: bool) -> Result<Job,
 }
 
 pub fn resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
-    refuse_unprotected(&core.machine(name)?)?;
-    let (core, name) = (core.clone(), name.to_owned());
-    core.jobs.clone().start("resync", Some(&name.clone()), |progress| async move {
-        let _lock = core.lock(&name).await;
-        let machine = core.machine(&name)?;
-        progress.step("tell the agent");
-        core.agent_does(machine.host, &AgentCommand::Resync(machine.id), QUICK).await?;
-        Ok(json!({ "machine": name }))
-    })
+    tell_agent(core, name, "resync", AgentCommand::Resync)
 }
 
 /// What only a resync asked for is not read; old recovery points and what is replicated meanwhile stay as they are.
 pub fn cancel_resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
+    tell_agent(core, name, "cancel_resync", AgentCommand::CancelResync)
+}
+
+/// A job that is one command to the machine's agent.
+fn tell_agent(
+    core: &Arc<Core>,
+    name: &str,
+    kind: &'static str,
+    command: fn(MachineId) -> AgentCommand,
+) -> Result<Job, Failure> {
     refuse_unprotected(&core.machine(name)?)?;
     let (core, name) = (core.clone(), name.to_owned());
-    core.jobs.clone().start("cancel_resync", Some(&name.clone()), |progress| async move {
+    core.jobs.clone().start(kind, Some(&name.clone()), move |progress| async move {
         let _lock = core.lock(&name).await;
         let machine = core.machine(&name)?;
         progress.step("tell the agent");
-        core.agent_does(machine.host, &AgentCommand::CancelResync(machine.id), QUICK).await?;
+        core.agent_does(machine.host, &command(machine.id), QUICK).await?;
         Ok(json!({ "machine": name }))
     })
 }

@@ -7,6 +7,7 @@
 //! * [`server`]: one thread for each connection; writes that arrived together are one [`Export::write_batch`], straight
 //!   from the receive buffer. Unix sockets, and TCP under mutual TLS.
 //! * [`address`]: how clients are told where an export is.
+//! * [`remote`]: a listener of its own for clients elsewhere.
 //! * [`client`]: a blocking client with pipelined writes.
 //!
 //! The numbers and layouts are those of the protocol's specification (NetworkBlockDevice/nbd, `doc/proto.md`). Extended
@@ -17,6 +18,7 @@ pub mod client;
 pub mod disk;
 pub mod export;
 pub mod limits;
+pub mod remote;
 pub mod server;
 mod stream;
 mod wire;
@@ -25,4 +27,5 @@ pub use client::{Client, ClientError, ExportInfo};
 pub use disk::{CachedReader, DiskExport};
 pub use export::{Export, ExportProvider, Exports, OpenError, Peer, WriteRequest};
 pub use limits::Limits;
+pub use remote::Remote;
 pub use server::{ListenError, Server, StillBusy};

@@ -11,14 +11,13 @@
 //! next try raises the others. After the record: done.
 
 use std::collections::BTreeMap;
-use std::fs::TryLockError;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
-use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile};
+use tidemark_base::storage::{RealStorage, Storage, StorageFile};
 use tidemark_base::{DiskId, Generation, MachineId, MarkId, Timestamp};
 use tidemark_proto::control::{Exported, ExportedFile, Failure, FailureKind, ImageFormat, ServeId, Serving};
 use tidemark_transport::recovery::{RecoveryKey, verify_break_glass};
@@ -30,7 +29,7 @@ use crate::points::PointSelector;
 use crate::replica::manifest::Manifest;
 use crate::replica::{Place, Replica, ReplicaSet};
 use crate::serve::{ServedPoint, Serves};
-use crate::server::backups;
+use crate::server::{backups, lock_folder};
 use crate::settings::{self, Settings};
 use crate::table::Table;
 
@@ -112,8 +111,6 @@ fn failed(error: &dyn std::error::Error, help: &str) -> Failure {
     Failure::from_error(FailureKind::Failed, error, help)
 }
 
-const VOLUME: &str = "check the process server's volume (free room, kernel log)";
-
 /// Takes a machine over at a point, under a new generation. The process server must not run. Blocks.
 pub fn failover(
     folder: &Path,
@@ -138,7 +135,8 @@ pub fn failover(
             "use the key that `tidemark config-server init` showed, or the newest that was made since",
         ));
     }
-    let lock = lock(&*storage, &root)?;
+    let help = "stop it first: an offline failover is alone with the replicas";
+    let lock = lock_folder(&*storage, "a process server", help)?;
     let (set, failures) = ReplicaSet::open(storage.clone(), Limits::default()).map_err(|error| {
         let help = error.help();
         failed(&error, help)
@@ -253,20 +251,6 @@ fn take_over(
         })
         .map_err(|error: crate::table::TableError| failed(&error, error.help()))?;
     Ok(record)
-}
-
-/// As the process server's own lock: two on one folder would each believe that they know the journals' ends.
-fn lock(storage: &dyn Storage, root: &Path) -> Result<Arc<dyn StorageFile>, Failure> {
-    let lock = storage.open("lock", OpenMode::OpenOrCreate).map_err(|error| failed(&error, VOLUME))?;
-    match lock.as_file().map(std::fs::File::try_lock) {
-        None | Some(Ok(())) => Ok(lock),
-        Some(Err(TryLockError::WouldBlock)) => Err(Failure::new(
-            FailureKind::Conflict,
-            format!("{} is in use by a process server", root.display()),
-            "stop it first: an offline failover is alone with the replicas",
-        )),
-        Some(Err(TryLockError::Error(error))) => Err(failed(&error, VOLUME)),
-    }
 }
 
 impl FailedOver {

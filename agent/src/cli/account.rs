@@ -23,7 +23,9 @@ pub async fn passphrase(client: &Client, verb: PassphraseVerb, output: &Output) 
             let columns = [("ID", "/id"), ("ROLE", "/role"), ("USES LEFT", "/uses_left"), ("EXPIRES", "/expires")];
             list(&client.get("/passphrases").await?, &columns, output)
         }
-        PassphraseVerb::Delete { id } => delete(client, &format!("/passphrases/{}", escape(&id)), output).await,
+        PassphraseVerb::Delete { id } => {
+            super::delete(client, &format!("/passphrases/{}", escape(&id)), "deleted", output).await
+        }
     }
 }
 
@@ -59,7 +61,9 @@ pub async fn user(client: &Client, verb: UserVerb, output: &Output) -> Result<()
             let (path, request) = (format!("/users/{}", escape(&name)), json!({ "role": role_name(role) }));
             list(&client.request(Method::PUT, &path, Some(&request)).await?, &columns, output)
         }
-        UserVerb::Delete { name } => delete(client, &format!("/users/{}", escape(&name)), output).await,
+        UserVerb::Delete { name } => {
+            super::delete(client, &format!("/users/{}", escape(&name)), "deleted", output).await
+        }
     }
 }
 
@@ -74,7 +78,7 @@ pub async fn token(client: &Client, verb: TokenVerb, output: &Output) -> Result<
             let columns = [("ID", "/id"), ("USER", "/user"), ("LABEL", "/label"), ("EXPIRES", "/expires")];
             list(&client.get("/tokens").await?, &columns, output)
         }
-        TokenVerb::Delete { id } => delete(client, &format!("/tokens/{}", escape(&id)), output).await,
+        TokenVerb::Delete { id } => super::delete(client, &format!("/tokens/{}", escape(&id)), "deleted", output).await,
     }
 }
 
@@ -95,14 +99,6 @@ pub async fn registrations(client: &Client, verb: ProcessServerVerb, output: &Ou
         // Not asked of the server.
         ProcessServerVerb::Run(_) | ProcessServerVerb::Register(_) => Ok(()),
     }
-}
-
-async fn delete(client: &Client, path: &str, output: &Output) -> Result<(), CliError> {
-    let answer = client.request(Method::DELETE, path, None).await?;
-    if output.is_json() {
-        return Ok(output.json(&answer)?);
-    }
-    Ok(output.line("deleted")?)
 }
 
 /// Shown alone, so that it can go to a file.

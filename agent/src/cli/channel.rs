@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use hyper::Method;
 use serde_json::{Value, json};
 
 use super::CliError;
@@ -17,17 +16,18 @@ pub async fn run(client: &Client, verb: ChannelVerb, output: &Output) -> Result<
         ChannelVerb::Show { name } => show(&client.get(&format!("/channels/{}", escape(&name))).await?, output),
         ChannelVerb::Test { name } => {
             let answer = client.post(&format!("/channels/{}/test", escape(&name)), &json!({})).await?;
-            done(&answer, &format!("channel {name} took a test"), output)
+            super::done(&answer, &format!("channel {name} took a test"), output)
         }
         ChannelVerb::Delete { name } => {
-            let answer = client.request(Method::DELETE, &format!("/channels/{}", escape(&name)), None).await?;
-            done(&answer, &format!("channel {name} is deleted"), output)
+            super::delete(
+                client,
+                &format!("/channels/{}", escape(&name)),
+                &format!("channel {name} is deleted"),
+                output,
+            )
+            .await
         }
     }
-}
-
-fn done(answer: &Value, line: &str, output: &Output) -> Result<(), CliError> {
-    if output.is_json() { Ok(output.json(answer)?) } else { Ok(output.line(line)?) }
 }
 
 fn channel(args: &ChannelArgs) -> Result<Value, CliError> {

@@ -18,12 +18,13 @@ pub async fn run(client: &Client, verb: GroupVerb, output: &Output) -> Result<()
         GroupVerb::List => show(&client.get("/groups").await?, output),
         GroupVerb::Show { name } => show(&client.get(&format!("/groups/{}", escape(&name))).await?, output),
         GroupVerb::Delete { name } => {
-            let answer = client.request(Method::DELETE, &format!("/groups/{}", escape(&name)), None).await?;
-            if output.is_json() {
-                return Ok(output.json(&answer)?);
-            }
-            output.line(&format!("group {name} is deleted; its machines stay protected"))?;
-            Ok(())
+            super::delete(
+                client,
+                &format!("/groups/{}", escape(&name)),
+                &format!("group {name} is deleted; its machines stay protected"),
+                output,
+            )
+            .await
         }
     }
 }

@@ -24,6 +24,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 use tidemark_transport::Role;
 
+use crate::client::Client;
+
 pub use args::parse_size;
 use args::{Cli, Verb};
 pub use error::CliError;
@@ -111,6 +113,16 @@ fn man(dir: &std::path::Path) -> Result<(), CliError> {
     write().map_err(|error| {
         CliError::new(format!("cannot write to {}: {error}", dir.display()), "name a folder that this user can write")
     })
+}
+
+/// Deletes what is at `path`, and says so.
+async fn delete(client: &Client, path: &str, line: &str, output: &Output) -> Result<(), CliError> {
+    done(&client.request(hyper::Method::DELETE, path, None).await?, line, output)
+}
+
+/// The answer to what is done, for a program or for people.
+fn done(answer: &serde_json::Value, line: &str, output: &Output) -> Result<(), CliError> {
+    if output.is_json() { Ok(output.json(answer)?) } else { Ok(output.line(line)?) }
 }
 
 /// A verb that asks a server needs one thread.

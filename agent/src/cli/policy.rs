@@ -23,12 +23,8 @@ pub async fn run(client: &Client, verb: PolicyVerb, output: &Output) -> Result<(
         PolicyVerb::List => show(&client.get("/policies").await?, output),
         PolicyVerb::Show { name } => show(&client.get(&format!("/policies/{}", escape(&name))).await?, output),
         PolicyVerb::Delete { name } => {
-            let answer = client.request(Method::DELETE, &format!("/policies/{}", escape(&name)), None).await?;
-            if output.is_json() {
-                return Ok(output.json(&answer)?);
-            }
-            output.line(&format!("policy {name} is deleted"))?;
-            Ok(())
+            super::delete(client, &format!("/policies/{}", escape(&name)), &format!("policy {name} is deleted"), output)
+                .await
         }
     }
 }

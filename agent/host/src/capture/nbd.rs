@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tidemark_base::MachineId;
 use tidemark_base::storage::Storage;
-use tidemark_nbd::{Exports, Limits, ListenError, Server, address};
+use tidemark_nbd::{Exports, Limits, ListenError, Remote, Server, address};
 use tidemark_transport::ExportAuthority;
 
 use super::splitter::Splitter;
@@ -38,15 +38,8 @@ pub struct NbdSplitter {
 #[derive(Default)]
 struct State {
     attached: BTreeMap<String, (MachineId, Arc<Splitter>)>,
+    /// Each machine's own listener.
     remote: BTreeMap<MachineId, Arc<Remote>>,
-}
-
-/// One machine's listener.
-struct Remote {
-    server: Server,
-    exports: Arc<Exports>,
-    address: SocketAddr,
-    client_folder: PathBuf,
 }
 
 impl NbdSplitter {
@@ -79,12 +72,6 @@ impl NbdSplitter {
         }
         let authority = ExportAuthority::open_or_create(self.storage.folder(&name));
         Ok(Arc::new(authority.map_err(|error| HostError::Certificates(error.into()))?))
-    }
-}
-
-impl Remote {
-    fn uri(&self, name: &str) -> String {
-        address::tls_uri(name, self.address, &self.client_folder)
     }
 }
 
@@ -125,14 +112,12 @@ impl CaptureProvider for NbdSplitter {
         let Some(address) = address else { return Ok(None) };
         let authority = self.authority(machine)?;
         let config = authority.server(address::certificate_names(address.ip()))?;
-        let exports = Arc::new(Exports::new());
-        let server = Server::new(exports.clone(), Limits::default());
-        let address = server.listen_tcp(address, config)?;
+        let remote = Remote::listen(address, config, authority.client_folder())?;
         let mut state = self.state();
         for (name, (_, splitter)) in state.attached.iter().filter(|(_, (of, _))| *of == machine) {
-            exports.insert(name.as_str(), splitter.clone());
+            remote.exports.insert(name.as_str(), splitter.clone());
         }
-        let remote = Remote { server, exports, address, client_folder: authority.client_folder() };
+        let address = remote.address;
         state.remote.insert(machine, Arc::new(remote));
         Ok(Some(address))
     }

@@ -1,6 +1,6 @@
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tidemark_base::{DiskId, Generation, MachineId, ServerId, SystemClock};
 use tidemark_nbd::Export;
@@ -91,6 +91,9 @@ impl Link for Somewhere {
 }
 
 /// Tells when an application is frozen.
+/// What should come by itself has come by then, whatever else the machine does.
+const LIMIT: Duration = Duration::from_secs(60);
+
 struct Telling(std::sync::mpsc::Sender<()>);
 
 struct Thawed;
@@ -203,7 +206,13 @@ fn app_consistent_points_are_made_by_the_policy_when_something_was_written() {
     let splitter = Splitter::new(machine.disks().next().unwrap().clone()).unwrap();
     for round in 1..3 {
         super::write(&splitter, 0, &[round; 4096]).unwrap();
-        told.recv_timeout(Duration::from_secs(8)).unwrap();
+        told.recv_timeout(LIMIT).unwrap();
+        // The freezer tells before the mark is made: a write that comes in between is in this mark, and no other is due.
+        let deadline = Instant::now() + LIMIT;
+        while machine.marker().is_written_since_app() {
+            assert!(Instant::now() < deadline, "no mark was made in round {round}");
+            std::thread::yield_now();
+        }
     }
     drop((splitter, machine));
     host.stop();

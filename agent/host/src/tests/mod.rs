@@ -143,7 +143,7 @@ impl Fixture {
     }
 
     pub fn attach(&self) -> Attached {
-        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
         loop {
             match self.try_attach() {
                 // A program that another test starts just now holds all our locks until it runs.

@@ -6,7 +6,7 @@ use std::process::Stdio;
 
 use super::*;
 use crate::drill::{self, Drill, Outcome, Sign};
-use crate::machine::{Card, CardModel, Hardware, Purpose};
+use crate::machine::{Card, CardModel, Hardware};
 use crate::qemu::find_program;
 use crate::qemu::tests::{boot_disk, skip};
 
@@ -93,14 +93,8 @@ async fn daemon() -> std::result::Result<Daemon, String> {
 }
 
 fn machine(name: &str, path: &Path) -> Machine {
-    Machine {
-        id: Uuid::new_v4(),
-        name: name.to_owned(),
-        hardware: Hardware { memory_mib: 64, ..Hardware::default() },
-        disks: vec![Place::Raw { path: path.to_owned() }],
-        purpose: Purpose::Failover,
-        ports: Vec::new(),
-    }
+    let hardware = Hardware { memory_mib: 64, ..Hardware::default() };
+    Machine { hardware, ..crate::qemu::tests::machine(name, path) }
 }
 
 #[tokio::test]

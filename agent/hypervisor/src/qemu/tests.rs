@@ -78,7 +78,7 @@ pub(crate) fn boot_disk(path: &Path, text: &str) {
     file.write_all_at(format!("{text}\n\0").as_bytes(), 512).unwrap();
 }
 
-fn machine(name: &str, path: &Path) -> Machine {
+pub fn machine(name: &str, path: &Path) -> Machine {
     Machine {
         id: Uuid::new_v4(),
         name: name.to_owned(),

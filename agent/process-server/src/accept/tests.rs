@@ -165,7 +165,7 @@ impl Memory {
         let memory = self.clone();
         let waited = tokio::task::spawn_blocking(move || {
             let state = memory.state.lock().unwrap();
-            let limit = Duration::from_secs(5);
+            let limit = Duration::from_secs(60);
             !memory.changed.wait_timeout_while(state, limit, |state| !condition(state)).unwrap().1.timed_out()
         });
         assert!(waited.await.unwrap(), "the condition came in time");
@@ -426,7 +426,7 @@ async fn a_stop_refuses_streams_and_ends() {
     let stopped = tokio::spawn(server.stop());
     assert_eq!(host.refused().await.reason, RefusalReason::Stopping);
     drop(host);
-    tokio::time::timeout(Duration::from_secs(4), stopped).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(60), stopped).await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -332,11 +332,13 @@ impl ReplicaSet {
     /// What a selector names. A machine of one disk recovers to any consistent cut; one of several to their marks.
     pub fn resolve(&self, machine: MachineId, selector: PointSelector) -> Result<Place, SetError> {
         let points = self.points(machine)?;
-        // One that cannot be opened still is a disk of the machine: its points tell.
-        let has_one_disk = points.all().iter().all(|point| point.disks.len() == 1);
-        if let (PointSelector::Time(time), [replica], true) = (selector, &self.of_machine(machine)[..], has_one_disk) {
+        if let (PointSelector::Time(time), [replica]) = (selector, &self.of_machine(machine)[..])
+            // One that cannot be opened still is a disk of the machine: its points tell.
+            && let marks = points.all()
+            && marks.iter().all(|point| point.disks.len() == 1)
+        {
             let cut = replica.cut_at(time)?.ok_or(PointError::Absent { machine, selector })?;
-            let marked = points.all().into_iter().find(|point| point.cut_of(replica.disk()) == Some(cut));
+            let marked = marks.into_iter().find(|point| point.cut_of(replica.disk()) == Some(cut));
             if let Some(point) = marked {
                 return Ok(point.into());
             }

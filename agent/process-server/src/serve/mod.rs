@@ -17,7 +17,7 @@ use tidemark_base::storage::Storage;
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
 use tidemark_nbd::server::{ListenError, Server, StillBusy};
-use tidemark_nbd::{DiskExport, Exports, Limits, address};
+use tidemark_nbd::{DiskExport, Exports, Limits, Remote, address};
 use tidemark_proto::control::{AttachedDisk, Failure, FailureKind, ServeId, Serving};
 use tidemark_transport::ExportAuthority;
 
@@ -100,14 +100,6 @@ struct Active {
     held: Option<Box<dyn Send>>,
 }
 
-/// The listener of one serve.
-struct Remote {
-    server: Server,
-    exports: Arc<Exports>,
-    address: SocketAddr,
-    client_folder: PathBuf,
-}
-
 impl Serves {
     /// Drops what an earlier process left and listens on `socket`.
     pub fn open(storage: Arc<dyn Storage>, socket: &Path) -> Result<Self, ServeError> {
@@ -146,19 +138,16 @@ impl Serves {
         let authority = Arc::new(authority.map_err(|error| ServeError::Certificates(error.into()))?);
         let config = authority.server(address::certificate_names(at.ip()));
         let config = config.map_err(|error| ServeError::Certificates(error.into()))?;
-        let exports = Arc::new(Exports::new());
-        let server = Server::new(exports.clone(), Limits::default());
-        let address = server.listen_tcp(at, config).map_err(ServeError::Listen)?;
-        Ok(Remote { server, exports, address, client_folder: authority.client_folder() })
+        Remote::listen(at, config, authority.client_folder()).map_err(ServeError::Listen)
     }
 
     /// From now on clients can open the disks. An `internal` serve is not listed.
     pub fn start(&self, id: ServeId, point: ServedPoint, internal: bool) -> Result<Serving, ServeError> {
-        let remote = point.listen.map(|address| self.listen(id, address)).transpose()?.map(Arc::new);
         let mut active = self.active();
         if active.len() >= SERVES_MAX {
             return Err(ServeError::TooMany);
         }
+        let remote = point.listen.map(|address| self.listen(id, address)).transpose()?.map(Arc::new);
         let mut disks = Vec::new();
         let mut names = Vec::new();
         for (index, (disk, content)) in point.disks.into_iter().enumerate() {
@@ -169,7 +158,7 @@ impl Serves {
             let export = Arc::new(export);
             let nbds = remote.as_ref().map(|remote| {
                 remote.exports.insert(name.clone(), export.clone());
-                address::tls_uri(&name, remote.address, &remote.client_folder)
+                remote.uri(&name)
             });
             self.exports.insert(name.clone(), export);
             let nbd = Some(address::unix_uri(&name, &self.socket));

@@ -152,7 +152,7 @@ impl ProcessServer {
     fn open(config: ProcessServerConfig, address: SocketAddr) -> Result<Self, Failure> {
         raise_file_limit();
         let storage = RealStorage::create(&config.folder).map_err(|error| store_failed(&error))?;
-        let lock = lock_folder(&*storage)?;
+        let lock = lock_folder(&*storage, "another process server", "stop the other one, or choose another folder")?;
         let (set, open_failures) = ReplicaSet::open(storage.clone(), config.limits).map_err(set_failed)?;
         for failure in &open_failures {
             tracing::error!(folder = failure.folder, error = %failure.error, "a replica cannot be opened");
@@ -446,15 +446,16 @@ fn raise_file_limit() {
     }
 }
 
-/// Two processes on one folder would each believe that they know the journals' ends.
-fn lock_folder(storage: &dyn Storage) -> Result<Arc<dyn StorageFile>, Failure> {
+/// Two processes on one folder would each believe that they know the journals' ends. `whose` says what may have it, and
+/// `help` what to do then.
+pub(crate) fn lock_folder(storage: &dyn Storage, whose: &str, help: &str) -> Result<Arc<dyn StorageFile>, Failure> {
     let lock = storage.open("lock", OpenMode::OpenOrCreate).map_err(|error| store_failed(&error))?;
     match lock.as_file().map(std::fs::File::try_lock) {
         None | Some(Ok(())) => Ok(lock),
         Some(Err(TryLockError::WouldBlock)) => Err(Failure::new(
             FailureKind::Conflict,
-            format!("{} is in use by another process server", storage.path("").display()),
-            "stop the other one, or choose another folder",
+            format!("{} is in use by {whose}", storage.path("").display()),
+            help,
         )),
         Some(Err(TryLockError::Error(error))) => Err(store_failed(&error)),
     }

@@ -129,7 +129,7 @@ async fn a_point_equals_the_source_and_survives_a_restart() {
     let later = host.mark(site.machine, vec![disk], true);
     host.end(CutKind::Records, Some(later.clone())).await;
     host.durable().await;
-    let limit = Duration::from_secs(5);
+    let limit = Duration::from_secs(60);
     assert_eq!(site.server.wait_point(site.machine, later.id, limit).await.unwrap().id, later.id);
     assert!(exported(&site, Selector::Point(mark.id)).await == first);
     assert!(exported(&site, Selector::Latest).await == second);
@@ -330,7 +330,7 @@ async fn a_point_of_two_disks_waits_for_both() {
     assert_eq!(failure.kind, FailureKind::TimedOut);
     let waiting = tokio::spawn({
         let (server, machine, id) = (site.server.clone(), site.machine, mark.id);
-        async move { server.wait_point(machine, id, Duration::from_secs(5)).await }
+        async move { server.wait_point(machine, id, Duration::from_secs(60)).await }
     });
     let (mut second, _, _) = site.replicated(two).await;
     second.end(CutKind::Records, Some(mark.clone())).await;
