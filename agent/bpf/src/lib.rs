@@ -1,0 +1,10 @@
+#![doc = include_str!("FORMAT.md")]
+
+pub mod device;
+mod kernel;
+mod maps;
+pub mod tracker;
+
+pub use device::{Device, DeviceError};
+pub use kernel::{Figures, KernelError};
+pub use tracker::{BlockTracker, Found, PIN_FOLDER, TrackerError, Witness};
