@@ -494,7 +494,11 @@ pub struct SegmentReport {
 
 /// What is in a replica's folder. Nothing is written.
 pub fn inspect_folder(storage: Arc<dyn Storage>) -> Result<FolderReport, ReadError> {
-    let replica = Replica::open_read_only(storage, BlockCache::new(VERIFY_CACHE_BYTES))?;
+    Ok(folder_report(&*Replica::open_read_only(storage, BlockCache::new(VERIFY_CACHE_BYTES))?))
+}
+
+/// The same of a replica that is open.
+pub fn folder_report(replica: &Replica) -> FolderReport {
     let mut segments: Vec<SegmentReport> = replica
         .parts()
         .iter()
@@ -521,7 +525,7 @@ pub fn inspect_folder(storage: Arc<dyn Storage>) -> Result<FolderReport, ReadErr
             extents: active.entries.len() as u64,
         });
     }
-    Ok(FolderReport {
+    FolderReport {
         info: replica.info(),
         durable: replica.durable(),
         floor: replica.floor(),
@@ -530,7 +534,7 @@ pub fn inspect_folder(storage: Arc<dyn Storage>) -> Result<FolderReport, ReadErr
         torn_bytes: replica.open_report().torn_bytes,
         damage: replica.open_report().damage.clone(),
         pins: replica.durable_pins(),
-    })
+    }
 }
 
 /// Why a folder could not be verified at all.

@@ -8,6 +8,7 @@
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -103,19 +104,48 @@ fuzz_target!(|input: &[u8]| {
         3 => opened(b"disk", true),
         _ => opened(b"slow", true),
     };
+    // The server runs on this thread; another one is the client, which wakes when there is something to read.
     let (mut ours, theirs) = UnixStream::pair().unwrap();
-    ours.set_read_timeout(Some(PATIENCE)).unwrap();
-    server().serve_stream(theirs).unwrap();
-    // The server may have hung up already.
-    let _ = ours.write_all(&[&before[..], bytes].concat());
-    let _ = ours.shutdown(Shutdown::Write);
-    let mut buffer = vec![0; 64 << 10];
-    loop {
-        match ours.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
-            Err(error) => panic!("the server neither answers nor hangs up: {error}"),
-        }
+    ours.write_all(&[&before[..], bytes].concat()).unwrap();
+    ours.shutdown(Shutdown::Write).unwrap();
+    let (client, read) = client();
+    client.send(ours).unwrap();
+    server().serve_stream_here(theirs).unwrap();
+    if let Err(error) = read.lock().unwrap().recv_timeout(PATIENCE).expect("the server neither answers nor hangs up") {
+        panic!("{error}");
     }
 });
+
+type Client = (Sender<UnixStream>, Mutex<Receiver<io::Result<()>>>);
+
+/// Reads what comes on each connection that it is given, to its end.
+fn client() -> &'static Client {
+    static CLIENT: OnceLock<Client> = OnceLock::new();
+    CLIENT.get_or_init(|| {
+        // As long as a connection has an export open, its worker threads stay.
+        for name in [b"disk", b"slow"] {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            server().serve_stream(theirs).unwrap();
+            ours.write_all(&opened(name, false)).unwrap();
+            ours.read_exact(&mut [0; 18 + 20 + 12 + 20]).unwrap();
+            std::mem::forget(ours);
+        }
+        let (streams, next) = channel::<UnixStream>();
+        let (results, read) = channel();
+        std::thread::spawn(move || {
+            let mut buffer = vec![0; 64 << 10];
+            for mut stream in next {
+                let result = loop {
+                    match stream.read(&mut buffer) {
+                        Ok(0) => break Ok(()),
+                        Ok(_) => {}
+                        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break Ok(()),
+                        Err(error) => break Err(error),
+                    }
+                };
+                results.send(result).unwrap();
+            }
+        });
+        (streams, Mutex::new(read))
+    })
+}

@@ -109,6 +109,14 @@ impl Server {
         self.core.clone().begin(Socket::Unix(stream), Admission::Known(peer))
     }
 
+    /// The same on the caller's thread: comes back when the connection has ended.
+    pub fn serve_stream_here(&self, stream: UnixStream) -> io::Result<()> {
+        let peer = listen::peer_of(&stream)?;
+        let (stream, entry, deadline) = self.core.admit(Socket::Unix(stream), false)?;
+        self.core.serve(&stream, Admission::Known(peer), &entry, deadline);
+        Ok(())
+    }
+
     /// How many connections have the export open.
     pub fn connections(&self, name: &str) -> usize {
         self.core.registry.connections(name)
@@ -158,12 +166,8 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHand
 
 impl Core {
     fn begin(self: Arc<Self>, socket: Socket, admission: Admission) -> io::Result<()> {
-        let deadline = Instant::now() + self.limits.handshake_timeout;
-        let stream = Arc::new(Stream::new(socket));
         let is_remote = matches!(admission, Admission::Tls { .. });
-        let Some(entry) = self.registry.admit(&stream, is_remote, &self.limits) else {
-            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "too many NBD connections in the handshake"));
-        };
+        let (stream, entry, deadline) = self.admit(socket, is_remote)?;
         spawn("nbd-connection", move || {
             // Dropped last: who waits for the end of connections waits for this.
             let entry = entry;
@@ -171,6 +175,15 @@ impl Core {
             drop(stream);
         })
         .map(drop)
+    }
+
+    fn admit(&self, socket: Socket, is_remote: bool) -> io::Result<(Arc<Stream>, registry::Entry, Instant)> {
+        let deadline = Instant::now() + self.limits.handshake_timeout;
+        let stream = Arc::new(Stream::new(socket));
+        match self.registry.admit(&stream, is_remote, &self.limits) {
+            Some(entry) => Ok((stream, entry, deadline)),
+            None => Err(io::Error::new(io::ErrorKind::QuotaExceeded, "too many NBD connections in the handshake")),
+        }
     }
 
     fn serve(&self, stream: &Arc<Stream>, admission: Admission, entry: &registry::Entry, deadline: Instant) {

@@ -36,9 +36,11 @@ use crate::journal::Limits;
 use crate::replica::{Replica, ReplicaInfo};
 use crate::view::cache::BlockCache;
 
-pub const DISK_BYTES: u64 = 64 << 10;
+/// Small, because every view reads all of it; the last block of the base is a short one.
+pub const DISK_BYTES: u64 = (8 << 10) + 512;
 
-type Content = Arc<Mutex<Vec<u8>>>;
+/// Shared by copies of the folder until one of them writes.
+type Content = Arc<Mutex<Arc<Vec<u8>>>>;
 
 /// Files in memory.
 #[derive(Clone, Default)]
@@ -53,11 +55,11 @@ impl Memory {
     }
 
     pub fn put(&self, name: &str, content: Vec<u8>) {
-        self.files.lock().unwrap().insert(name.to_owned(), Arc::new(Mutex::new(content)));
+        self.files.lock().unwrap().insert(name.to_owned(), Arc::new(Mutex::new(Arc::new(content))));
     }
 
     pub fn get(&self, name: &str) -> Vec<u8> {
-        self.files.lock().unwrap()[name].lock().unwrap().clone()
+        self.files.lock().unwrap()[name].lock().unwrap().to_vec()
     }
 
     /// The names of the files that end so.
@@ -65,12 +67,11 @@ impl Memory {
         self.files.lock().unwrap().keys().filter(|name| name.ends_with(end)).cloned().collect()
     }
 
-    /// A copy that shares nothing.
+    /// A copy that sees no change of this one.
     pub fn copy(&self) -> Memory {
         let files = self.files.lock().unwrap();
-        let copied = files.iter().map(|(name, content)| {
-            (name.clone(), Arc::new(Mutex::new(content.lock().unwrap().clone())))
-        });
+        let copied =
+            files.iter().map(|(name, content)| (name.clone(), Arc::new(Mutex::new(content.lock().unwrap().clone()))));
         Memory { files: Arc::new(Mutex::new(copied.collect())), prefix: self.prefix.clone() }
     }
 }
@@ -153,6 +154,7 @@ impl StorageFile for MemoryFile {
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut content = self.0.lock().unwrap();
+        let content = Arc::make_mut(&mut content);
         let end = offset as usize + data.len();
         if content.len() < end {
             content.resize(end, 0);
@@ -170,7 +172,7 @@ impl StorageFile for MemoryFile {
     }
 
     fn set_bytes(&self, bytes: u64) -> io::Result<()> {
-        self.0.lock().unwrap().resize(bytes as usize, 0);
+        Arc::make_mut(&mut self.0.lock().unwrap()).resize(bytes as usize, 0);
         Ok(())
     }
 
@@ -184,6 +186,7 @@ impl StorageFile for MemoryFile {
 
     fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
         let mut content = self.0.lock().unwrap();
+        let content = Arc::make_mut(&mut content);
         let end = ((offset + length) as usize).min(content.len());
         content[(offset as usize).min(end)..end].fill(0);
         Ok(())
@@ -215,20 +218,20 @@ fn position(sequence: u64) -> Position {
     }
 }
 
-/// A replica with sealed segments, merged indexes, an active segment and marks.
-pub fn damageable() -> Memory {
+/// A replica of so many cuts: two and one hold a sealed segment and an active one, eleven merged indexes as well.
+pub fn damageable(cuts: u64) -> Memory {
     let memory = Memory::default();
     Replica::create(&memory, &info()).unwrap();
     let limits = Limits { segment_cuts: 2, reserve_bytes: 0, ..Limits::default() };
     let replica = Replica::open(Arc::new(memory.clone()), limits, BlockCache::new(1 << 20)).unwrap();
     let session = replica.begin_session(Generation::FIRST, DISK_BYTES).unwrap();
     let mut sealer = Sealer::new(ChunkKey::new(info().disk, Generation::FIRST), Compression::Level(1));
-    for cut in 1..=11u64 {
+    for cut in 1..=cuts {
         let (kind, chunks) = match cut {
             1 => (CutKind::ScanStart, Vec::new()),
             _ => {
-                let extent = Extent::new(cut * 2048, 4096);
-                let raw: Vec<u8> = (0..4096u32).map(|byte| (byte / 64) as u8 ^ cut as u8).collect();
+                let extent = Extent::new(cut * 512, 1024);
+                let raw: Vec<u8> = (0..1024u32).map(|byte| (byte / 64) as u8 ^ cut as u8).collect();
                 let mut sealed = Vec::new();
                 sealer.seal(&[extent], &raw, &mut sealed);
                 (if cut == 2 { CutKind::ScanEnd } else { CutKind::Records }, sealed)
@@ -270,19 +273,21 @@ pub fn damageable() -> Memory {
     memory
 }
 
-/// Opens what the folder holds and reads every cut. Whatever is in it, nothing panics.
-pub fn look(memory: &Memory) {
-    let stop = tidemark_base::stop::Stop::new();
-    let _ = crate::scrub::inspect_folder(Arc::new(memory.clone()));
+/// Opens what the folder holds, reads the disk at the newest cut and at one that `pick` chooses, and scrubs. Whatever is in
+/// it, nothing panics.
+pub fn look(memory: &Memory, pick: u8) {
     let Ok(replica) = Replica::open_read_only(Arc::new(memory.clone()), BlockCache::new(1 << 20)) else { return };
+    let _ = crate::scrub::folder_report(&replica);
     let mut read = vec![0; replica.disk_bytes().min(DISK_BYTES) as usize];
-    let last = replica.durable().cut;
-    for cut in replica.floor()..=last.min(replica.floor() + 32) {
+    let (first, last) = (replica.floor(), replica.durable().cut);
+    // What damage does to one cut it does to all that read the same place: a pick is enough, and each comes in turn.
+    let cuts = last.saturating_sub(first).saturating_add(1);
+    for cut in [last, first.saturating_add(u64::from(pick) % cuts)] {
         if let Ok(view) = replica.view(cut) {
             let _ = view.read_at(0, &mut read);
             let _ = view.allocation(0);
         }
     }
-    let _ = replica.marks_after(last.saturating_sub(32));
-    let _ = crate::scrub::scrub(&replica, &stop);
+    let _ = replica.marks_after(last.saturating_sub(16));
+    let _ = crate::scrub::scrub(&replica, &tidemark_base::stop::Stop::new());
 }

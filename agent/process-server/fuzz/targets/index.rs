@@ -12,7 +12,7 @@ use tidemark_process_server_fuzz::{Memory, damageable, look};
 const FOOTER_BYTES: usize = 512;
 
 static BASE: LazyLock<(Memory, Vec<String>)> = LazyLock::new(|| {
-    let memory = damageable();
+    let memory = damageable(11);
     let mut names = memory.ending_with(".sealed");
     names.extend(memory.ending_with(".merged"));
     (memory, names)
@@ -38,7 +38,7 @@ fuzz_target!(|bytes: &[u8]| {
         file.truncate(shorter);
     }
     memory.put(name, file);
-    look(&memory);
+    look(&memory, mend >> 3);
 });
 
 /// Makes the hashes of directory and footer hold again.

@@ -6,11 +6,11 @@
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use tidemark_process_server_fuzz::journal::{FRAME_HEADER_BYTES, Frame, FrameKey, FrameKind, HEADER_BYTES};
+use tidemark_process_server_fuzz::journal::{FRAME_HEADER_BYTES, Frame, FrameKey, FrameKind, HEADER_BYTES, body_sum};
 use tidemark_process_server_fuzz::{Memory, damageable, look};
 
 static BASE: LazyLock<(Memory, String)> = LazyLock::new(|| {
-    let memory = damageable();
+    let memory = damageable(3);
     let name = memory.ending_with(".active").remove(0);
     (memory, name)
 });
@@ -36,15 +36,23 @@ fuzz_target!(|bytes: &[u8]| {
             }
             kind => {
                 let kind = if kind == 2 { FrameKind::Chunks } else { FrameKind::Commit };
-                let cut = u64::from(body.first().copied().unwrap_or(0) % 16);
-                let frame = Frame { kind, body_bytes: body.len() as u32, cut, sum: 0 };
+                let cut = u64::from(body.first().copied().unwrap_or(0) % 8);
+                // With the hash that ends a commit made right, what lies behind it is reached; and bodies as they were written.
+                let mut body = body.to_vec();
+                let mended = mode & 2 != 0;
+                if mended && kind == FrameKind::Commit {
+                    let hash = *blake3::hash(&body).as_bytes();
+                    body.extend_from_slice(&hash);
+                }
+                let sum = if mended { body_sum(&body) } else { 0 };
+                let frame = Frame { kind, body_bytes: body.len() as u32, cut, sum };
                 let at = out.len() as u64;
                 out.extend_from_slice(&key.encode(frame, at));
                 debug_assert_eq!(out.len() as u64 - at, FRAME_HEADER_BYTES as u64);
-                out.extend_from_slice(body);
+                out.extend_from_slice(&body);
             }
         }
     }
     memory.put(name, out);
-    look(&memory);
+    look(&memory, mode >> 2);
 });

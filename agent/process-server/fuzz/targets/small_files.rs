@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use tidemark_process_server_fuzz::points::PointStore;
 use tidemark_process_server_fuzz::{Memory, damageable, info, look};
 
-static BASE: LazyLock<Memory> = LazyLock::new(damageable);
+static BASE: LazyLock<Memory> = LazyLock::new(|| damageable(5));
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((&which, content)) = bytes.split_first() else { return };
@@ -50,5 +50,5 @@ fuzz_target!(|bytes: &[u8]| {
             return;
         }
     }
-    look(&memory);
+    look(&memory, which >> 3);
 });

@@ -29,7 +29,8 @@ use merged::Levels;
 pub use recovery::{DamagedCut, Inspection, inspect};
 pub use sealed::{Boundary, BoundaryKind, Sealed, read_commit, unreadable};
 pub use segment::{
-    Commit, FRAME_HEADER_BYTES, Fields, Frame, FrameKey, FrameKind, HEADER_BYTES, Header, SegmentName, decode_commit,
+    Commit, FRAME_HEADER_BYTES, Fields, Frame, FrameKey, FrameKind, HEADER_BYTES, Header, SegmentName, body_sum,
+    decode_commit,
 };
 use tidemark_proto::replication::{CutEnd, CutKind, LABEL_BYTES_MAX, MARK_DISKS_MAX};
 
@@ -135,6 +136,8 @@ pub struct Journal {
     durable: Tip,
     history: History,
     losses: Vec<Loss>,
+    /// See [`Journal::take_mended`].
+    mended: Vec<(String, String)>,
     failed: Option<String>,
     /// What was free when the volume last had no room for what came; none since something was appended again.
     no_room: Option<u64>,
@@ -438,6 +441,14 @@ impl Journal {
     }
 
     fn seal(&mut self) -> Result<(), SealError> {
+        // A header that turned while the segment was open is in memory, and is not sealed as it is.
+        if let Some((file, what)) = self.check_header() {
+            tracing::warn!(disk = %self.info.disk, file, what, "a segment's header was written again from memory");
+            self.mended.push((file, what));
+            if let Some(failure) = &self.failed {
+                return Err(SealError::Failed(io::Error::other(failure.clone())));
+            }
+        }
         let Some(active) = &mut self.active else { return Ok(()) };
         let (first, last) = (active.header.first_cut, active.last_cut());
         active.seal(&*self.storage, &self.tip)?;
@@ -485,6 +496,11 @@ impl Journal {
         self.discard_open()?;
         self.info.generation = generation;
         self.leave_generation()
+    }
+
+    /// Files with what was wrong with them and was written again without anybody asking.
+    pub fn take_mended(&mut self) -> Vec<(String, String)> {
+        std::mem::take(&mut self.mended)
     }
 
     /// Reads the header of the open segment again. What is wrong with it is returned with the file's name, and it is written

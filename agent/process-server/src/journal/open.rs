@@ -102,6 +102,7 @@ impl Journal {
             durable: base.clone(),
             history: History::default(),
             losses: Vec::new(),
+            mended: Vec::new(),
             failed: None,
             no_room: None,
             opened: 0,
@@ -117,11 +118,14 @@ impl Journal {
                     }
                 }
                 SegmentName::Sealed { first, last } if losses.iter().any(|loss| loss.covers(first, last)) => {
-                    journal.broken(first, last, "their segment could not be read before", &mut opening)
+                    let file = storage.path(&name.path());
+                    let what = format!("{} could not be read before", file.display());
+                    journal.broken(first, last, &what, &mut opening)
                 }
                 SegmentName::Sealed { first, last } => journal.open_sealed(first, last, &mut opening)?,
                 SegmentName::Broken { first, last } => {
-                    journal.broken(first, last, "its header was destroyed", &mut opening)
+                    let what = format!("{}: its header was destroyed", storage.path(&name.path()).display());
+                    journal.broken(first, last, &what, &mut opening)
                 }
                 // The rename that sealed it was cut short where a file system makes it in two steps: both names are of one file.
                 SegmentName::Active { first } if matches!(journal.parts.back(), Some(Part::Sealed(sealed)) if sealed.first_cut() == first) => {
@@ -295,7 +299,7 @@ impl Journal {
                         .and_then(|()| self.storage.sync_folder("segments"))
                         .map_err(io)?;
                 }
-                self.broken(first, last, "the active segment's header is destroyed", opening);
+                self.broken(first, last, &format!("{name}: the active segment's header is destroyed"), opening);
                 return Ok(());
             }
         };

@@ -6,7 +6,7 @@
 //! | an index: of a segment, or a merged one | a read, the scrub, or opening | made again from the frames; nothing is lost |
 //! | a segment's header, a segment, a cut that was not sealed | opening | every later cut is not consistent until a whole scan ended that began after this was found ([`crate::journal::Loss`], in the manifest): what is missing is not known |
 //! | manifest | opening, the scrub | written again from its copy, or from memory |
-//! | header of an open segment, table of damage | the scrub | written again from memory |
+//! | header of an open segment, table of damage | the scrub; the header also when its segment is sealed, and the next scrub says so | written again from memory |
 //!
 //! *Quarantine.* A damaged place is never shown: each read proves what it returns, and fails there. The file stays as it is, because its other places are
 //! whole. Older content that a point needs exists here alone: it cannot be healed, the point stays flagged until it expires.
@@ -259,9 +259,8 @@ impl Replica {
         }
         {
             let mut state = self.state();
-            if let Some((file, what)) = state.journal.check_header() {
-                found.push(Finding::of_file(file, what));
-            }
+            let mended = state.journal.take_mended().into_iter().chain(state.journal.check_header());
+            found.extend(mended.map(|(file, what)| Finding::of_file(file, what)));
             match super::Manifest::load(&*self.storage) {
                 // Pins that were taken while there was no room are in memory alone.
                 Ok(Loaded { manifest, is_stale, damaged: None })

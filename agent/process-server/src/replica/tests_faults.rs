@@ -251,6 +251,35 @@ fn a_header_that_turns_while_its_segment_is_open_is_found_and_written_again() {
 }
 
 #[test]
+fn a_header_that_turned_before_its_segment_was_sealed_is_sealed_as_it_was_written() {
+    let (storage, mut host) = small_world();
+    let limits = Limits { segment_cuts: 2, reserve_bytes: 0, ..Limits::default() };
+    let set = ReplicaSet::open(Arc::new(storage.clone()), limits).unwrap().0;
+    let replica = set.get(host.info.disk).unwrap();
+    let stream = replica.begin_session(host.info.generation, 8192).unwrap();
+    let mut chance = Chance(6);
+    let (name, good) = storage.files().into_iter().find(|file| file.0.ends_with(".active")).unwrap();
+    storage.write(&name, 60, &[good[60] ^ 4]);
+    while replica.active().is_some_and(|active| active.segment.name.ends_with(&name)) {
+        host.send(&stream, CutKind::Records, None, &mut chance).unwrap();
+        set.sync(&replica).unwrap();
+    }
+    drop(stream);
+    // It is told once, by the name that it had.
+    let report = scrub::scrub(&replica, &Stop::new()).unwrap();
+    let named: Vec<&str> = report.findings.iter().map(|found| found.file.as_str()).collect();
+    assert!(named.len() == 1 && named[0].ends_with(&name), "{named:?}");
+    assert!(scrub::scrub(&replica, &Stop::new()).unwrap().sound);
+    drop((replica, set));
+    let set = ReplicaSet::open(Arc::new(storage.clone()), limits).unwrap().0;
+    let replica = set.get(host.info.disk).unwrap();
+    assert!(replica.open_report().damage.is_empty() && !replica.durable().needs_scan, "{:?}", replica.open_report());
+    let mut read = vec![0; 8192];
+    replica.view(host.cut).unwrap().read_at(0, &mut read).unwrap();
+    assert!(read == host.content);
+}
+
+#[test]
 fn a_damaged_merged_index_is_passed_by_and_made_again() {
     let (storage, host) = small_world();
     let indexes: Vec<(String, Vec<u8>)> =
