@@ -4,6 +4,7 @@ mod access;
 mod compare;
 mod demo;
 mod document;
+mod failover;
 mod interval;
 mod logs;
 mod marks;

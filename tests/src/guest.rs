@@ -80,13 +80,22 @@ impl Guest {
             .strip_prefix("nbd+unix:///")
             .and_then(|rest| rest.split_once("?socket="))
             .expect("the address of a socket");
+        let disk =
+            format!("driver=nbd,node-name=disk,server.type=unix,server.path={socket},export={export},discard=unmap");
+        Self::boot_from(site, kernel, initrd, &disk)
+    }
+
+    /// The same from a plain image.
+    pub fn boot_file(site: &Site, kernel: &Path, initrd: &Path, disk: &Path) -> Self {
+        Self::boot_from(site, kernel, initrd, &format!("driver=file,node-name=disk,filename={}", disk.display()))
+    }
+
+    fn boot_from(site: &Site, kernel: &Path, initrd: &Path, disk: &str) -> Self {
         let mut command = tools::command("qemu-system-x86_64");
         command.args(["-accel", "tcg", "-M", "pc", "-nodefaults", "-serial", "stdio", "-display", "none", "-m", "256"]);
         command.args(["-no-reboot", "-append", COMMAND_LINE]);
         command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-        command.arg("-blockdev").arg(format!(
-            "driver=nbd,node-name=disk,server.type=unix,server.path={socket},export={export},discard=unmap"
-        ));
+        command.arg("-blockdev").arg(disk);
         command.args(["-device", "nvme,drive=disk,serial=tidemark"]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Owned::start("guest", command, Some(&site.path("guest.log")));
         let stdin = process.child().stdin.take().expect("stdin is piped");

@@ -45,7 +45,17 @@ impl Parts {
     /// `None`: the test was noted as skipped.
     pub fn make(site: &Site, test: &str) -> Option<Self> {
         match guest::kernel() {
-            Ok(kernel) => Some(Self { kernel, initrd: guest::initrd(site, &init()) }),
+            Ok(kernel) => {
+                // Machines are started with files of this folder and no others.
+                let folder = site.state().join("process-server/kernels");
+                std::fs::create_dir_all(&folder).expect("a folder can be made");
+                let put = |from: &Path, name: &str| {
+                    let to = folder.join(name);
+                    std::fs::copy(from, &to).expect("a file can be copied");
+                    to
+                };
+                Some(Self { kernel: put(&kernel, "vmlinuz"), initrd: put(&guest::initrd(site, &init()), "initrd") })
+            }
             Err(why) => {
                 tools::skipped(test, &why);
                 None

@@ -15,6 +15,8 @@ use tidemark_proto::control::{
 };
 
 use crate::core::{Core, QUICK, SETTLE, Side};
+use crate::failover::drill::refuse_drilled;
+use crate::failover::state::refuse_failed_over;
 use crate::groups;
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::{Job, Progress};
@@ -154,6 +156,7 @@ async fn run_protect(
         listen: request.listen()?.flatten(),
         description: None,
         drills: Vec::new(),
+        failover: None,
         group: request.group.clone().filter(|group| group != NO_GROUP),
     };
     core.store.change(|state| {
@@ -432,8 +435,9 @@ pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<Attached
             disks: machine.disks.iter().map(MachineDisk::spec).collect(),
             policy: find_policy(&state, &machine.policy)?.replication(),
             server: Endpoint { server: machine.server, address: server.address.clone() },
-            paused: machine.wanted == Wanted::Paused,
+            paused: machine.is_source_paused(),
             listen: machine.listen,
+            fenced: machine.is_source_fenced(),
         };
         match core.agent(machine.host, &AgentCommand::Protect(Box::new(spec)), SETTLE).await? {
             Reply::Attached(disks) => Ok(disks),
@@ -468,7 +472,9 @@ fn protected(machine: &Machine, attached: &[AttachedDisk]) -> Value {
 }
 
 pub fn unprotect(core: &Arc<Core>, name: &str, delete_replica: bool) -> Result<Job, Failure> {
-    crate::failover::refuse_drilled(&core.machine(name)?)?;
+    let machine = core.machine(name)?;
+    refuse_failed_over(&machine)?;
+    refuse_drilled(core, &machine)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("unprotect", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;
@@ -565,6 +571,7 @@ pub fn pause_or_resume(core: &Arc<Core>, name: &str, pause: bool) -> Result<Job,
         let machine = core.store.change(|state| {
             let machine = state.machines.get_mut(&name).ok_or_else(vanished)?;
             refuse_unprotected(machine)?;
+            refuse_failed_over(machine)?;
             machine.wanted = if pause { Wanted::Paused } else { Wanted::Protected };
             Ok(machine.clone())
         })?;
@@ -592,6 +599,7 @@ fn tell_agent(
     command: fn(MachineId) -> AgentCommand,
 ) -> Result<Job, Failure> {
     refuse_unprotected(&core.machine(name)?)?;
+    refuse_failed_over(&core.machine(name)?)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start(kind, Some(&name.clone()), move |progress| async move {
         let _lock = core.lock(&name).await;

@@ -13,7 +13,8 @@ use tidemark_proto::control::{
 };
 
 use crate::deliver::Channel;
-use crate::failover::DrillNote;
+use crate::failover::drill::DrillNote;
+use crate::failover::state::Failover;
 
 /// Everything that must outlive the process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -214,6 +215,9 @@ pub struct Machine {
     pub drills: Vec<DrillNote>,
     #[serde(default)]
     pub group: Option<String>,
+    /// It runs, or is about to run, where its replica is.
+    #[serde(default)]
+    pub failover: Option<Failover>,
 }
 
 /// Machines that belong together: those that name it.

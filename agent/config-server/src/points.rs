@@ -47,6 +47,7 @@ pub fn create(core: &Arc<Core>, name: &str, request: CreateRequest) -> Result<Jo
     check_label(&request.label)?;
     let machine = core.machine(name)?;
     refuse_unprotected(&machine)?;
+    crate::failover::state::refuse_failed_over(&machine)?;
     if machine.wanted == Wanted::Paused {
         return Err(Failure::new(
             FailureKind::Conflict,

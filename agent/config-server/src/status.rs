@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 
 use crate::api::schema::{ComparedSchema, PointSchema, ProblemSchema};
 use crate::core::Core;
+use crate::failover::state::Phase;
 use crate::hub::{PeerId, Presence, Report};
 use crate::model::{Encryption, Machine, MachineDisk, Wanted};
 
@@ -89,6 +90,19 @@ pub enum State {
     Disconnected,
     Failed,
     Unprotecting,
+    /// On its way to, or back from, where its replica is.
+    FailingOver,
+    /// It runs where its replica is; another point can be chosen, and it can go back.
+    FailedOver,
+    /// It runs where its replica is, for good.
+    Committed,
+}
+
+impl State {
+    /// As programs are told.
+    pub fn name(self) -> String {
+        serde_json::to_value(self).ok().and_then(|name| Some(name.as_str()?.to_owned())).unwrap_or_default()
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, ToSchema)]
@@ -373,6 +387,13 @@ fn state_of(machine: &Machine, sources: &[Option<&SourceDisk>], is_agent_connect
         Wanted::Unprotected { .. } => return State::Unprotecting,
         Wanted::Paused => return State::Paused,
         Wanted::Protected => {}
+    }
+    if let Some(failover) = &machine.failover {
+        return match failover.phase {
+            Phase::Draining | Phase::Starting | Phase::ChangingPoint | Phase::Cancelling => State::FailingOver,
+            Phase::FailedOver => State::FailedOver,
+            Phase::Committed => State::Committed,
+        };
     }
     if sources.iter().any(Option::is_none) {
         return if is_agent_connected { State::Enabling } else { State::Unknown };

@@ -16,7 +16,7 @@ use tidemark_base::stop::Stop;
 use tidemark_base::storage::{RealStorage, Storage, read_file, replace_file};
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::thread::JoinHandle;
-use tidemark_base::{Clock, DiskId, MachineId, ServerId, SystemClock};
+use tidemark_base::{Clock, DiskId, Generation, MachineId, ServerId, SystemClock};
 use tidemark_proto::control::{
     AgentReport, AttachedDisk, Consistency as Requested, Endpoint, Failure, MachineSpec, MarkRequest, ProbedDisk,
     Problem, SourceDisk, SourceMode, SourceState, wire,
@@ -233,6 +233,7 @@ impl Host {
         }
         let mut machines = self.shared.machines();
         self.shared.check(&machines, &spec)?;
+        let is_known = machines.contains_key(&spec.machine);
         // "Any port" is the one that it was before.
         if let (Some(wanted), Some(before)) =
             (spec.listen, machines.get(&spec.machine).and_then(|entry| entry.spec().listen))
@@ -243,17 +244,30 @@ impl Host {
         }
         if let Some(Entry::Running(machine)) = machines.get(&spec.machine) {
             let before = machine.spec();
-            if before.server == spec.server {
+            if before.server == spec.server && generations(&before) == generations(&spec) {
                 spec.listen = self.shared.provider.listen(spec.machine, spec.listen)?;
                 self.shared.store(&spec)?;
+                let (machine, fenced) = (machine.clone(), spec.fenced);
                 machine.adjust(spec);
+                machine.set_fenced(fenced)?;
                 return Ok(machine.attachments());
             }
-            // Another process server: attached anew, for a consumer that holds nothing.
+            // Another process server: attached anew, for a consumer that holds nothing. Another generation: the same history,
+            // sealed with another key. Stored first: what does not start now is tried again.
+            self.shared.store(&spec)?;
             machine.stop();
             machines.remove(&spec.machine);
         }
-        let machine = self.shared.start(spec.clone())?;
+        let machine = match self.shared.start(spec.clone()) {
+            Ok(machine) => machine,
+            Err(error) => {
+                if is_known {
+                    let failed = FailedMachine { failure: Failure::from(&error), spec: spec.clone() };
+                    machines.insert(spec.machine, Entry::Failed(Box::new(failed)));
+                }
+                return Err(error);
+            }
+        };
         let stored = self.shared.provider.listen(spec.machine, spec.listen).and_then(|listen| {
             spec.listen = listen;
             machine.adjust(spec.clone());
@@ -500,14 +514,13 @@ impl Shared {
             if *machine == spec.machine {
                 let same = |left: &MachineSpec, right: &MachineSpec| {
                     let key = |spec: &MachineSpec| -> Vec<_> {
-                        spec.disks
-                            .iter()
-                            .map(|disk| (disk.disk, canonical(&disk.path), disk.export.clone(), disk.generation))
-                            .collect()
+                        spec.disks.iter().map(|disk| (disk.disk, canonical(&disk.path), disk.export.clone())).collect()
                     };
                     key(left) == key(right)
                 };
-                if !same(&other, spec) {
+                // A generation only grows: an older one is from before a failover.
+                let is_older = generations(spec).iter().zip(generations(&other)).any(|(asked, known)| *asked < known);
+                if is_older || !same(&other, spec) {
                     return Err(HostError::OtherDisks { machine: spec.name.clone() });
                 }
                 continue;
@@ -565,6 +578,10 @@ impl Shared {
         }
         Ok(specs)
     }
+}
+
+fn generations(spec: &MachineSpec) -> Vec<Generation> {
+    spec.disks.iter().map(|disk| disk.generation).collect()
 }
 
 fn failed_disk(disk: DiskId, failure: &Failure) -> SourceDisk {

@@ -108,7 +108,8 @@ impl Machine {
         for (disk, named) in attached.iter().zip(&spec.disks) {
             let barrier: Weak<dyn Barrier> = Arc::downgrade(&(marker.clone() as Arc<dyn Barrier>));
             let _ = disk.barrier.set(barrier);
-            let result = provider.attach(&named.export, disk).and_then(|address| {
+            let fenced = provider.fence(&named.export, spec.fenced);
+            let result = fenced.and_then(|()| provider.attach(&named.export, disk)).and_then(|address| {
                 let sender = Sender::start(disk.clone(), sender(&spec))?;
                 if spec.paused {
                     sender.pause();
@@ -310,6 +311,13 @@ impl Machine {
                 if is_paused { sender.pause() } else { sender.resume() }
             }
         }
+    }
+
+    /// Keeps the workload from its disks, or lets it back. After this nothing more is written.
+    pub(crate) fn set_fenced(&self, fenced: bool) -> Result<(), HostError> {
+        let fence = |disk: &MachineDisk| self.provider.fence(&disk.export, fenced);
+        let outcome = self.disks.iter().map(fence).fold(Ok(()), std::io::Result::and);
+        outcome.map_err(|source| HostError::Io { what: "keep the workload from its disks", source })
     }
 
     pub fn resync(&self) -> std::io::Result<()> {

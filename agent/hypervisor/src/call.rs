@@ -1,12 +1,15 @@
 //! What the control plane asks of whoever runs machines at a recovery site, as it goes over the control stream: JSON, checked
 //! by these types on both ends.
 
+use std::path::PathBuf;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
 use uuid::Uuid;
 
 use crate::drill::{Report, Sign};
+use crate::hypervisor::Power;
 use crate::machine::Hardware;
 
 /// Longer ones are not ours.
@@ -40,6 +43,38 @@ pub enum Call {
     EndDrill {
         drill: Uuid,
     },
+    /// What a failover to a point loses of what is here. Changes nothing.
+    Loss {
+        machine: MachineId,
+        point: String,
+    },
+    /// Runs a machine from a point, for good. The same again changes nothing.
+    FailOver(Box<FailOverCall>),
+    /// How a failover does.
+    Failover {
+        failover: Uuid,
+    },
+    /// The same from another point; what was written since is gone.
+    ChangePoint(Box<FailOverCall>),
+    Commit {
+        failover: Uuid,
+    },
+    /// Undoes a failover; what was written since is gone. Repeating it changes nothing.
+    EndFailover {
+        failover: Uuid,
+    },
+    /// Writes plain disks in the background and moves the machine onto them.
+    Promote {
+        failover: Uuid,
+        bytes_per_second: Option<u64>,
+    },
+    StopPromote {
+        failover: Uuid,
+    },
+    /// The machine keeps its plain disks for good, and its replica is not its affair any more.
+    LetGo {
+        failover: Uuid,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +92,72 @@ pub struct DrillCall {
     pub description: Description,
     /// Leaves the machine running for people when it lives.
     pub keep: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailOverCall {
+    /// Made by the control plane; the machine's id at the hypervisor.
+    pub failover: Uuid,
+    pub machine: MachineId,
+    /// Of the machine at the hypervisor.
+    pub name: String,
+    /// As people name points.
+    pub point: String,
+    /// In their order.
+    pub disks: Vec<DiskId>,
+    /// None: the disks are made ready, and a person attaches them.
+    pub run: Option<Description>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lost {
+    pub point: MarkId,
+    pub time: Timestamp,
+    /// Of the newest change that is here.
+    pub newest: Timestamp,
+    /// What is here and was written after the point, at most.
+    pub bytes: u64,
+}
+
+/// How a machine that failed over does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailedOver {
+    pub point: MarkId,
+    pub time: Timestamp,
+    pub disks: Vec<FailedOverDisk>,
+    /// What runs it.
+    pub hypervisor: String,
+    pub power: Power,
+    /// From the call to the guest's first instruction, when this call started it.
+    pub first_instruction_seconds: Option<f64>,
+    pub committed: bool,
+    pub promotion: Promotion,
+    /// Of all disks, in the plain ones.
+    pub done_bytes: u64,
+    pub total_bytes: u64,
+    pub problem: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedOverDisk {
+    pub id: DiskId,
+    /// Where it can be opened until the machine has its plain disks.
+    pub nbd: Option<String>,
+    /// The plain disk, whole once the promotion says so.
+    pub plain: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Promotion {
+    /// Nobody wants it, or it was stopped.
+    No,
+    Running,
+    /// The plain disks have everything; the machine is not on them yet.
+    Filled,
+    /// The machine has its plain disks.
+    Plain,
 }
 
 /// How a drill went.
@@ -101,6 +202,15 @@ mod tests {
                 ..Description::default()
             },
             keep: true,
+        }));
+        assert_eq!(decode::<Call>(&encode(&call)).unwrap(), call);
+        let call = Call::FailOver(Box::new(FailOverCall {
+            failover: Uuid::new_v4(),
+            machine: MachineId::random(),
+            name: "web".into(),
+            point: "latest".into(),
+            disks: vec![DiskId::random()],
+            run: None,
         }));
         assert_eq!(decode::<Call>(&encode(&call)).unwrap(), call);
         assert_eq!(decode::<Call>("\"check\"").unwrap(), Call::Check);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
@@ -54,6 +54,11 @@ pub trait Hypervisor: Send + Sync {
     /// must be there and as large. A failure leaves the machine where it was.
     async fn move_disk(&self, id: Uuid, disk: usize, to: &Place, limit: Duration) -> Result<()>;
 
+    /// The same, to a place that shows the disk's content already and whatever is written to it, so that nothing is copied.
+    async fn switch_disk(&self, id: Uuid, disk: usize, to: &Place, limit: Duration) -> Result<()> {
+        self.move_disk(id, disk, to, limit).await
+    }
+
     /// What happens to a machine from now on.
     async fn events(&self, id: Uuid) -> Result<broadcast::Receiver<Event>>;
 
@@ -89,7 +94,7 @@ pub struct Listed {
     pub ours: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Power {
     On,

@@ -8,6 +8,7 @@
 pub mod accept;
 mod encrypted;
 pub mod export;
+pub mod failed_over;
 pub mod fold;
 pub mod journal;
 pub mod offline;
@@ -20,4 +21,5 @@ mod settings;
 mod table;
 pub mod view;
 
+pub use server::failover::{FailoverDisk, FailoverState, Loss};
 pub use server::{Directory, ProcessServer, ProcessServerConfig};

@@ -113,6 +113,10 @@ pub enum Verb {
         #[command(subcommand)]
         verb: FailoverVerb,
     },
+    /// Accepts the point that a machine failed over to.
+    Commit(MachineArgs),
+    /// Completes a migration: a committed machine stays where it is, and is not protected any more.
+    Migrate(MachineArgs),
     /// Recovery points.
     Point {
         #[command(subcommand)]
@@ -520,6 +524,55 @@ pub enum FailoverVerb {
     },
     /// Ends a machine's test failovers; what they wrote is gone.
     Cleanup(MachineArgs),
+    /// Keeps the workload from its disks, sends the last changes, and runs the machine where its replica is. Nothing is lost.
+    /// Shut the workload down first: what it holds in memory is not on its disks.
+    Planned(StartArgs),
+    /// Runs a machine from a point, where its replica is; its source is refused from then on.
+    Unplanned {
+        /// An id, `latest`, `latest-app`, or a time.
+        #[arg(long, default_value = "latest")]
+        point: String,
+        #[command(flatten)]
+        start: StartArgs,
+    },
+    /// How a machine that failed over does.
+    Show { name: String },
+    /// Runs it from another point; what it wrote since the failover is gone.
+    ChangePoint {
+        name: String,
+        /// An id, `latest`, `latest-app`, or a time.
+        #[arg(long)]
+        point: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Ends the machine there and lets its source go on; what it wrote since the failover is gone.
+    Cancel(MachineArgs),
+    /// Gives the machine plain disks while it runs.
+    Promote {
+        name: String,
+        /// The most that is written in a second, such as 50M.
+        #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+        throttle: Option<u64>,
+        /// Stop it; what was written stays.
+        #[arg(long, conflicts_with = "throttle")]
+        stop: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+}
+
+#[derive(Args)]
+pub struct StartArgs {
+    pub name: String,
+    /// Make the disks ready only: you attach them to a machine and start it.
+    #[arg(long)]
+    pub disks_only: bool,
+    /// Say what would be lost and what is in the way, and do nothing.
+    #[arg(long)]
+    pub check: bool,
+    #[command(flatten)]
+    pub wait: WaitArgs,
 }
 
 #[derive(Args)]

@@ -3,7 +3,7 @@
 use hyper::Method;
 use serde_json::{Value, json};
 
-use super::args::{FailoverVerb, MachineSetArgs, MachineVerb};
+use super::args::{FailoverVerb, MachineArgs, MachineSetArgs, MachineVerb, StartArgs, WaitArgs};
 use super::output::{Output, text};
 use super::{CliError, job};
 use crate::client::{Client, escape};
@@ -140,7 +140,138 @@ pub async fn run(client: &Client, verb: FailoverVerb, output: &Output) -> Result
             }
             Ok(output.line(&format!("{} test failovers were ended", text(&result, "/ended")))?)
         }
+        FailoverVerb::Planned(args) => start(client, "planned", args, None, output).await,
+        FailoverVerb::Unplanned { point, start: args } => start(client, "unplanned", args, Some(point), output).await,
+        FailoverVerb::Show { name } => {
+            shown(&client.get(&format!("/machines/{}/failover", escape(&name))).await?, output)
+        }
+        FailoverVerb::ChangePoint { name, point, wait } => {
+            let request = json!({ "point": point });
+            let Some(result) = finish(client, &name, "failover/change-point", &request, &wait, output).await? else {
+                return Ok(());
+            };
+            output.line(&format!("it runs from the point of {}", text(&result, "/time")))?;
+            disks(&result, output)
+        }
+        FailoverVerb::Cancel(args) => {
+            let Some(result) = finish(client, &args.name, "failover/cancel", &json!({}), &args.wait, output).await?
+            else {
+                return Ok(());
+            };
+            match result["waiting"].as_str() {
+                None => Ok(output.line("the source goes on")?),
+                Some(waiting) => Ok(output.line(&format!("the failover is gone; {waiting}"))?),
+            }
+        }
+        FailoverVerb::Promote { name, throttle, stop, wait } => {
+            let request = json!({ "bytes_per_second": throttle, "stop": stop });
+            let Some(result) = finish(client, &name, "failover/promote", &request, &wait, output).await? else {
+                return Ok(());
+            };
+            match result["promotion"].as_str() {
+                Some("plain") => output.line("it runs on plain disks:")?,
+                Some("filled") => output.line("the plain disks have everything; move to them with the machine off:")?,
+                _ => output.line("no plain disks are being written; what was written stays")?,
+            }
+            disks(&result, output)
+        }
     }
+}
+
+pub async fn commit(client: &Client, args: MachineArgs, output: &Output) -> Result<(), CliError> {
+    let Some(result) = finish(client, &args.name, "failover/commit", &json!({}), &args.wait, output).await? else {
+        return Ok(());
+    };
+    output.line(&format!("the point of {} is accepted", text(&result, "/time")))?;
+    if result["promotion"] != "plain" {
+        output.line(&format!("it still runs from its replica: tidemark failover promote {}", args.name))?;
+    }
+    Ok(())
+}
+
+pub async fn migrate(client: &Client, args: MachineArgs, output: &Output) -> Result<(), CliError> {
+    let Some(result) = finish(client, &args.name, "migrate", &json!({}), &args.wait, output).await? else {
+        return Ok(());
+    };
+    output.line("the machine is migrated; it is not protected any more")?;
+    disks(&result, output)
+}
+
+/// Starts a job and waits for it; `None`: everything was said.
+async fn finish(
+    client: &Client,
+    name: &str,
+    what: &str,
+    request: &Value,
+    wait: &WaitArgs,
+    output: &Output,
+) -> Result<Option<Value>, CliError> {
+    let started = client.post(&format!("/machines/{}/{what}", escape(name)), request).await?;
+    let Some(result) = job::finish(client, started, wait, output).await? else { return Ok(None) };
+    if output.is_json() {
+        output.json(&result)?;
+        return Ok(None);
+    }
+    Ok(Some(result))
+}
+
+async fn start(
+    client: &Client,
+    how: &str,
+    args: StartArgs,
+    point: Option<String>,
+    output: &Output,
+) -> Result<(), CliError> {
+    let request = json!({ "point": point, "disks_only": args.disks_only, "check_only": args.check });
+    let Some(result) = finish(client, &args.name, &format!("failover/{how}"), &request, &args.wait, output).await?
+    else {
+        return Ok(());
+    };
+    output.line(&format!("{}, the point of {}", text(&result, "/direction"), text(&result, "/time")))?;
+    let lost =
+        format!("{} s and at most {} bytes are lost", seconds(&result["lost_seconds"]), text(&result, "/lost_bytes"));
+    output.line(&match result["source_last_seen"].as_str() {
+        None => lost,
+        Some(at) => format!("{lost}, and what the source wrote since it was last seen {at}"),
+    })?;
+    if args.check {
+        return Ok(());
+    }
+    if result["rto_seconds"].is_number() {
+        output.line(&format!("first instruction after {} s", seconds(&result["rto_seconds"])))?;
+    }
+    disks(&result, output)?;
+    output.line(&format!(
+        "until `tidemark commit {0}` it can be changed and cancelled: tidemark failover --help",
+        args.name
+    ))?;
+    Ok(())
+}
+
+fn disks(result: &Value, output: &Output) -> Result<(), CliError> {
+    for disk in result["disks"].as_array().into_iter().flatten() {
+        let place = disk["nbd"].as_str().or(disk["plain"].as_str()).unwrap_or_default();
+        output.line(&format!("  disk {}: {place}", text(disk, "/id")))?;
+    }
+    Ok(())
+}
+
+fn shown(shown: &Value, output: &Output) -> Result<(), CliError> {
+    if output.is_json() {
+        return Ok(output.json(shown)?);
+    }
+    output.line(&format!("failover    {}, {}", text(shown, "/failover/kind"), text(shown, "/failover/phase")))?;
+    output.line(&format!("point       {} of {}", text(shown, "/failover/point"), text(shown, "/failover/time")))?;
+    if let Some(error) = shown["unknown"]["error"].as_str() {
+        return Ok(output.line(&format!("how it does is not known: {error}; {}", text(shown, "/unknown/help")))?);
+    }
+    output.line(&format!("runs on     {}, {}", text(shown, "/running/hypervisor"), text(shown, "/running/power")))?;
+    let (done, total) = (text(shown, "/running/done_bytes"), text(shown, "/running/total_bytes"));
+    output.line(&format!("plain disks {}, {done} of {total} bytes", text(shown, "/running/promotion")))?;
+    if let Some(problem) = shown["running"]["problem"].as_str() {
+        output.line(&format!("problem     {problem}"))?;
+    }
+    disks(&shown["running"], output)
 }
 
 fn seconds(value: &Value) -> String {

@@ -95,6 +95,8 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Status(args) => client(status::run(&target.client()?, args, output)),
         Verb::Machine { verb } => client(failover::machine(&target.client()?, verb, output)),
         Verb::Failover { verb } => client(failover::run(&target.client()?, verb, output)),
+        Verb::Commit(args) => client(failover::commit(&target.client()?, args, output)),
+        Verb::Migrate(args) => client(failover::migrate(&target.client()?, args, output)),
         Verb::Point { verb } => client(point::run(&target.client()?, verb, output)),
         Verb::Policy { verb } => client(policy::run(&target.client()?, verb, output)),
         Verb::Group { verb } => client(group::run(&target.client()?, verb, output)),

@@ -1,9 +1,11 @@
-//! Machines that run beside their replica: drills, from points that this process server serves.
+//! Machines that run beside their replica, from points that this process server serves: drills here, failovers in [`failover`].
 //!
 //! *Consistency.* A drill's disks are a point with a scratch layer, so the replica is never written. Its serve is held as long
 //! as its machine. *Retries.* None. *Cancellation.* A drill whose asker is gone goes to its end: within its limit, or by
 //! `EndDrill`, or when it is too old. *Crash.* A drill's scratch layer ends with the process server, so a drill that an earlier
 //! process left is ended when the machines are opened again.
+
+mod failover;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -18,6 +20,7 @@ use tidemark_hypervisor::{Hypervisor, HypervisorError, Machine, Place};
 use tidemark_process_server::ProcessServer;
 use tidemark_proto::control::{Failure, FailureKind, Reply, Selector, ServeId, Serving};
 use tokio::sync::OnceCell;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 /// Drills at once: each is a machine with its memory.
@@ -30,6 +33,9 @@ pub struct Machines {
     folder: PathBuf,
     qemu: OnceCell<Arc<Qemu>>,
     drills: Mutex<HashMap<Uuid, Running>>,
+    stopped: CancellationToken,
+    /// Changes of failovers, one after another: a machine is not started while it is being ended.
+    changing: tokio::sync::Mutex<()>,
 }
 
 struct Running {
@@ -41,7 +47,14 @@ struct Running {
 impl Machines {
     /// Ends, in the background, what an earlier process left.
     pub fn open(server: ProcessServer, folder: PathBuf) -> Arc<Self> {
-        let machines = Arc::new(Self { server, folder, qemu: OnceCell::new(), drills: Mutex::default() });
+        let machines = Arc::new(Self {
+            server,
+            folder,
+            qemu: OnceCell::new(),
+            drills: Mutex::default(),
+            stopped: CancellationToken::new(),
+            changing: tokio::sync::Mutex::default(),
+        });
         if machines.folder.exists() {
             let machines = machines.clone();
             tokio::spawn(async move {
@@ -50,6 +63,7 @@ impl Machines {
                 }
             });
         }
+        tokio::spawn(machines.clone().look_after());
         machines
     }
 
@@ -95,8 +109,44 @@ impl Machines {
                 self.end(drill).await?;
                 "{}".to_owned()
             }
+            Call::Loss { machine, point } => self.loss(machine, &point).await?,
+            Call::Failover { failover } => self.failover_shown(failover).await?,
+            change => {
+                let (began, machines) = (Instant::now(), self.clone());
+                // A task of its own: a command whose stream ends leaves no half of a failover.
+                let changing = tokio::spawn(async move { machines.change(change, began).await });
+                let changed = changing.await.map_err(|error| {
+                    Failure::new(FailureKind::Failed, format!("the failover stopped abruptly: {error}"), "see the log")
+                })?;
+                return changed.map(Reply::Hypervisor);
+            }
         };
         Ok(Reply::Hypervisor(answer))
+    }
+
+    async fn change(&self, call: Call, began: Instant) -> Result<String, Failure> {
+        let _one = self.changing.lock().await;
+        match call {
+            Call::FailOver(call) => self.fail_over(*call, began).await,
+            Call::ChangePoint(call) => self.change_point(*call, began).await,
+            Call::EndFailover { failover } => self.end_failover(failover).await.map(|()| "{}".to_owned()),
+            Call::Commit { failover } => {
+                self.server.commit_failover(failover).await?;
+                self.failover_shown(failover).await
+            }
+            Call::Promote { failover, bytes_per_second } => {
+                self.server.promote(failover, bytes_per_second).await?;
+                self.failover_shown(failover).await
+            }
+            Call::StopPromote { failover } => {
+                self.server.stop_promote(failover).await?;
+                self.failover_shown(failover).await
+            }
+            Call::LetGo { failover } => self.let_go(failover).await.map(|()| "{}".to_owned()),
+            Call::Check | Call::Drill(_) | Call::EndDrill { .. } | Call::Loss { .. } | Call::Failover { .. } => {
+                Err(Failure::new(FailureKind::BadRequest, "that changes no failover", "ask for it alone"))
+            }
+        }
     }
 
     async fn drill(&self, call: DrillCall, began: Instant) -> Result<Drilled, Failure> {
@@ -123,6 +173,7 @@ impl Machines {
     }
 
     async fn boot(&self, call: &DrillCall, selector: Selector, began: Instant) -> Result<Drilled, Failure> {
+        self.check_kernel(call.description.hardware.kernel.as_ref())?;
         let qemu = self.hypervisor().await?;
         let serving = self.server.serve_machine(call.machine, selector).await?;
         let is_known = {
@@ -187,8 +238,9 @@ impl Machines {
         }
     }
 
-    /// Ends all drills: their disks end with this process.
+    /// Ends all drills: their disks end with this process. Machines that failed over go on.
     pub async fn stop(&self) {
+        self.stopped.cancel();
         let all: Vec<Uuid> = self.drills.lock().expect("no panic while held").keys().copied().collect();
         for drill in all {
             if let Err(failure) = self.end(drill).await {

@@ -322,6 +322,7 @@ impl From<&MachineSpec> for wire::MachineSpec {
             server: Some(wire::Endpoint { server: from.server.server.to_vec(), address: from.server.address.clone() }),
             paused: from.paused,
             listen: address_text(from.listen),
+            fenced: from.fenced,
         }
     }
 }
@@ -342,6 +343,7 @@ impl TryFrom<wire::MachineSpec> for MachineSpec {
             },
             paused: from.paused,
             listen: optional_address(&from.listen)?,
+            fenced: from.fenced,
         })
     }
 }
@@ -1100,6 +1102,7 @@ mod tests {
             server: Endpoint { server: ServerId::random(), address: "127.0.0.1:1".into() },
             paused: true,
             listen: Some("127.0.0.1:10809".parse().unwrap()),
+            fenced: true,
         }
     }
 

@@ -107,6 +107,8 @@ pub struct MachineSpec {
     pub paused: bool,
     /// Where its disks are served over TLS as well. Port 0: any, which stays the same from then on.
     pub listen: Option<SocketAddr>,
+    /// Nobody opens its disks: it runs elsewhere, or is about to.
+    pub fenced: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -177,6 +177,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         server: Endpoint { server: ServerId::from_bytes(random.bytes16()), address: "sim:1".to_owned() },
         paused: false,
         listen: None,
+        fenced: false,
     };
     let span = disks.iter().map(|(_, bytes)| bytes / 512).min().unwrap_or(1);
     let workload = Workload {

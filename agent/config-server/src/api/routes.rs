@@ -28,6 +28,7 @@ use super::{Access, Answer, ApiError, accepted, events, ok, versioned};
 use crate::backup::{self, BackupInfo};
 use crate::core::Core;
 use crate::deliver::ShownChannel;
+use crate::failover::state::Kind;
 use crate::groups::{CreateGroup, ShownGroup};
 use crate::hub::{PeerId, kind};
 use crate::identity::{IdentityInfo, PassphraseInfo, PassphraseRequest, RegisterRequest};
@@ -91,9 +92,24 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.get("/machines/{name}/description", show_description, one.answers_plain("application/json"));
     let one = Operation::new(Operator, "Says how a machine is run where its replica is").takes::<DescriptionSchema>();
     api.put("/machines/{name}/description", set_description, one.answers_plain("application/json"));
-    let one = job("Boots a point in isolation").takes::<failover::TestRequest>();
+    let one = job("Boots a point in isolation").takes::<failover::drill::TestRequest>();
     api.post("/machines/{name}/failover/test", failover_test, one);
     api.post("/machines/{name}/failover/cleanup", failover_cleanup, job("Ends the test failovers of a machine"));
+    let one = Operation::new(Reader, "How a machine that failed over does").answers_plain("application/json");
+    api.get("/machines/{name}/failover", failover_show, one);
+    let start = |summary| job(summary).takes::<failover::start::StartRequest>();
+    let one = start("Stops the source, sends its last changes, and runs it where its replica is");
+    api.post("/machines/{name}/failover/planned", failover_planned, one);
+    let one = start("Runs a machine from a point, where its replica is");
+    api.post("/machines/{name}/failover/unplanned", failover_unplanned, one);
+    let one = job("Runs it from another point").takes::<failover::after::ChangePointRequest>();
+    api.post("/machines/{name}/failover/change-point", failover_change_point, one);
+    api.post("/machines/{name}/failover/cancel", failover_cancel, job("Lets the source go on"));
+    api.post("/machines/{name}/failover/commit", failover_commit, job("Accepts the point that it failed over to"));
+    let one = job("Gives it plain disks while it runs").takes::<failover::after::PromoteRequest>();
+    api.post("/machines/{name}/failover/promote", failover_promote, one);
+    let one = job("Completes a migration: it stays there, and is not protected any more");
+    api.post("/machines/{name}/migrate", migrate, one);
 
     let list = Operation::new(Reader, "All policies").answers_list::<NamedPolicySchema>();
     api.get("/policies", list_policies, list);
@@ -382,11 +398,43 @@ async fn set_description(State(core): App, Path(name): Path<String>, body: Bytes
 }
 
 async fn failover_test(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
-    accepted(failover::test(&core, &name, parse(&body)?)?)
+    accepted(failover::drill::test(&core, &name, parse(&body)?)?)
 }
 
 async fn failover_cleanup(State(core): App, Path(name): Path<String>) -> Answer {
-    accepted(failover::cleanup(&core, &name)?)
+    accepted(failover::drill::cleanup(&core, &name)?)
+}
+
+async fn failover_show(State(core): App, Path(name): Path<String>) -> Answer {
+    ok(failover::after::show(&core, &name).await?)
+}
+
+async fn failover_planned(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(failover::start::start(&core, &name, Kind::Planned, parse(&body)?)?)
+}
+
+async fn failover_unplanned(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(failover::start::start(&core, &name, Kind::Unplanned, parse(&body)?)?)
+}
+
+async fn failover_change_point(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(failover::after::change_point(&core, &name, parse(&body)?)?)
+}
+
+async fn failover_cancel(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(failover::after::cancel(&core, &name)?)
+}
+
+async fn failover_commit(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(failover::after::commit(&core, &name)?)
+}
+
+async fn failover_promote(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(failover::after::promote(&core, &name, parse(&body)?)?)
+}
+
+async fn migrate(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(failover::after::migrate(&core, &name)?)
 }
 
 // ---- policies

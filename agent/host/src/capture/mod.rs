@@ -56,6 +56,12 @@ pub trait CaptureProvider: Send + Sync {
         Ok(())
     }
 
+    /// Keeps the workload from a disk, or lets it back; from before the disk is attached, where it is asked for before. After
+    /// this nothing more is written through the provider. One that does not stand in the workload's way cannot.
+    fn fence(&self, _name: &str, fenced: bool) -> io::Result<()> {
+        if fenced { Err(io::ErrorKind::Unsupported.into()) } else { Ok(()) }
+    }
+
     /// Ends it, after the requests that were received; nothing is written through this provider afterwards.
     fn detach(&self, name: &str) -> io::Result<()>;
 

@@ -6,7 +6,7 @@
 //! tries again to listen. *Cancellation.* Detaching ends connections after the requests that were received. *Crash.* The
 //! authority and the client's files stay in the state folder, so that an address works on after a restart.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -40,6 +40,8 @@ struct State {
     attached: BTreeMap<String, (MachineId, Arc<Splitter>)>,
     /// Each machine's own listener.
     remote: BTreeMap<MachineId, Arc<Remote>>,
+    /// Exports that nobody may open.
+    fenced: BTreeSet<String>,
 }
 
 impl NbdSplitter {
@@ -80,9 +82,11 @@ impl CaptureProvider for NbdSplitter {
         let splitter = Arc::new(Splitter::new(disk.clone())?);
         let machine = disk.identity.machine;
         let mut state = self.state();
-        self.exports.insert(name, splitter.clone());
-        if let Some(remote) = state.remote.get(&machine) {
-            remote.exports.insert(name, splitter.clone());
+        if !state.fenced.contains(name) {
+            self.exports.insert(name, splitter.clone());
+            if let Some(remote) = state.remote.get(&machine) {
+                remote.exports.insert(name, splitter.clone());
+            }
         }
         state.attached.insert(name.to_owned(), (machine, splitter));
         Ok(Address { nbd: Some(address::unix_uri(name, &self.socket)), file: None })
@@ -114,7 +118,8 @@ impl CaptureProvider for NbdSplitter {
         let config = authority.server(address::certificate_names(address.ip()))?;
         let remote = Remote::listen(address, config, authority.client_folder())?;
         let mut state = self.state();
-        for (name, (_, splitter)) in state.attached.iter().filter(|(_, (of, _))| *of == machine) {
+        let is_served = |name: &str, of: MachineId| of == machine && !state.fenced.contains(name);
+        for (name, (_, splitter)) in state.attached.iter().filter(|(name, (of, _))| is_served(name, *of)) {
             remote.exports.insert(name.as_str(), splitter.clone());
         }
         let address = remote.address;
@@ -122,11 +127,43 @@ impl CaptureProvider for NbdSplitter {
         Ok(Some(address))
     }
 
+    fn fence(&self, name: &str, fenced: bool) -> io::Result<()> {
+        let remote = {
+            let mut state = self.state();
+            if fenced {
+                state.fenced.insert(name.to_owned());
+            } else {
+                state.fenced.remove(name);
+            }
+            let attached = state.attached.get(name).cloned();
+            let remote = attached.as_ref().and_then(|(machine, _)| state.remote.get(machine).cloned());
+            if let (false, Some((_, splitter))) = (fenced, attached) {
+                self.exports.insert(name, splitter.clone());
+                if let Some(remote) = &remote {
+                    remote.exports.insert(name, splitter);
+                }
+            }
+            remote
+        };
+        if !fenced {
+            return Ok(());
+        }
+        // Not under the lock: a client may take its time.
+        self.exports.remove(name);
+        let here = self.server.close_export(name);
+        let there = remote.map_or(Ok(()), |remote| {
+            remote.exports.remove(name);
+            remote.server.close_export(name)
+        });
+        here.and(there).map_err(io::Error::other)
+    }
+
     fn detach(&self, name: &str) -> io::Result<()> {
         // Not under the lock: a client may take its time.
         let remote = {
             let mut state = self.state();
             let attached = state.attached.remove(name);
+            state.fenced.remove(name);
             let machine = attached.map(|(machine, _)| machine);
             let is_last = machine.is_some_and(|machine| !state.attached.values().any(|(of, _)| *of == machine));
             machine.and_then(|machine| match is_last {

@@ -74,6 +74,7 @@ fn spec(folder: &Path, name: &str, disks: usize) -> MachineSpec {
         server: Endpoint { server: ServerId::random(), address: "nowhere.example:1".into() },
         paused: false,
         listen: None,
+        fenced: false,
     }
 }
 
@@ -283,6 +284,40 @@ fn a_guest_writes_through_the_socket() {
     let mut image = vec![0; 8 << 20];
     super::replay(&disk, &super::records_after(&disk, &start), &mut image);
     assert!(image == std::fs::read(&spec.disks[0].path).unwrap());
+    host.stop();
+}
+
+#[test]
+fn a_fenced_machine_is_opened_by_nobody_and_goes_on_in_a_new_generation() {
+    use tidemark_nbd::client::Client;
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path(), "web", 1);
+    let open = || Client::connect_unix(&folder.path().join("run/nbd.sock"), "web-0");
+    let logged = |host: &Host| host.machine(spec.machine).unwrap().disks().next().unwrap().log.published().logged;
+    let host = Host::start(config(folder.path())).unwrap();
+    host.protect(spec.clone()).unwrap();
+    let mut client = open().unwrap();
+    client.write(0, &[1; 4096]).unwrap();
+    let fenced = MachineSpec { fenced: true, ..spec.clone() };
+    host.protect(fenced.clone()).unwrap();
+    let position = logged(&host);
+    assert!(client.write(4096, &[2; 4096]).is_err(), "who was there is put out");
+    assert!(open().is_err());
+    assert_eq!(logged(&host), position, "nothing is written any more");
+    host.stop();
+    let host = Host::start(config(folder.path())).unwrap();
+    assert!(open().is_err(), "a restart lets nobody in");
+    // In a new generation, as after a failover that was cancelled: the same history goes on.
+    let mut back = spec.clone();
+    back.disks[0].generation = Generation(2);
+    host.protect(MachineSpec { fenced: true, ..back.clone() }).unwrap();
+    assert!(open().is_err());
+    host.protect(back.clone()).unwrap();
+    open().unwrap().write(8192, &[3; 4096]).unwrap();
+    let now = logged(&host);
+    assert!(now.epoch == position.epoch && now.sequence > position.sequence, "{position} and {now}");
+    assert!(matches!(host.protect(spec.clone()), Err(HostError::OtherDisks { .. })), "a generation only grows");
+    open().unwrap();
     host.stop();
 }
 

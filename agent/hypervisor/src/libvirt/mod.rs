@@ -316,7 +316,6 @@ impl Hypervisor for Libvirt {
             "--transient-job",
             "--synchronous-writes",
             "--wait",
-            "--pivot",
             "--timeout",
             &seconds,
         ];
@@ -325,8 +324,21 @@ impl Hypervisor for Libvirt {
         if output.code != 0 {
             return Err(refusal(&arguments, &output));
         }
-        machine.disks[disk] = to.clone();
-        self.define_xml(&machine).await
+        // Both places are the same from here on. The description first: a crash before the pivot starts from the new one.
+        let before = std::mem::replace(&mut machine.disks[disk], to.clone());
+        let defined = self.define_xml(&machine).await;
+        let arguments = match &defined {
+            Ok(()) => ["blockjob", &id_text, &target, "--pivot"],
+            Err(_) => ["blockjob", &id_text, &target, "--abort"],
+        };
+        let output = self.virsh(&arguments, "", LIMIT).await?;
+        defined?;
+        if output.code != 0 {
+            machine.disks[disk] = before;
+            self.define_xml(&machine).await?;
+            return Err(refusal(&arguments, &output));
+        }
+        Ok(())
     }
 
     async fn events(&self, _: Uuid) -> Result<broadcast::Receiver<Event>> {

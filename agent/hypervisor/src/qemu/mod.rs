@@ -21,7 +21,8 @@
 //! both before they are done, 3. when both are the same, `machine.json` names the new place, durably, 4. the mirror ends and
 //! the guest's disk is the new node alone. Crash of ours before 3: the mirror goes on and is cancelled when the machine is
 //! found again; the old place has everything. Between 3 and 4: both have everything; the mirror is ended when the machine is
-//! found again. After 4: the new one has. A new place that fails between 3 and 4 takes the step back: 3 is undone.
+//! found again. After 4: the new one has. A new place that fails between 3 and 4 takes the step back: 3 is undone. Where QEMU does
+//! not say how 4 went, 3 stands: both have everything, and the next connection ends the mirror.
 
 pub mod accelerator;
 pub mod command;
@@ -267,7 +268,9 @@ impl Qemu {
         Err(HypervisorError::TimedOut { what: format!("the end of machine {id}"), limit: QUIT_LIMIT })
     }
 
-    async fn mirror(&self, id: Uuid, qmp: &Qmp, disk: usize, to: &Place, limit: Duration) -> Result<()> {
+    /// `sync`: `full`, or `none` for a place that has the content already.
+    async fn mirror(&self, id: Uuid, sync: &str, disk: usize, to: &Place, limit: Duration) -> Result<()> {
+        let qmp = &*self.qmp(id).await?;
         let mut kept = self.kept(id)?;
         let Some(before) = kept.machine.disks.get(disk).cloned() else {
             let reason = format!("it has {} disks", kept.machine.disks.len());
@@ -281,7 +284,7 @@ impl Qemu {
         qmp.execute("blockdev-add", command::blockdev(&new, to), ANSWER_LIMIT).await?;
         let outcome = async {
             let arguments = json!({
-                "job-id": job, "device": old, "target": new, "sync": "full", "copy-mode": "write-blocking",
+                "job-id": job, "device": old, "target": new, "sync": sync, "copy-mode": "write-blocking",
                 "on-target-error": "report", "on-source-error": "report",
             });
             qmp.execute("blockdev-mirror", arguments, ANSWER_LIMIT).await?;
@@ -309,9 +312,11 @@ impl Qemu {
                     Ok(Ok(Ready::Ended(None))) => return Ok(()),
                     Ok(Ok(Ready::Ended(Some(reason)))) => reason,
                     // It ended, or hangs, with both places the same: the kept one is right.
-                    Ok(Ok(Ready::Same) | Err(())) | Err(_) => return Err(HypervisorError::Off { id }),
+                    Ok(Ok(Ready::Same) | Err(())) | Err(_) => return Err(self.unsettled(id, what)),
                 },
-                Err(error) => error.to_string(),
+                Err(HypervisorError::Refused { reason, .. }) => reason,
+                // Nobody knows whether it was heard.
+                Err(_) => return Err(self.unsettled(id, what)),
             };
             kept.machine.disks[disk] = before;
             kept.moves[disk] = moves;
@@ -328,6 +333,14 @@ impl Qemu {
             }
         }
         outcome
+    }
+}
+
+impl Qemu {
+    /// How a mirror ended is not known: the next connection looks for it, and ends it.
+    fn unsettled(&self, id: Uuid, what: String) -> HypervisorError {
+        self.forget(id);
+        HypervisorError::TimedOut { what, limit: ANSWER_LIMIT }
     }
 }
 
@@ -525,8 +538,11 @@ impl Hypervisor for Qemu {
     }
 
     async fn move_disk(&self, id: Uuid, disk: usize, to: &Place, limit: Duration) -> Result<()> {
-        let qmp = self.qmp(id).await?;
-        self.mirror(id, &qmp, disk, to, limit).await
+        self.mirror(id, "full", disk, to, limit).await
+    }
+
+    async fn switch_disk(&self, id: Uuid, disk: usize, to: &Place, limit: Duration) -> Result<()> {
+        self.mirror(id, "none", disk, to, limit).await
     }
 
     async fn events(&self, id: Uuid) -> Result<broadcast::Receiver<Event>> {

@@ -239,6 +239,31 @@ async fn a_disk_moves_while_the_machine_runs() {
     assert!(third.exists(), "disks stay");
 }
 
+/// As a served point and its plain disk are.
+#[tokio::test]
+async fn a_disk_is_switched_to_a_place_that_shows_the_same() {
+    need_qemu!();
+    let folder = tempfile::tempdir().unwrap();
+    let _ends = Ends(folder.path());
+    let from = folder.path().join("from.img");
+    boot_disk(&from, "tick");
+    let machine = machine("web", &from);
+    let qemu = open(folder.path());
+    qemu.define(&machine).await.unwrap();
+    qemu.start(machine.id).await.unwrap();
+    says(&qemu, machine.id, 0, "tick").await;
+    let place = Place::Raw { path: folder.path().join("copy.img") };
+    std::fs::copy(&from, folder.path().join("copy.img")).unwrap();
+    let file = std::fs::File::options().write(true).open(folder.path().join("copy.img")).unwrap();
+    file.write_all_at(b"tock\n\0", 512).unwrap();
+    // Nothing is copied: what the new place shows is what the guest reads from then on.
+    qemu.switch_disk(machine.id, 0, &place, SOON).await.unwrap();
+    let now = qemu.console(machine.id, 0).await.unwrap().end();
+    says(&qemu, machine.id, now, "tock").await;
+    assert_eq!(qemu.places(machine.id).await.unwrap(), [place]);
+    qemu.delete(machine.id).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_move_that_was_interrupted_is_settled() {
     need_qemu!();

@@ -673,6 +673,78 @@ fn a_scratch_layer_takes_writes_and_leaves_the_point_alone() {
 }
 
 #[test]
+fn a_lasting_layer_keeps_what_was_acknowledged_over_a_kill_and_what_was_flushed_over_a_power_cut() {
+    use crate::view::scratch::{PLAIN, ScratchDisk};
+    use tidemark_base::Extent;
+    use tidemark_base::disk::Durability;
+    let storage = SimStorage::default();
+    let run = scenario(&storage);
+    let set = open(&storage);
+    let replica = set.get(run.host.info.disk).unwrap();
+    let cut = run.host.cut;
+    let view = || Arc::new(replica.view(cut).unwrap());
+    let folder = SimStorage::default();
+    let mut expected = run.host.contents[&cut].clone();
+    let read = |disk: &ScratchDisk| {
+        let mut content = vec![0; DISK_BYTES as usize];
+        disk.read_at(0, &mut content).unwrap();
+        content
+    };
+    let mut chance = Chance(9);
+    let mut change = |disk: &ScratchDisk, expected: &mut Vec<u8>| {
+        let at = chance.below(DISK_BYTES - 9000);
+        let length = 1 + chance.below(9000);
+        if chance.below(4) == 0 {
+            disk.zero(Extent::new(at, length), true, Durability::Cached).unwrap();
+        } else {
+            disk.write_at(at, &vec![chance.below(250) as u8 + 1; length as usize], Durability::Cached).unwrap();
+        }
+        disk.read_at(at, &mut expected[at as usize..(at + length) as usize]).unwrap();
+    };
+    let disk = ScratchDisk::open_lasting(view(), &folder, "boot one").unwrap();
+    for _ in 0..20 {
+        change(&disk, &mut expected);
+    }
+    disk.flush().unwrap();
+    let flushed = expected.clone();
+    for _ in 0..20 {
+        change(&disk, &mut expected);
+    }
+    // The process ends, the page cache stays.
+    drop(disk);
+    let disk = ScratchDisk::open_lasting(view(), &folder, "boot one").unwrap();
+    assert!(read(&disk) == expected, "what was acknowledged is there");
+    // The power is cut: each block is as it was at the flush, or as it was written since.
+    for seed in 0..20 {
+        let after = folder.after_crash(seed);
+        let disk = ScratchDisk::open_lasting(view(), &after, "boot two").unwrap();
+        let found = read(&disk);
+        for block in (0..DISK_BYTES as usize).step_by(512).map(|at| at..at + 512) {
+            let is_same = flushed[block.clone()] == expected[block.clone()];
+            assert!(!is_same || found[block.clone()] == flushed[block.clone()], "seed {seed}, block {}", block.start);
+        }
+    }
+    // Taken over to the end, in two goes, while the guest writes: the plain file alone is the disk.
+    let mut at = 0;
+    for step in 0.. {
+        let Some(filled) = disk.fill(at).unwrap() else { break };
+        assert!(filled.next > at);
+        at = filled.next;
+        if step % 2 == 0 {
+            change(&disk, &mut expected);
+        }
+    }
+    disk.flush().unwrap();
+    assert_eq!(disk.taken_bytes(), DISK_BYTES);
+    assert_eq!(disk.missing_data_bytes().unwrap(), 0);
+    drop(disk);
+    let plain = folder.open(PLAIN, tidemark_base::storage::OpenMode::Read).unwrap();
+    let mut content = vec![0; DISK_BYTES as usize];
+    plain.read_at(0, &mut content).unwrap();
+    assert!(content == expected);
+}
+
+#[test]
 fn a_folder_is_inspected_and_verified_without_a_write() {
     let storage = SimStorage::default();
     let run = scenario(&storage);

@@ -193,6 +193,10 @@ impl Serves {
         Ok(serving)
     }
 
+    pub fn get(&self, id: ServeId) -> Option<Serving> {
+        self.active().get(&id).map(|active| active.serving.clone())
+    }
+
     pub fn list(&self) -> Vec<Serving> {
         self.active().values().filter(|active| !active.internal).map(|active| active.serving.clone()).collect()
     }

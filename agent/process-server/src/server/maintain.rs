@@ -15,8 +15,19 @@ use tidemark_proto::control::Problem;
 use tokio::sync::watch;
 
 use super::now;
+use crate::failed_over::FailedOvers;
+use crate::points::Retention;
 use crate::replica::ReplicaSet;
 use crate::settings::Settings;
+
+fn everything() -> Retention {
+    Retention {
+        any_time_window: Duration::MAX,
+        point_age_max: Duration::MAX,
+        points_max: usize::MAX,
+        ..Retention::default()
+    }
+}
 
 /// One thread: thinning and folding are reading and writing in the background, and must not crowd out the streams.
 pub struct Maintainer {
@@ -27,6 +38,7 @@ pub struct Maintainer {
 struct Worker {
     set: Arc<ReplicaSet>,
     settings: Arc<Settings>,
+    failed_over: Arc<FailedOvers>,
     points: Arc<watch::Sender<u64>>,
     stop: Stop,
     /// What went wrong the last time, by disk; shown in the status until it goes well.
@@ -38,10 +50,12 @@ impl Maintainer {
     pub fn start(
         set: Arc<ReplicaSet>,
         settings: Arc<Settings>,
+        failed_over: Arc<FailedOvers>,
         points: Arc<watch::Sender<u64>>,
         interval: Duration,
     ) -> io::Result<Self> {
-        let worker = Arc::new(Worker { set, settings, points, stop: Stop::new(), problems: Mutex::default() });
+        let worker =
+            Arc::new(Worker { set, settings, failed_over, points, stop: Stop::new(), problems: Mutex::default() });
         let thread = tidemark_base::thread::Builder::new().name("maintain".to_owned()).spawn({
             let worker = worker.clone();
             move || {
@@ -78,7 +92,9 @@ impl Worker {
             if self.stop.is_stopped() {
                 return;
             }
-            match self.set.maintain(machine, &settings.retention, now(), &self.stop) {
+            // Until a failover is committed another point may be chosen: all of them stay, and their pin keeps what they need.
+            let retention = if self.failed_over.holds(machine) { everything() } else { settings.retention };
+            match self.set.maintain(machine, &retention, now(), &self.stop) {
                 Ok(maintenance) => {
                     if !maintenance.made.is_empty() {
                         tracing::info!(%machine, points = maintenance.made.len(), "points were stored after all");

@@ -8,6 +8,7 @@
 
 pub(crate) mod backups;
 mod directory;
+pub mod failover;
 mod maintain;
 mod pins;
 mod recover;
@@ -35,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::accept::authorise::{Authorisation, Authorisations, AuthoriseError};
 use crate::accept::{Acceptor, POOL_BYTES, ReplicaStores};
+use crate::failed_over::FailedOvers;
 use crate::journal::Limits;
 use crate::points::{self, PointError};
 use crate::replica::{OpenFailure, ReplicaError, ReplicaInfo, ReplicaSet, SetError};
@@ -74,6 +76,8 @@ pub struct ProcessServerConfig {
     pub scrub_rate_bytes: u64,
     /// What is known of the configuration server, for those who ask.
     pub directory: Arc<dyn Directory>,
+    /// Of this boot: what was not flushed before another one is lost.
+    pub boot: String,
 }
 
 impl ProcessServerConfig {
@@ -91,6 +95,8 @@ impl ProcessServerConfig {
             scrub_interval: SCRUB_INTERVAL,
             scrub_rate_bytes: SCRUB_RATE_BYTES,
             directory: Arc::new(NoDirectory),
+            // Without one nothing counts that was not flushed.
+            boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned(),
         }
     }
 }
@@ -107,6 +113,9 @@ struct Inner {
     settings: Arc<Settings>,
     acceptor: Acceptor,
     serves: Serves,
+    failed_over: Arc<FailedOvers>,
+    storage: Arc<dyn Storage>,
+    boot: String,
     /// Grows whenever points were made.
     points: Arc<watch::Sender<u64>>,
     qemu_img: PathBuf,
@@ -151,7 +160,7 @@ impl ProcessServer {
 
     fn open(config: ProcessServerConfig, address: SocketAddr) -> Result<Self, Failure> {
         raise_file_limit();
-        let storage = RealStorage::create(&config.folder).map_err(|error| store_failed(&error))?;
+        let storage: Arc<dyn Storage> = RealStorage::create(&config.folder).map_err(|error| store_failed(&error))?;
         let lock = lock_folder(&*storage, "another process server", "stop the other one, or choose another folder")?;
         let (set, open_failures) = ReplicaSet::open(storage.clone(), config.limits).map_err(set_failed)?;
         for failure in &open_failures {
@@ -163,18 +172,26 @@ impl ProcessServer {
         let storage_encrypted = crate::encrypted::is_encrypted(&storage.path(""));
         let settings = Arc::new(Settings::open(storage.clone(), settings::FILE).map_err(table_failed)?);
         let serves = Serves::open(storage.clone(), &config.socket)?;
+        let failed_over = Arc::new(FailedOvers::open(storage.clone()).map_err(table_failed)?);
         let points = Arc::new(watch::channel(0).0);
         let stores = ReplicaStores::new(set.clone(), points.clone());
         let acceptor =
             Acceptor::new(authorisations.clone(), stores, config.pool_bytes).map_err(|error| store_failed(&error))?;
-        let maintainer = Maintainer::start(set.clone(), settings.clone(), points.clone(), config.maintenance_interval)
-            .map_err(|error| store_failed(&error))?;
+        let maintainer = Maintainer::start(
+            set.clone(),
+            settings.clone(),
+            failed_over.clone(),
+            points.clone(),
+            config.maintenance_interval,
+        )
+        .map_err(|error| store_failed(&error))?;
         let tables = Tables { authorisations: authorisations.clone(), settings: settings.clone() };
         let backups = Backups::open(storage.clone())?;
-        let scrubber = Scrubber::start(set.clone(), tables, storage, config.scrub_interval, config.scrub_rate_bytes)
-            .map_err(|error| store_failed(&error))?;
+        let scrubber =
+            Scrubber::start(set.clone(), tables, storage.clone(), config.scrub_interval, config.scrub_rate_bytes)
+                .map_err(|error| store_failed(&error))?;
         let tender = Tender::start(set.clone()).map_err(|error| store_failed(&error))?;
-        Ok(Self(Arc::new(Inner {
+        let inner = Arc::new(Inner {
             address,
             set,
             open_failures,
@@ -182,6 +199,9 @@ impl ProcessServer {
             settings,
             acceptor,
             serves,
+            failed_over,
+            storage,
+            boot: config.boot,
             points,
             qemu_img: config.qemu_img,
             storage_encrypted,
@@ -193,7 +213,9 @@ impl ProcessServer {
             backups,
             health: watch::channel(serving(true)).0,
             lock: Mutex::new(Some(lock)),
-        })))
+        });
+        inner.reopen_failovers()?;
+        Ok(Self(inner))
     }
 
     /// Where hosts connect.
@@ -235,6 +257,7 @@ impl ProcessServer {
             inner.maintainer.stop();
             inner.scrubber.stop();
             inner.tender.stop();
+            inner.failed_over.stop_promotions();
             inner.serves.stop_all();
             drop(inner.lock.lock().expect("no panic while held").take());
         });
@@ -318,6 +341,7 @@ impl ProcessServer {
 
     /// No stream of this machine is taken any more. The replica and its points stay unless `delete_replica`.
     pub async fn deauthorise(&self, machine: MachineId, delete_replica: bool) -> Result<(), Failure> {
+        self.0.refuse_failed_over(machine)?;
         let authorised: Vec<DiskId> = self
             .0
             .authorisations

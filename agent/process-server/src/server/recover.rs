@@ -198,7 +198,7 @@ impl Drop for StopServing {
 }
 
 impl Inner {
-    fn open_views(
+    pub(super) fn open_views(
         &self,
         machine: MachineId,
         selector: Selector,

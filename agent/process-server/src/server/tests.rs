@@ -19,6 +19,9 @@ use crate::accept::testing::{DISK_BYTES, Endpoint, TestHost, hello};
 use crate::offline;
 use crate::points::PointSelector;
 
+#[path = "tests_failover.rs"]
+mod failover;
+
 struct Site {
     folder: tempfile::TempDir,
     authority: Authority,

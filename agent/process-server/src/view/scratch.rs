@@ -1,10 +1,16 @@
-//! A writable layer over a view: a test failover boots from it, and nothing of it reaches the replica.
+//! A writable layer over a view: a failover boots from it, and nothing of it reaches the replica.
 //!
 //! Two files: `scratch.data`, sparse, as long as the disk, and `scratch.map`, one bit a block of 4 KiB that says whether the block is in the data file.
+//! A layer that lasts ([`ScratchDisk::open_lasting`]) is a machine's disk: its machine goes on while this process is started again, so that nothing
+//! acknowledged may end with the process. Its files are `disk.raw`, `disk.map` and `disk.live`, the map as it is now: a header of 4 KiB (`TMLIVE01`, then
+//! the boot's id, then zeroes), then the bits. It counts in the boot that its header names, and only there: it is never synced, so after a power cut
+//! a bit of it may point at data that is not there. When every block was taken over ([`ScratchDisk::fill`]) `disk.raw` is a plain disk image.
 //!
 //! *Consistency.* A block is taken over from the view before a part of it is written. Writes to one disk are serialised where they touch the map.
 //! *Crash.* FLUSH: 1. data synced, 2. map synced. The map is written at FLUSH only, after the data: a bit never points at data that is not there. What was written after the last
 //! FLUSH may be lost, as on any disk: a block that had no bit then shows the view's content or the new.
+//! A layer that lasts, after `kill -9`: the live map has the bits of every write that was acknowledged, and the page cache the data. Its first open in a
+//! boot: 1. the live map becomes the durable one, 2. its header names this boot; a crash between the two leaves a header that does not count.
 //! *Retries.* A failed FLUSH fails for ever. *Cancellation.* Removing the folder drops the layer.
 
 use std::io;
@@ -12,18 +18,27 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tidemark_base::Extent;
-use tidemark_base::disk::{Allocation, Disk, Durability};
+use tidemark_base::disk::{Allocation, Disk, Durability, is_zero};
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
 use tidemark_base::sync::RwLock;
 
 use super::View;
 
 const BLOCK: u64 = 4096;
+const LIVE_MAGIC: &[u8; 8] = b"TMLIVE01";
+const LIVE_HEADER: u64 = 4096;
+/// What is taken over under one lock: a guest's write waits for so much at most.
+const FILL_BYTES: u64 = 256 << 10;
+/// Of zeroes, which cost little.
+const FILL_HOLE_BYTES: u64 = 256 << 20;
+/// The plain image that a layer that lasts becomes.
+pub const PLAIN: &str = "disk.raw";
 
 pub struct ScratchDisk {
     below: Arc<View>,
     data: Arc<dyn StorageFile>,
     map_file: Arc<dyn StorageFile>,
+    live: Option<Arc<dyn StorageFile>>,
     map: RwLock<Bitmap>,
     flush_failed: AtomicBool,
 }
@@ -33,6 +48,8 @@ struct Bitmap {
     bits: Vec<u8>,
     /// Pages of 4 KiB of the map that differ from the file.
     dirty: std::collections::BTreeSet<usize>,
+    /// The first and the last byte that differ from the live map.
+    touched: Option<(usize, usize)>,
 }
 
 impl Bitmap {
@@ -44,14 +61,62 @@ impl Bitmap {
         let byte = (block / 8) as usize;
         self.bits[byte] |= 1 << (block % 8);
         self.dirty.insert(byte / 4096);
+        let (first, last) = self.touched.unwrap_or((byte, byte));
+        self.touched = Some((first.min(byte), last.max(byte)));
     }
+}
+
+/// What [`ScratchDisk::fill`] took over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Filled {
+    /// Where to go on.
+    pub next: u64,
+    /// Read and written; zeroes are neither.
+    pub bytes: u64,
 }
 
 impl ScratchDisk {
     /// Opens the layer in `storage`, or makes it. The map of a 1 TiB disk takes 32 MiB of memory.
     pub fn open(below: Arc<View>, storage: &dyn Storage) -> io::Result<Self> {
-        let data = storage.open("scratch.data", OpenMode::OpenOrCreate)?;
-        let map_file = storage.open("scratch.map", OpenMode::OpenOrCreate)?;
+        Self::open_files(below, storage, "scratch.data", "scratch.map")
+    }
+
+    /// The same, for a disk whose machine outlives this process. `boot` is this boot's id.
+    pub fn open_lasting(below: Arc<View>, storage: &dyn Storage, boot: &str) -> io::Result<Self> {
+        let mut disk = Self::open_files(below, storage, PLAIN, "disk.map")?;
+        let map = disk.map.get_mut().expect("no panic while held");
+        let live = storage.open("disk.live", OpenMode::OpenOrCreate)?;
+        let bytes = LIVE_HEADER + map.bits.len() as u64;
+        let mut header = vec![0; LIVE_HEADER as usize];
+        header[..LIVE_MAGIC.len()].copy_from_slice(LIVE_MAGIC);
+        let id = &boot.as_bytes()[..boot.len().min(64)];
+        header[LIVE_MAGIC.len()..][..id.len()].copy_from_slice(id);
+        let mut found = vec![0; LIVE_HEADER as usize];
+        if live.bytes()? == bytes {
+            live.read_at(0, &mut found)?;
+        }
+        if found == header && !id.is_empty() {
+            let mut bits = vec![0; map.bits.len()];
+            live.read_at(LIVE_HEADER, &mut bits)?;
+            let pages = bits.chunks(4096).zip(map.bits.chunks(4096)).enumerate();
+            map.dirty = pages.filter(|(_, (live, durable))| live != durable).map(|(page, _)| page).collect();
+            map.bits = bits;
+        } else {
+            live.set_bytes(bytes)?;
+            // Room that is there now cannot be missing when the guest writes.
+            live.reserve(0, bytes)?;
+            live.write_at(0, &vec![0; LIVE_HEADER as usize])?;
+            live.write_at(LIVE_HEADER, &map.bits)?;
+            live.write_at(0, &header)?;
+            storage.sync_folder("")?;
+        }
+        disk.live = Some(live);
+        Ok(disk)
+    }
+
+    fn open_files(below: Arc<View>, storage: &dyn Storage, data: &str, map: &str) -> io::Result<Self> {
+        let data = storage.open(data, OpenMode::OpenOrCreate)?;
+        let map_file = storage.open(map, OpenMode::OpenOrCreate)?;
         let map_bytes = below.bytes().div_ceil(BLOCK).div_ceil(8);
         if data.bytes()? != below.bytes() {
             data.set_bytes(below.bytes())?;
@@ -64,8 +129,94 @@ impl ScratchDisk {
         storage.sync_folder("")?;
         let mut bits = vec![0; map_bytes as usize];
         map_file.read_at(0, &mut bits)?;
-        let map = RwLock::new(Bitmap { bits, dirty: Default::default() });
-        Ok(Self { below, data, map_file, map, flush_failed: AtomicBool::new(false) })
+        let map = RwLock::new(Bitmap { bits, ..Bitmap::default() });
+        Ok(Self { below, data, map_file, live: None, map, flush_failed: AtomicBool::new(false) })
+    }
+
+    /// Makes what was touched outlive this process, before it is acknowledged.
+    fn keep_live(&self, map: &mut Bitmap) -> io::Result<()> {
+        let (Some(live), Some((first, last))) = (&self.live, map.touched) else { return Ok(()) };
+        live.write_at(LIVE_HEADER + first as u64, &map.bits[first..=last])?;
+        map.touched = None;
+        Ok(())
+    }
+
+    /// Takes over the next blocks from `from` on that are still below. `None`: there are none. Not durable before a FLUSH.
+    pub fn fill(&self, from: u64) -> io::Result<Option<Filled>> {
+        let end = self.bytes();
+        if from >= end {
+            return Ok(None);
+        }
+        let start = {
+            let map = self.map.read().expect("no panic while held");
+            let mut at = from / BLOCK * BLOCK;
+            loop {
+                if at >= end {
+                    return Ok(None);
+                }
+                let (until, ours) = Self::run_end(&map, at, end);
+                if !ours {
+                    break at;
+                }
+                at = until;
+            }
+        };
+        let (length, kind) = self.below.allocation(start)?;
+        let is_hole = kind == Allocation::Hole;
+        // Only whole blocks can be holes: one that begins as a hole and goes on as data is read.
+        let length = if start + length == end { length } else { length / BLOCK * BLOCK };
+        let (is_hole, until) = match is_hole && length > 0 {
+            true => (true, start + length.min(FILL_HOLE_BYTES)),
+            false => (false, (start + length.clamp(BLOCK, FILL_BYTES)).next_multiple_of(BLOCK).min(end)),
+        };
+        let mut map = self.map.write().expect("no panic while held");
+        let (mut at, mut bytes) = (start, 0);
+        let mut content = Vec::new();
+        while at < until {
+            let (to, ours) = Self::run_end(&map, at, until);
+            if !ours {
+                let run = Extent::new(at, to - at);
+                content.clear();
+                if !is_hole {
+                    content.resize(run.length as usize, 0);
+                    self.below.read_at(at, &mut content)?;
+                }
+                if is_zero(&content) {
+                    // A write that failed half way may have left something there.
+                    self.data.punch_hole(run.offset, run.length)?;
+                } else {
+                    self.data.write_at(at, &content)?;
+                    bytes += run.length;
+                }
+                Self::mark(&mut map, run);
+            }
+            at = to;
+        }
+        self.keep_live(&mut map)?;
+        Ok(Some(Filled { next: until, bytes }))
+    }
+
+    /// Bytes of the disk that are in the layer.
+    pub fn taken_bytes(&self) -> u64 {
+        let map = self.map.read().expect("no panic while held");
+        let blocks: u64 = map.bits.iter().map(|bits| u64::from(bits.count_ones())).sum();
+        (blocks * BLOCK).min(self.bytes())
+    }
+
+    /// Bytes of data that are only below.
+    pub fn missing_data_bytes(&self) -> io::Result<u64> {
+        let (mut at, mut missing) = (0, 0);
+        while at < self.bytes() {
+            let (until, ours) = Self::run_end(&self.map.read().expect("no panic while held"), at, self.bytes());
+            while !ours && at < until {
+                let (length, kind) = self.below.allocation(at)?;
+                let length = length.min(until - at);
+                missing += if kind == Allocation::Hole { 0 } else { length };
+                at += length;
+            }
+            at = until;
+        }
+        Ok(missing)
     }
 
     /// Bytes that the layer occupies.
@@ -160,6 +311,7 @@ impl Disk for ScratchDisk {
             self.prepare(&mut map, extent)?;
             self.data.write_at(offset, data)?;
             Self::mark(&mut map, extent);
+            self.keep_live(&mut map)?;
         }
         self.make_durable(durability)
     }
@@ -174,6 +326,7 @@ impl Disk for ScratchDisk {
                 self.data.reserve(extent.offset, extent.length)?;
             }
             Self::mark(&mut map, extent);
+            self.keep_live(&mut map)?;
         }
         self.make_durable(durability)
     }

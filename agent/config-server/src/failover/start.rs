@@ -1,0 +1,361 @@
+//! The beginning of a failover: what is needed, what is lost, and the machine at its new place.
+//!
+//! Planned: 1. the workload is kept from its disks, durably  2. a mark at their end  3. it is durable at the process server
+//! 4. both sides say the same position: nothing is lost. Both: 5. the generations are raised, durably  6. the process server
+//! refuses the old ones  7. the machine runs. What fails before 7 is undone; an answer that did not come leaves it at 7, to be
+//! asked for again or cancelled.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tidemark_base::{Clock, Timestamp};
+use tidemark_hypervisor::call::{Call, FailOverCall, FailedOver, Lost, decode};
+use tidemark_proto::control::{
+    AgentCommand, Consistency, Failure, FailureKind, MarkRequest, Reply, ServerCommand, Severity,
+};
+use uuid::Uuid;
+
+use super::state::{self, Failover, Kind, Loss, Phase};
+use super::{ask, no_description, not_understood, selector};
+use crate::core::{Core, QUICK, SETTLE};
+use crate::history::News;
+use crate::hub::{PeerId, Presence, Report, unexpected};
+use crate::jobs::{Job, Progress};
+use crate::machines::{refuse_unprotected, settle_agent, settle_server};
+use crate::model::Machine;
+use crate::names::bad_request;
+use crate::status::{self, Health};
+
+/// How long the last changes may take to be sent.
+const DRAIN_LIMIT: Duration = Duration::from_secs(900);
+/// How often it is looked whether both sides are at the same position.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct StartRequest {
+    /// An id, `latest`, `latest-app`, or a time; absent: `latest`. A planned failover goes to the last change.
+    pub point: Option<String>,
+    /// The disks are made ready, and a person attaches them to a machine and starts it.
+    pub disks_only: bool,
+    /// Says what would be lost and what is in the way, and does nothing.
+    pub check_only: bool,
+}
+
+pub fn start(core: &Arc<Core>, name: &str, kind: Kind, request: StartRequest) -> Result<Job, Failure> {
+    let asked = Instant::now();
+    let machine = core.machine(name)?;
+    refuse_unprotected(&machine)?;
+    if kind == Kind::Planned && request.point.is_some() {
+        return Err(bad_request(
+            "a planned failover goes to the last change: no point is chosen",
+            "leave the point out, or choose it with `tidemark failover unplanned NAME --point P`",
+        ));
+    }
+    selector(request.point.as_deref().unwrap_or("latest"))?;
+    if !request.disks_only && machine.description.is_none() {
+        let failure = no_description(name);
+        return Err(Failure {
+            help: format!("{}; or --disks-only for disks that you attach", failure.help),
+            ..failure
+        });
+    }
+    let (core, name) = (core.clone(), name.to_owned());
+    let job = match kind {
+        Kind::Planned => "failover_planned",
+        Kind::Unplanned => "failover_unplanned",
+    };
+    core.jobs.clone().start(job, Some(&name.clone()), |progress| async move {
+        let _lock = core.lock(&name).await;
+        run(&core, &progress, &name, kind, request, asked).await
+    })
+}
+
+async fn run(
+    core: &Core,
+    progress: &Progress,
+    name: &str,
+    kind: Kind,
+    request: StartRequest,
+    asked: Instant,
+) -> Result<Value, Failure> {
+    progress.step("check what is needed");
+    let machine = core.machine(name)?;
+    // One that was begun and did not come to its end is gone on with.
+    let begun = machine.failover.clone().filter(|begun| begun.kind == kind && begun.phase == Phase::Starting);
+    if begun.is_none() {
+        state::refuse_failed_over(&machine)?;
+    }
+    if !request.disks_only {
+        ask(core, &machine, &Call::Check, SETTLE).await?;
+    }
+    if kind == Kind::Planned && begun.is_none() {
+        refuse_unfit(core, name).await?;
+    }
+    let point = request.point.clone().unwrap_or_else(|| "latest".to_owned());
+    let lost = lost(core, &machine, &point).await?;
+    let loss = match kind {
+        Kind::Planned => Loss { seconds: 0.0, bytes: 0, source_last_seen: None },
+        Kind::Unplanned => loss(core, &machine, &lost),
+    };
+    let direction = direction(core, &machine);
+    let said = format!("{direction}; {}", said(kind, &lost, &loss));
+    progress.step(said.clone());
+    if request.check_only {
+        return Ok(json!({ "machine": name, "direction": direction, "point": lost.point, "time": lost.time,
+            "lost_seconds": loss.seconds, "lost_bytes": loss.bytes, "source_last_seen": loss.source_last_seen }));
+    }
+    let failover = begun.unwrap_or_else(|| Failover {
+        id: Uuid::new_v4(),
+        kind,
+        phase: if kind == Kind::Planned { Phase::Draining } else { Phase::Starting },
+        disks_only: request.disks_only,
+        began: core.clock.wall_now(),
+        point: None,
+        time: None,
+        lost: None,
+    });
+    let id = failover.id;
+    let is_new = machine.failover.is_none();
+    let machine = if is_new { state::begin(core, name, failover)? } else { machine };
+    let taken = take_over(core, progress, &machine, id, &point, asked).await;
+    let (answer, downtime) = match taken {
+        Ok(answer) => answer,
+        // Nobody knows whether it runs.
+        Err(failure)
+            if matches!(failure.kind, FailureKind::TimedOut | FailureKind::Unavailable) && has_begun(core, name) =>
+        {
+            let help = format!("{}; then ask for the failover again, or cancel it", failure.help);
+            return Err(Failure { help, ..failure });
+        }
+        Err(failure) => {
+            progress.step("undo");
+            let machine = state::end(core, name, id)?;
+            if let Err(left) = settle_source(core, &machine).await {
+                tracing::warn!(machine = name, %left, "the source is told when it can be reached");
+            }
+            return Err(failure);
+        }
+    };
+    state::advance(core, name, id, Phase::FailedOver, |failover| {
+        failover.point = Some(answer.point);
+        failover.time = Some(answer.time);
+        failover.lost = Some(loss);
+    })?;
+    note(core, name, &format!("failed over: {said}"));
+    let first = answer.first_instruction_seconds;
+    Ok(json!({
+        "machine": name,
+        "failover": id,
+        "direction": direction,
+        "point": answer.point,
+        "time": answer.time,
+        "lost_seconds": loss.seconds,
+        "lost_bytes": loss.bytes,
+        "source_last_seen": loss.source_last_seen,
+        "rto_seconds": first.map(|seconds| seconds + downtime.as_secs_f64()),
+        "hypervisor": answer.hypervisor,
+        "power": answer.power,
+        "disks": answer.disks,
+    }))
+}
+
+fn has_begun(core: &Core, name: &str) -> bool {
+    let phase = core.machine(name).ok().and_then(|machine| Some(machine.failover?.phase));
+    phase == Some(Phase::Starting)
+}
+
+/// How it runs there, and how long it took from the command to the call that runs it.
+async fn take_over(
+    core: &Core,
+    progress: &Progress,
+    machine: &Machine,
+    id: Uuid,
+    point: &str,
+    asked: Instant,
+) -> Result<(FailedOver, Duration), Failure> {
+    let name = &machine.name;
+    let failover = state::find(machine)?;
+    let mut point = point.to_owned();
+    let mut machine = machine.clone();
+    if failover.phase == Phase::Draining {
+        point = drain(core, progress, &machine).await?;
+        machine = state::advance(core, name, id, Phase::Starting, |_| {})?;
+    }
+    progress.step("refuse the source from now on");
+    settle_server(core, &machine).await?;
+    if let Err(failure) = settle_agent(core, &machine).await {
+        // It is told when it comes back, and its changes are refused until then.
+        tracing::warn!(machine = name, %failure, "the source is not fenced yet");
+    }
+    progress.step("run it from its point");
+    let call = Call::FailOver(Box::new(call(&machine, &failover, point)));
+    let before = asked.elapsed();
+    let answer = ask(core, &machine, &call, SETTLE).await?;
+    Ok((decode(&answer).map_err(not_understood)?, before))
+}
+
+/// As a process server is asked to run it.
+pub fn call(machine: &Machine, failover: &Failover, point: String) -> FailOverCall {
+    FailOverCall {
+        failover: failover.id,
+        machine: machine.id,
+        name: machine.name.clone(),
+        point,
+        disks: machine.disks.iter().map(|disk| disk.id).collect(),
+        run: machine.description.clone().filter(|_| !failover.disks_only),
+    }
+}
+
+/// Sends everything; the last point.
+async fn drain(core: &Core, progress: &Progress, machine: &Machine) -> Result<String, Failure> {
+    progress.step("keep the workload from its disks");
+    settle_agent(core, machine).await?;
+    progress.step("send the last changes");
+    let label = "planned failover".to_owned();
+    let mark = MarkRequest { machine: machine.id, consistency: Consistency::Crash, label, keep: true };
+    let mark = match core.agent(machine.host, &AgentCommand::Mark(mark), SETTLE).await? {
+        Reply::Marked { mark, .. } => mark,
+        other => return Err(unexpected(PeerId::Agent(machine.host), &other)),
+    };
+    let command = ServerCommand::WaitPoint { machine: machine.id, mark, limit: DRAIN_LIMIT };
+    match core.server(machine.server, &command, DRAIN_LIMIT + QUICK).await? {
+        Reply::Point(_) => {}
+        other => return Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
+    }
+    progress.step("prove that nothing is lost");
+    let proving = async {
+        loop {
+            if is_all_there(core, machine).await? {
+                return Ok(());
+            }
+            let _ = tokio::time::timeout(LOOK_AGAIN, core.stop.cancelled()).await;
+        }
+    };
+    match tokio::time::timeout(SETTLE, proving).await {
+        Ok(proven) => proven.map(|()| mark.to_string()),
+        Err(_) => Err(Failure::new(
+            FailureKind::Conflict,
+            format!("machine {:?} still writes to its disks: its source is past the last point", machine.name),
+            "shut the workload down, then try again",
+        )),
+    }
+}
+
+/// Whether the process server holds, durably, each disk's log to its end.
+async fn is_all_there(core: &Core, machine: &Machine) -> Result<bool, Failure> {
+    let source = match core.agent(machine.host, &AgentCommand::Status, QUICK).await? {
+        Reply::Agent(report) => report,
+        other => return Err(unexpected(PeerId::Agent(machine.host), &other)),
+    };
+    let replica = match core.server(machine.server, &ServerCommand::Status, QUICK).await? {
+        Reply::Server(report) => report,
+        other => return Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
+    };
+    Ok(machine.disks.iter().all(|disk| {
+        let logged = source.disks.iter().find(|source| source.disk == disk.id).map(|source| &source.logged);
+        let durable = replica.disks.iter().find(|replica| replica.disk == disk.id).map(|replica| &replica.durable);
+        logged.is_some_and(|logged| !logged.is_empty()) && logged == durable
+    }))
+}
+
+/// Nothing is planned with a source that is not well.
+async fn refuse_unfit(core: &Core, name: &str) -> Result<(), Failure> {
+    let status = status::of(core, name).await?;
+    let refuse = |message: String, help: &str| Err(Failure::new(FailureKind::Conflict, message, help));
+    if !status.host.connected {
+        let since = status.host.since.map_or("it was never seen".to_owned(), |at| format!("it was last seen {at}"));
+        return refuse(
+            format!("the host of machine {name:?} is not connected: {since}"),
+            "wait for it, or fail over without it: `tidemark failover unplanned NAME`",
+        );
+    }
+    if status.state != status::State::Protected {
+        return refuse(
+            format!("machine {name:?} is not replicated to its end: it is {}", status.state.name()),
+            "wait for `protected` in `tidemark status`; `tidemark failover unplanned NAME` needs no source",
+        );
+    }
+    if status.health == Health::Critical {
+        let reason = status.reasons.iter().find(|reason| reason.health == Health::Critical);
+        let reason = reason.map_or_else(String::new, |reason| reason.message.clone());
+        return refuse(
+            format!("the health of machine {name:?} is not OK: {reason}"),
+            "mend that first, or fail over to a point that is there: `tidemark failover unplanned NAME`",
+        );
+    }
+    Ok(())
+}
+
+async fn lost(core: &Core, machine: &Machine, point: &str) -> Result<Lost, Failure> {
+    let call = Call::Loss { machine: machine.id, point: point.to_owned() };
+    let answer = ask(core, machine, &call, QUICK).await.map_err(|failure| match failure.kind {
+        FailureKind::NotFound => Failure {
+            message: format!("machine {:?} has no such point to fail over to: {}", machine.name, failure.message),
+            help: "see `tidemark point list NAME`; the first one is there when the initial replication has ended"
+                .to_owned(),
+            ..failure
+        },
+        _ => failure,
+    })?;
+    decode(&answer).map_err(not_understood)
+}
+
+fn loss(core: &Core, machine: &Machine, lost: &Lost) -> Loss {
+    let peer = PeerId::Agent(machine.host);
+    let pending: u64 = match core.hub.report(peer) {
+        Some(Report::Agent(report)) => {
+            let ours = |id| machine.disks.iter().any(|disk| disk.id == id);
+            report.disks.iter().filter(|source| ours(source.disk)).map(|source| source.pending_bytes).sum()
+        }
+        _ => 0,
+    };
+    let (until, source_last_seen) = match core.hub.presence(peer) {
+        Presence::Connected { .. } => (core.clock.wall_now(), None),
+        Presence::Gone { since, .. } => (lost.newest.max(since), Some(since)),
+        Presence::NeverSeen => {
+            let seen = core.store.state().hosts.get(&machine.host).map(|host| host.last_seen);
+            (lost.newest.max(seen.unwrap_or(Timestamp(0))), seen)
+        }
+    };
+    Loss { seconds: until.saturating_since(lost.time).as_secs_f64(), bytes: lost.bytes + pending, source_last_seen }
+}
+
+fn direction(core: &Core, machine: &Machine) -> String {
+    let state = core.store.state();
+    let host = state.hosts.get(&machine.host).map_or_else(|| machine.host.to_string(), |host| host.name.clone());
+    let server = state.servers.get(&machine.server);
+    let server = server.map_or_else(|| machine.server.to_string(), |server| server.name.clone());
+    format!("from host {host} to process server {server}")
+}
+
+fn said(kind: Kind, lost: &Lost, loss: &Loss) -> String {
+    match kind {
+        Kind::Planned => "to the last change; nothing is lost".to_owned(),
+        Kind::Unplanned => {
+            let unknown = loss
+                .source_last_seen
+                .map_or_else(String::new, |at| format!(", and what the source wrote since it was last seen {at}"));
+            let seconds = loss.seconds;
+            format!("to the point of {}; {seconds:.1} s and at most {} bytes are lost{unknown}", lost.time, loss.bytes)
+        }
+    }
+}
+
+/// Lets the source go on, as far as it can be reached.
+pub async fn settle_source(core: &Core, machine: &Machine) -> Result<(), Failure> {
+    settle_server(core, machine).await?;
+    settle_agent(core, machine).await.map(drop)
+}
+
+pub fn note(core: &Core, name: &str, message: &str) {
+    core.history.note(News {
+        severity: Severity::Warning,
+        kind: "failover",
+        machine: Some(name.to_owned()),
+        message: format!("machine {name} {message}"),
+        help: "see `tidemark failover show NAME`".to_owned(),
+    });
+}
