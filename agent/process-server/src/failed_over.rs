@@ -3,7 +3,7 @@
 //! `failed-over.json` ([`crate::table`]) has one entry a failover; `failed-over/<serve>/<disk>/` the layer of each disk
 //! ([`crate::view::scratch`]). A failover to another point gets another serve, so that nothing of the one before shows.
 //!
-//! *Consistency.* An entry is durable after its pins and its folders, and goes before them: what no entry names is of no
+//! *Consistency.* An entry is durable after its pins and before its folders, and goes before both: what no entry names is of no
 //! failover, and is removed at the next start. *Retries.* Every step may be repeated. *Cancellation.* A promotion stops at its
 //! next block and goes on from there when it is wanted again. *Crash.* Entries are served again, at the same addresses, with
 //! everything that was acknowledged; promotions go on.

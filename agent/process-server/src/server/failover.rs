@@ -1,8 +1,12 @@
 //! Failovers to here: a point becomes a machine's disks for good, and plain disks in the end.
 //!
-//! 1. the point and the oldest place are pinned, durably  2. the layers' folders are made  3. the entry is stored
-//! 4. the disks are served. A crash before 3 leaves pins and folders that the next start removes; after it the disks are served
-//! again. Another point: 1, 2 and 3 for the new one, whose entry replaces the old; then what the old one had goes.
+//! 1. the point and the oldest place are pinned, durably
+//! 2. the entry is stored
+//! 3. the layers' files are made, and the disks are served
+//!
+//! A crash before 2 leaves pins that the next start removes; after it the disks are served again. Another point: the same for
+//! the new one, whose entry replaces the old; then what the old one had goes.
+//!
 //! *Consistency · Retries · Cancellation · Crash*: [`crate::failed_over`].
 
 use std::path::PathBuf;
@@ -361,7 +365,7 @@ impl Inner {
         Ok((entry, views))
     }
 
-    /// Steps 1 to 4; what was begun is undone when one fails.
+    /// Steps 1 to 3; what was begun is undone when one fails.
     fn begin(&self, id: Uuid, entry: FailedOver, views: Vec<(DiskId, Arc<View>)>) -> Result<(), Failure> {
         let before = self.failed_over.get(id);
         let begun = self
