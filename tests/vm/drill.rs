@@ -101,9 +101,13 @@ fn a_drill_without_a_sign_of_life_fails_and_leaves_nothing() {
     let wrong = site.run(&["machine", "set", "web", "--kernel", "/nowhere/vmlinuz"]);
     assert_eq!(wrong.code, 0, "{}", wrong.describe());
     site.run(&["failover", "test", "web"]).assert_refused(&["/nowhere/vmlinuz"]);
+    // A file of the host that an operator of this server names, and that is there.
+    assert_eq!(site.run(&["machine", "set", "web", "--kernel", "/etc/passwd"]).code, 0);
+    site.run(&["failover", "test", "web"]).assert_refused(&["/etc/passwd", "no kernel"]);
     assert!(machines(&site).is_empty());
     let odd = site.run(&["machine", "set", "web", "--firmware", "uefi", "--bus", "ide"]);
     odd.assert_refused(&["UEFI", "IDE"]);
+    parts.describe(&site, "web", &["--no-sign"]);
     let nowhere = site.run(&["failover", "test", "web", "--point", "2001-01-01T00:00:00Z"]);
     nowhere.assert_refused(&["2001-01-01"]);
     assert!(machines(&site).is_empty());
