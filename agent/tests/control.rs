@@ -68,7 +68,7 @@ impl Fake {
 
     fn agent(&self, command: AgentCommand) -> Result<Reply, Failure> {
         match command {
-            AgentCommand::Probe { paths } => {
+            AgentCommand::Probe { paths, .. } => {
                 let probe = |path: &String| match FileDisk::open(Path::new(path), Access::Exclusive) {
                     Ok(disk) => Ok(ProbedDisk { path: path.clone(), bytes: disk.bytes() }),
                     Err(error) => Err(Failure::from_error(FailureKind::Conflict, &error, error.help())),

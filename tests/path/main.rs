@@ -11,3 +11,4 @@ mod marks;
 mod points;
 mod refusals;
 mod replicate;
+mod tracked;

@@ -80,6 +80,9 @@ pub enum Access {
     Read,
     /// Read and write, with a lock that keeps other programs out.
     Exclusive,
+    /// Read what others write meanwhile: past the page cache, which does not see writes that a mounted file system submits. Never
+    /// written or synced.
+    Observe,
 }
 
 /// Which file or device it is, to tell whether anyone wrote while nobody watched.
@@ -105,6 +108,7 @@ pub struct FileDisk {
     path: PathBuf,
     bytes: u64,
     is_block_device: bool,
+    is_observed: bool,
     flush_failed: AtomicBool,
     #[cfg(feature = "simulation")]
     simulated: Option<std::sync::Arc<dyn crate::seam::SimulatedDisk>>,
@@ -129,7 +133,15 @@ impl FileDisk {
             let file = File::open("/dev/null").map_err(|source| DiskError::Open { path: named(), source })?;
             let (bytes, is_block_device) = (disk.bytes(), false);
             let flush_failed = AtomicBool::new(false);
-            return Ok(Self { file, path: named(), bytes, is_block_device, flush_failed, simulated: Some(disk) });
+            return Ok(Self {
+                file,
+                path: named(),
+                bytes,
+                is_block_device,
+                is_observed: false,
+                flush_failed,
+                simulated: Some(disk),
+            });
         }
         let is_block_device = match std::fs::metadata(path) {
             Ok(metadata) if metadata.file_type().is_block_device() => true,
@@ -142,6 +154,9 @@ impl FileDisk {
         options.read(true).write(access == Access::Exclusive);
         if is_block_device && access == Access::Exclusive {
             options.custom_flags(libc::O_EXCL);
+        }
+        if access == Access::Observe && is_block_device {
+            options.custom_flags(libc::O_DIRECT);
         }
         let file = options.open(path).map_err(|source| match source.raw_os_error() {
             Some(libc::EBUSY) => DiskError::InUse { path: named() },
@@ -172,6 +187,7 @@ impl FileDisk {
             path: named(),
             bytes,
             is_block_device,
+            is_observed: access == Access::Observe,
             flush_failed: AtomicBool::new(false),
             #[cfg(feature = "simulation")]
             simulated: None,
@@ -211,8 +227,37 @@ impl FileDisk {
         self.is_block_device
     }
 
+    /// Others write to it: see [`Access::Observe`].
+    pub fn is_observed(&self) -> bool {
+        self.is_observed
+    }
+
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Reads whole blocks into memory that a device takes as it is, and copies out of it.
+    fn read_past_cache(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        thread_local! {
+            static BOUNCE: std::cell::RefCell<Vec<AlignedBlock>> = const { std::cell::RefCell::new(Vec::new()) };
+        }
+        let end = offset + buffer.len() as u64;
+        BOUNCE.with_borrow_mut(|bounce| {
+            bounce.resize_with(BOUNCE_BLOCKS, || AlignedBlock([0; BLOCK]));
+            let bounce = bounce.as_flattened_bytes();
+            let mut at = offset;
+            while at < end {
+                let begin = at / BLOCK as u64 * BLOCK as u64;
+                let until = (begin + bounce.len() as u64).min(end.next_multiple_of(BLOCK as u64)).min(self.bytes);
+                let part = &mut bounce[..(until - begin) as usize];
+                self.file.read_exact_at(part, begin)?;
+                let to = until.min(end);
+                buffer[(at - offset) as usize..(to - offset) as usize]
+                    .copy_from_slice(&part[(at - begin) as usize..(to - begin) as usize]);
+                at = to;
+            }
+            Ok(())
+        })
     }
 
     /// Whether what was written before may never reach the medium: see [`Disk::flush`].
@@ -230,6 +275,25 @@ impl FileDisk {
             Durability::Cached => Ok(()),
             Durability::Durable => self.flush(),
         }
+    }
+}
+
+/// What every device takes as a unit.
+const BLOCK: usize = 4096;
+const BOUNCE_BLOCKS: usize = 64;
+
+#[repr(C, align(4096))]
+struct AlignedBlock([u8; BLOCK]);
+
+trait Flattened {
+    fn as_flattened_bytes(&mut self) -> &mut [u8];
+}
+
+impl Flattened for Vec<AlignedBlock> {
+    fn as_flattened_bytes(&mut self) -> &mut [u8] {
+        let bytes = self.len() * BLOCK;
+        // SAFETY: the blocks lie back to back, have no padding, and any bytes are valid in them.
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast::<u8>(), bytes) }
     }
 }
 
@@ -306,6 +370,9 @@ impl Disk for FileDisk {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         simulated!(self, read_at(offset, buffer));
+        if self.is_observed {
+            return self.read_past_cache(offset, buffer);
+        }
         self.file.read_exact_at(buffer, offset)
     }
 
@@ -379,6 +446,9 @@ impl Disk for FileDisk {
     }
 
     fn flush(&self) -> io::Result<()> {
+        if self.is_observed {
+            return Ok(());
+        }
         if self.flush_failed.load(Ordering::Acquire) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }

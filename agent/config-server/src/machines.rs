@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tidemark_base::{Clock, DiskId, Generation, HostId, MachineId, ServerId};
 use tidemark_proto::control::{
     AgentCommand, AttachedDisk, DISKS_MAX, Endpoint, Failure, FailureKind, MachineGrant, MachineSpec, ProbedDisk,
-    Reply, ServerCommand,
+    Reply, ServerCommand, Via,
 };
 
 use crate::core::{Core, QUICK, SETTLE, Side};
@@ -47,6 +47,10 @@ pub struct ProtectRequest {
     /// Where the host serves the disks over TLS as well: IP:PORT, or `none`. Absent: as before.
     #[serde(default)]
     pub listen: Option<String>,
+    /// How changes are captured: `nbd` (the workload writes through the agent) or `bpf` (block devices, the kernel tells what
+    /// changed). Absent: as before, or `nbd`.
+    #[serde(default)]
+    pub via: Option<String>,
     /// Of `disks`, those that are left out.
     #[serde(default)]
     pub exclude: Vec<String>,
@@ -56,6 +60,15 @@ pub struct ProtectRequest {
 }
 
 impl ProtectRequest {
+    fn via(&self) -> Result<Option<Via>, Failure> {
+        let Some(name) = self.via.as_deref() else { return Ok(None) };
+        let unknown = || {
+            let shown: String = name.chars().take(200).collect();
+            bad_request(format!("{shown:?} is no way to capture changes"), "name `nbd` or `bpf`")
+        };
+        Via::named(name).map(Some).ok_or_else(unknown)
+    }
+
     /// The inner `None` ends it.
     fn listen(&self) -> Result<Option<Option<SocketAddr>>, Failure> {
         match self.listen.as_deref() {
@@ -93,6 +106,7 @@ pub fn protect(core: &Arc<Core>, mut request: ProtectRequest) -> Result<Job, Fai
     }
     request.disks.iter().try_for_each(|path| check_path(path))?;
     request.listen()?;
+    request.via()?;
     let mut seen = BTreeSet::new();
     if let Some(twice) = request.disks.iter().find(|path| !seen.insert(path.as_str())) {
         return Err(bad_request(format!("disk {twice} is named twice"), "name each disk once"));
@@ -158,6 +172,7 @@ async fn run_protect(
         drills: Vec::new(),
         failover: None,
         group: request.group.clone().filter(|group| group != NO_GROUP),
+        via: request.via()?.unwrap_or_default(),
     };
     core.store.change(|state| {
         find_policy(state, &machine.policy)?;
@@ -251,11 +266,13 @@ async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, server: 
         };
         checks.push(Check::new("clock", peer.to_string(), clock));
     }
+    let via = state.machines.get(&request.name).map(|known| known.via);
+    let via = request.via().ok().flatten().or(via).unwrap_or_default();
     let mut disks = Vec::new();
     if present(agent) {
         // An already attached disk is exclusively open at its agent, which answers for it as well.
         let probes = request.disks.iter().map(|path| async move {
-            let probe = AgentCommand::Probe { paths: vec![path.clone()] };
+            let probe = AgentCommand::Probe { paths: vec![path.clone()], via };
             match core.agent(host, &probe, SETTLE).await {
                 Ok(Reply::Probed(mut disks)) if disks.len() == 1 => Ok(disks.remove(0)),
                 Ok(other) => Err(unexpected(PeerId::Agent(host), &other)),
@@ -350,6 +367,14 @@ async fn protect_again(
             "choose another name, or unprotect it first: `tidemark unprotect NAME`",
         );
     }
+    if let Some(via) = request.via()?
+        && via != machine.via
+    {
+        return conflict(
+            format!("machine {:?} is protected already, via {}", machine.name, machine.via.name()),
+            "unprotect it first: `tidemark unprotect NAME`",
+        );
+    }
     if let Some(policy) = &request.policy
         && *policy != machine.policy
     {
@@ -438,6 +463,7 @@ pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<Attached
             paused: machine.is_source_paused(),
             listen: machine.listen,
             fenced: machine.is_source_fenced(),
+            via: machine.via,
         };
         match core.agent(machine.host, &AgentCommand::Protect(Box::new(spec)), SETTLE).await? {
             Reply::Attached(disks) => Ok(disks),

@@ -9,7 +9,7 @@ use tidemark_base::{DiskId, Generation, HostId, MachineId, ServerId, Timestamp};
 use tidemark_hypervisor::call::Description;
 use tidemark_proto::control::{
     Compression, DAY_MINUTES, DiskSpec, Grid, GridStep, Network, ReplicationPolicy, Retention, Severity, Throttle,
-    ThrottleRule,
+    ThrottleRule, Via,
 };
 
 use crate::deliver::Channel;
@@ -218,6 +218,9 @@ pub struct Machine {
     /// It runs, or is about to run, where its replica is.
     #[serde(default)]
     pub failover: Option<Failover>,
+    /// How its changes are captured.
+    #[serde(default)]
+    pub via: Via,
 }
 
 /// Machines that belong together: those that name it.

@@ -41,6 +41,7 @@ fn main() {
         machine: MachineId::random(),
         generation: Generation::FIRST,
         path: path.clone(),
+        tracker: None,
         device_folder: folder.join("devices"),
         elsewhere: RealStorage::create(folder.join("write-path.elsewhere")).expect("a folder"),
         consumers: vec![ServerId::random()],

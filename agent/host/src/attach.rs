@@ -19,6 +19,7 @@ use tidemark_base::{Clock, DiskId, Epoch, Extent, ExtentSet, Generation, Machine
 
 use crate::capture::in_flight::InFlight;
 use crate::capture::splitter::log_from_disk;
+use crate::capture::tracker::Tracker;
 use crate::consumer::Consumer;
 use crate::error::HostError;
 use crate::events::{DiskEvents, EventKind, Events, Severity};
@@ -39,6 +40,8 @@ pub struct AttachRequest {
     pub machine: MachineId,
     pub generation: Generation,
     pub path: PathBuf,
+    /// Where others write to the disk: what tells of it, at work already.
+    pub tracker: Option<Arc<dyn Tracker>>,
     /// Where state and logs of block devices are kept, each in a folder named after its id.
     pub device_folder: PathBuf,
     /// Another volume than the disk's, if there is one.
@@ -71,11 +74,13 @@ pub struct Attached {
 /// 5. the session is stored
 /// 6. the intent bitmap begins anew
 /// 7. logs that nobody needs are removed
+/// 8. a tracker is armed: it is a witness for this session from here on
 ///
 /// Crash before 5: the session before still stands and is not clean, the slots are not its own any more (or still are): the
 /// next attach decides at least as much. After 5: this session stands, not clean.
 pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
-    let disk = Arc::new(FileDisk::open(&request.path, Access::Exclusive)?);
+    let access = if request.tracker.is_some() { Access::Observe } else { Access::Exclusive };
+    let disk = Arc::new(FileDisk::open(&request.path, access)?);
     let places = Places::of(&request, disk.is_block_device())?;
     let identity = disk.identity().map_err(places.failed("examine the disk"))?;
     let mount = MountIdentity::of(&places.state.path("")).map_err(places.failed("examine the folder"))?;
@@ -104,6 +109,10 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     if let Some(session) = remains.session.take() {
         evidence = remains.examine(&session, &identity, mount, &request.boot, now);
         evidence.has_intent &= !lost.intent;
+        let witnessed = request.tracker.as_ref().and_then(|tracker| tracker.witnessed());
+        if witnessed == Some(session.session.0) {
+            evidence.written = Written::No;
+        }
         // What one of several acknowledged says nothing about the others.
         let cursor = if let [consumer] = &*consumers { consumer.cursor() } else { None };
         evidence.log = remains.read_logs(&places, &session, &evidence, cursor.as_ref(), now)?;
@@ -228,6 +237,9 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     }
     tracing::info!(disk = %request.disk, path = %request.path.display(), ?decision, epoch = %start.epoch, "disk attached");
     tell(&events, &request.path, decision, &evidence, &remains, in_flight.len(), scan_bytes);
+    if let Some(tracker) = &request.tracker {
+        tracker.arm(session.current().session.0);
+    }
     let attached = request.clock.monotonic_now();
     let disk = Arc::new(ProtectedDisk {
         identity: source,
@@ -236,6 +248,8 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         lost: Mutex::new(lost_file),
         owed: Mutex::default(),
         log: Arc::new(log),
+        tracker: request.tracker,
+        gathering: Mutex::default(),
         in_flight: InFlight::new(slot_table),
         intent,
         dirty,

@@ -33,6 +33,15 @@ pub enum HostError {
     UnknownMachine { machine: MachineId },
     #[error("no mark can be made: writes to disk {disk} stay in flight for too long")]
     Busy { disk: DiskId },
+    /// Of a tracked machine: some instant must be without writes.
+    #[error("no mark can be made: disk {disk} is written to all the time")]
+    Unsettled { disk: DiskId, frozen: bool },
+    #[error("the agent's state in {state} lies on disk {path} itself")]
+    StateOnDisk { path: PathBuf, state: PathBuf },
+    #[error(transparent)]
+    Tracker(#[from] tidemark_bpf::TrackerError),
+    #[error("machine {machine} is protected in another way ({before})")]
+    OtherWay { machine: String, before: &'static str },
     #[error("no mark can be made: the changes of disk {disk} are not logged now ({reason})")]
     NotLogging { disk: DiskId, reason: String },
     #[error("no recovery point can be made: disk {disk} is being replicated ({done} of {total} bytes)")]
@@ -77,6 +86,20 @@ impl HostError {
             HostError::NoName { .. } => "name a disk image or a block device".into(),
             HostError::UnknownMachine { .. } => "see `tidemark status` for what is protected".into(),
             HostError::Busy { .. } => "try again; if it stays so, the disk's medium is too slow for its writes".into(),
+            HostError::Unsettled { frozen: true, .. } => {
+                "something writes to the device beside its file systems, or more than can be read while they are frozen: install freeze \
+                 scripts for the machine, or protect it with `--via nbd`"
+                    .into()
+            }
+            HostError::Unsettled { frozen: false, .. } => {
+                "no mounted file system was found that could be frozen: install freeze scripts for the machine, or protect it with `--via nbd`"
+                    .into()
+            }
+            HostError::StateOnDisk { .. } => {
+                "keep the agent's state on another disk (`state-folder`): it must go on while this one is frozen".into()
+            }
+            HostError::Tracker(error) => error.help().into(),
+            HostError::OtherWay { machine, .. } => format!("unprotect {machine} first, then protect it in the other way"),
             HostError::NotLogging { .. } => {
                 "try again when the mode of the disk is `data` (see `tidemark status`)".into()
             }
@@ -101,9 +124,13 @@ impl HostError {
             HostError::Disk(DiskError::Absent { .. }) | HostError::UnknownMachine { .. } => FailureKind::NotFound,
             HostError::Disk(DiskError::InUse { .. })
             | HostError::AlreadyProtected { .. }
+            | HostError::OtherWay { .. }
+            | HostError::StateOnDisk { .. }
             | HostError::OtherDisks { .. } => FailureKind::Conflict,
             HostError::Disk(_) | HostError::DuplicateDisk { .. } | HostError::NoName { .. } => FailureKind::BadRequest,
+            HostError::Tracker(tidemark_bpf::TrackerError::Device(_)) => FailureKind::BadRequest,
             HostError::Busy { .. }
+            | HostError::Unsettled { .. }
             | HostError::NotLogging { .. }
             | HostError::Scanning { .. }
             | HostError::Stopping => FailureKind::Unavailable,

@@ -23,6 +23,8 @@ pub enum FreezeError {
     Failed { path: PathBuf, status: String },
     #[error("{path} did not finish within {} s", limit.as_secs_f32())]
     TimedOut { path: PathBuf, limit: Duration },
+    #[error("the file system at {path} cannot be frozen, or did not stay so")]
+    FileSystem { path: PathBuf, source: io::Error },
 }
 
 impl FreezeError {
@@ -35,6 +37,9 @@ impl FreezeError {
                 "let it belong to root (or to the agent's user) and be writable to its owner alone"
             }
             FreezeError::Run { .. } => "make it executable, with a valid first line",
+            FreezeError::FileSystem { .. } => {
+                "try `fsfreeze` by hand to see what is in its way; no point is made while it is written to"
+            }
             FreezeError::Failed { .. } | FreezeError::TimedOut { .. } => {
                 "run it by hand to see what it does; a crash-consistent point is still possible"
             }

@@ -11,21 +11,22 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use prost::Message;
-use tidemark_base::disk::{Access, Disk, FileDisk};
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::{RealStorage, Storage, read_file, replace_file};
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::thread::JoinHandle;
+use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId, Generation, MachineId, ServerId, SystemClock};
 use tidemark_proto::control::{
     AgentReport, AttachedDisk, Consistency as Requested, Endpoint, Failure, MachineSpec, MarkRequest, ProbedDisk,
-    Problem, SourceDisk, SourceMode, SourceState, wire,
+    Problem, SourceDisk, SourceMode, SourceState, Via, wire,
 };
 use tidemark_proto::replication::{Consistency, SessionId};
 use tidemark_transport::{Identity, PeerIdentity};
 use tokio::runtime::Handle;
 
 use crate::capture::CaptureProvider;
+use crate::capture::bpf::BpfTracker;
 use crate::capture::nbd::NbdSplitter;
 use crate::error::HostError;
 use crate::events::{EventKind, Events, News, Severity};
@@ -151,7 +152,9 @@ pub struct Host {
 
 struct Shared {
     config: HostConfig,
-    provider: Arc<dyn CaptureProvider>,
+    /// The one that the workload writes through.
+    splitter: Arc<dyn CaptureProvider>,
+    tracker: Arc<dyn CaptureProvider>,
     workers: Arc<Workers>,
     session: SessionId,
     storage: Arc<dyn Storage>,
@@ -196,7 +199,8 @@ impl Host {
         let workers = Workers::start().map_err(|source| HostError::Io { what: "start threads", source })?;
         let shared = Arc::new(Shared {
             config,
-            provider,
+            splitter: provider,
+            tracker: Arc::new(BpfTracker),
             workers,
             session: SessionId::random(),
             storage,
@@ -245,7 +249,7 @@ impl Host {
         if let Some(Entry::Running(machine)) = machines.get(&spec.machine) {
             let before = machine.spec();
             if before.server == spec.server && generations(&before) == generations(&spec) {
-                spec.listen = self.shared.provider.listen(spec.machine, spec.listen)?;
+                spec.listen = self.shared.provider(spec.via).listen(spec.machine, spec.listen)?;
                 self.shared.store(&spec)?;
                 let (machine, fenced) = (machine.clone(), spec.fenced);
                 machine.adjust(spec);
@@ -268,7 +272,7 @@ impl Host {
                 return Err(error);
             }
         };
-        let stored = self.shared.provider.listen(spec.machine, spec.listen).and_then(|listen| {
+        let stored = self.shared.provider(spec.via).listen(spec.machine, spec.listen).and_then(|listen| {
             spec.listen = listen;
             machine.adjust(spec.clone());
             self.shared.store(&spec)
@@ -284,12 +288,13 @@ impl Host {
     }
 
     /// Whether these disks could be protected. Nothing is changed.
-    pub fn probe(&self, paths: &[String]) -> Result<Vec<ProbedDisk>, HostError> {
+    pub fn probe(&self, paths: &[String], via: Via) -> Result<Vec<ProbedDisk>, HostError> {
+        let provider = self.shared.provider(via);
         paths
             .iter()
             .map(|path| {
-                let disk = FileDisk::open(path.as_ref(), Access::Exclusive)?;
-                Ok(ProbedDisk { path: path.clone(), bytes: disk.bytes() })
+                let bytes = provider.probe(path.as_ref(), &self.shared.config.state_folder)?;
+                Ok(ProbedDisk { path: path.clone(), bytes })
             })
             .collect()
     }
@@ -304,7 +309,13 @@ impl Host {
         if let Entry::Running(machine) = entry {
             machine.stop();
         }
-        if let Err(error) = self.shared.provider.forget(machine) {
+        let provider = self.shared.provider(spec.via);
+        for disk in &spec.disks {
+            if let Err(error) = provider.untrack(disk.disk) {
+                tracing::warn!(path = %disk.path, %error, "the kernel goes on watching a disk");
+            }
+        }
+        if let Err(error) = provider.forget(machine) {
             tracing::warn!(machine = %spec.name, %error, "certificates of a machine could not be removed");
         }
         for disk in &spec.disks {
@@ -375,12 +386,20 @@ impl Host {
             Requested::App => Consistency::Application,
         };
         let machine = self.machine(request.machine)?;
-        if request.keep
-            && let Err((disk, done, total)) = machine.wait_scanned(self.shared.config.limits.mark_scan_wait)
-        {
-            return Err(HostError::Scanning { disk, done, total });
+        let deadline = Instant::now() + self.shared.config.limits.mark_scan_wait;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if request.keep
+                && let Err((disk, done, total)) = machine.wait_scanned(left)
+            {
+                return Err(HostError::Scanning { disk, done, total });
+            }
+            match machine.marker().mark(consistency, &request.label, request.keep) {
+                // A tracker saw so much that it is scanned first.
+                Err(HostError::Scanning { .. }) if Instant::now() < deadline => {}
+                outcome => return outcome,
+            }
         }
-        machine.marker().mark(consistency, &request.label, request.keep)
     }
 
     /// The machine, for whoever needs more than this.
@@ -420,7 +439,7 @@ impl Host {
         if let Some(retry) = self.retry.lock().expect("no panic while held").take() {
             let _ = retry.join();
         }
-        if let Err(error) = self.shared.provider.stop() {
+        if let Err(error) = self.shared.splitter.stop() {
             tracing::warn!(%error, "exports are still in use");
         }
         let machines = std::mem::take(&mut *self.shared.machines());
@@ -456,7 +475,15 @@ impl Shared {
             policy: send_policy(&spec.policy, self.config.clock.wall_now(), None),
             limits: self.config.limits.send,
         };
-        Machine::start(spec, &self.config, self.provider.clone(), &sender)
+        let provider = self.provider(spec.via).clone();
+        Machine::start(spec, &self.config, provider, &sender)
+    }
+
+    fn provider(&self, via: Via) -> &Arc<dyn CaptureProvider> {
+        match via {
+            Via::Nbd => &self.splitter,
+            Via::Bpf => &self.tracker,
+        }
     }
 
     /// An event of a machine.
@@ -518,6 +545,9 @@ impl Shared {
                     };
                     key(left) == key(right)
                 };
+                if other.via != spec.via {
+                    return Err(HostError::OtherWay { machine: spec.name.clone(), before: other.via.name() });
+                }
                 // A generation only grows: an older one is from before a failover.
                 let is_older = generations(spec).iter().zip(generations(&other)).any(|(asked, known)| *asked < known);
                 if is_older || !same(&other, spec) {

@@ -76,6 +76,13 @@ impl Machine {
                 machine: spec.machine,
                 generation: disk.generation,
                 path: PathBuf::from(&disk.path),
+                tracker: match provider.track(disk.path.as_ref(), disk.disk, &config.state_folder) {
+                    Ok(tracker) => tracker,
+                    Err(error) => {
+                        leave(&attached);
+                        return Err(error);
+                    }
+                },
                 device_folder: config.state_folder.join("devices"),
                 elsewhere: config.storage()?,
                 consumers: vec![spec.server.server],
@@ -104,6 +111,7 @@ impl Machine {
             config.freezer.clone(),
             config.limits.freeze_limit,
         ));
+        marker.set_point_interval(spec.policy.point_interval);
         let mut disks = Vec::new();
         for (disk, named) in attached.iter().zip(&spec.disks) {
             let barrier: Weak<dyn Barrier> = Arc::downgrade(&(marker.clone() as Arc<dyn Barrier>));
@@ -184,7 +192,12 @@ impl Machine {
     fn mark_by_policy(&self, marked: &mut Instant) {
         let policy = self.spec().policy;
         let is_cycle_over = policy.cycle.is_none_or(|cycle| marked.elapsed() >= cycle);
-        if !is_cycle_over || !self.marker.is_logging() {
+        // A scan ends with a mark of its own; until then there are no points, and what changes meanwhile waits in the tracker.
+        if !is_cycle_over || self.marker.is_tracked() && self.disks().any(|disk| !disk.is_scanned()) {
+            return;
+        }
+        if !self.marker.is_logging() {
+            self.marker.drain();
             return;
         }
         let is_kept = policy.point_interval.is_some_and(|interval| self.marker.is_kept_due(interval))
@@ -192,6 +205,8 @@ impl Machine {
         if is_kept || self.marker.is_written_since(false) {
             match self.marker.mark(Consistency::Crash, "", is_kept) {
                 Ok(_) => self.disks.iter().for_each(|disk| drop(disk.disk.alarms().remove("marks"))),
+                // So much changed that it is scanned: the mark follows.
+                Err(HostError::Scanning { .. }) => return,
                 Err(error) => {
                     for disk in &self.disks {
                         disk.disk.alarm("marks", false, error.to_string(), &error.help());
@@ -288,6 +303,7 @@ impl Machine {
 
     /// Changes what can be changed while the machine stays attached: its policy, and whether it sends.
     pub(crate) fn adjust(&self, spec: MachineSpec) {
+        self.marker.set_point_interval(spec.policy.point_interval);
         for disk in &self.disks {
             disk.disk.set_log_limits(log_limits(&self.limits, &spec.policy, disk.disk.identity.disk_bytes));
             if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
@@ -404,12 +420,22 @@ impl Machine {
             state: state_of(sender.as_ref(), progress.map(|(_, _, reason)| reason)),
             mode: match disk.mode() {
                 _ if disk.alarms().contains_key("size") => SourceMode::Compare,
-                // What is being compared is told before how changes are kept meanwhile.
-                Mode::Data if sender.as_ref().is_some_and(|sender| sender.compares()) => SourceMode::Compare,
+                // What is being compared is told before how changes are kept meanwhile, but for what a tracker has compared all day.
+                Mode::Data
+                    if sender.as_ref().is_some_and(|sender| sender.compares())
+                        && progress.is_none_or(|(_, _, reason)| reason != ScanReason::Tracked) =>
+                {
+                    SourceMode::Compare
+                }
+                Mode::Data if disk.tracker().is_some() => SourceMode::Bitmap,
                 Mode::Data => SourceMode::Data,
                 Mode::Bitmap { .. } => SourceMode::Bitmap,
             },
-            mode_reason: disk.mode().reason().unwrap_or_default().to_owned(),
+            mode_reason: match (disk.mode().reason(), disk.tracker()) {
+                (Some(reason), _) => reason.to_owned(),
+                (None, Some(_)) => "changed blocks are tracked, and read when a point is made".to_owned(),
+                (None, None) => String::new(),
+            },
             logged: logged.logged.to_string(),
             sent: sender.as_ref().and_then(|sender| sender.sent).map(|at| at.to_string()).unwrap_or_default(),
             durable: durable.map(|at| at.to_string()).unwrap_or_default(),
@@ -502,6 +528,7 @@ fn state_of(sender: Option<&SenderStatus>, scan: Option<ScanReason>) -> SourceSt
         Some(Phase::Live) => SourceState::Replicating,
         Some(Phase::Scanning) => match scan {
             Some(ScanReason::Initial) => SourceState::InitialReplication,
+            Some(ScanReason::Tracked) => SourceState::Replicating,
             _ => SourceState::Resynchronising,
         },
     }

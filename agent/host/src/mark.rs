@@ -20,11 +20,22 @@ use crate::capture::in_flight::Hold;
 use crate::error::HostError;
 use crate::freeze::Freezer;
 use crate::log::Unlogged;
+use crate::protected::tracked::{FROZEN_BYTES_MAX, Gathered, LOGGED_BYTES_MAX};
 use crate::protected::{Barrier, HOLD_ATTEMPTS, HOLD_LIMIT, ProtectedDisk, pause};
 use crate::source::SourceError;
 
 /// The longest that an application is kept frozen, its own scripts not counted.
 pub const FROZEN_MAX: Duration = Duration::from_secs(10);
+
+/// How long an instant without writes is waited for while writers go on.
+const SETTLE_LIMIT: Duration = Duration::from_millis(250);
+/// After so many passes that each found more than can be logged, writers are made to keep still.
+const PASSES_MAX: u32 = 4;
+/// How long file systems are frozen at most, and how often for a mark that nobody asked for.
+const FREEZE_LIMIT: Duration = Duration::from_secs(4);
+const FREEZE_INTERVAL: Duration = Duration::from_secs(15);
+/// Of ends of scans, where the policy keeps no points by itself.
+const KEPT_INTERVAL: Duration = Duration::from_secs(300);
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MarkOutcome {
@@ -44,6 +55,17 @@ pub struct Marker {
     freeze_limit: Duration,
     /// One mark at a time; where each disk stood at the last one.
     last: Mutex<Last>,
+    /// Of tracked disks.
+    settling: Mutex<Settling>,
+    point_interval: Mutex<Option<Duration>>,
+}
+
+/// How hard it was to find an instant without writes.
+#[derive(Default)]
+struct Settling {
+    /// Passes over what changed that ended with more than can be logged.
+    passes: u32,
+    frozen_at: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -63,7 +85,8 @@ impl Marker {
         freeze_limit: Duration,
     ) -> Self {
         disks.sort_by_key(|disk| disk.identity.disk);
-        Self { machine, name, disks, freezer, freeze_limit, last: Mutex::default() }
+        let (settling, point_interval) = (Mutex::default(), Mutex::default());
+        Self { machine, name, disks, freezer, freeze_limit, last: Mutex::default(), settling, point_interval }
     }
 
     fn last(&self) -> MutexGuard<'_, Last> {
@@ -76,7 +99,9 @@ impl Marker {
         let positions = if kept { &last.kept } else { &last.positions };
         self.disks.iter().any(|disk| {
             let logged = disk.log.published().logged;
-            positions.get(&disk.identity.disk).map_or(logged.sequence.0 > 0, |position| *position != logged)
+            let is_logged =
+                positions.get(&disk.identity.disk).map_or(logged.sequence.0 > 0, |position| *position != logged);
+            is_logged || disk.is_dirty()
         })
     }
 
@@ -85,7 +110,9 @@ impl Marker {
         let last = self.last();
         self.disks.iter().any(|disk| {
             let logged = disk.log.published().logged;
-            last.app.get(&disk.identity.disk).map_or(logged.sequence.0 > 0, |position| *position != logged)
+            let is_logged =
+                last.app.get(&disk.identity.disk).map_or(logged.sequence.0 > 0, |position| *position != logged);
+            is_logged || disk.is_dirty()
         })
     }
 
@@ -152,6 +179,9 @@ impl Marker {
         keep: bool,
         held: &mut dyn FnMut(&MarkOutcome),
     ) -> Result<MarkOutcome, HostError> {
+        if self.is_tracked() {
+            return self.mark_settled(deadline, consistency, label, keep, held);
+        }
         let mut busy = self.disks.first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
         for attempt in 0..HOLD_ATTEMPTS {
             match self.hold_all() {
@@ -169,6 +199,133 @@ impl Marker {
             pause(attempt);
         }
         Err(HostError::Busy { disk: busy })
+    }
+
+    pub fn is_tracked(&self) -> bool {
+        self.disks.iter().any(|disk| disk.tracker().is_some())
+    }
+
+    /// How often a point is kept: the ends of the scans that a tracked machine has all day keep no more.
+    pub fn set_point_interval(&self, interval: Option<Duration>) {
+        *self.point_interval.lock().expect("no panic while held") = interval;
+    }
+
+    /// Takes what trackers saw, without a mark.
+    pub fn drain(&self) {
+        for disk in &self.disks {
+            if let Err(error) = disk.gather(LOGGED_BYTES_MAX) {
+                tracing::debug!(disk = %disk.identity.disk, %error, "what changed stays claimed");
+            }
+        }
+    }
+
+    /// A mark of disks that others write to: at an instant at which everything that changed was read and nothing is in flight.
+    /// Passes that find ever less come to such an instant by themselves; where they do not, the file systems on the
+    /// disks are frozen, for a moment and not often.
+    fn mark_settled(
+        &self,
+        deadline: Instant,
+        consistency: Consistency,
+        label: &str,
+        keep: bool,
+        held: &mut dyn FnMut(&MarkOutcome),
+    ) -> Result<MarkOutcome, HostError> {
+        let mut settling = self.settling.lock().expect("no panic while held");
+        let mut busy = HostError::Unsettled { disk: self.disks[0].identity.disk, frozen: false };
+        if settling.passes < PASSES_MAX {
+            match self.settle(deadline.min(Instant::now() + SETTLE_LIMIT), LOGGED_BYTES_MAX) {
+                Ok(holds) => {
+                    let outcome = self.append(consistency, label, keep)?;
+                    held(&outcome);
+                    drop(holds);
+                    settling.passes = 0;
+                    return Ok(outcome);
+                }
+                Err(error @ HostError::Scanning { .. }) => {
+                    settling.passes += 1;
+                    return Err(error);
+                }
+                Err(error @ HostError::Unsettled { .. }) => busy = error,
+                Err(error) => return Err(error),
+            }
+        }
+        if !keep && settling.frozen_at.is_some_and(|at| at.elapsed() < FREEZE_INTERVAL) {
+            return Err(busy);
+        }
+        settling.frozen_at = Some(Instant::now());
+        let mut frozen = Vec::new();
+        for tracker in self.disks.iter().filter_map(|disk| disk.tracker()) {
+            let result = tracker.freeze(FREEZE_LIMIT);
+            frozen.extend(result.map_err(|source| HostError::Freeze { machine: self.name.clone(), source })?);
+        }
+        if frozen.is_empty() {
+            settling.passes = 0;
+            return Err(busy);
+        }
+        let settled = self.settle(Instant::now() + FREEZE_LIMIT / 2, FROZEN_BYTES_MAX).and_then(|holds| {
+            let outcome = self.append(consistency, label, keep)?;
+            held(&outcome);
+            drop(holds);
+            Ok(outcome)
+        });
+        for frozen in frozen {
+            if let Err(error) = frozen.thaw() {
+                tracing::error!(machine = %self.name, error = %error, help = error.help(), "thawing failed");
+                self.disks
+                    .iter()
+                    .for_each(|disk| disk.alarm("thaw", true, format!("{}: {error}", self.name), error.help()));
+            }
+        }
+        settling.passes = 0;
+        settled.map_err(|error| match error {
+            HostError::Unsettled { disk, .. } => HostError::Unsettled { disk, frozen: true },
+            error => error,
+        })
+    }
+
+    /// Gathers until nothing is left and nothing in flight, and holds the disks there.
+    fn settle(&self, deadline: Instant, logged_max: u64) -> Result<Vec<Hold<'_>>, HostError> {
+        let mut attempt = 0;
+        loop {
+            let mut busy = None;
+            for disk in &self.disks {
+                let id = disk.identity.disk;
+                match disk.gather(logged_max) {
+                    Ok(Gathered::All) => {}
+                    Ok(Gathered::InFlight) => busy = Some(id),
+                    Ok(Gathered::Scanning) => {
+                        let total = disk.consumers().iter().map(|consumer| consumer.scan_bytes()).max().unwrap_or(0);
+                        return Err(HostError::Scanning { disk: id, done: 0, total });
+                    }
+                    Err(error) => {
+                        let source = std::io::Error::other(error);
+                        return Err(HostError::Io { what: "read what changed", source });
+                    }
+                }
+            }
+            if busy.is_none() {
+                match self.hold_all() {
+                    // Looked at twice: at the instant between the two all disks were, together, as they were read.
+                    Ok(holds)
+                        if self.disks.iter().all(|disk| disk.is_settled())
+                            && self.disks.iter().all(|disk| disk.is_settled()) =>
+                    {
+                        return Ok(holds);
+                    }
+                    Ok(holds) => {
+                        drop(holds);
+                        busy = self.disks.iter().find(|disk| disk.is_dirty()).map(|disk| disk.identity.disk);
+                    }
+                    Err(disk) => busy = Some(disk),
+                }
+            }
+            if Instant::now() >= deadline {
+                let disk = busy.unwrap_or(self.disks[0].identity.disk);
+                return Err(HostError::Unsettled { disk, frozen: false });
+            }
+            pause(attempt);
+            attempt += 1;
+        }
     }
 
     /// Holds all disks with nothing in flight, or names the one that is busy.
@@ -243,9 +400,13 @@ fn not_logging(disk: &ProtectedDisk, reason: &Unlogged) -> HostError {
 impl Barrier for Marker {
     fn barrier(&self) -> Result<Vec<(DiskId, Position)>, SourceError> {
         // The end of a scan is where a machine can first be recovered to, so it is kept.
-        match self.mark(Consistency::Crash, "", true) {
+        let interval = *self.point_interval.lock().expect("no panic while held");
+        let keep = !self.is_tracked() || self.is_kept_due(interval.unwrap_or(KEPT_INTERVAL));
+        match self.mark(Consistency::Crash, "", keep) {
             Ok(outcome) => Ok(outcome.positions),
-            Err(HostError::Busy { disk }) => Err(SourceError::Busy { disk }),
+            Err(HostError::Busy { disk } | HostError::Unsettled { disk, .. } | HostError::Scanning { disk, .. }) => {
+                Err(SourceError::Busy { disk })
+            }
             Err(error) => {
                 let disk = self.disks.first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
                 let source = std::io::Error::other(error.to_string());

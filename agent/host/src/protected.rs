@@ -8,6 +8,7 @@
 mod epoch;
 mod keeper;
 mod source;
+pub(crate) mod tracked;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,7 +24,9 @@ use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId, Epoch, Extent, ExtentSet, Position, ServerId, Timestamp};
 use tidemark_proto::control::Problem;
 
+use crate::capture::gap;
 use crate::capture::in_flight::{Hold, InFlight};
+use crate::capture::tracker::Tracker;
 use crate::consumer::Consumer;
 use crate::events::{DiskEvents, EventKind, Severity};
 use crate::log::{DiskLog, LogLimits, Unlogged};
@@ -58,6 +61,10 @@ pub struct ProtectedDisk {
     /// What it was to hold, and nobody took.
     pub(crate) owed: Mutex<Option<Lost>>,
     pub(crate) log: Arc<DiskLog>,
+    /// Tells what others wrote; `None`: it is written through us alone.
+    pub(crate) tracker: Option<Arc<dyn Tracker>>,
+    /// One at a time; whether a compare of the whole disk is owed.
+    pub(crate) gathering: Mutex<bool>,
     pub(crate) in_flight: InFlight,
     pub(crate) intent: Intent,
     pub(crate) dirty: DirtyBitmap,

@@ -126,6 +126,8 @@ pub enum ScanReason {
     Requested,
     /// The consumer cannot read back what it stored, and asked for it.
     Repair,
+    /// A tracker saw writes somewhere in these granules.
+    Tracked,
 }
 
 impl ScanReason {
@@ -133,7 +135,11 @@ impl ScanReason {
     /// is sent. What is known to differ is sent at once.
     pub fn compares(self) -> bool {
         match self {
-            ScanReason::Unclean | ScanReason::LogDamaged | ScanReason::Diverged | ScanReason::Requested => true,
+            ScanReason::Unclean
+            | ScanReason::LogDamaged
+            | ScanReason::Diverged
+            | ScanReason::Requested
+            | ScanReason::Tracked => true,
             ScanReason::Initial | ScanReason::Dirty | ScanReason::Repair => false,
         }
     }
@@ -287,6 +293,11 @@ pub trait Source: Send + Sync {
 
     /// The consumer holds `extent` durably as it was read after `seen` was asked; what was added later stays.
     fn scanned(&self, consumer: ServerId, extent: Extent, seen: ScanRevision) -> Result<(), SourceError>;
+
+    /// Whether everything that was written before now is logged: then the newest position stands for now.
+    fn is_complete(&self) -> bool {
+        true
+    }
 
     /// Makes a mark on every disk of the machine and returns its position on this one: the end of a scan.
     fn barrier(&self) -> Result<Position, SourceError>;

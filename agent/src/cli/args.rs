@@ -411,9 +411,9 @@ pub struct ProtectArgs {
     /// Look only whether everything that is needed is there.
     #[arg(long)]
     pub check: bool,
-    /// How changes are captured.
-    #[arg(long, value_enum, default_value_t = Via::Nbd)]
-    pub via: Via,
+    /// How changes are captured: as before, or over NBD, where this is not said.
+    #[arg(long, value_enum)]
+    pub via: Option<Via>,
     #[command(flatten)]
     pub wait: WaitArgs,
 }
@@ -422,6 +422,8 @@ pub struct ProtectArgs {
 pub enum Via {
     /// The workload opens its disk over NBD, at the address that is printed.
     Nbd,
+    /// The workload goes on as it is: the kernel tells which blocks of its block devices change.
+    Bpf,
 }
 
 #[derive(Args)]

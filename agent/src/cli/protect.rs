@@ -5,7 +5,7 @@ use std::path::Path;
 use hyper::Method;
 use serde_json::{Value, json};
 
-use super::args::{MachineArgs, ProtectArgs, UnprotectArgs};
+use super::args::{MachineArgs, ProtectArgs, UnprotectArgs, Via};
 use super::output::{Output, text};
 use super::{CliError, job};
 use crate::client::{Client, escape};
@@ -21,6 +21,10 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
         "policy": args.policy,
         "group": args.group,
         "listen": args.listen,
+        "via": args.via.map(|via| match via {
+            Via::Nbd => "nbd",
+            Via::Bpf => "bpf",
+        }),
         "exclude": exclude,
         "check_only": args.check,
     });
@@ -32,7 +36,6 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
     if args.check {
         return checks(&result, output);
     }
-    output.line(&format!("{} is protected. Its workload opens its disks here from now on:", args.name))?;
     let rows: Vec<Vec<String>> = result["disks"]
         .as_array()
         .into_iter()
@@ -45,6 +48,10 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
                 .map(|address| vec![text(disk, "/path"), address.to_owned()])
         })
         .collect();
+    if rows.is_empty() {
+        return Ok(output.line(&format!("{} is protected. Its workload goes on as it is.", args.name))?);
+    }
+    output.line(&format!("{} is protected. Its workload opens its disks here from now on:", args.name))?;
     Ok(output.table(&["DISK", "ADDRESS"], &rows)?)
 }
 

@@ -12,6 +12,7 @@ use tidemark_host::freeze::{FreezeError, Freezer, Frozen, ScriptFreezer};
 use tidemark_host::{Host, HostConfig, HostError};
 use tidemark_proto::control::{
     AgentCommand, DenyList, Failure, FailureKind, Peer, ProbedDisk, Register, Reply, Severity, SourceDisk, SourceState,
+    Via,
 };
 use tidemark_transport::{Identity, PeerIdentity};
 use tokio::task::JoinHandle;
@@ -217,7 +218,7 @@ fn draft(event: tidemark_host::events::Event) -> Draft {
 
 fn execute(host: &Host, command: AgentCommand) -> Result<Reply, HostError> {
     match command {
-        AgentCommand::Probe { paths } => probe(host, &paths).map(Reply::Probed),
+        AgentCommand::Probe { paths, via } => probe(host, &paths, via).map(Reply::Probed),
         AgentCommand::Protect(spec) => host.protect(*spec).map(Reply::Attached),
         AgentCommand::Unprotect(machine) => host.unprotect(machine).map(|()| Reply::Done),
         AgentCommand::Pause(machine) => host.pause(machine).map(|()| Reply::Done),
@@ -234,7 +235,7 @@ fn execute(host: &Host, command: AgentCommand) -> Result<Reply, HostError> {
 }
 
 /// A disk that is attached here is locked by ourselves: what is known of it answers.
-fn probe(host: &Host, paths: &[String]) -> Result<Vec<ProbedDisk>, HostError> {
+fn probe(host: &Host, paths: &[String], via: Via) -> Result<Vec<ProbedDisk>, HostError> {
     let attached: Vec<_> = host
         .status()
         .into_iter()
@@ -245,7 +246,7 @@ fn probe(host: &Host, paths: &[String]) -> Result<Vec<ProbedDisk>, HostError> {
         .iter()
         .map(|path| match attached.iter().find(|disk| disk.path == *path) {
             Some(disk) => Ok(ProbedDisk { path: path.clone(), bytes: disk.bytes }),
-            None => host.probe(std::slice::from_ref(path)).map(|mut disks| disks.remove(0)),
+            None => host.probe(std::slice::from_ref(path), via).map(|mut disks| disks.remove(0)),
         })
         .collect()
 }

@@ -116,7 +116,7 @@ impl Simulated {
 
     fn agent(&self, command: AgentCommand) -> Reply {
         match command {
-            AgentCommand::Probe { paths } => {
+            AgentCommand::Probe { paths, .. } => {
                 Reply::Probed(paths.into_iter().map(|path| ProbedDisk { path, bytes: 1 << 30 }).collect())
             }
             AgentCommand::Protect(spec) => {

@@ -232,7 +232,9 @@ impl From<&AgentCommand> for wire::AgentCommand {
     fn from(from: &AgentCommand) -> Self {
         use wire::agent_command::Body;
         let body = match from {
-            AgentCommand::Probe { paths } => Body::Probe(wire::Probe { paths: paths.clone() }),
+            AgentCommand::Probe { paths, via } => {
+                Body::Probe(wire::Probe { paths: paths.clone(), via: via.name().to_owned() })
+            }
             AgentCommand::Protect(spec) => Body::Protect((&**spec).into()),
             AgentCommand::Unprotect(id) => Body::Unprotect(machine_ref(id)),
             AgentCommand::Pause(id) => Body::Pause(machine_ref(id)),
@@ -259,7 +261,8 @@ impl TryFrom<wire::AgentCommand> for AgentCommand {
         use wire::agent_command::Body;
         Ok(match need(from.body, "command")? {
             Body::Probe(probe) => {
-                AgentCommand::Probe { paths: list(probe.paths, "paths", DISKS_MAX, |path| named(path, "path"))? }
+                let paths = list(probe.paths, "paths", DISKS_MAX, |path| named(path, "path"))?;
+                AgentCommand::Probe { paths, via: via(&probe.via)? }
             }
             Body::Protect(spec) => AgentCommand::Protect(Box::new(spec.try_into()?)),
             Body::Unprotect(of) => AgentCommand::Unprotect(machine(&of.machine)?),
@@ -323,6 +326,7 @@ impl From<&MachineSpec> for wire::MachineSpec {
             paused: from.paused,
             listen: address_text(from.listen),
             fenced: from.fenced,
+            via: from.via.name().to_owned(),
         }
     }
 }
@@ -344,7 +348,16 @@ impl TryFrom<wire::MachineSpec> for MachineSpec {
             paused: from.paused,
             listen: optional_address(&from.listen)?,
             fenced: from.fenced,
+            via: via(&from.via)?,
         })
+    }
+}
+
+/// Nothing is what was before there was a choice.
+fn via(name: &str) -> Checked<Via> {
+    match name {
+        "" => Ok(Via::Nbd),
+        name => Via::named(name).ok_or(WireError::Invalid("via")),
     }
 }
 
@@ -1103,6 +1116,7 @@ mod tests {
             paused: true,
             listen: Some("127.0.0.1:10809".parse().unwrap()),
             fenced: true,
+            via: Via::Bpf,
         }
     }
 
@@ -1150,7 +1164,7 @@ mod tests {
     fn agent_commands_survive_the_wire() {
         let machine = MachineId::random();
         for command in [
-            AgentCommand::Probe { paths: vec!["/a".into(), "/b".into()] },
+            AgentCommand::Probe { paths: vec!["/a".into(), "/b".into()], via: Via::Bpf },
             AgentCommand::Protect(Box::new(spec())),
             AgentCommand::Unprotect(machine),
             AgentCommand::Pause(machine),
@@ -1307,6 +1321,12 @@ mod tests {
         let mut bad = wire::MachineSpec::from(&spec());
         bad.disks[0].bytes = 1000;
         assert_eq!(MachineSpec::try_from(bad), Err(WireError::Invalid("bytes")));
+        let mut bad = wire::MachineSpec::from(&spec());
+        bad.via = "by hand".into();
+        assert_eq!(MachineSpec::try_from(bad), Err(WireError::Invalid("via")));
+        let mut old = wire::MachineSpec::from(&spec());
+        old.via = String::new();
+        assert_eq!(MachineSpec::try_from(old).unwrap().via, Via::Nbd);
         let mut bad = wire::MachineSpec::from(&spec());
         bad.name = "x".repeat(TEXT_BYTES_MAX + 1);
         assert!(matches!(MachineSpec::try_from(bad), Err(WireError::TooLong { field: "name", .. })));

@@ -84,6 +84,7 @@ pub enum AgentCommand {
     /// Whether these disks could be protected, without touching them.
     Probe {
         paths: Vec<String>,
+        via: Via,
     },
     Protect(Box<MachineSpec>),
     Unprotect(MachineId),
@@ -109,6 +110,31 @@ pub struct MachineSpec {
     pub listen: Option<SocketAddr>,
     /// Nobody opens its disks: it runs elsewhere, or is about to.
     pub fenced: bool,
+    pub via: Via,
+}
+
+/// How the changes of a machine's disks are captured.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Via {
+    /// The workload writes through the agent.
+    #[default]
+    Nbd,
+    /// The kernel tells which blocks of a device change.
+    Bpf,
+}
+
+impl Via {
+    pub fn name(self) -> &'static str {
+        match self {
+            Via::Nbd => "nbd",
+            Via::Bpf => "bpf",
+        }
+    }
+
+    pub fn named(name: &str) -> Option<Self> {
+        [Via::Nbd, Via::Bpf].into_iter().find(|via| via.name() == name)
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]

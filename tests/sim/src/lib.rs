@@ -178,6 +178,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         paused: false,
         listen: None,
         fenced: false,
+        via: Default::default(),
     };
     let span = disks.iter().map(|(_, bytes)| bytes / 512).min().unwrap_or(1);
     let workload = Workload {

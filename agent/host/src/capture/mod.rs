@@ -4,22 +4,28 @@
 //! which blocks changed; an *importer* takes logs that someone else wrote. Whatever it is, it is told of disks to watch, and
 //! says where the workload opens them from then on.
 
+pub mod bpf;
+pub mod freezer;
 pub mod in_flight;
 pub mod nbd;
 pub mod splitter;
+pub mod tracker;
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 
-use tidemark_base::MachineId;
+use tidemark_base::disk::{Access, Disk, FileDisk};
+use tidemark_base::{DiskId, MachineId};
 
 use crate::error::HostError;
 use crate::protected::ProtectedDisk;
+use tracker::Tracker;
 
 /// A place between two steps of a write, at which a test may end the process. Nothing otherwise.
 #[inline(always)]
-fn gap(name: &'static str) {
+pub(crate) fn gap(name: &'static str) {
     #[cfg(test)]
     crate::tests::gaps::reach(name);
     tidemark_base::seam::observe(tidemark_base::seam::Event::Reached(name));
@@ -34,6 +40,23 @@ pub struct Address {
 
 /// Catches the changes of disks.
 pub trait CaptureProvider: Send + Sync {
+    /// Whether the disk could be protected in this way, and its size. Nothing is changed. `state` is the folder of the agent's
+    /// state, which must not lie on a disk that a tracker may freeze.
+    fn probe(&self, path: &Path, _state: &Path) -> Result<u64, HostError> {
+        Ok(FileDisk::open(path, Access::Exclusive)?.bytes())
+    }
+
+    /// Begins to track the disk, or goes on: before it is attached, so that what it missed is found by the attach. `None`: it is
+    /// written through us.
+    fn track(&self, _path: &Path, _disk: DiskId, _state: &Path) -> Result<Option<Arc<dyn Tracker>>, HostError> {
+        Ok(None)
+    }
+
+    /// The disk is not protected any more: nothing of it is tracked.
+    fn untrack(&self, _disk: DiskId) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Begins to serve or to watch the disk under a name that stays the same for as long as it is protected.
     fn attach(&self, name: &str, disk: &Arc<ProtectedDisk>) -> io::Result<Address>;
 

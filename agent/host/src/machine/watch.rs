@@ -4,12 +4,15 @@ use super::MachineDisk;
 use crate::events::{EventKind, Severity};
 use crate::send::resume::Alarm;
 use crate::send::{Phase, Sender, SenderStatus};
+use crate::source::ScanReason;
 
 /// What was told of a sender, so that it is told once.
 #[derive(Default)]
 pub(super) struct SenderSeen {
     alarm: Option<Alarm>,
     is_scan_open: bool,
+    /// The scan is one of those that a tracked disk has all day.
+    is_routine: bool,
     is_halted: bool,
 }
 
@@ -39,6 +42,14 @@ impl MachineDisk {
         }
         if status.scan_open != seen.is_scan_open {
             seen.is_scan_open = status.scan_open;
+            let is_tracked = self.disk.tracker().is_some();
+            let reason =
+                self.disk.consumers().iter().find_map(|consumer| consumer.progress()).map(|(_, _, reason)| reason);
+            let is_routine = match status.scan_open {
+                true => is_tracked && reason.is_none_or(|reason| reason == ScanReason::Tracked),
+                false => seen.is_routine,
+            };
+            seen.is_routine = is_routine;
             let (kind, message) = match status.scan_open {
                 true => {
                     let bytes = status.scan.map_or(0, |scan| scan.total_bytes);
@@ -47,7 +58,9 @@ impl MachineDisk {
                 }
                 false => (EventKind::CompareEnded, format!("the replica of disk {path} is consistent again")),
             };
-            events.publish(Severity::Information, kind, message, "");
+            if !is_routine {
+                events.publish(Severity::Information, kind, message, "");
+            }
         }
         let is_halted = status.phase == Phase::Halted;
         if is_halted != std::mem::replace(&mut seen.is_halted, is_halted) && is_halted {

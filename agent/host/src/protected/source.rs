@@ -107,6 +107,10 @@ impl Source for ProtectedDisk {
         Ok(())
     }
 
+    fn is_complete(&self) -> bool {
+        !self.is_dirty()
+    }
+
     fn barrier(&self) -> Result<Position, SourceError> {
         let barrier = self.barrier.get().and_then(Weak::upgrade);
         let barrier = barrier.ok_or(SourceError::Closed { disk: self.identity.disk })?;

@@ -148,7 +148,12 @@ impl<'a> Session<'a> {
                 continue;
             }
             // While blocks change that no log tells of, nothing is known to be complete up to now.
-            if room && now >= next_heartbeat && state.logged == self.sent && state.is_logging {
+            if room
+                && now >= next_heartbeat
+                && state.logged == self.sent
+                && state.is_logging
+                && self.emitter.source.is_complete()
+            {
                 self.end_cut(OpenCut::new(), CutKind::Records, self.sent, wall, CutDetails::default())?;
                 next_heartbeat = now + self.limits().heartbeat;
                 continue;

@@ -6,7 +6,7 @@ use tidemark_base::{DiskId, Generation, MachineId, ServerId, SystemClock};
 use tidemark_nbd::Export;
 use tidemark_proto::control::{
     Consistency, DAY_MINUTES, DiskSpec, Endpoint, MachineSpec, MarkRequest, ReplicationPolicy, SourceMode, SourceState,
-    Throttle, ThrottleRule,
+    Throttle, ThrottleRule, Via,
 };
 use tidemark_proto::replication::HostFrame;
 
@@ -75,6 +75,7 @@ fn spec(folder: &Path, name: &str, disks: usize) -> MachineSpec {
         paused: false,
         listen: None,
         fenced: false,
+        via: Default::default(),
     }
 }
 
@@ -121,7 +122,7 @@ fn what_is_protected_comes_back_at_the_same_addresses() {
     let folder = tempfile::tempdir().unwrap();
     let spec = spec(folder.path(), "web", 2);
     let host = Host::start(config(folder.path())).unwrap();
-    assert_eq!(host.probe(&[spec.disks[0].path.clone()]).unwrap()[0].bytes, 8 << 20);
+    assert_eq!(host.probe(&[spec.disks[0].path.clone()], Via::Nbd).unwrap()[0].bytes, 8 << 20);
     let attached = host.protect(spec.clone()).unwrap();
     assert_eq!(attached.len(), 2);
     let socket = folder.path().join("run/nbd.sock");

@@ -1,5 +1,6 @@
 //! Capture as a whole: the write path against a model, marks under load, crashes, limits.
 
+mod conformance;
 mod crash;
 pub mod gaps;
 mod host;
@@ -32,6 +33,7 @@ use tidemark_nbd::{Export, WriteRequest};
 
 use crate::attach::{AttachRequest, Attached, attach};
 use crate::capture::splitter::Splitter;
+use crate::capture::tracker::Tracker;
 use crate::error::HostError;
 use crate::events::{EventKind, Events};
 use crate::log::LogLimits;
@@ -51,6 +53,7 @@ pub struct Fixture {
     pub limits: LogLimits,
     pub clock: Arc<dyn Clock>,
     pub events: Arc<Events>,
+    pub tracker: Option<Arc<dyn Tracker>>,
 }
 
 /// The system's clock, set ahead by a test.
@@ -99,6 +102,7 @@ impl Fixture {
             limits: LIMITS,
             clock: Arc::new(SystemClock::new()),
             events: Events::new(Arc::new(SystemClock::new())),
+            tracker: None,
         }
     }
 
@@ -132,6 +136,7 @@ impl Fixture {
             machine: MachineId::from_bytes([7; 16]),
             generation: Generation::FIRST,
             path: self.path(),
+            tracker: self.tracker.clone(),
             device_folder: self.folder.path().join("devices"),
             elsewhere: self.elsewhere(),
             consumers: [self.server].into_iter().chain(self.others.iter().copied()).collect(),

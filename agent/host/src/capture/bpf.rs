@@ -1,0 +1,126 @@
+//! The eBPF tracker: any block device of this host, whoever writes to it, without a change to them ([`tidemark_bpf`]).
+//!
+//! *Consistency.* [`crate::protected`] says how what it tells becomes records and marks. *Retries.* None here. *Cancellation.* Detaching
+//! ends nothing: the kernel goes on marking, so that the next session need not compare. *Crash.* The same.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidemark_base::{DiskId, ExtentSet};
+use tidemark_bpf::{BlockTracker, Device, Found, Witness};
+
+use super::freezer::{FileSystemFreezer, file_systems_on};
+use super::tracker::Tracker;
+use super::{Address, CaptureProvider};
+use crate::error::HostError;
+use crate::freeze::{FreezeError, Frozen};
+use crate::protected::ProtectedDisk;
+
+/// Has no state of its own: what is tracked is pinned in the kernel.
+#[derive(Default)]
+pub struct BpfTracker;
+
+impl CaptureProvider for BpfTracker {
+    fn probe(&self, path: &Path, state: &Path) -> Result<u64, HostError> {
+        let device = BlockTracker::probe(path)?;
+        keeps_away(&device, path, state)?;
+        Ok(device.bytes())
+    }
+
+    fn track(&self, path: &Path, disk: DiskId, state: &Path) -> Result<Option<Arc<dyn Tracker>>, HostError> {
+        keeps_away(&Device::examine(path).map_err(tidemark_bpf::TrackerError::from)?, path, state)?;
+        let (tracker, found) = BlockTracker::open(path, disk)?;
+        Ok(Some(Arc::new(Tracked { tracker, found })))
+    }
+
+    fn untrack(&self, disk: DiskId) -> io::Result<()> {
+        BlockTracker::remove(disk)
+    }
+
+    fn attach(&self, _name: &str, _disk: &Arc<ProtectedDisk>) -> io::Result<Address> {
+        Ok(Address::default())
+    }
+
+    fn detach(&self, _name: &str) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn stop(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// State on the disk that it is about would change the disk with each change, and wait for ever for a disk that is frozen.
+fn keeps_away(device: &Device, path: &Path, state: &Path) -> Result<(), HostError> {
+    let existing = state.ancestors().find(|folder| folder.exists()).unwrap_or(state);
+    let number = std::fs::metadata(existing).map_err(|source| HostError::State {
+        what: "examine the volume",
+        folder: state.to_owned(),
+        source,
+    })?;
+    match device.holds(number.dev()) {
+        true => Err(HostError::StateOnDisk { path: path.to_owned(), state: state.to_owned() }),
+        false => Ok(()),
+    }
+}
+
+struct Tracked {
+    tracker: BlockTracker,
+    found: Found,
+}
+
+impl Tracker for Tracked {
+    fn witnessed(&self) -> Option<[u8; 16]> {
+        match self.found {
+            Found::Witness(session) => Some(session),
+            Found::New => None,
+        }
+    }
+
+    fn arm(&self, session: [u8; 16]) {
+        self.tracker.arm(session);
+    }
+
+    fn is_dirty(&self) -> bool {
+        self.tracker.is_dirty()
+    }
+
+    fn claim(&self) {
+        self.tracker.claim();
+    }
+
+    fn claimed(&self) -> ExtentSet {
+        self.tracker.claimed()
+    }
+
+    fn release(&self, extents: &ExtentSet) {
+        self.tracker.release(extents);
+    }
+
+    fn in_flight(&self) -> io::Result<u64> {
+        self.tracker.device().writes_in_flight()
+    }
+
+    fn broken(&self) -> Option<String> {
+        match self.tracker.witness() {
+            Witness::Whole => None,
+            Witness::Broken(reason) => Some(reason),
+        }
+    }
+
+    fn forgive(&self) {
+        self.tracker.forgive();
+    }
+
+    fn freeze(&self, limit: Duration) -> Result<Option<Box<dyn Frozen>>, FreezeError> {
+        let mounted: Vec<PathBuf> = file_systems_on(|device| self.tracker.device().holds(device))
+            .map_err(|source| FreezeError::FileSystem { path: "/proc/self/mountinfo".into(), source })?;
+        if mounted.is_empty() {
+            return Ok(None);
+        }
+        FileSystemFreezer::freeze(&mounted, limit).map(Some)
+    }
+}

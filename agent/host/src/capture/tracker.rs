@@ -1,0 +1,43 @@
+//! What a tracker tells: which blocks of a disk that others write changed.
+
+use std::io;
+use std::time::Duration;
+
+use tidemark_base::ExtentSet;
+
+use crate::freeze::{FreezeError, Frozen};
+
+/// Knows which granules changed, and forgets none before somebody took it.
+///
+/// *Consistency.* A granule is dirty from the submission of a write to it, and again from its completion. [`Tracker::claim`] moves it
+/// to what is claimed, and [`Tracker::release`] forgets it: what changed is in one of the two at any instant. *Crash.* Both survive a kill of
+/// this process.
+pub trait Tracker: Send + Sync {
+    /// The session that this tracker saw everything since, if it did.
+    fn witnessed(&self) -> Option<[u8; 16]>;
+
+    /// Everything that it did not see is in a durable scan; `session` reads it from now on.
+    fn arm(&self, session: [u8; 16]);
+
+    /// Something changed that was not claimed.
+    fn is_dirty(&self) -> bool;
+
+    fn claim(&self);
+
+    /// What was claimed and not released.
+    fn claimed(&self) -> ExtentSet;
+
+    fn release(&self, extents: &ExtentSet);
+
+    /// Writes that were submitted and did not complete.
+    fn in_flight(&self) -> io::Result<u64>;
+
+    /// Why it may have missed something since it was armed, or since [`Tracker::forgive`].
+    fn broken(&self) -> Option<String>;
+
+    /// What it may have missed is in a durable scan.
+    fn forgive(&self);
+
+    /// Makes whoever writes to the disk keep still, for `limit` at most. `None`: there is nobody who can be asked to.
+    fn freeze(&self, limit: Duration) -> Result<Option<Box<dyn Frozen>>, FreezeError>;
+}

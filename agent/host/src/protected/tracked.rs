@@ -1,0 +1,155 @@
+//! A disk that others write to: how what its tracker tells becomes records, scans and, at a settled instant, marks.
+//!
+//! *Consistency.* A granule is read after it was claimed and while nothing is in flight, and released once a log, the dirty bitmap or a durable
+//! scan tells of it. The records of a granule may come in another order than its writes, and between two marks no cut is what the disk was at any
+//! instant; that is why only marks are recovered to. At a mark nothing was dirty, claimed or in flight, so the last record of each
+//! granule was read after its last write, and the log's prefix is the disk.
+//!
+//! Few blocks are logged, because a mark needs no scan then; many are scanned, which compares parts of 4 KiB with the replica and
+//! sends what differs only.
+//!
+//! *Retries.* Whoever marks gathers again. *Cancellation.* What was not released is claimed still. *Crash.* The next session begins with what is claimed;
+//! where the kernel did not watch on, it compares.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tidemark_base::disk::Disk;
+use tidemark_base::{Extent, ExtentSet};
+use tidemark_hrl::Append;
+
+use super::ProtectedDisk;
+use crate::capture::tracker::Tracker;
+use crate::events::{EventKind, Severity};
+use crate::log::record_parts;
+use crate::source::{RECORD_BYTES_MAX, ScanReason, SourceError};
+use crate::state::session::Mode;
+
+/// What is logged while writers go on; more is scanned.
+pub(crate) const LOGGED_BYTES_MAX: u64 = 1 << 20;
+/// What is logged while writers stand still: they wait for it to be read.
+pub(crate) const FROZEN_BYTES_MAX: u64 = 64 << 20;
+
+/// What became of what changed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Gathered {
+    /// The log, or the dirty bitmap, tells of it all.
+    All,
+    /// Writes are in flight: nothing was read.
+    InFlight,
+    /// It is in the scans.
+    Scanning,
+}
+
+impl ProtectedDisk {
+    pub(crate) fn tracker(&self) -> Option<&Arc<dyn Tracker>> {
+        self.tracker.as_ref()
+    }
+
+    /// Takes what changed, up to `logged_max` bytes of it into the log.
+    pub(crate) fn gather(&self, logged_max: u64) -> Result<Gathered, SourceError> {
+        let Some(tracker) = &self.tracker else { return Ok(Gathered::All) };
+        let mut owes_compare = self.gathering.lock().expect("no panic while held");
+        if let Some(reason) = tracker.broken() {
+            // First: what is missed after this is seen by the next look.
+            tracker.forgive();
+            *owes_compare = true;
+            let message = format!("the tracker of {} did not see every write: {reason}", self.path.display());
+            self.events.publish(
+                Severity::Warning,
+                EventKind::DiskUnwitnessed,
+                message,
+                "the whole disk is compared by itself",
+            );
+        }
+        if *owes_compare {
+            let whole = ExtentSet::from_iter([Extent::new(0, self.identity.disk_bytes)]);
+            self.add_for_all(&whole, ScanReason::Unclean).map_err(self.io_error("mark blocks"))?;
+            *owes_compare = false;
+            return Ok(Gathered::Scanning);
+        }
+        tracker.claim();
+        if tracker.in_flight().map_err(self.io_error("count writes in flight"))? > 0 {
+            return Ok(Gathered::InFlight);
+        }
+        let claimed = tracker.claimed();
+        if claimed.is_empty() {
+            return Ok(Gathered::All);
+        }
+        let gathered = if *self.mode.lock().expect("no panic while held") == Mode::Data {
+            if claimed.total_bytes() > logged_max {
+                self.add_for_all(&claimed, ScanReason::Tracked).map_err(self.io_error("mark blocks"))?;
+                Gathered::Scanning
+            } else {
+                claimed.iter().flat_map(record_parts).try_for_each(|part| self.log_block(part))?;
+                Gathered::All
+            }
+        } else {
+            // What ends bitmap mode takes the bits while it holds admission.
+            let all: Vec<Extent> = claimed.iter().collect();
+            let admitted = self.admit(&[Extent::new(0, self.identity.disk_bytes)])?;
+            let is_logging = *self.mode.lock().expect("no panic while held") == Mode::Data;
+            if !is_logging {
+                all.iter().for_each(|extent| self.dirty.mark(*extent));
+            }
+            self.in_flight.finish(admitted, self.clock.wall_now());
+            if is_logging {
+                return Ok(Gathered::InFlight);
+            }
+            Gathered::All
+        };
+        super::gap("gathered");
+        tracker.release(&claimed);
+        Ok(gathered)
+    }
+
+    fn admit(&self, extents: &[Extent]) -> Result<crate::capture::in_flight::Admitted, SourceError> {
+        self.in_flight.admit(extents).map_err(|_| SourceError::Closed { disk: self.identity.disk })
+    }
+
+    /// Reads a range that nobody writes to and logs it as it is.
+    fn log_block(&self, part: Extent) -> Result<(), SourceError> {
+        debug_assert!(part.length <= RECORD_BYTES_MAX);
+        let extents = [part];
+        let admitted = self.admit(&extents)?;
+        if let Err(error) = self.intent.declare(&extents) {
+            self.intent_failed(&error);
+        }
+        let mut data = vec![0; part.length as usize];
+        let read = self.disk.read_at(part.offset, &mut data);
+        if read.is_ok() {
+            let record = match data.iter().all(|byte| *byte == 0) {
+                true => Append::Zeroes { extent: part },
+                false => Append::Write { offset: part.offset, data: &data, hash: self.log.hasher().hash(&data) },
+            };
+            if let Err(reason) = self.log.append(&[record], part.length) {
+                self.unlogged(&extents, &reason);
+            }
+        }
+        self.writes.fetch_add(1, Ordering::AcqRel);
+        self.intent.ended(part, self.tick_now());
+        self.written_bytes.fetch_add(part.length, Ordering::Relaxed);
+        self.in_flight.finish(admitted, self.clock.wall_now());
+        self.watchers.changed();
+        read.map_err(self.io_error("read changed blocks"))
+    }
+
+    /// Whether the log, with what is in the scans, is the disk at this instant.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.tracker.as_ref().is_none_or(|tracker| {
+            !tracker.is_dirty()
+                && tracker.in_flight().is_ok_and(|writes| writes == 0)
+                && tracker.claimed().is_empty()
+                && tracker.broken().is_none()
+        })
+    }
+
+    /// Something changed that no log and no bitmap tells of yet.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.tracker.as_ref().is_some_and(|tracker| tracker.is_dirty() || !tracker.claimed().is_empty())
+    }
+
+    pub(crate) fn is_scanned(&self) -> bool {
+        self.consumers().iter().all(|consumer| consumer.progress().is_none())
+    }
+}
