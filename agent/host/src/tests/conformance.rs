@@ -461,7 +461,7 @@ fn a_gap_that_the_tracker_did_not_witness_is_a_compare() {
         }
         let (disk, decision) = subject.attach(&mut fixture);
         assert_eq!(matches!(decision, Decision::ScanWhole(_)), kind != "witnessed", "{kind}: {decision:?}");
-        assert_eq!(disk.is_dirty(), true, "{kind}");
+        assert!(disk.is_dirty(), "{kind}");
     }
 }
 
