@@ -128,9 +128,6 @@ fn counted(device: &Path, tracker: &BlockTracker) -> Result<f64, Failure> {
 
 fn spread(values: &mut [f64], digits: usize) -> String {
     values.sort_by(f64::total_cmp);
-    match values {
-        [] => "–".to_owned(),
-        [min, .., max] => format!("{:.digits$} ({min:.digits$}..{max:.digits$})", values[values.len() / 2]),
-        [only] => format!("{only:.digits$}"),
-    }
+    let (Some(min), Some(max)) = (values.first(), values.last()) else { return "–".to_owned() };
+    format!("{:.digits$} ({min:.digits$}..{max:.digits$})", values[values.len() / 2])
 }
