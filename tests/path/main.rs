@@ -11,4 +11,3 @@ mod marks;
 mod points;
 mod refusals;
 mod replicate;
-mod tracked;
