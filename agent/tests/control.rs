@@ -23,7 +23,7 @@ use tidemark_proto::control::*;
 use tidemark_transport::{PeerIdentity, Role};
 use tokio_util::sync::CancellationToken;
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 /// An agent or a process server that remembers what it was told.
 struct Fake {

@@ -9,7 +9,7 @@ use tidemark_tests::nbd::Client;
 use tidemark_tests::site::{LIMIT, number, text};
 use tidemark_tests::{Machine, Site, wait};
 
-const BLOCK: u64 = 4096;
+pub const BLOCK: u64 = 4096;
 
 /// A writer that runs until its connection breaks, and what it knows then.
 pub struct Load {

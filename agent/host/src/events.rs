@@ -307,7 +307,7 @@ mod tests {
         });
         events.wake(&waker);
         let mut subscriber = events.subscribe(0);
-        let waiter = std::thread::spawn(move || subscriber.wait(Duration::from_secs(10)));
+        let waiter = std::thread::spawn(move || subscriber.wait(Duration::from_secs(60)));
         events.publish(news("now".into()));
         assert_eq!(waiter.join().unwrap()[0].message, "now");
         drop(waker);

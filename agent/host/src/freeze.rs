@@ -200,7 +200,7 @@ mod tests {
         (folder, freezer)
     }
 
-    const LIMIT: Duration = Duration::from_secs(10);
+    const LIMIT: Duration = Duration::from_secs(60);
 
     #[test]
     fn it_freezes_and_thaws_even_when_dropped() {

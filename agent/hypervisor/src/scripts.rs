@@ -212,7 +212,7 @@ mod tests {
     #[tokio::test]
     async fn verbs_are_programs_with_json() {
         let folder = tempfile::tempdir().unwrap();
-        let scripts = Scripts::new(folder.path()).with_limit(Duration::from_secs(5));
+        let scripts = Scripts::new(folder.path()).with_limit(Duration::from_secs(60));
         let id = Uuid::new_v4();
         let machine = Machine {
             id,

@@ -301,7 +301,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    const LIMIT: Duration = Duration::from_secs(10);
+    const LIMIT: Duration = Duration::from_secs(60);
 
     #[test]
     fn scripts_freeze_where_there_are_some_and_the_caller_vouches_elsewhere() {

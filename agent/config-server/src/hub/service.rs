@@ -313,7 +313,7 @@ mod tests {
     async fn calls_are_answered_or_end_with_their_stream() {
         let (hub, _registry, _events) = hub();
         let id = HostId::random();
-        let limit = Duration::from_secs(10);
+        let limit = Duration::from_secs(60);
         let mut first = connect(&hub, id, PeerIdentity::Agent(id)).await.unwrap();
         let call = |limit| {
             let hub = hub.clone();

@@ -310,7 +310,7 @@ mod tests {
                 table.finish(next, Timestamp(0));
             }
         });
-        assert!(hold.wait_drained(Instant::now() + Duration::from_secs(10)));
+        assert!(hold.wait_drained(Instant::now() + Duration::from_secs(60)));
         while table.table().waiting == 0 {
             std::thread::yield_now();
         }

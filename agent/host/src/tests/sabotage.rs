@@ -1,6 +1,7 @@
 //! Negative controls: each safeguard of the host is taken out, and a test that holds it must fail.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::{Command, Stdio};
 
 use tidemark_base::sabotage::choose;
 
@@ -16,6 +17,30 @@ fn fails_without(safeguard: &'static str, test: impl FnOnce() + Send) {
         run.join().unwrap()
     });
     assert!(failed, "nobody noticed that {safeguard} is taken out");
+}
+
+/// The same for tests of many threads: without the safeguard in all of a process that runs nothing else.
+fn process_fails_without(safeguard: &str, test: &str) {
+    let run = |safeguard: Option<&str>| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args([test, "--exact"]).stdout(Stdio::piped()).stderr(Stdio::null());
+        safeguard.map(|safeguard| command.env("TIDEMARK_SABOTAGE", safeguard));
+        let output = command.output().unwrap();
+        assert!(String::from_utf8_lossy(&output.stdout).contains("running 1 test"), "there is no test {test}");
+        output.status.success()
+    };
+    assert!(run(None), "{test} fails by itself");
+    assert!(!run(Some(safeguard)), "nobody noticed that {safeguard} is taken out");
+}
+
+#[test]
+fn a_block_waits_for_the_records_that_its_read_saw() {
+    const SCANS: &str = "send::tests::scans::an_unlogged_write_outlives_an_older_record_that_leaves_late";
+    process_fails_without("scan-wait", SCANS);
+    const COMPARES: &str = "send::tests::compare::a_block_is_not_settled_before_the_records_that_its_read_saw";
+    process_fails_without("scan-wait", COMPARES);
+    const CUT_OUT: &str = "send::tests::scans::a_delayed_read_never_undoes_a_write_that_left_before_it";
+    process_fails_without("scan-cut-out", CUT_OUT);
 }
 
 fn some_lives() {

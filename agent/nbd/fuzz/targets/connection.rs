@@ -19,7 +19,7 @@ use tidemark_nbd::{Export, Exports, Limits, Server, WriteRequest};
 
 const DISK_BYTES: usize = 64 << 10;
 /// A server that says nothing for so long hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Memory {
     data: Mutex<Vec<u8>>,

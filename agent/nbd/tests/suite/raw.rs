@@ -12,7 +12,7 @@ use tidemark_nbd::{Export, Exports, Limits, Server, WriteRequest};
 
 pub const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
 /// A test that waits longer than this failed.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Raw(pub UnixStream);
 

@@ -161,7 +161,7 @@ impl TestHost {
     /// The next frame; none when the stream ended.
     pub async fn next(&mut self) -> Option<ServerFrame> {
         let frame =
-            tokio::time::timeout(Duration::from_secs(5), self.frames.message()).await.expect("an answer in time");
+            tokio::time::timeout(Duration::from_secs(60), self.frames.message()).await.expect("an answer in time");
         let frame = ServerFrame::try_from(frame.ok()??).unwrap();
         match &frame {
             ServerFrame::Grant(bytes) => self.credit.grant(*bytes),

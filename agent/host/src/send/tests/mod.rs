@@ -20,7 +20,7 @@ use crate::pack::Workers;
 use server::MemoryServer;
 use source::MemorySource;
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A generator whose seed is all that a failing test needs to name.
 pub struct Random(pub u64);

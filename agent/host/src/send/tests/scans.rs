@@ -161,3 +161,29 @@ fn an_unlogged_write_outlives_an_older_record_that_leaves_late() {
     bench.server.with(|state| assert!(state.image == bench.source.disk.content()));
     assert_eq!(bench.source.pending_bytes(bench.consumer), 0);
 }
+
+/// The mark that ends a scan needs room in the log, and only acknowledgements make it: with the stream, what is to be
+/// acknowledged would be lost, and sent again for ever.
+#[test]
+fn a_scan_that_cannot_end_keeps_its_stream() {
+    let bench = Bench::new(2 << 20, 19);
+    bench.fill(&mut Random(19));
+    let (refused, refusals) = std::sync::mpsc::channel();
+    *bench.source.refused_marks.lock().unwrap() = Some(refused);
+    bench.server.with(|state| state.behaviour.hold_acknowledgements = true);
+    let sender = bench.start();
+    for _ in 0..5 {
+        refusals.recv_timeout(LIMIT).expect("the end of the scan is tried again");
+    }
+    bench.server.with(|state| {
+        assert_eq!(state.streams.len(), 1, "the stream was given up, and what was under way with it");
+        state.behaviour.hold_acknowledgements = false;
+    });
+    // This server acknowledges when a cut ends, and not each.
+    let deadline = std::time::Instant::now() + LIMIT;
+    while !sender.wait_durable(bench.source.mark(), std::time::Duration::from_millis(100)) {
+        assert!(std::time::Instant::now() < deadline, "{:?}", sender.status());
+    }
+    bench.settle(&sender);
+    assert_eq!(bench.source.pending_bytes(bench.consumer), 0);
+}

@@ -1,6 +1,7 @@
 //! A protected disk in memory: the reference that replicas are compared with.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use tidemark_base::disk::{Allocation, Disk, Durability};
@@ -125,6 +126,8 @@ pub struct MemorySource {
     pub points: Mutex<HashMap<MarkId, Vec<u8>>>,
     /// Where the log's data is damaged.
     pub damaged: Mutex<HashSet<u64>>,
+    /// The log is full: no mark has room until every record was acknowledged. Each that is asked for is told here.
+    pub refused_marks: Mutex<Option<Sender<()>>>,
     /// The most that was read from the log at once.
     pub read_bytes_max: std::sync::atomic::AtomicUsize,
 }
@@ -157,6 +160,7 @@ impl MemorySource {
             clock: SystemClock::new(),
             points: Mutex::default(),
             damaged: Mutex::default(),
+            refused_marks: Mutex::default(),
             read_bytes_max: Default::default(),
         })
     }
@@ -359,6 +363,14 @@ impl Source for MemorySource {
     }
 
     fn barrier(&self) -> Result<Position, SourceError> {
+        if let Some(refused) = &*self.refused_marks.lock().unwrap() {
+            let log = self.log.lock().unwrap();
+            if log.cursors.values().all(|cursor| *cursor != log.logged) {
+                let _ = refused.send(());
+                let source = std::io::ErrorKind::StorageFull.into();
+                return Err(SourceError::Io { disk: self.identity.disk, what: "make a mark", source });
+            }
+        }
         Ok(self.mark())
     }
 
