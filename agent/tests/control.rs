@@ -241,6 +241,7 @@ fn source_disk(disk: DiskId) -> SourceDisk {
         rpo: Duration::from_millis(250),
         scan: None,
         compare: Default::default(),
+        current_bytes: 0,
         problems: Vec::new(),
     }
 }
@@ -337,6 +338,8 @@ impl Site {
     async fn start() -> Self {
         let top = tempfile::tempdir().unwrap();
         let folder = Folder::create(&top.path().join("site")).unwrap();
+        // Without one there would be an alert about it.
+        config_server::new_recovery_key(&folder).unwrap();
         // The order of start does not matter: those who dial come first.
         let agent = Some(Dialling::start(&folder, Role::Agent));
         let server = Some(Dialling::start(&folder, Role::ProcessServer));

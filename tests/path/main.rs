@@ -3,6 +3,7 @@
 mod access;
 mod compare;
 mod demo;
+mod disks;
 mod document;
 mod failover;
 mod interval;

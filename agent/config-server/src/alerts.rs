@@ -60,7 +60,7 @@ fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Alert> {
             found.entry(format!("{}/{}/{}", machine.id, reason.kind, &told[..16])).or_insert(alert);
         }
     }
-    if let Some(alert) = core.backups.alert() {
+    if let Some(alert) = core.backups.alert(&state) {
         found.insert("configuration/backup".to_owned(), alert);
     }
     found

@@ -42,6 +42,8 @@ pub struct Core {
     pub clock: SystemClock,
     /// How many peers were told everything that concerns them since they connected.
     pub settled_peers: watch::Sender<BTreeSet<PeerId>>,
+    /// Grows whenever a side could not do what is wanted of it.
+    pub failed: watch::Sender<u64>,
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Why what is wanted of a machine could not be done, as of the last try.
     unsettled: Mutex<HashMap<(MachineId, Side), Failure>>,
@@ -76,6 +78,7 @@ impl Core {
             stop: CancellationToken::new(),
             clock: SystemClock::new(),
             settled_peers: watch::Sender::default(),
+            failed: watch::Sender::default(),
             locks: Mutex::default(),
             unsettled: Mutex::default(),
         })
@@ -139,6 +142,14 @@ impl Core {
             None => unsettled.remove(&(machine, side)),
             Some(failure) => unsettled.insert((machine, side), failure.clone()),
         };
+        drop(unsettled);
+        if failure.is_some() {
+            self.failed.send_modify(|failures| *failures += 1);
+        }
+    }
+
+    pub fn is_unsettled(&self, machine: MachineId, side: Side) -> bool {
+        self.unsettled.lock().expect("no panic while held").contains_key(&(machine, side))
     }
 
     pub fn unsettled(&self, machine: MachineId) -> Vec<Failure> {

@@ -34,6 +34,8 @@ const HISTORY_MAX: u64 = 10_000;
 const RUNNING_MAX: usize = 64;
 /// Changes that wait for somebody who follows.
 const TOLD_MAX: usize = 256;
+/// After the history could not be saved.
+const SAVE_AGAIN: Duration = Duration::from_secs(5);
 /// Those that can be cancelled: they wait, or read.
 const CANCELLABLE: [&str; 4] = ["point_create", "point_verify", "point_export", "backup"];
 
@@ -336,14 +338,23 @@ impl Jobs {
 
     /// Writes the history after changes, until the task is dropped.
     pub async fn keep_saved(self: Arc<Self>) {
+        let mut again = tokio::time::interval(SAVE_AGAIN);
         loop {
             self.changed.notified().await;
-            let jobs = self.clone();
-            let _ = tokio::task::spawn_blocking(move || jobs.save()).await;
+            loop {
+                let jobs = self.clone();
+                // One that panicked is not repeated.
+                if tokio::task::spawn_blocking(move || jobs.save()).await.unwrap_or(true) {
+                    break;
+                }
+                again.reset();
+                again.tick().await;
+            }
         }
     }
 
-    pub fn save(&self) {
+    /// Whether nothing is left to be saved.
+    pub fn save(&self) -> bool {
         let unsaved = std::mem::take(&mut *self.unsaved.lock().expect("no panic while held"));
         let mut statements: Vec<Statement> = Vec::new();
         for id in &unsaved {
@@ -356,7 +367,7 @@ impl Jobs {
         if let Err(error) = self.database.write(statements) {
             tracing::warn!(%error, "the history of jobs cannot be saved; trying again");
             self.unsaved.lock().expect("no panic while held").extend(unsaved);
-            return;
+            return false;
         }
         // What is saved and done need not be at hand.
         let unsaved = self.unsaved.lock().expect("no panic while held").clone();
@@ -369,6 +380,7 @@ impl Jobs {
         {
             jobs.remove(index);
         }
+        true
     }
 }
 
@@ -497,6 +509,20 @@ mod tests {
         assert_eq!(estimate(at(100), at(110), 1, 4), Some(at(140)));
         assert_eq!((estimate(at(100), at(110), 0, 4), estimate(at(100), at(100), 1, 4)), (None, None));
         assert_eq!(estimate(at(100), at(110), 4, 4), Some(at(110)));
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_saved_stays_to_be_saved() {
+        let folder = tempfile::tempdir().unwrap();
+        let jobs = open(folder.path());
+        let job = jobs.start("x", None, |_| async { Ok(Value::Null) }).unwrap();
+        end(&jobs, job.id).await;
+        let rename = |from: &str, to: &str| Statement::new(format!("ALTER TABLE {from} RENAME TO {to}"), []);
+        jobs.database.write(vec![rename("jobs", "elsewhere")]).unwrap();
+        assert!(!jobs.save());
+        jobs.database.write(vec![rename("elsewhere", "jobs")]).unwrap();
+        assert!(jobs.save());
+        assert_eq!(open_in(folder.path(), jobs.database.clone()).list()[0].id, job.id);
     }
 
     #[tokio::test]

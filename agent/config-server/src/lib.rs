@@ -18,6 +18,7 @@ mod cycles;
 pub mod database;
 mod deliver;
 mod denials;
+mod disks;
 mod failover;
 mod groups;
 pub mod history;

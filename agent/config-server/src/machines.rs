@@ -163,6 +163,7 @@ async fn run_protect(
                 export: format!("{}-{index}", request.name),
                 bytes: disk.bytes,
                 generation: Generation::FIRST,
+                added: false,
             })
             .collect(),
         wanted: Wanted::Protected,
@@ -198,7 +199,7 @@ async fn run_protect(
 
 /// One prerequisite of a protection.
 #[derive(Clone, Debug, Serialize)]
-struct Check {
+pub struct Check {
     /// `host`, `process_server`, `version`, `clock`, `disk`.
     check: &'static str,
     of: String,
@@ -223,14 +224,14 @@ impl Check {
     }
 }
 
-struct Preflight {
-    checks: Vec<Check>,
+pub struct Preflight {
+    pub checks: Vec<Check>,
     /// Those that were found, in order; all of them where no check of a disk failed.
-    disks: Vec<ProbedDisk>,
+    pub disks: Vec<ProbedDisk>,
 }
 
 /// Looks at everything that a protection needs, and touches nothing.
-async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, server: ServerId) -> Preflight {
+pub async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, server: ServerId) -> Preflight {
     let mut checks = Vec::new();
     let connected = core.hub.connected();
     let present = |peer: PeerId| connected.iter().any(|(known, _)| *known == peer);
@@ -328,7 +329,7 @@ fn version_fits(peer: PeerId, software: &str) -> Result<(), Failure> {
 }
 
 /// One failure for all that is in the way.
-fn refuse_failing(checks: &[Check]) -> Result<(), Failure> {
+pub fn refuse_failing(checks: &[Check]) -> Result<(), Failure> {
     let failing: Vec<&Failure> = checks.iter().filter_map(|check| check.failure.as_ref()).collect();
     match failing.as_slice() {
         [] => Ok(()),
@@ -364,7 +365,7 @@ async fn protect_again(
     if !same_disks {
         return conflict(
             format!("machine {:?} is protected already, with other disks", machine.name),
-            "choose another name, or unprotect it first: `tidemark unprotect NAME`",
+            "add and remove disks with `tidemark machine disk add` and `tidemark machine disk remove`, or choose another name",
         );
     }
     if let Some(via) = request.via()?
@@ -476,7 +477,7 @@ pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<Attached
 }
 
 /// What `protect` answers.
-fn protected(machine: &Machine, attached: &[AttachedDisk]) -> Value {
+pub fn protected(machine: &Machine, attached: &[AttachedDisk]) -> Value {
     let disks: Vec<Value> = machine
         .disks
         .iter()
@@ -647,7 +648,7 @@ pub fn refuse_unprotected(machine: &Machine) -> Result<(), Failure> {
     }
 }
 
-fn vanished() -> Failure {
+pub fn vanished() -> Failure {
     Failure::new(FailureKind::NotFound, "the machine was unprotected meanwhile", "see `tidemark status`")
 }
 
@@ -662,7 +663,7 @@ pub fn find_policy<'a>(state: &'a State, name: &str) -> Result<&'a crate::model:
     })
 }
 
-fn disks_are_free(state: &State, host: HostId, paths: &[&str]) -> Result<(), Failure> {
+pub fn disks_are_free(state: &State, host: HostId, paths: &[&str]) -> Result<(), Failure> {
     for machine in state.machines.values().filter(|machine| machine.host == host) {
         if let Some(disk) = machine.disks.iter().find(|disk| paths.contains(&disk.path.as_str())) {
             return Err(Failure::new(

@@ -249,6 +249,9 @@ pub struct MachineDisk {
     pub export: String,
     pub bytes: u64,
     pub generation: Generation,
+    /// It came when the machine was protected already.
+    #[serde(default)]
+    pub added: bool,
 }
 
 impl MachineDisk {
@@ -259,6 +262,7 @@ impl MachineDisk {
             export: self.export.clone(),
             generation: self.generation,
             bytes: self.bytes,
+            added: self.added,
         }
     }
 }

@@ -8,20 +8,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidemark_base::Clock;
-use tidemark_proto::control::{Failure, FailureKind, Peer, Register, Severity};
+use tidemark_proto::control::{Failure, FailureKind, Severity};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::core::Core;
+use crate::core::{Core, Side};
 use crate::denials;
 use crate::history::News;
 use crate::hub::{Event, PeerId, Presence, kind};
 use crate::machines::{settle_agent, settle_server, settle_unprotected};
-use crate::model::{Host, Machine, Server, Wanted};
+use crate::model::{Machine, Wanted};
 use crate::retry::Retries;
 
 /// How often it is looked whether something that failed was changed, and is to be tried at once.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// The same, where nothing failed.
+const LOOK_RARELY: Duration = Duration::from_secs(3_600);
 
 pub async fn run(core: Arc<Core>, mut events: mpsc::Receiver<Event>) {
     let mut settling: HashMap<PeerId, CancellationToken> = HashMap::new();
@@ -32,7 +34,7 @@ pub async fn run(core: Arc<Core>, mut events: mpsc::Receiver<Event>) {
         };
         match event {
             None => return,
-            Some(Event::Connected(register)) => {
+            Some(Event::Connected(register, moved)) => {
                 let peer = PeerId::from(&register.peer);
                 core.history.note(News {
                     severity: Severity::Info,
@@ -41,13 +43,6 @@ pub async fn run(core: Arc<Core>, mut events: mpsc::Receiver<Event>) {
                     message: format!("{} {} connected", kind(peer), register.name),
                     help: String::new(),
                 });
-                let moved = match note(&core, &register) {
-                    Ok(moved) => moved,
-                    Err(failure) => {
-                        tracing::error!(%peer, %failure, "cannot note who connected");
-                        false
-                    }
-                };
                 let token = core.stop.child_token();
                 if let Some(before) = settling.insert(peer, token.clone()) {
                     before.cancel();
@@ -74,22 +69,6 @@ pub async fn run(core: Arc<Core>, mut events: mpsc::Receiver<Event>) {
             }
         }
     }
-}
-
-/// Keeps who it is; says whether a process server is at another address than before.
-fn note(core: &Core, register: &Register) -> Result<bool, Failure> {
-    let last_seen = core.clock.wall_now();
-    core.store.change(|state| match &register.peer {
-        Peer::Agent { id } => {
-            state.hosts.insert(*id, Host { name: register.name.clone(), last_seen });
-            Ok(false)
-        }
-        Peer::ProcessServer { id, address } => {
-            let server = Server { name: register.name.clone(), address: address.clone(), last_seen };
-            let before = state.servers.insert(*id, server);
-            Ok(before.is_some_and(|before| before.address != *address))
-        }
-    })
 }
 
 fn note_gone(core: &Core, peer: PeerId) -> Result<(), Failure> {
@@ -121,6 +100,7 @@ enum Item {
 
 async fn settle(core: Arc<Core>, peer: PeerId, moved: bool, stop: CancellationToken) {
     let mut retries: Retries<Item> = Retries::default();
+    let mut failed = core.failed.subscribe();
     let mut is_first = true;
     loop {
         let pass = async {
@@ -159,10 +139,34 @@ async fn settle(core: Arc<Core>, peer: PeerId, moved: bool, stop: CancellationTo
             settled.insert(peer);
         });
         is_first = false;
-        let Some(due) = retries.next_due() else { return };
-        let pause = due.saturating_sub(core.clock.monotonic_now()).min(LOOK_EVERY);
-        if tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
+        let until_due = |due: Duration| due.saturating_sub(core.clock.monotonic_now()).min(LOOK_EVERY);
+        let pause = retries.next_due().map(until_due);
+        let waiting = async {
+            tokio::select! {
+                () = stop.cancelled() => true,
+                // What a job could not do is tried again as well.
+                changed = failed.changed() => changed.is_err(),
+            }
+        };
+        if matches!(tokio::time::timeout(pause.unwrap_or(LOOK_RARELY), waiting).await, Ok(true)) {
             return;
+        }
+        note_failed(&core, peer, &mut retries);
+    }
+}
+
+/// Machines of which this side could not do what is wanted, whoever asked.
+fn note_failed(core: &Core, peer: PeerId, retries: &mut Retries<Item>) {
+    let state = core.store.state();
+    let side = match peer {
+        PeerId::Agent(_) => Side::Agent,
+        PeerId::ProcessServer(_) => Side::Server,
+    };
+    for machine in state.machines.values().filter(|machine| concerns(peer, machine)) {
+        let item = Item::Machine(machine.name.clone());
+        if core.is_unsettled(machine.id, side) && !retries.is_failing(&item) {
+            let revision = state.revisions.get(&("machines", machine.name.clone())).copied().unwrap_or(0);
+            retries.failed(item, revision, core.clock.monotonic_now());
         }
     }
 }

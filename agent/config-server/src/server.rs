@@ -184,6 +184,7 @@ impl ConfigServer {
             tokio::spawn(serves::sweep(core.clone())),
             tokio::spawn(alerts::watch(core.clone())),
             tokio::spawn(denials::push(core.clone())),
+            tokio::spawn(crate::disks::watch(core.clone())),
             tokio::spawn(backup::run(core.clone())),
             tokio::spawn(announce::run(core.clone(), options.identity.clone())),
             tokio::spawn(look_after_health(core.clone(), serving_sender)),

@@ -93,6 +93,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     };
     let events = DiskEvents { events: request.events.clone(), machine: request.machine, disk: request.disk };
 
+    clear_state_of_another(&places, request.disk).map_err(places.failed("clear the folder"))?;
     let consumers = open_consumers(&places, &request, disk.bytes())?;
     let (lost_file, lost) = open_lost(&request)?;
     let mut remains = Remains::read(&places, &source)?;
@@ -428,6 +429,24 @@ fn tell(
         let help = "recovery points of that time may be missing; later ones are not affected";
         events.publish(Severity::Warning, EventKind::MarksLost, message, help);
     }
+}
+
+/// A crash between forgetting a disk and removing its state leaves that behind: what it tells is of a disk that was this one
+/// under another id, with a replica of its own.
+fn clear_state_of_another(places: &Places, disk: DiskId) -> io::Result<()> {
+    if SessionFile::peek(&places.state)?.is_none_or(|session| session.disk == disk) {
+        return Ok(());
+    }
+    for name in logs_in(&*places.logs, &places.stem)? {
+        remove_log(&*places.logs, &name)?;
+    }
+    // The session last: while it is there, this is done again.
+    let names = places.state.list("")?;
+    let is_session = |name: &&String| name.starts_with(session::FILE);
+    for name in names.iter().filter(|name| !is_session(name)).chain(names.iter().filter(is_session)) {
+        places.state.remove(name)?;
+    }
+    places.state.sync_folder("")
 }
 
 /// The file on another volume that says whether the intent bitmap is kept.

@@ -25,7 +25,7 @@ pub enum HostError {
     DuplicateDisk { path: PathBuf },
     #[error("disk {path} is already protected as a disk of machine {machine}")]
     AlreadyProtected { path: PathBuf, machine: String },
-    #[error("machine {machine} is protected with other disks")]
+    #[error("a disk of machine {machine} cannot be moved to another place")]
     OtherDisks { machine: String },
     #[error("{path} has no folder and file name that state could be kept beside")]
     NoName { path: PathBuf },
@@ -81,7 +81,7 @@ impl HostError {
             HostError::DuplicateDisk { .. } => "name each disk once".into(),
             HostError::AlreadyProtected { machine, .. } => format!("unprotect {machine} first, or leave this disk out"),
             HostError::OtherDisks { machine } => {
-                format!("unprotect {machine} first, then protect it with its new disks")
+                format!("take the disk out of {machine} and add it at its new place: `tidemark machine disk remove`, `tidemark machine disk add`")
             }
             HostError::NoName { .. } => "name a disk image or a block device".into(),
             HostError::UnknownMachine { .. } => "see `tidemark status` for what is protected".into(),

@@ -16,10 +16,10 @@ use tidemark_base::storage::{RealStorage, Storage, read_file, replace_file};
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::thread::JoinHandle;
 use tidemark_base::time::Instant;
-use tidemark_base::{Clock, DiskId, Generation, MachineId, ServerId, SystemClock};
+use tidemark_base::{Clock, DiskId, MachineId, ServerId, SystemClock};
 use tidemark_proto::control::{
-    AgentReport, AttachedDisk, Consistency as Requested, Endpoint, Failure, MachineSpec, MarkRequest, ProbedDisk,
-    Problem, SourceDisk, SourceMode, SourceState, Via, wire,
+    AgentReport, AttachedDisk, Consistency as Requested, DiskSpec, Endpoint, Failure, MachineSpec, MarkRequest,
+    ProbedDisk, Problem, SourceDisk, SourceMode, SourceState, Via, wire,
 };
 use tidemark_proto::replication::{Consistency, SessionId};
 use tidemark_transport::{Identity, PeerIdentity};
@@ -230,14 +230,17 @@ impl Host {
         &self.shared.config.events
     }
 
-    /// Protects a machine. The same again gives the same addresses, and takes over a changed policy.
+    /// Protects a machine. The same again gives the same addresses, and takes over a changed policy. Disks that are named now
+    /// and were not before are added, those that are not named any more are left, one at a higher generation is attached anew
+    /// (it grew); the others go on meanwhile.
     pub fn protect(&self, mut spec: MachineSpec) -> Result<Vec<AttachedDisk>, HostError> {
         if self.stop.is_stopped() {
             return Err(HostError::Stopping);
         }
         let mut machines = self.shared.machines();
         self.shared.check(&machines, &spec)?;
-        let is_known = machines.contains_key(&spec.machine);
+        let before = machines.get(&spec.machine).map(Entry::spec);
+        let is_known = before.is_some();
         // "Any port" is the one that it was before.
         if let (Some(wanted), Some(before)) =
             (spec.listen, machines.get(&spec.machine).and_then(|entry| entry.spec().listen))
@@ -248,7 +251,8 @@ impl Host {
         }
         if let Some(Entry::Running(machine)) = machines.get(&spec.machine) {
             let before = machine.spec();
-            if before.server == spec.server && generations(&before) == generations(&spec) {
+            if before.server == spec.server && is_same_or_grown(&before, &spec) {
+                self.shared.change_disks(machine, &before, &spec)?;
                 spec.listen = self.shared.provider(spec.via).listen(spec.machine, spec.listen)?;
                 self.shared.store(&spec)?;
                 let (machine, fenced) = (machine.clone(), spec.fenced);
@@ -280,6 +284,9 @@ impl Host {
         if let Err(error) = stored {
             machine.stop();
             return Err(error);
+        }
+        for disk in before.iter().flat_map(|before| gone(before, &spec)) {
+            self.shared.remove_state(disk);
         }
         let attachments = machine.attachments();
         self.shared.tell(&spec, Severity::Information, EventKind::MachineProtected, "is protected from now on", "");
@@ -318,13 +325,7 @@ impl Host {
         if let Err(error) = provider.forget(machine) {
             tracing::warn!(machine = %spec.name, %error, "certificates of a machine could not be removed");
         }
-        for disk in &spec.disks {
-            let devices = self.shared.config.state_folder.join("devices");
-            let elsewhere = &*self.shared.storage;
-            if let Err(error) = crate::attach::remove_state(disk.path.as_ref(), &devices, elsewhere, disk.disk) {
-                tracing::warn!(path = %disk.path, %error, "state of a disk could not be removed");
-            }
-        }
+        spec.disks.iter().for_each(|disk| self.shared.remove_state(disk));
         self.shared.tell(&spec, Severity::Information, EventKind::MachineUnprotected, "is not protected any more", "");
         Ok(())
     }
@@ -466,7 +467,12 @@ impl Shared {
     }
 
     fn start(&self, spec: MachineSpec) -> Result<Arc<Machine>, HostError> {
-        let sender = |spec: &MachineSpec| SenderConfig {
+        let provider = self.provider(spec.via).clone();
+        Machine::start(spec, &self.config, provider, &|spec| self.sender(spec))
+    }
+
+    fn sender(&self, spec: &MachineSpec) -> SenderConfig {
+        SenderConfig {
             consumer: spec.server.server,
             session: self.session,
             link: (self.config.link)(&spec.server),
@@ -474,15 +480,72 @@ impl Shared {
             clock: self.config.clock.clone(),
             policy: send_policy(&spec.policy, self.config.clock.wall_now(), None),
             limits: self.config.limits.send,
-        };
-        let provider = self.provider(spec.via).clone();
-        Machine::start(spec, &self.config, provider, &sender)
+        }
     }
 
     fn provider(&self, via: Via) -> &Arc<dyn CaptureProvider> {
         match via {
             Via::Nbd => &self.splitter,
             Via::Bpf => &self.tracker,
+        }
+    }
+
+    /// Adds, leaves and attaches anew whatever differs from what is attached; the other disks go on.
+    ///
+    /// 1. stored: the disks of before, without those that go, and at the generations that are wanted
+    /// 2. disks that go are left, and their state is removed
+    /// 3. disks that grew are left and attached anew
+    /// 4. disks that come are attached
+    /// 5. (by the caller) stored: what is wanted
+    ///
+    /// Crash before 1: nothing happened. Before 5: a start finds the disks of 1, attaches those that grew as grown, and is told
+    /// again what is wanted; a state that 2 left is cleared when its disk is attached under another id, and one that 4 began is
+    /// taken over by the same disk. A disk that cannot be attached in 4 is refused and the others are as in 1; one in 3 shows as
+    /// failed, and is tried again.
+    fn change_disks(&self, machine: &Machine, before: &MachineSpec, spec: &MachineSpec) -> Result<(), HostError> {
+        let attached = machine.attached();
+        let is_attached = |disk: &DiskSpec| attached.contains(&(disk.disk, disk.generation));
+        if spec.disks.iter().all(is_attached) && attached.len() == spec.disks.len() {
+            return Ok(());
+        }
+        let stays = |disk: &DiskSpec| spec.disks.iter().find(|wanted| wanted.disk == disk.disk).cloned();
+        let remaining = MachineSpec { disks: before.disks.iter().filter_map(stays).collect(), ..before.clone() };
+        self.store(&remaining)?;
+        machine.set_spec(remaining.clone());
+        for disk in gone(before, spec) {
+            machine.remove_disk(disk.disk);
+            if let Err(error) = self.provider(spec.via).untrack(disk.disk) {
+                tracing::warn!(path = %disk.path, %error, "the kernel goes on watching a disk");
+            }
+            self.remove_state(disk);
+            let message = format!("is without disk {} from now on", disk.path);
+            self.tell(spec, Severity::Information, EventKind::MachineProtected, &message, "");
+        }
+        for disk in remaining.disks.iter().filter(|disk| !is_attached(disk)) {
+            machine.remove_disk(disk.disk);
+            machine.add_disk(disk, spec, &self.config, &|spec| self.sender(spec))?;
+        }
+        let mut added: Vec<&DiskSpec> = Vec::new();
+        for disk in spec.disks.iter().filter(|disk| before.disks.iter().all(|known| known.disk != disk.disk)) {
+            if let Err(error) = machine.add_disk(disk, spec, &self.config, &|spec| self.sender(spec)) {
+                for disk in added {
+                    machine.remove_disk(disk.disk);
+                    self.remove_state(disk);
+                }
+                self.remove_state(disk);
+                return Err(error);
+            }
+            let message = format!("has disk {} as well from now on", disk.path);
+            self.tell(spec, Severity::Information, EventKind::MachineProtected, &message, "");
+            added.push(disk);
+        }
+        Ok(())
+    }
+
+    fn remove_state(&self, disk: &DiskSpec) {
+        let devices = self.config.state_folder.join("devices");
+        if let Err(error) = crate::attach::remove_state(disk.path.as_ref(), &devices, &*self.storage, disk.disk) {
+            tracing::warn!(path = %disk.path, %error, "state of a disk could not be removed");
         }
     }
 
@@ -512,8 +575,16 @@ impl Shared {
         let mut machines = self.machines();
         for entry in machines.values_mut() {
             match entry {
-                // A port that another program held at our start.
-                Entry::Running(machine) => machine.listen(),
+                Entry::Running(machine) => {
+                    // A port that another program held at our start.
+                    machine.listen();
+                    for disk in machine.unattached() {
+                        let spec = machine.spec();
+                        if let Err(error) = machine.add_disk(&disk, &spec, &self.config, &|spec| self.sender(spec)) {
+                            tracing::warn!(machine = %spec.name, path = %disk.path, %error, "disk cannot be attached");
+                        }
+                    }
+                }
                 Entry::Failed(failed) => match self.start(failed.spec.clone()) {
                     Ok(machine) => {
                         machine.listen();
@@ -539,18 +610,20 @@ impl Shared {
         for (machine, entry) in machines {
             let other = entry.spec();
             if *machine == spec.machine {
-                let same = |left: &MachineSpec, right: &MachineSpec| {
-                    let key = |spec: &MachineSpec| -> Vec<_> {
-                        spec.disks.iter().map(|disk| (disk.disk, canonical(&disk.path), disk.export.clone())).collect()
-                    };
-                    key(left) == key(right)
-                };
                 if other.via != spec.via {
                     return Err(HostError::OtherWay { machine: spec.name.clone(), before: other.via.name() });
                 }
-                // A generation only grows: an older one is from before a failover.
-                let is_older = generations(spec).iter().zip(generations(&other)).any(|(asked, known)| *asked < known);
-                if is_older || !same(&other, spec) {
+                // The same disk stays at its place; what grew comes with a higher generation.
+                let moved = other.disks.iter().any(|known| {
+                    let wanted = spec.disks.iter().find(|wanted| wanted.disk == known.disk);
+                    wanted.is_some_and(|wanted| {
+                        canonical(&wanted.path) != canonical(&known.path)
+                            || wanted.export != known.export
+                            || wanted.generation < known.generation
+                    })
+                });
+                let exports: std::collections::BTreeSet<_> = spec.disks.iter().map(|disk| &disk.export).collect();
+                if moved || exports.len() != spec.disks.len() {
                     return Err(HostError::OtherDisks { machine: spec.name.clone() });
                 }
                 continue;
@@ -610,11 +683,20 @@ impl Shared {
     }
 }
 
-fn generations(spec: &MachineSpec) -> Vec<Generation> {
-    spec.disks.iter().map(|disk| disk.generation).collect()
+/// Whether the disks that stay are at the generations of before, but for those that grew.
+fn is_same_or_grown(before: &MachineSpec, wanted: &MachineSpec) -> bool {
+    before.disks.iter().all(|known| {
+        let stays = wanted.disks.iter().find(|disk| disk.disk == known.disk);
+        stays.is_none_or(|disk| disk.generation == known.generation || disk.bytes > known.bytes)
+    })
 }
 
-fn failed_disk(disk: DiskId, failure: &Failure) -> SourceDisk {
+/// The disks that are not wanted any more.
+fn gone<'a>(before: &'a MachineSpec, wanted: &'a MachineSpec) -> impl Iterator<Item = &'a DiskSpec> {
+    before.disks.iter().filter(|known| wanted.disks.iter().all(|disk| disk.disk != known.disk))
+}
+
+pub(crate) fn failed_disk(disk: DiskId, failure: &Failure) -> SourceDisk {
     SourceDisk {
         disk,
         state: SourceState::Failed,
@@ -630,6 +712,7 @@ fn failed_disk(disk: DiskId, failure: &Failure) -> SourceDisk {
         rpo: Duration::ZERO,
         scan: None,
         compare: Default::default(),
+        current_bytes: 0,
         problems: vec![Problem { critical: true, message: failure.message.clone(), help: failure.help.clone() }],
     }
 }

@@ -16,16 +16,17 @@ use tidemark_base::stop::Stop;
 use tidemark_base::sync::Mutex;
 use tidemark_base::thread::JoinHandle;
 use tidemark_base::time::Instant;
-use tidemark_base::{Clock, DiskId, Timestamp};
+use tidemark_base::{Clock, DiskId, Generation, Timestamp};
 use tidemark_proto::control::{
-    AttachedDisk, Compared, Compression, Failure, MachineSpec, Problem, ReplicationPolicy, SourceDisk, SourceMode,
-    SourceState,
+    AttachedDisk, Compared, Compression, DiskSpec, Failure, FailureKind, MachineSpec, Problem, ReplicationPolicy,
+    SourceDisk, SourceMode, SourceState,
 };
 use tidemark_proto::replication::Consistency;
 
 use crate::attach::{AttachRequest, attach};
 use crate::capture::{Address, CaptureProvider};
 use crate::error::HostError;
+use crate::host::failed_disk;
 use crate::log::LogLimits;
 use crate::mark::Marker;
 use crate::pack::CompressionPolicy;
@@ -44,7 +45,8 @@ const SCAN_POLL: Duration = Duration::from_millis(20);
 
 pub struct Machine {
     spec: Mutex<MachineSpec>,
-    disks: Vec<MachineDisk>,
+    /// In the order of the specification.
+    disks: Mutex<Vec<Arc<MachineDisk>>>,
     marker: Arc<Marker>,
     provider: Arc<dyn CaptureProvider>,
     limits: HostLimits,
@@ -59,6 +61,8 @@ struct MachineDisk {
     address: Address,
     sender: Mutex<Option<Sender>>,
     seen: Mutex<SenderSeen>,
+    stop: Stop,
+    keeper: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Machine {
@@ -71,33 +75,8 @@ impl Machine {
     ) -> Result<Arc<Self>, HostError> {
         let mut attached: Vec<Arc<ProtectedDisk>> = Vec::new();
         for disk in &spec.disks {
-            let request = AttachRequest {
-                disk: disk.disk,
-                machine: spec.machine,
-                generation: disk.generation,
-                path: PathBuf::from(&disk.path),
-                tracker: match provider.track(disk.path.as_ref(), disk.disk, &config.state_folder) {
-                    Ok(tracker) => tracker,
-                    Err(error) => {
-                        leave(&attached);
-                        return Err(error);
-                    }
-                },
-                device_folder: config.state_folder.join("devices"),
-                elsewhere: config.storage()?,
-                consumers: vec![spec.server.server],
-                // The disk's size is not known yet; the limits follow below.
-                limits: log_limits(&config.limits, &spec.policy, u64::MAX),
-                boot: config.boot.clone(),
-                clock: config.clock.clone(),
-                events: config.events.clone(),
-            };
-            match attach(request) {
-                Ok(found) => {
-                    found.disk.set_log_limits(log_limits(&config.limits, &spec.policy, found.disk.disk.bytes()));
-                    report(&found.disk, found.lost_marks);
-                    attached.push(found.disk);
-                }
+            match attach_disk(&spec, disk, config, &*provider) {
+                Ok(disk) => attached.push(disk),
                 Err(error) => {
                     leave(&attached);
                     return Err(error);
@@ -112,38 +91,10 @@ impl Machine {
             config.limits.freeze_limit,
         ));
         marker.set_point_interval(spec.policy.point_interval);
-        let mut disks = Vec::new();
-        for (disk, named) in attached.iter().zip(&spec.disks) {
-            let barrier: Weak<dyn Barrier> = Arc::downgrade(&(marker.clone() as Arc<dyn Barrier>));
-            let _ = disk.barrier.set(barrier);
-            let fenced = provider.fence(&named.export, spec.fenced);
-            let result = fenced.and_then(|()| provider.attach(&named.export, disk)).and_then(|address| {
-                let sender = Sender::start(disk.clone(), sender(&spec))?;
-                if spec.paused {
-                    sender.pause();
-                }
-                Ok((address, sender))
-            });
-            disk.consumers().iter().for_each(|consumer| consumer.set_paused(spec.paused));
-            match result {
-                Ok((address, sender)) => disks.push(MachineDisk {
-                    disk: disk.clone(),
-                    export: named.export.clone(),
-                    address,
-                    sender: Mutex::new(Some(sender)),
-                    seen: Mutex::default(),
-                }),
-                Err(source) => {
-                    spec.disks.iter().for_each(|named| drop(provider.detach(&named.export)));
-                    drop(disks);
-                    leave(&attached);
-                    return Err(HostError::Io { what: "serve the disk", source });
-                }
-            }
-        }
+        marker.set_added(spec.disks.iter().filter(|disk| disk.added).map(|disk| disk.disk).collect());
         let machine = Arc::new(Self {
-            spec: Mutex::new(spec),
-            disks,
+            spec: Mutex::new(spec.clone()),
+            disks: Mutex::default(),
             marker,
             provider,
             limits: config.limits.clone(),
@@ -151,35 +102,125 @@ impl Machine {
             stop: Stop::new(),
             threads: Mutex::default(),
         });
+        for (disk, named) in attached.iter().zip(&spec.disks) {
+            match machine.open(disk, named, &spec, sender) {
+                Ok(disk) => machine.disks.lock().expect("no panic while held").push(disk),
+                Err(source) => {
+                    spec.disks.iter().for_each(|named| drop(machine.provider.detach(&named.export)));
+                    machine.opened().iter().for_each(|disk| disk.stop_keeper());
+                    // With them their senders end.
+                    machine.disks.lock().expect("no panic while held").clear();
+                    leave(&attached);
+                    return Err(HostError::Io { what: "serve the disk", source });
+                }
+            }
+        }
         machine.start_threads().map_err(|source| HostError::Io { what: "start a thread", source })?;
         Ok(machine)
     }
 
+    /// Serves, sends and keeps a disk that is attached.
+    fn open(
+        &self,
+        disk: &Arc<ProtectedDisk>,
+        named: &DiskSpec,
+        spec: &MachineSpec,
+        sender: &dyn Fn(&MachineSpec) -> SenderConfig,
+    ) -> std::io::Result<Arc<MachineDisk>> {
+        let barrier: Weak<dyn Barrier> = Arc::downgrade(&(self.marker.clone() as Arc<dyn Barrier>));
+        let _ = disk.barrier.set(barrier);
+        self.provider.fence(&named.export, spec.fenced)?;
+        let address = self.provider.attach(&named.export, disk)?;
+        let sender = Sender::start(disk.clone(), sender(spec))?;
+        if spec.paused {
+            sender.pause();
+        }
+        disk.consumers().iter().for_each(|consumer| consumer.set_paused(spec.paused));
+        let opened = Arc::new(MachineDisk {
+            disk: disk.clone(),
+            export: named.export.clone(),
+            address,
+            sender: Mutex::new(Some(sender)),
+            seen: Mutex::default(),
+            stop: Stop::new(),
+            keeper: Mutex::default(),
+        });
+        let (disk, stop) = (disk.clone(), opened.stop.clone());
+        let keeper = tidemark_base::thread::Builder::new().name("keeper".to_owned()).spawn(move || {
+            disk.log.set_keeper(tidemark_base::thread::current());
+            let mut next = Instant::now() + KEEPER_INTERVAL;
+            while !stop.is_stopped() {
+                tidemark_base::thread::park_timeout(next.saturating_duration_since(Instant::now()));
+                if Instant::now() >= next {
+                    next = Instant::now() + KEEPER_INTERVAL;
+                    disk.tick();
+                } else {
+                    disk.make_room();
+                }
+            }
+        })?;
+        *opened.keeper.lock().expect("no panic while held") = Some(keeper);
+        Ok(opened)
+    }
+
+    /// Attaches one disk more, of this specification, while the others go on. Marks cover it from the end of its first scan on:
+    /// until then the machine has recovery points without it, instead of none.
+    pub(crate) fn add_disk(
+        &self,
+        named: &DiskSpec,
+        spec: &MachineSpec,
+        config: &HostConfig,
+        sender: &dyn Fn(&MachineSpec) -> SenderConfig,
+    ) -> Result<(), HostError> {
+        let disk = attach_disk(spec, named, config, &*self.provider)?;
+        // Before anything is sent: the end of its scan is a mark of all disks.
+        self.marker.add(disk.clone(), named.added);
+        match self.open(&disk, named, spec, sender) {
+            Ok(opened) => {
+                self.disks.lock().expect("no panic while held").push(opened);
+                Ok(())
+            }
+            Err(source) => {
+                self.marker.remove(named.disk);
+                drop(self.provider.detach(&named.export));
+                leave(&[disk]);
+                Err(HostError::Io { what: "serve the disk", source })
+            }
+        }
+    }
+
+    /// Leaves one disk cleanly, while the others go on. Marks from now on are without it.
+    pub(crate) fn remove_disk(&self, id: DiskId) {
+        self.marker.remove(id);
+        let removed = {
+            let mut disks = self.disks.lock().expect("no panic while held");
+            let at = disks.iter().position(|disk| disk.disk.identity.disk == id);
+            at.map(|at| disks.remove(at))
+        };
+        let Some(removed) = removed else { return };
+        if let Err(error) = self.provider.detach(&removed.export) {
+            tracing::warn!(export = %removed.export, %error, "export is still in use");
+        }
+        removed.stop_keeper();
+        if let Some(sender) = removed.sender.lock().expect("no panic while held").take() {
+            sender.stop();
+        }
+        leave(std::slice::from_ref(&removed.disk));
+    }
+
+    fn opened(&self) -> Vec<Arc<MachineDisk>> {
+        self.disks.lock().expect("no panic while held").clone()
+    }
+
     fn start_threads(self: &Arc<Self>) -> std::io::Result<()> {
         let mut threads = self.threads.lock().expect("no panic while held");
-        for disk in &self.disks {
-            let (disk, stop) = (disk.disk.clone(), self.stop.clone());
-            threads.push(tidemark_base::thread::Builder::new().name("keeper".to_owned()).spawn(move || {
-                disk.log.set_keeper(tidemark_base::thread::current());
-                let mut next = Instant::now() + KEEPER_INTERVAL;
-                while !stop.is_stopped() {
-                    tidemark_base::thread::park_timeout(next.saturating_duration_since(Instant::now()));
-                    if Instant::now() >= next {
-                        next = Instant::now() + KEEPER_INTERVAL;
-                        disk.tick();
-                    } else {
-                        disk.make_room();
-                    }
-                }
-            })?);
-        }
         let (machine, stop) = (Arc::downgrade(self), self.stop.clone());
         threads.push(tidemark_base::thread::Builder::new().name("marks".to_owned()).spawn(move || {
             let mut marked = Instant::now();
             let mut app_tried = marked;
             while !stop.wait_for(MARK_INTERVAL) {
                 let Some(machine) = machine.upgrade() else { break };
-                machine.disks.iter().for_each(MachineDisk::watch_sender);
+                machine.opened().iter().for_each(|disk| disk.watch_sender());
                 machine.follow_throttle();
                 machine.mark_by_policy(&mut marked);
                 machine.mark_app_by_policy(&mut app_tried);
@@ -193,7 +234,9 @@ impl Machine {
         let policy = self.spec().policy;
         let is_cycle_over = policy.cycle.is_none_or(|cycle| marked.elapsed() >= cycle);
         // A scan ends with a mark of its own; until then there are no points, and what changes meanwhile waits in the tracker.
-        if !is_cycle_over || self.marker.is_tracked() && self.disks().any(|disk| !disk.is_scanned()) {
+        let covered = self.marker.covered();
+        let is_scanning = |disk: &ProtectedDisk| covered.contains(&disk.identity.disk) && !disk.is_scanned();
+        if !is_cycle_over || self.marker.is_tracked() && self.disks().any(|disk| is_scanning(&disk)) {
             return;
         }
         if !self.marker.is_logging() {
@@ -204,11 +247,11 @@ impl Machine {
             && self.marker.is_written_since(true);
         if is_kept || self.marker.is_written_since(false) {
             match self.marker.mark(Consistency::Crash, "", is_kept) {
-                Ok(_) => self.disks.iter().for_each(|disk| drop(disk.disk.alarms().remove("marks"))),
+                Ok(_) => self.opened().iter().for_each(|disk| drop(disk.disk.alarms().remove("marks"))),
                 // So much changed that it is scanned: the mark follows.
                 Err(HostError::Scanning { .. }) => return,
                 Err(error) => {
-                    for disk in &self.disks {
+                    for disk in &self.opened() {
                         disk.disk.alarm("marks", false, error.to_string(), &error.help());
                     }
                     return;
@@ -225,7 +268,7 @@ impl Machine {
     /// is tried again after another interval: its scripts hold the application.
     fn mark_app_by_policy(&self, tried: &mut Instant) {
         let Some(interval) = self.spec().policy.app_point_interval else {
-            self.disks.iter().for_each(|disk| drop(disk.disk.alarms().remove("app-points")));
+            self.opened().iter().for_each(|disk| drop(disk.disk.alarms().remove("app-points")));
             return;
         };
         if tried.elapsed() < interval || !self.marker.is_logging() || !self.marker.is_written_since_app() {
@@ -233,10 +276,12 @@ impl Machine {
         }
         *tried = Instant::now();
         match self.marker.mark(Consistency::Application, "", true) {
-            Ok(_) => self.disks.iter().for_each(|disk| drop(disk.disk.alarms().remove("app-points"))),
+            Ok(_) => self.opened().iter().for_each(|disk| drop(disk.disk.alarms().remove("app-points"))),
             Err(error) => {
                 let message = format!("no app-consistent point was made: {error}");
-                self.disks.iter().for_each(|disk| disk.disk.alarm("app-points", false, message.clone(), &error.help()));
+                self.opened()
+                    .iter()
+                    .for_each(|disk| disk.disk.alarm("app-points", false, message.clone(), &error.help()));
             }
         }
     }
@@ -248,7 +293,7 @@ impl Machine {
             return;
         }
         let now = self.clock.wall_now();
-        for disk in &self.disks {
+        for disk in &self.opened() {
             if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
                 sender.set_policy(send_policy(&policy, now, sender.remote()));
             }
@@ -258,10 +303,10 @@ impl Machine {
     /// The limit of each disk's sender.
     #[cfg(test)]
     pub(crate) fn throttled_to(&self) -> Vec<Option<u64>> {
-        let limit = |disk: &MachineDisk| {
+        let limit = |disk: &Arc<MachineDisk>| {
             disk.sender.lock().unwrap().as_ref().and_then(|sender| sender.policy().bytes_per_second_max)
         };
-        self.disks.iter().map(limit).collect()
+        self.opened().iter().map(limit).collect()
     }
 
     pub fn spec(&self) -> MachineSpec {
@@ -273,7 +318,7 @@ impl Machine {
     }
 
     pub fn attachments(&self) -> Vec<AttachedDisk> {
-        self.disks
+        self.opened()
             .iter()
             .map(|disk| {
                 let Address { nbd, file } = disk.address.clone();
@@ -288,15 +333,15 @@ impl Machine {
     /// is tried again: the workload that is here has its disks all the same.
     pub(crate) fn listen(&self) {
         let spec = self.spec();
-        let is_served = |disk: &MachineDisk| self.provider.remote(&disk.export).is_some();
-        if spec.listen.is_none() || self.disks.iter().all(is_served) {
+        let is_served = |disk: &Arc<MachineDisk>| self.provider.remote(&disk.export).is_some();
+        if spec.listen.is_none() || self.opened().iter().all(is_served) {
             return;
         }
         match self.provider.listen(spec.machine, spec.listen) {
-            Ok(_) => self.disks.iter().for_each(|disk| drop(disk.disk.alarms().remove("listen"))),
+            Ok(_) => self.opened().iter().for_each(|disk| drop(disk.disk.alarms().remove("listen"))),
             Err(error) => {
                 let message = Failure::from(&error).message;
-                self.disks.iter().for_each(|disk| disk.disk.alarm("listen", false, message.clone(), &error.help()));
+                self.opened().iter().for_each(|disk| disk.disk.alarm("listen", false, message.clone(), &error.help()));
             }
         }
     }
@@ -304,12 +349,15 @@ impl Machine {
     /// Changes what can be changed while the machine stays attached: its policy, and whether it sends.
     pub(crate) fn adjust(&self, spec: MachineSpec) {
         self.marker.set_point_interval(spec.policy.point_interval);
-        for disk in &self.disks {
+        for disk in &self.opened() {
             disk.disk.set_log_limits(log_limits(&self.limits, &spec.policy, disk.disk.identity.disk_bytes));
             if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
                 sender.set_policy(send_policy(&spec.policy, self.clock.wall_now(), sender.remote()));
             }
         }
+        // As they are named.
+        let place = |disk: &Arc<MachineDisk>| spec.disks.iter().position(|named| named.disk == disk.disk.identity.disk);
+        self.disks.lock().expect("no panic while held").sort_by_key(place);
         let is_paused = spec.paused;
         *self.spec.lock().expect("no panic while held") = spec;
         self.set_paused(is_paused);
@@ -321,7 +369,7 @@ impl Machine {
             return;
         }
         spec.paused = is_paused;
-        for disk in &self.disks {
+        for disk in &self.opened() {
             disk.disk.consumers().iter().for_each(|consumer| consumer.set_paused(is_paused));
             if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
                 if is_paused { sender.pause() } else { sender.resume() }
@@ -331,20 +379,20 @@ impl Machine {
 
     /// Keeps the workload from its disks, or lets it back. After this nothing more is written.
     pub(crate) fn set_fenced(&self, fenced: bool) -> Result<(), HostError> {
-        let fence = |disk: &MachineDisk| self.provider.fence(&disk.export, fenced);
-        let outcome = self.disks.iter().map(fence).fold(Ok(()), std::io::Result::and);
+        let fence = |disk: &Arc<MachineDisk>| self.provider.fence(&disk.export, fenced);
+        let outcome = self.opened().iter().map(fence).fold(Ok(()), std::io::Result::and);
         outcome.map_err(|source| HostError::Io { what: "keep the workload from its disks", source })
     }
 
     pub fn resync(&self) -> std::io::Result<()> {
-        self.disks.iter().try_for_each(|disk| disk.disk.resync())
+        self.opened().iter().try_for_each(|disk| disk.disk.resync())
     }
 
     /// Takes a resync back; whether one ran. Senders begin again, with what is pending now: the scan that they began ends at
     /// once when that is nothing.
     pub fn cancel_resync(&self) -> std::io::Result<bool> {
         let mut ran = false;
-        for disk in &self.disks {
+        for disk in &self.opened() {
             if disk.disk.cancel_resync()? {
                 ran = true;
                 if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
@@ -355,20 +403,22 @@ impl Machine {
         Ok(ran)
     }
 
-    /// Waits until no disk is being scanned: a mark inside a scan never becomes a recovery point. When `limit` passed
-    /// first, says of which disk how much is done.
+    /// Waits until no disk that marks cover is being scanned: a mark inside a scan never becomes a recovery point. When `limit`
+    /// passed first, says of which disk how much is done.
     pub fn wait_scanned(&self, limit: Duration) -> Result<(), (DiskId, u64, u64)> {
         let deadline = Instant::now() + limit;
         loop {
-            let scanned = self.disks.iter().find_map(|disk| {
-                let is_open = disk.sender.lock().expect("no panic while held").as_ref().is_some_and(|sender| {
-                    let status = sender.status();
-                    status.scan_open || status.phase == Phase::Scanning
+            let covered = self.marker.covered();
+            let scanned =
+                self.opened().iter().filter(|disk| covered.contains(&disk.disk.identity.disk)).find_map(|disk| {
+                    let is_open = disk.sender.lock().expect("no panic while held").as_ref().is_some_and(|sender| {
+                        let status = sender.status();
+                        status.scan_open || status.phase == Phase::Scanning
+                    });
+                    let progress = disk.disk.consumers().iter().find_map(|consumer| consumer.progress());
+                    let (done, total) = progress.map_or((0, 0), |(done, total, _)| (done, total));
+                    (is_open || progress.is_some()).then_some((disk.disk.identity.disk, done, total))
                 });
-                let progress = disk.disk.consumers().iter().find_map(|consumer| consumer.progress());
-                let (done, total) = progress.map_or((0, 0), |(done, total, _)| (done, total));
-                (is_open || progress.is_some()).then_some((disk.disk.identity.disk, done, total))
-            });
             match scanned {
                 None => return Ok(()),
                 Some(scanned) if Instant::now() >= deadline || self.stop.wait_for(SCAN_POLL) => return Err(scanned),
@@ -377,18 +427,39 @@ impl Machine {
         }
     }
 
-    pub fn disks(&self) -> impl Iterator<Item = &Arc<ProtectedDisk>> {
-        self.disks.iter().map(|disk| &disk.disk)
+    pub fn disks(&self) -> impl Iterator<Item = Arc<ProtectedDisk>> {
+        self.opened().into_iter().map(|disk| disk.disk.clone())
     }
 
     /// What the sender of a disk says.
     pub fn sender_status(&self, disk: DiskId) -> Option<SenderStatus> {
-        let disk = self.disks.iter().find(|found| found.disk.identity.disk == disk)?;
+        let disk = self.opened().into_iter().find(|found| found.disk.identity.disk == disk)?;
         Some(disk.sender.lock().expect("no panic while held").as_ref()?.status())
     }
 
+    /// The disks that are attached, and at which generation.
+    pub(crate) fn attached(&self) -> Vec<(DiskId, Generation)> {
+        let disks = self.opened();
+        disks.iter().map(|disk| (disk.disk.identity.disk, disk.disk.identity.generation)).collect()
+    }
+
+    /// Disks of the machine that could not be attached when they grew.
+    pub(crate) fn unattached(&self) -> Vec<DiskSpec> {
+        let attached = self.attached();
+        self.spec().disks.into_iter().filter(|disk| !attached.iter().any(|(id, _)| *id == disk.disk)).collect()
+    }
+
+    pub(crate) fn set_spec(&self, spec: MachineSpec) {
+        *self.spec.lock().expect("no panic while held") = spec;
+    }
+
     pub fn status(&self) -> Vec<SourceDisk> {
-        self.disks.iter().map(|disk| self.disk_status(disk)).collect()
+        let failed = self.unattached().into_iter().map(|disk| {
+            let message = format!("disk {} is not attached", disk.path);
+            let help = "see the agent's log; it is tried again every few seconds";
+            failed_disk(disk.disk, &Failure::new(FailureKind::Unavailable, message, help))
+        });
+        self.opened().iter().map(|disk| self.disk_status(disk)).chain(failed).collect()
     }
 
     fn disk_status(&self, disk: &MachineDisk) -> SourceDisk {
@@ -457,24 +528,25 @@ impl Machine {
                     .filter(|scan| scan.compares)
                     .map_or(0, |scan| scan.total_bytes.saturating_sub(scan.durable_bytes)),
             }),
+            current_bytes: disk.disk.current_bytes().unwrap_or(0),
             problems,
         }
     }
 
     /// Ends exports, marks and senders, then leaves each disk cleanly.
     pub fn stop(&self) {
-        for disk in &self.disks {
+        for disk in &self.opened() {
             if let Err(error) = self.provider.detach(&disk.export) {
                 tracing::warn!(export = %disk.export, %error, "export is still in use");
             }
         }
         self.stop_threads();
-        for disk in &self.disks {
+        for disk in &self.opened() {
             if let Some(sender) = disk.sender.lock().expect("no panic while held").take() {
                 sender.stop();
             }
         }
-        let disks: Vec<Arc<ProtectedDisk>> = self.disks().cloned().collect();
+        let disks: Vec<Arc<ProtectedDisk>> = self.disks().collect();
         leave(&disks);
     }
 
@@ -488,16 +560,56 @@ impl Machine {
                 tracing::error!("a thread of a machine panicked");
             }
         }
+        self.opened().iter().for_each(|disk| disk.stop_keeper());
+    }
+}
+
+impl MachineDisk {
+    fn stop_keeper(&self) {
+        self.stop.stop();
+        if let Some(keeper) = self.keeper.lock().expect("no panic while held").take() {
+            keeper.thread().unpark();
+            if keeper.join().is_err() {
+                tracing::error!("the keeper of a disk panicked");
+            }
+        }
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        for disk in &self.disks {
+        for disk in &self.opened() {
             let _ = self.provider.detach(&disk.export);
         }
         self.stop_threads();
     }
+}
+
+fn attach_disk(
+    spec: &MachineSpec,
+    disk: &DiskSpec,
+    config: &HostConfig,
+    provider: &dyn CaptureProvider,
+) -> Result<Arc<ProtectedDisk>, HostError> {
+    let request = AttachRequest {
+        disk: disk.disk,
+        machine: spec.machine,
+        generation: disk.generation,
+        path: PathBuf::from(&disk.path),
+        tracker: provider.track(disk.path.as_ref(), disk.disk, &config.state_folder)?,
+        device_folder: config.state_folder.join("devices"),
+        elsewhere: config.storage()?,
+        consumers: vec![spec.server.server],
+        // The disk's size is not known yet; the limits follow below.
+        limits: log_limits(&config.limits, &spec.policy, u64::MAX),
+        boot: config.boot.clone(),
+        clock: config.clock.clone(),
+        events: config.events.clone(),
+    };
+    let found = attach(request)?;
+    found.disk.set_log_limits(log_limits(&config.limits, &spec.policy, found.disk.disk.bytes()));
+    report(&found.disk, found.lost_marks);
+    Ok(found.disk)
 }
 
 fn leave(disks: &[Arc<ProtectedDisk>]) {

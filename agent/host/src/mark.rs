@@ -6,7 +6,7 @@
 //! more than [`HOLD_LIMIT`] are let go on, and the hold is tried again, [`HOLD_ATTEMPTS`] times. *Cancellation.* Dropping a
 //! hold lets everybody go on. *Crash.* A mark that is not in the log of every disk never becomes a point: it names them all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,8 +49,7 @@ pub struct MarkOutcome {
 pub struct Marker {
     machine: MachineId,
     name: String,
-    /// In the order of their ids: holds are taken in it.
-    disks: Vec<Arc<ProtectedDisk>>,
+    members: Mutex<Members>,
     freezer: Option<Arc<dyn Freezer>>,
     freeze_limit: Duration,
     /// One mark at a time; where each disk stood at the last one.
@@ -66,6 +65,13 @@ struct Settling {
     /// Passes over what changed that ended with more than can be logged.
     passes: u32,
     frozen_at: Option<Instant>,
+}
+
+struct Members {
+    /// In the order of their ids: holds are taken in it.
+    disks: Vec<Arc<ProtectedDisk>>,
+    /// Came to a machine that was protected already. Until the first scan of one ended marks are without it.
+    added: BTreeSet<DiskId>,
 }
 
 #[derive(Default)]
@@ -85,8 +91,57 @@ impl Marker {
         freeze_limit: Duration,
     ) -> Self {
         disks.sort_by_key(|disk| disk.identity.disk);
+        let members = Mutex::new(Members { disks, added: BTreeSet::new() });
         let (settling, point_interval) = (Mutex::default(), Mutex::default());
-        Self { machine, name, disks, freezer, freeze_limit, last: Mutex::default(), settling, point_interval }
+        Self { machine, name, members, freezer, freeze_limit, last: Mutex::default(), settling, point_interval }
+    }
+
+    fn members(&self) -> MutexGuard<'_, Members> {
+        self.members.lock().expect("no panic while held")
+    }
+
+    fn all(&self) -> Vec<Arc<ProtectedDisk>> {
+        self.members().disks.clone()
+    }
+
+    /// Those that a mark covers: all but added ones whose first scan goes on. A machine of which all disks are scanned for the
+    /// first time has no marks that could become points, so none is left out then.
+    fn ready(&self) -> Vec<Arc<ProtectedDisk>> {
+        let members = self.members();
+        let joins = |disk: &ProtectedDisk| members.added.contains(&disk.identity.disk) && disk.is_first_scanned();
+        let ready: Vec<_> = members.disks.iter().filter(|disk| !joins(disk)).cloned().collect();
+        if ready.is_empty() { members.disks.clone() } else { ready }
+    }
+
+    /// The disks that a mark made now would cover.
+    pub fn covered(&self) -> Vec<DiskId> {
+        self.ready().iter().map(|disk| disk.identity.disk).collect()
+    }
+
+    pub(crate) fn set_added(&self, added: BTreeSet<DiskId>) {
+        self.members().added = added;
+    }
+
+    /// Waits for a mark that is being made.
+    pub(crate) fn add(&self, disk: Arc<ProtectedDisk>, added: bool) {
+        let _one = self.last();
+        let mut members = self.members();
+        if added {
+            members.added.insert(disk.identity.disk);
+        }
+        members.disks.push(disk);
+        members.disks.sort_by_key(|disk| disk.identity.disk);
+    }
+
+    /// Waits for a mark that is being made; later ones are without the disk.
+    pub(crate) fn remove(&self, disk: DiskId) {
+        let mut last = self.last();
+        let mut members = self.members();
+        members.disks.retain(|member| member.identity.disk != disk);
+        members.added.remove(&disk);
+        last.positions.remove(&disk);
+        last.kept.remove(&disk);
+        last.app.remove(&disk);
     }
 
     fn last(&self) -> MutexGuard<'_, Last> {
@@ -97,7 +152,7 @@ impl Marker {
     pub fn is_written_since(&self, kept: bool) -> bool {
         let last = self.last();
         let positions = if kept { &last.kept } else { &last.positions };
-        self.disks.iter().any(|disk| {
+        self.ready().iter().any(|disk| {
             let logged = disk.log.published().logged;
             let is_logged =
                 positions.get(&disk.identity.disk).map_or(logged.sequence.0 > 0, |position| *position != logged);
@@ -108,7 +163,7 @@ impl Marker {
     /// Whether anything was logged since the last app-consistent mark.
     pub fn is_written_since_app(&self) -> bool {
         let last = self.last();
-        self.disks.iter().any(|disk| {
+        self.ready().iter().any(|disk| {
             let logged = disk.log.published().logged;
             let is_logged =
                 last.app.get(&disk.identity.disk).map_or(logged.sequence.0 > 0, |position| *position != logged);
@@ -133,7 +188,19 @@ impl Marker {
         keep: bool,
         held: &mut dyn FnMut(&MarkOutcome),
     ) -> Result<MarkOutcome, HostError> {
+        self.mark_of(&Self::ready, consistency, label, keep, held)
+    }
+
+    fn mark_of(
+        &self,
+        which: &dyn Fn(&Self) -> Vec<Arc<ProtectedDisk>>,
+        consistency: Consistency,
+        label: &str,
+        keep: bool,
+        held: &mut dyn FnMut(&MarkOutcome),
+    ) -> Result<MarkOutcome, HostError> {
         let mut last = self.last();
+        let disks = which(self);
         let failed = |source| HostError::Freeze { machine: self.name.clone(), source };
         let frozen = match consistency {
             Consistency::Crash => None,
@@ -143,12 +210,12 @@ impl Marker {
                 Some(freezer.freeze(&self.name, self.freeze_limit).map_err(failed)?)
             }
         };
-        let result = self.mark_by(Instant::now() + FROZEN_MAX, consistency, label, keep, held);
+        let result = self.mark_by(&disks, Instant::now() + FROZEN_MAX, consistency, label, keep, held);
         if let Some(frozen) = frozen {
             // The mark was made while everything was quiet; that thawing failed is another matter, and worse.
             if let Err(error) = frozen.thaw() {
                 tracing::error!(machine = %self.name, error = %error, help = error.help(), "thawing failed");
-                for disk in &self.disks {
+                for disk in &disks {
                     disk.alarm("thaw", true, format!("{}: {error}", self.name), error.help());
                 }
             }
@@ -167,26 +234,27 @@ impl Marker {
             last.kept_at = Some(Instant::now());
         }
         drop(last);
-        self.disks.iter().for_each(|disk| disk.watchers.changed());
+        disks.iter().for_each(|disk| disk.watchers.changed());
         Ok(outcome)
     }
 
     fn mark_by(
         &self,
+        disks: &[Arc<ProtectedDisk>],
         deadline: Instant,
         consistency: Consistency,
         label: &str,
         keep: bool,
         held: &mut dyn FnMut(&MarkOutcome),
     ) -> Result<MarkOutcome, HostError> {
-        if self.is_tracked() {
-            return self.mark_settled(deadline, consistency, label, keep, held);
+        if disks.iter().any(|disk| disk.tracker().is_some()) {
+            return self.mark_settled(disks, deadline, consistency, label, keep, held);
         }
-        let mut busy = self.disks.first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
+        let mut busy = disks.first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
         for attempt in 0..HOLD_ATTEMPTS {
-            match self.hold_all() {
+            match hold_all(disks) {
                 Ok(holds) => {
-                    let outcome = self.append(consistency, label, keep)?;
+                    let outcome = self.append(disks, consistency, label, keep)?;
                     held(&outcome);
                     drop(holds);
                     return Ok(outcome);
@@ -202,7 +270,7 @@ impl Marker {
     }
 
     pub fn is_tracked(&self) -> bool {
-        self.disks.iter().any(|disk| disk.tracker().is_some())
+        self.all().iter().any(|disk| disk.tracker().is_some())
     }
 
     /// How often a point is kept: the ends of the scans that a tracked machine has all day keep no more.
@@ -212,7 +280,7 @@ impl Marker {
 
     /// Takes what trackers saw, without a mark.
     pub fn drain(&self) {
-        for disk in &self.disks {
+        for disk in &self.all() {
             if let Err(error) = disk.gather(LOGGED_BYTES_MAX) {
                 tracing::debug!(disk = %disk.identity.disk, %error, "what changed stays claimed");
             }
@@ -224,6 +292,7 @@ impl Marker {
     /// disks are frozen, for a moment and not often.
     fn mark_settled(
         &self,
+        disks: &[Arc<ProtectedDisk>],
         deadline: Instant,
         consistency: Consistency,
         label: &str,
@@ -231,11 +300,11 @@ impl Marker {
         held: &mut dyn FnMut(&MarkOutcome),
     ) -> Result<MarkOutcome, HostError> {
         let mut settling = self.settling.lock().expect("no panic while held");
-        let mut busy = HostError::Unsettled { disk: self.disks[0].identity.disk, frozen: false };
+        let mut busy = HostError::Unsettled { disk: disks[0].identity.disk, frozen: false };
         if settling.passes < PASSES_MAX {
-            match self.settle(deadline.min(Instant::now() + SETTLE_LIMIT), LOGGED_BYTES_MAX) {
+            match settle(disks, deadline.min(Instant::now() + SETTLE_LIMIT), LOGGED_BYTES_MAX) {
                 Ok(holds) => {
-                    let outcome = self.append(consistency, label, keep)?;
+                    let outcome = self.append(disks, consistency, label, keep)?;
                     held(&outcome);
                     drop(holds);
                     settling.passes = 0;
@@ -254,7 +323,7 @@ impl Marker {
         }
         settling.frozen_at = Some(Instant::now());
         let mut frozen = Vec::new();
-        for tracker in self.disks.iter().filter_map(|disk| disk.tracker()) {
+        for tracker in disks.iter().filter_map(|disk| disk.tracker()) {
             let result = tracker.freeze(FREEZE_LIMIT);
             frozen.extend(result.map_err(|source| HostError::Freeze { machine: self.name.clone(), source })?);
         }
@@ -262,8 +331,8 @@ impl Marker {
             settling.passes = 0;
             return Err(busy);
         }
-        let settled = self.settle(Instant::now() + FREEZE_LIMIT / 2, FROZEN_BYTES_MAX).and_then(|holds| {
-            let outcome = self.append(consistency, label, keep)?;
+        let settled = settle(disks, Instant::now() + FREEZE_LIMIT / 2, FROZEN_BYTES_MAX).and_then(|holds| {
+            let outcome = self.append(disks, consistency, label, keep)?;
             held(&outcome);
             drop(holds);
             Ok(outcome)
@@ -271,9 +340,7 @@ impl Marker {
         for frozen in frozen {
             if let Err(error) = frozen.thaw() {
                 tracing::error!(machine = %self.name, error = %error, help = error.help(), "thawing failed");
-                self.disks
-                    .iter()
-                    .for_each(|disk| disk.alarm("thaw", true, format!("{}: {error}", self.name), error.help()));
+                disks.iter().for_each(|disk| disk.alarm("thaw", true, format!("{}: {error}", self.name), error.help()));
             }
         }
         settling.passes = 0;
@@ -283,71 +350,20 @@ impl Marker {
         })
     }
 
-    /// Gathers until nothing is left and nothing in flight, and holds the disks there.
-    fn settle(&self, deadline: Instant, logged_max: u64) -> Result<Vec<Hold<'_>>, HostError> {
-        let mut attempt = 0;
-        loop {
-            let mut busy = None;
-            for disk in &self.disks {
-                let id = disk.identity.disk;
-                match disk.gather(logged_max) {
-                    Ok(Gathered::All) => {}
-                    Ok(Gathered::InFlight) => busy = Some(id),
-                    Ok(Gathered::Scanning) => {
-                        let total = disk.consumers().iter().map(|consumer| consumer.scan_bytes()).max().unwrap_or(0);
-                        return Err(HostError::Scanning { disk: id, done: 0, total });
-                    }
-                    Err(error) => {
-                        let source = std::io::Error::other(error);
-                        return Err(HostError::Io { what: "read what changed", source });
-                    }
-                }
-            }
-            if busy.is_none() {
-                match self.hold_all() {
-                    // Looked at twice: at the instant between the two all disks were, together, as they were read.
-                    Ok(holds)
-                        if self.disks.iter().all(|disk| disk.is_settled())
-                            && self.disks.iter().all(|disk| disk.is_settled()) =>
-                    {
-                        return Ok(holds);
-                    }
-                    Ok(holds) => {
-                        drop(holds);
-                        busy = self.disks.iter().find(|disk| disk.is_dirty()).map(|disk| disk.identity.disk);
-                    }
-                    Err(disk) => busy = Some(disk),
-                }
-            }
-            if Instant::now() >= deadline {
-                let disk = busy.unwrap_or(self.disks[0].identity.disk);
-                return Err(HostError::Unsettled { disk, frozen: false });
-            }
-            pause(attempt);
-            attempt += 1;
-        }
-    }
-
-    /// Holds all disks with nothing in flight, or names the one that is busy.
-    fn hold_all(&self) -> Result<Vec<Hold<'_>>, DiskId> {
-        let holds: Vec<Hold<'_>> = self.disks.iter().map(|disk| disk.in_flight.hold()).collect();
-        let deadline = Instant::now() + HOLD_LIMIT;
-        for (disk, hold) in self.disks.iter().zip(&holds) {
-            if !hold.wait_drained(deadline) {
-                return Err(disk.identity.disk);
-            }
-        }
-        Ok(holds)
-    }
-
     /// The disks are held and drained.
-    fn append(&self, consistency: Consistency, label: &str, keep: bool) -> Result<MarkOutcome, HostError> {
+    fn append(
+        &self,
+        disks: &[Arc<ProtectedDisk>],
+        consistency: Consistency,
+        label: &str,
+        keep: bool,
+    ) -> Result<MarkOutcome, HostError> {
         // Times never decrease along any of the disks.
-        let time = self.disks.iter().map(|disk| disk.log.time_now()).max().unwrap_or_default();
+        let time = disks.iter().map(|disk| disk.log.time_now()).max().unwrap_or_default();
         let mark = Mark {
             id: MarkId::random(),
             machine: self.machine,
-            disks: self.disks.iter().map(|disk| disk.identity.disk).collect(),
+            disks: disks.iter().map(|disk| disk.identity.disk).collect(),
             consistency,
             label: label.to_owned(),
             keep,
@@ -358,11 +374,11 @@ impl Marker {
         if let Err(error) = Mark::from_bytes(&body) {
             return Err(HostError::Io { what: "make this mark", source: std::io::Error::other(error) });
         }
-        if let Some(disk) = self.disks.iter().find(|disk| !disk.log.is_logging()) {
+        if let Some(disk) = disks.iter().find(|disk| !disk.log.is_logging()) {
             return Err(not_logging(disk, &Unlogged::NotLogging));
         }
         let mut positions = Vec::new();
-        for disk in &self.disks {
+        for disk in disks {
             disk.log.raise_time(time);
             match disk.log.append_mark(&body) {
                 Ok((position, _)) => positions.push((disk.identity.disk, position)),
@@ -380,7 +396,7 @@ impl Marker {
 
     /// Goes on in new logs: the end of a cycle.
     pub fn rotate(&self) {
-        for disk in &self.disks {
+        for disk in &self.all() {
             if let Err(reason) = disk.log.rotate() {
                 disk.step_down(&reason);
             }
@@ -388,8 +404,64 @@ impl Marker {
     }
 
     pub fn is_logging(&self) -> bool {
-        self.disks.iter().all(|disk| disk.log.is_logging())
+        self.ready().iter().all(|disk| disk.log.is_logging())
     }
+}
+
+/// Gathers until nothing is left and nothing in flight, and holds the disks there.
+fn settle(disks: &[Arc<ProtectedDisk>], deadline: Instant, logged_max: u64) -> Result<Vec<Hold<'_>>, HostError> {
+    let mut attempt = 0;
+    loop {
+        let mut busy = None;
+        for disk in disks {
+            let id = disk.identity.disk;
+            match disk.gather(logged_max) {
+                Ok(Gathered::All) => {}
+                Ok(Gathered::InFlight) => busy = Some(id),
+                Ok(Gathered::Scanning) => {
+                    let total = disk.consumers().iter().map(|consumer| consumer.scan_bytes()).max().unwrap_or(0);
+                    return Err(HostError::Scanning { disk: id, done: 0, total });
+                }
+                Err(error) => {
+                    let source = std::io::Error::other(error);
+                    return Err(HostError::Io { what: "read what changed", source });
+                }
+            }
+        }
+        if busy.is_none() {
+            match hold_all(disks) {
+                // Looked at twice: at the instant between the two all disks were, together, as they were read.
+                Ok(holds)
+                    if disks.iter().all(|disk| disk.is_settled()) && disks.iter().all(|disk| disk.is_settled()) =>
+                {
+                    return Ok(holds);
+                }
+                Ok(holds) => {
+                    drop(holds);
+                    busy = disks.iter().find(|disk| disk.is_dirty()).map(|disk| disk.identity.disk);
+                }
+                Err(disk) => busy = Some(disk),
+            }
+        }
+        if Instant::now() >= deadline {
+            let disk = busy.unwrap_or(disks[0].identity.disk);
+            return Err(HostError::Unsettled { disk, frozen: false });
+        }
+        pause(attempt);
+        attempt += 1;
+    }
+}
+
+/// Holds all disks with nothing in flight, or names the one that is busy.
+fn hold_all(disks: &[Arc<ProtectedDisk>]) -> Result<Vec<Hold<'_>>, DiskId> {
+    let holds: Vec<Hold<'_>> = disks.iter().map(|disk| disk.in_flight.hold()).collect();
+    let deadline = Instant::now() + HOLD_LIMIT;
+    for (disk, hold) in disks.iter().zip(&holds) {
+        if !hold.wait_drained(deadline) {
+            return Err(disk.identity.disk);
+        }
+    }
+    Ok(holds)
 }
 
 fn not_logging(disk: &ProtectedDisk, reason: &Unlogged) -> HostError {
@@ -399,16 +471,17 @@ fn not_logging(disk: &ProtectedDisk, reason: &Unlogged) -> HostError {
 
 impl Barrier for Marker {
     fn barrier(&self) -> Result<Vec<(DiskId, Position)>, SourceError> {
-        // The end of a scan is where a machine can first be recovered to, so it is kept.
+        // The end of a scan is where a machine can first be recovered to, so it is kept. Of all disks: the one whose first scan
+        // ends is among them.
         let interval = *self.point_interval.lock().expect("no panic while held");
         let keep = !self.is_tracked() || self.is_kept_due(interval.unwrap_or(KEPT_INTERVAL));
-        match self.mark(Consistency::Crash, "", keep) {
+        match self.mark_of(&Self::all, Consistency::Crash, "", keep, &mut |_| {}) {
             Ok(outcome) => Ok(outcome.positions),
             Err(HostError::Busy { disk } | HostError::Unsettled { disk, .. } | HostError::Scanning { disk, .. }) => {
                 Err(SourceError::Busy { disk })
             }
             Err(error) => {
-                let disk = self.disks.first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
+                let disk = self.all().first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
                 let source = std::io::Error::other(error.to_string());
                 Err(SourceError::Io { disk, what: "make a mark", source })
             }

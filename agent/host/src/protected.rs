@@ -94,6 +94,11 @@ impl ProtectedDisk {
         &self.path
     }
 
+    /// As the system says it: differs from the size that it was attached with once somebody resized it.
+    pub fn disk_bytes_now(&self) -> io::Result<u64> {
+        self.disk.current_bytes()
+    }
+
     pub fn tick_now(&self) -> Tick {
         (self.clock.monotonic_now().saturating_sub(self.attached)).as_millis() as Tick
     }
@@ -130,6 +135,11 @@ impl ProtectedDisk {
 
     pub fn consumer(&self, server: ServerId) -> Option<Arc<Consumer>> {
         self.consumers().into_iter().find(|consumer| consumer.server() == server)
+    }
+
+    /// Whether a process server that it feeds still gets it for the first time.
+    pub(crate) fn is_first_scanned(&self) -> bool {
+        self.consumers().iter().any(|consumer| matches!(consumer.progress(), Some((_, _, ScanReason::Initial))))
     }
 
     fn known_consumer(&self, server: ServerId, what: &'static str) -> Result<Arc<Consumer>, SourceError> {

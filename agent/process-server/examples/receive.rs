@@ -43,6 +43,7 @@ async fn main() -> Result<(), Failure> {
         export: "none".to_owned(),
         generation: Generation::FIRST,
         bytes: total,
+        added: false,
     };
     let retention = Retention { any_time: Duration::from_secs(7200), age: None, count: None, grid: Default::default() };
     server.authorise(MachineGrant { machine, name: "m".into(), host: agent, disks: vec![spec], retention }).await?;

@@ -27,7 +27,7 @@ use crate::export::{export_raw, targets};
 use crate::journal::Limits;
 use crate::points::PointSelector;
 use crate::replica::manifest::Manifest;
-use crate::replica::{Place, Replica, ReplicaSet};
+use crate::replica::{OpenFailure, Place, Replica, ReplicaSet};
 use crate::serve::{ServedPoint, Serves};
 use crate::server::{backups, lock_folder};
 use crate::settings::{self, Settings};
@@ -116,8 +116,59 @@ pub fn failover(
     folder: &Path,
     machine: Option<&str>,
     selector: PointSelector,
+    without: &[DiskId],
     key: &RecoveryKey,
 ) -> Result<FailedOver, Failure> {
+    let Opened { storage, lock, set, failures, settings, machine } = open(folder, machine, key)?;
+    refuse_unopened(&storage, &failures, machine, without)?;
+    let mut place = set.resolve(machine, selector).map_err(|error| {
+        let help = error.help();
+        failed(&error, help)
+    })?;
+    place.cuts.retain(|(disk, _)| !without.contains(disk));
+    if place.cuts.is_empty() {
+        return Err(Failure::new(
+            FailureKind::BadRequest,
+            "no disk of the point is left",
+            "leave out fewer disks with --without-disk, or choose another point",
+        ));
+    }
+    let replicas = set.of_machine(machine);
+    let missing: Vec<String> = place
+        .cuts
+        .iter()
+        .filter(|(disk, _)| !replicas.iter().any(|replica| replica.disk() == *disk))
+        .map(|(disk, _)| disk.to_string())
+        .collect();
+    if !missing.is_empty() {
+        return Err(Failure::new(
+            FailureKind::Damaged,
+            format!("the replicas of these disks of the point cannot be opened: {}", missing.join(", ")),
+            "see `tidemark replica verify` on them; choose another point, or bring the folder back from a copy",
+        ));
+    }
+    // Every disk of the point can be opened before anything is changed.
+    let views = set.views(&place).map_err(|error| {
+        let help = error.help();
+        failed(&error, help)
+    })?;
+    let name = settings.get(&machine).map_or_else(|| machine.to_string(), |settings| settings.name.clone());
+    let record = take_over(&set, &storage, machine, name, &place, key)?;
+    drop(views);
+    Ok(FailedOver { record, set, place, storage, _lock: lock })
+}
+
+struct Opened {
+    storage: Arc<dyn Storage>,
+    lock: Arc<dyn StorageFile>,
+    set: Arc<ReplicaSet>,
+    failures: Vec<OpenFailure>,
+    settings: BTreeMap<MachineId, settings::MachineSettings>,
+    machine: MachineId,
+}
+
+/// The process server's folder, for whoever holds the recovery key, and alone.
+fn open(folder: &Path, machine: Option<&str>, key: &RecoveryKey) -> Result<Opened, Failure> {
     let (root, of_folder) = resolve_folder(folder)?;
     let storage = RealStorage::open_folder(&root);
     let break_glass = backups::recovery(storage.clone())?.break_glass.ok_or_else(|| {
@@ -144,37 +195,67 @@ pub fn failover(
     let set = Arc::new(set);
     let settings = Settings::open(storage.clone(), settings::FILE).map_err(|error| failed(&error, error.help()))?.all();
     let machine = choose(&set, &settings, of_folder, machine)?;
-    if let Some(failure) = failures.first() {
-        // It may be a disk of this machine: half a machine is not failed over.
-        tracing::warn!(folder = failure.folder, error = %failure.error, "a replica cannot be opened");
+    Ok(Opened { storage, lock, set, failures, settings, machine })
+}
+
+/// Half a machine is not failed over by accident: a disk of it that cannot be opened has to be left out by name.
+fn refuse_unopened(
+    storage: &Arc<dyn Storage>,
+    failures: &[OpenFailure],
+    machine: MachineId,
+    without: &[DiskId],
+) -> Result<(), Failure> {
+    if failures.is_empty() {
+        return Ok(());
     }
-    let place = set.resolve(machine, selector).map_err(|error| {
-        let help = error.help();
-        failed(&error, help)
-    })?;
-    let replicas = set.of_machine(machine);
-    let missing: Vec<String> = place
-        .cuts
-        .iter()
-        .filter(|(disk, _)| !replicas.iter().any(|replica| replica.disk() == *disk))
-        .map(|(disk, _)| disk.to_string())
-        .collect();
-    if !missing.is_empty() {
+    let authorisations = Authorisations::open(storage.clone()).map_err(|error| failed(&error, error.help()))?;
+    for failure in failures {
+        let disk: Option<DiskId> = failure.folder.rsplit('/').next().and_then(|name| name.parse().ok());
+        let manifest = Manifest::load(&*RealStorage::open_folder(&failure.folder)).ok();
+        let known = manifest.map(|loaded| loaded.manifest.machine);
+        let known = known.or_else(|| Some(authorisations.get(disk?)?.machine));
+        // One of which nobody knows whose it is may be of this machine.
+        let is_other = known.is_some_and(|known| known != machine);
+        if is_other || disk.is_some_and(|disk| without.contains(&disk)) {
+            tracing::warn!(folder = failure.folder, error = %failure.error, "a replica cannot be opened");
+            continue;
+        }
+        let disk = disk.map_or_else(|| failure.folder.clone(), |disk| disk.to_string());
         return Err(Failure::new(
             FailureKind::Damaged,
-            format!("the replicas of these disks of the point cannot be opened: {}", missing.join(", ")),
-            "see `tidemark replica verify` on them; choose another point, or bring the folder back from a copy",
+            format!("the replica of disk {disk} cannot be opened: {}", failure.error),
+            format!(
+                "see `tidemark replica verify` on it, or bring its folder back from a copy; to go on without it: --without-disk {disk}"
+            ),
         ));
     }
-    // Every disk of the point can be opened before anything is changed.
-    let views = set.views(&place).map_err(|error| {
-        let help = error.help();
-        failed(&error, help)
+    Ok(())
+}
+
+/// Gives back what a failover holds: its point may be folded away, and its record is gone. The old host stays refused until a
+/// configuration server lets it write again, under a generation of its own. Blocks.
+pub fn release(folder: &Path, machine: Option<&str>, key: &RecoveryKey) -> Result<Record, Failure> {
+    let Opened { storage, lock: _lock, set, settings: _, failures: _, machine } = open(folder, machine, key)?;
+    let table = Table::<BTreeMap<MachineId, Record>>::open(storage, RECORDS_FILE)
+        .map_err(|error| failed(&error, error.help()))?;
+    let record = table.read(|records| records.get(&machine).cloned()).ok_or_else(|| {
+        Failure::new(
+            FailureKind::NotFound,
+            format!("machine {machine} was not failed over here"),
+            "see `failovers.json` in the process server's folder for those that were",
+        )
     })?;
-    let name = settings.get(&machine).map_or_else(|| machine.to_string(), |settings| settings.name.clone());
-    let record = take_over(&set, &storage, machine, name, &place, key)?;
-    drop(views);
-    Ok(FailedOver { record, set, place, storage, _lock: lock })
+    for replica in set.of_machine(machine) {
+        replica.unpin(HOLDER).map_err(|error| failed(&error, error.help()))?;
+    }
+    // Last: until it is gone the release can be repeated.
+    table
+        .change(|records| {
+            records.remove(&machine);
+            Ok(())
+        })
+        .map_err(|error: crate::table::TableError| failed(&error, error.help()))?;
+    Ok(record)
 }
 
 fn choose(

@@ -2,10 +2,10 @@
 //!
 //! *Consistency* and *Crash*: see [`crate::table`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
-use tidemark_base::MachineId;
+use tidemark_base::{DiskId, MachineId};
 
 use crate::points::Retention;
 use crate::table::Table;
@@ -16,6 +16,9 @@ pub const FILE: &str = "machines.json";
 pub struct MachineSettings {
     pub name: String,
     pub retention: Retention,
+    /// Disks that it had, and whose replicas are here for the points that they are part of.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub left: BTreeSet<DiskId>,
 }
 
 pub type Settings = Table<BTreeMap<MachineId, MachineSettings>>;

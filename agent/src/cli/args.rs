@@ -465,6 +465,33 @@ pub enum MachineVerb {
     Show { name: String },
     /// Says how a machine is run; what is not named stays as it is.
     Set(Box<MachineSetArgs>),
+    /// The disks of a machine that is protected.
+    Disk {
+        #[command(subcommand)]
+        verb: MachineDiskVerb,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum MachineDiskVerb {
+    /// Protects disks of its host as well; the others go on, and recovery points cover them once they were replicated.
+    Add {
+        name: String,
+        #[arg(required = true, value_name = "PATH")]
+        disks: Vec<PathBuf>,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Takes a disk out of the machine; the recovery points that it is part of stay until they age out.
+    Remove {
+        name: String,
+        /// Its path or id.
+        disk: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Takes over disks that grew, now instead of within seconds.
+    Resize(MachineArgs),
 }
 
 #[derive(Args)]
@@ -843,12 +870,19 @@ pub struct FailoverArgs {
     /// An id, `latest`, `latest-app`, or a time.
     #[arg(long, default_value = "latest")]
     pub point: String,
+    /// Go on without a disk of the machine: one whose replica cannot be opened is refused otherwise.
+    #[arg(long = "without-disk", value_name = "ID")]
+    pub without: Vec<tidemark_base::DiskId>,
     /// Write the point's disks as raw images: a new file, or for several disks a folder.
     #[arg(long, value_name = "FILE or DIR")]
     pub to: Option<PathBuf>,
     /// Serve the point's disks, read-only, over NBD on this Unix socket until stopped.
     #[arg(long, value_name = "SOCKET", conflicts_with = "to")]
     pub serve: Option<PathBuf>,
+    /// Give back what the failover holds: its point ages as others do. The old host stays refused until a configuration server
+    /// lets it write again.
+    #[arg(long, conflicts_with_all = ["to", "serve", "without", "point"])]
+    pub release: bool,
 }
 
 /// A size in bytes: `512M`, `10G`, `4096`, in powers of 1024.

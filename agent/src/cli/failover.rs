@@ -10,6 +10,7 @@ use crate::client::{Client, escape};
 
 pub async fn machine(client: &Client, verb: MachineVerb, output: &Output) -> Result<(), CliError> {
     match verb {
+        MachineVerb::Disk { verb } => super::protect::disk(client, verb, output).await,
         MachineVerb::Show { name } => {
             let shown = client.get(&address(&name)).await?;
             show(&shown, output)

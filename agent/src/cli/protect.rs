@@ -1,11 +1,11 @@
-//! protect, unprotect, pause, resume, resync.
+//! protect, unprotect, pause, resume, resync, machine disk.
 
 use std::path::Path;
 
 use hyper::Method;
 use serde_json::{Value, json};
 
-use super::args::{MachineArgs, ProtectArgs, UnprotectArgs, Via};
+use super::args::{MachineArgs, MachineDiskVerb, ProtectArgs, UnprotectArgs, Via};
 use super::output::{Output, text};
 use super::{CliError, job};
 use crate::client::{Client, escape};
@@ -95,6 +95,37 @@ pub async fn cancel_resync(client: &Client, args: MachineArgs, output: &Output) 
         return Ok(output.json(&result)?);
     }
     output.line(&format!("{}: it is no longer compared", args.name))?;
+    Ok(())
+}
+
+/// machine disk.
+pub async fn disk(client: &Client, verb: MachineDiskVerb, output: &Output) -> Result<(), CliError> {
+    let (name, started, wait) = match verb {
+        MachineDiskVerb::Add { name, disks, wait } => {
+            let disks = disks.iter().map(|disk| full_path(disk)).collect::<Result<Vec<_>, _>>()?;
+            let path = format!("/machines/{}/disks", escape(&name));
+            (name, client.post(&path, &json!({ "disks": disks })).await?, wait)
+        }
+        MachineDiskVerb::Remove { name, disk, wait } => {
+            let path = format!("/machines/{}/disks/{}", escape(&name), escape(&disk));
+            (name, client.request(Method::DELETE, &path, None).await?, wait)
+        }
+        MachineDiskVerb::Resize(MachineArgs { name, wait }) => {
+            let path = format!("/machines/{}/resize", escape(&name));
+            (name, client.post(&path, &json!({})).await?, wait)
+        }
+    };
+    let Some(result) = job::finish(client, started, &wait, output).await? else { return Ok(()) };
+    if output.is_json() {
+        return Ok(output.json(&result)?);
+    }
+    match result["disks"].as_array() {
+        Some(disks) => {
+            let row = |disk: &Value| vec![text(disk, "/path"), text(disk, "/bytes"), text(disk, "/attach/nbd")];
+            output.table(&["DISK", "BYTES", "ADDRESS"], &disks.iter().map(row).collect::<Vec<_>>())?;
+        }
+        None => output.line(&format!("{name}: the disk is not protected any more"))?,
+    }
     Ok(())
 }
 

@@ -72,10 +72,19 @@ fn inspect(dir: &Path, output: &Output) -> Result<(), CliError> {
 /// Offline, with the recovery key.
 fn failover(args: FailoverArgs, output: &Output) -> Result<(), CliError> {
     let key = read_recovery_key(&args.key_file)?;
+    if args.release {
+        let released = offline::release(&args.dir, args.machine.as_deref(), &key)
+            .map_err(|failure| CliError::new(failure.message, failure.help))?;
+        if output.is_json() {
+            return Ok(output.json(&json!({ "machine": released.name, "id": released.machine, "released": true }))?);
+        }
+        output.line(&format!("{}: what its failover held is given back", released.name))?;
+        return Ok(());
+    }
     let selector: PointSelector =
         args.point.parse().map_err(|error: PointError| CliError::new(error.to_string(), error.help()))?;
     let refused = |failure: Failure| CliError::new(failure.message, failure.help);
-    let done = offline::failover(&args.dir, args.machine.as_deref(), selector, &key).map_err(refused)?;
+    let done = offline::failover(&args.dir, args.machine.as_deref(), selector, &args.without, &key).map_err(refused)?;
     let record = &done.record;
     let mut answer = json!({
         "machine": record.name,

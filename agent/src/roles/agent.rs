@@ -240,12 +240,16 @@ fn probe(host: &Host, paths: &[String], via: Via) -> Result<Vec<ProbedDisk>, Hos
         .status()
         .into_iter()
         .filter_map(|status| host.machine(status.machine).ok())
-        .flat_map(|machine| machine.spec().disks)
+        .flat_map(|machine| machine.disks().collect::<Vec<_>>())
         .collect();
     paths
         .iter()
-        .map(|path| match attached.iter().find(|disk| disk.path == *path) {
-            Some(disk) => Ok(ProbedDisk { path: path.clone(), bytes: disk.bytes }),
+        .map(|path| match attached.iter().find(|disk| disk.path() == path.as_str()) {
+            Some(disk) => {
+                let bytes =
+                    disk.disk_bytes_now().map_err(|source| HostError::Io { what: "examine the disk", source })?;
+                Ok(ProbedDisk { path: path.clone(), bytes })
+            }
             None => host.probe(std::slice::from_ref(path), via).map(|mut disks| disks.remove(0)),
         })
         .collect()

@@ -15,7 +15,7 @@ use tidemark_proto::control::{
     AgentCommand, Failure, FailureKind, Peer, Register, Reply, ServerCommand, Whereabouts, reply_to, wire,
 };
 use tidemark_transport::{Expected, Identity, KeyRequest, PeerIdentity, Role};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -28,6 +28,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(3);
 /// Process servers that are asked where the configuration server is.
 const NEIGHBOURS_MAX: usize = 4;
 const NEIGHBOUR_TIMEOUT: Duration = Duration::from_secs(5);
+/// An old configuration server that lives on beside the restored one keeps nobody for longer.
+const SUCCESSOR_EVERY: Duration = Duration::from_secs(60);
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// Replies and reports that wait to be sent.
 const UP_MAX: usize = 64;
@@ -57,6 +59,10 @@ pub trait Handler: Send + Sync + 'static {
     /// Process servers that may know where the configuration server is now: id and address.
     fn neighbours(&self) -> Vec<(ServerId, String)> {
         Vec::new()
+    }
+    /// How often they are asked whether the configuration server was restored elsewhere, while a stream to one is open.
+    fn ask_neighbours_every(&self) -> Duration {
+        SUCCESSOR_EVERY
     }
 }
 
@@ -94,13 +100,19 @@ pub async fn run(
     let mut register = handler.register();
     // One for each process: two that live with the same identity are told apart by it.
     register.instance.get_or_insert_with(Uuid::new_v4);
-    let link = Link { identity, register, handler, kept };
+    let link = Arc::new(Link { identity, register, handler, kept, successor: watch::Sender::default() });
+    let looking = tokio::spawn(look_for_successor(link.clone(), stop.clone()));
     let mut pause = PAUSE_MIN;
     let mut last_reason = String::new();
     let mut turn = 0;
     loop {
-        let candidates = link.kept.known.candidates(address().as_deref());
+        let mut candidates = link.kept.known.candidates(address().as_deref());
         turn %= candidates.len().max(1);
+        if let Some(successor) = link.successor.send_replace(None) {
+            // It is tried once, first; when it is the right one it is among the others from then on.
+            candidates.insert(0, successor);
+            turn = 0;
+        }
         let outcome = match candidates.get(turn) {
             None => Err("the configuration server's address is not known yet".to_owned()),
             Some(address) => tokio::select! {
@@ -138,6 +150,32 @@ pub async fn run(
         pause = (pause * 2).min(PAUSE_MAX);
     }
     let _ = collecting.await;
+    let _ = looking.await;
+}
+
+/// Agents hear of a configuration server that was restored elsewhere from the process servers that they send to, also while the
+/// one of before still answers them. What process servers say is not believed: who answers there must prove to be one.
+async fn look_for_successor(link: Arc<Link>, stop: CancellationToken) {
+    let every = link.handler.ask_neighbours_every();
+    while tokio::time::timeout(every, stop.cancelled()).await.is_err() {
+        let Some((incarnation, _)) = link.whom() else { continue };
+        let looking = async {
+            for found in link.located().await.into_iter().filter(|found| found.incarnation > incarnation) {
+                for address in found.addresses {
+                    let dialled =
+                        tidemark_transport::connect(&address, Expected::Role(Role::ConfigServer), &link.identity);
+                    if matches!(tokio::time::timeout(NEIGHBOUR_TIMEOUT, dialled).await, Ok(Ok(_))) {
+                        link.successor.send_replace(Some(address));
+                        return;
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = looking => {}
+            () = stop.cancelled() => return,
+        }
+    }
 }
 
 async fn collect(handler: Arc<dyn Handler>, kept: Arc<Kept>, stop: CancellationToken) {
@@ -156,6 +194,8 @@ struct Link {
     register: Register,
     handler: Arc<dyn Handler>,
     kept: Arc<Kept>,
+    /// Where a configuration server was restored, until it was dialled.
+    successor: watch::Sender<Option<String>>,
 }
 
 impl Link {
@@ -183,6 +223,8 @@ impl Link {
         let mut renewals = tokio::time::interval(RENEWAL_EVERY);
         renewals.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut established = false;
+        let mut successor = self.successor.subscribe();
+        successor.mark_unchanged();
         // Whom this stream leads to, once that is known.
         let mut serving = None;
         // A request for a certificate that was sent, and a batch of events: one of each at a time.
@@ -214,6 +256,12 @@ impl Link {
                     continue;
                 }
                 () = self.kept.outbox.added(), if established && !telling => continue,
+                Ok(()) = successor.changed(), if established => match &*successor.borrow_and_update() {
+                    Some(next) => {
+                        return Err(format!("the configuration server at {address} may be of before a restore; asking {next}"));
+                    }
+                    None => continue,
+                },
             };
             match message {
                 Ok(Some(wire::Down { body: Some(wire::down::Body::Registered(registered)), .. })) => {
@@ -252,6 +300,14 @@ impl Link {
 
     /// Asks process servers where the configuration server is now.
     async fn ask_neighbours(&self) {
+        let found: Vec<String> = self.located().await.into_iter().flat_map(|known| known.addresses).collect();
+        if !found.is_empty() {
+            self.kept.known.hint(found);
+        }
+    }
+
+    /// What process servers say of it.
+    async fn located(&self) -> Vec<Whereabouts> {
         let neighbours = self.handler.neighbours();
         let asking = neighbours.into_iter().take(NEIGHBOURS_MAX).map(|(server, address)| async move {
             let peer = PeerIdentity::ProcessServer(server);
@@ -263,11 +319,9 @@ impl Link {
         });
         let mut found = Vec::new();
         for asked in asking {
-            found.extend(asked.await.into_iter().flat_map(|known| known.addresses));
+            found.extend(asked.await);
         }
-        if !found.is_empty() {
-            self.kept.known.hint(found);
-        }
+        found
     }
 
     /// Whether a batch was sent.

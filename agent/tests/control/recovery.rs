@@ -163,7 +163,7 @@ async fn a_restored_server_lowers_no_generation_and_says_which_machine_was_faile
     // No configuration server is left: the machine is failed over with the recovery key.
     let root = whole.folder.path().join("process-server");
     let image = whole.top.path().join("recovered.raw");
-    let done = offline::failover(&root, Some("web"), PointSelector::Latest, &whole.key).unwrap();
+    let done = offline::failover(&root, Some("web"), PointSelector::Latest, &[], &whole.key).unwrap();
     done.export(&image, &tidemark_base::stop::Stop::new()).unwrap();
     assert!(std::fs::read(&image).unwrap() == content);
     let generation = done.record.disks.values().next().unwrap().generation;
@@ -188,5 +188,84 @@ async fn a_restored_server_lowers_no_generation_and_says_which_machine_was_faile
     let authorised = std::fs::read_to_string(root.join("authorisations.json")).unwrap();
     assert!(authorised.contains(&format!("\"generation\": {}", generation.0)), "{authorised}");
     assert_eq!(offline::records(tidemark_base::storage::RealStorage::open_folder(&root)).unwrap().len(), 1);
+    whole.stop().await;
+}
+
+/// Asks often.
+struct Asking {
+    register: tidemark_proto::control::Register,
+    neighbours: Vec<(tidemark_base::ServerId, String)>,
+}
+
+#[tonic::async_trait]
+impl Handler for Asking {
+    fn register(&self) -> tidemark_proto::control::Register {
+        self.register.clone()
+    }
+
+    async fn execute(&self, command: Command) -> Result<Reply, Failure> {
+        match command {
+            Command::Agent(AgentCommand::Status) => {
+                Ok(Reply::Agent(AgentReport { time: Timestamp(1), disks: Vec::new() }))
+            }
+            _ => Ok(Reply::Done),
+        }
+    }
+
+    fn neighbours(&self) -> Vec<(tidemark_base::ServerId, String)> {
+        self.neighbours.clone()
+    }
+
+    fn ask_neighbours_every(&self) -> std::time::Duration {
+        std::time::Duration::from_millis(200)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_leaves_a_configuration_server_that_lives_on_beside_the_restored_one_and_late_backups_are_kept() {
+    let mut whole = Whole::start().await;
+    whole.agent.take().unwrap().stop().await;
+    finished(&whole.client(), "/backups", json!({})).await;
+    // A backup that is made while the process server is away comes to it all the same.
+    let first = whole.kept();
+    whole.process_server.take().unwrap().stop().await;
+    let made = finished(&whole.client(), "/backups", json!({})).await;
+    assert!(made["process_servers"].as_array().unwrap().is_empty(), "{made}");
+    whole.start_process_server().await;
+    let kept = async {
+        while whole.kept() == first {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(SOON, kept).await.expect("it is given the newest backup");
+    assert!(whole.kept().ends_with(made["id"].as_str().unwrap()));
+
+    let elsewhere = whole.restored().await;
+    let place = Place::in_folder(&whole.folder, Role::Agent).unwrap();
+    let PeerIdentity::Agent(id) = place.identity.peer() else { panic!("an agent") };
+    let peers = whole.client().get("/peers").await.unwrap();
+    let (server, place_of_it) = peers["process_servers"].as_object().unwrap().iter().next().unwrap();
+    let asking = Asking {
+        register: tidemark_proto::control::Register {
+            peer: Peer::Agent { id },
+            name: "host".into(),
+            software: "0.1.0".into(),
+            boot: String::new(),
+            instance: None,
+            time: None,
+        },
+        neighbours: vec![(server.parse().unwrap(), place_of_it["address"].as_str().unwrap().to_owned())],
+    };
+    let stop = CancellationToken::new();
+    let link =
+        link::run(place.identity.clone(), place.config_server.clone(), Arc::new(asking), place.kept(), stop.clone());
+    let link = tokio::spawn(link);
+    settled(whole.config_server.as_ref().unwrap(), 2, "both are with the old one").await;
+    // The old one stays where it is, and answers.
+    let restored = config_server::start(&elsewhere, Settings::default()).await.unwrap();
+    settled(&restored, 2, "both leave the old one for the restored one").await;
+    stop.cancel();
+    link.await.unwrap();
+    restored.server.stop().await;
     whole.stop().await;
 }

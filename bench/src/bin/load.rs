@@ -110,6 +110,7 @@ impl Simulated {
             scan: None,
             problems: Vec::new(),
             compare: Compared::default(),
+            current_bytes: 0,
         };
         AgentReport { time: SystemClock::new().wall_now(), disks: disks.iter().map(disk).collect() }
     }

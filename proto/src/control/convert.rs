@@ -376,6 +376,7 @@ impl From<&DiskSpec> for wire::DiskSpec {
             export: from.export.clone(),
             generation: from.generation.0,
             bytes: from.bytes,
+            added: from.added,
         }
     }
 }
@@ -393,6 +394,7 @@ impl TryFrom<wire::DiskSpec> for DiskSpec {
             export: named(from.export, "export")?,
             generation: Generation(need(optional(from.generation), "generation")?),
             bytes: from.bytes,
+            added: from.added,
         })
     }
 }
@@ -956,6 +958,7 @@ impl From<&SourceDisk> for wire::SourceDisk {
             compared_bytes: from.compare.compared_bytes,
             differing_bytes: from.compare.differing_bytes,
             compare_left_bytes: from.compare.left_bytes,
+            current_bytes: from.current_bytes,
         }
     }
 }
@@ -998,6 +1001,7 @@ impl TryFrom<wire::SourceDisk> for SourceDisk {
                 differing_bytes: from.differing_bytes,
                 left_bytes: from.compare_left_bytes,
             },
+            current_bytes: from.current_bytes,
             problems: problems(from.problems)?,
         })
     }
@@ -1085,6 +1089,7 @@ mod tests {
                 export: "web-0".into(),
                 generation: Generation::FIRST,
                 bytes: 4096,
+                added: true,
             }],
             policy: ReplicationPolicy {
                 cycle: Some(Duration::from_secs(30)),
@@ -1285,6 +1290,7 @@ mod tests {
                     rpo: Duration::from_millis(5),
                     scan: Some((1, 2)),
                     compare: Compared { compared_bytes: 7, differing_bytes: 8, left_bytes: 9 },
+                    current_bytes: 4096,
                     problems: vec![problem.clone()],
                 }],
             })),

@@ -145,6 +145,8 @@ pub struct DiskSpec {
     pub export: String,
     pub generation: Generation,
     pub bytes: u64,
+    /// It came to a machine that was protected already: until its first scan ended the machine has points without it.
+    pub added: bool,
 }
 
 /// Where a process server takes replication streams.
@@ -552,6 +554,8 @@ pub struct SourceDisk {
     /// Done and total bytes of the scan that runs.
     pub scan: Option<(u64, u64)>,
     pub compare: Compared,
+    /// How large the disk is now; 0: not said.
+    pub current_bytes: u64,
     pub problems: Vec<Problem>,
 }
 

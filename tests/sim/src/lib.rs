@@ -164,6 +164,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
                 export: disk.to_string(),
                 generation: Generation::FIRST,
                 bytes: *bytes,
+                added: false,
             })
             .collect(),
         policy: ReplicationPolicy {

@@ -21,6 +21,9 @@ use crate::history::{self, PAGE_MAX, Stored};
 use crate::jobs::{Job, JobState};
 use crate::model::Alert;
 
+/// After the history could not be read.
+const READ_AGAIN: Duration = Duration::from_secs(1);
+
 /// The longest that a poll waits.
 const POLL_MAX: Duration = Duration::from_secs(60);
 
@@ -80,7 +83,13 @@ pub async fn follow(State(core): State<Arc<Core>>, headers: HeaderMap, query: Qu
             let changed = newest.has_changed().unwrap_or(false);
             newest.mark_unchanged();
             let upto = *newest.borrow();
-            let found = page(&core, query.clone()).await.unwrap_or_default();
+            let Ok(found) = page(&core, query.clone()).await else {
+                // The history cannot be read now: nothing is passed over for it.
+                if tokio::time::timeout(READ_AGAIN, core.stop.cancelled()).await.is_ok() {
+                    return None;
+                }
+                continue;
+            };
             if let Some(last) = found.last() {
                 query.after = Some(last.id);
                 waiting = found.into_iter();

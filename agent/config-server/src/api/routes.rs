@@ -37,7 +37,7 @@ use crate::machines::ProtectRequest;
 use crate::model::UserRole;
 use crate::names::{Expected, bad_request};
 use crate::status::MachineStatus;
-use crate::{console, deliver, failover, groups, history, machines, points, policies, serves, status};
+use crate::{console, deliver, disks, failover, groups, history, machines, points, policies, serves, status};
 
 type App = State<Arc<Core>>;
 
@@ -65,6 +65,9 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     );
     api.delete("/machines/{name}", unprotect, one);
     let job = |summary| Operation::new(Operator, summary).starts_job();
+    api.post("/machines/{name}/disks", add_disks, job("Adds disks to a machine").takes::<disks::AddRequest>());
+    api.delete("/machines/{name}/disks/{disk}", remove_disk, job("Takes a disk, by its id or path, out of a machine"));
+    api.post("/machines/{name}/resize", resize_disks, job("Takes over disks that grew"));
     api.post("/machines/{name}/pause", pause, job("Sends nothing for now"));
     api.post("/machines/{name}/resume", resume, job("Sends again"));
     api.post("/machines/{name}/resync", resync, job("Compares every block with the replica"));
@@ -321,6 +324,18 @@ async fn unprotect(
 ) -> Answer {
     expected(&headers)?.check(&core.store.state(), "machines", &name)?;
     accepted(machines::unprotect(&core, &name, query.delete_replica)?)
+}
+
+async fn add_disks(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(disks::add(&core, &name, parse(&body)?)?)
+}
+
+async fn remove_disk(State(core): App, Path((name, disk)): Path<(String, String)>) -> Answer {
+    accepted(disks::remove(&core, &name, &disk)?)
+}
+
+async fn resize_disks(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(disks::resize(&core, &name)?)
 }
 
 async fn pause(State(core): App, Path(name): Path<String>) -> Answer {

@@ -13,6 +13,7 @@ pub mod content;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -100,6 +101,10 @@ pub struct Backups {
     /// The last backup that each process server took.
     kept: Mutex<BTreeMap<ServerId, String>>,
     failed: Mutex<Option<Failure>>,
+    /// When the newest was made; absent: there is none.
+    newest_at: Mutex<Option<Timestamp>>,
+    /// Grows with each that is made, by itself or on command.
+    made: AtomicU64,
     clock: SystemClock,
     started: Timestamp,
     making: Mutex<()>,
@@ -194,7 +199,7 @@ impl Backups {
         let BackupOptions { authority, fingerprint, token, name } = options;
         let clock = SystemClock::new();
         let started = clock.wall_now();
-        Ok(Self {
+        let backups = Self {
             storage,
             database,
             keeper,
@@ -205,10 +210,15 @@ impl Backups {
             incarnation,
             kept: Mutex::default(),
             failed: Mutex::default(),
+            newest_at: Mutex::default(),
+            made: AtomicU64::new(0),
             clock,
             started,
             making: Mutex::new(()),
-        })
+        };
+        let newest_at = backups.newest().map(|(_, head)| head.created);
+        *backups.newest_at.lock().expect("no panic while held") = newest_at;
+        Ok(backups)
     }
 
     /// Makes a backup, and opens what was written. Blocks.
@@ -216,6 +226,10 @@ impl Backups {
         let _one = self.making.lock().expect("no panic while held");
         let made = self.make_one(state);
         *self.failed.lock().expect("no panic while held") = made.as_ref().err().cloned();
+        if let Ok(made) = &made {
+            *self.newest_at.lock().expect("no panic while held") = Some(made.created);
+            self.made.fetch_add(1, Ordering::Release);
+        }
         made
     }
 
@@ -394,19 +408,34 @@ impl Backups {
     }
 
     /// What is wrong with the backups, if something is.
-    pub fn alert(&self) -> Option<Alert> {
+    pub fn alert(&self, state: &State) -> Option<Alert> {
         let now = self.clock.wall_now();
-        let failure = self.failed.lock().expect("no panic while held").clone()?;
-        let newest = self.newest().map_or(self.started, |(_, head)| head.created);
-        let is_old = now.saturating_since(newest) > OLD;
-        Some(Alert {
-            severity: if is_old { Severity::Critical } else { Severity::Warning },
-            kind: "backup_failed".to_owned(),
-            machine: None,
-            message: format!("the configuration cannot be backed up: {}", failure.message),
-            help: failure.help,
-            since: now,
-        })
+        let failure = self.failed.lock().expect("no panic while held").clone();
+        let newest = *self.newest_at.lock().expect("no panic while held");
+        let is_old = now.saturating_since(newest.unwrap_or(self.started)) > OLD;
+        let (kind, message, help) = match failure {
+            Some(failure) => {
+                let message = format!("the configuration cannot be backed up: {}", failure.message);
+                ("backup_failed", message, failure.help)
+            }
+            // Nothing would be lost yet.
+            None if state.machines.is_empty() => return None,
+            None if self.keeper.is_none() => {
+                let message = "the configuration is not backed up: there is no recovery key".to_owned();
+                let help = "stop the configuration server, and make one: `tidemark config-server recovery-key`";
+                ("backup_missing", message, help.to_owned())
+            }
+            None if is_old => {
+                let message = match newest {
+                    Some(newest) => format!("the newest backup of the configuration is of {newest}"),
+                    None => "there is no backup of the configuration".to_owned(),
+                };
+                ("backup_missing", message, "make one: `tidemark config-server backup`; see its log".to_owned())
+            }
+            None => return None,
+        };
+        let severity = if is_old { Severity::Critical } else { Severity::Warning };
+        Some(Alert { severity, kind: kind.to_owned(), machine: None, message, help, since: now })
     }
 }
 
@@ -500,17 +529,13 @@ pub async fn run(core: Arc<Core>) {
     let mut giving: Retries<ServerId> = Retries::default();
     let mut newest: Option<(String, Head)> = None;
     let mut is_known = false;
+    let mut seen = 0;
     while tokio::time::timeout(LOOK_EVERY, core.stop.cancelled()).await.is_err() {
         let now = core.clock.monotonic_now();
-        if !is_known
-            || core
-                .backups
-                .kept
-                .lock()
-                .expect("no panic while held")
-                .values()
-                .any(|kept| newest.as_ref().is_none_or(|(name, _)| kept > name))
-        {
+        // One that was made on command is given to those who were away then, too.
+        let made = core.backups.made.load(Ordering::Acquire);
+        if !is_known || made != seen {
+            seen = made;
             let looking = core.clone();
             newest = blocking(move || Ok(looking.backups.newest())).await.unwrap_or_default();
             is_known = true;

@@ -139,7 +139,7 @@ fn what_was_written_is_opened_again_and_a_backup_that_does_not_prove_itself_is_n
     let refused = site.backups.make(&site.store.state()).unwrap_err();
     assert!(refused.message.contains("cannot be read") && !refused.help.is_empty(), "{refused}");
     assert_eq!(site.backups.list().unwrap().len(), 1, "the one before stays");
-    let alert = site.backups.alert().unwrap();
+    let alert = site.backups.alert(&State::default()).unwrap();
     assert_eq!((alert.kind.as_str(), alert.severity), ("backup_failed", Severity::Warning));
     let rest: Vec<_> = std::fs::read_dir(site.folder.path().join("backups")).unwrap().collect();
     assert_eq!(rest.len(), 1, "nothing that was only for checking stays: {rest:?}");
@@ -202,12 +202,40 @@ fn backups_are_due_after_changes_and_days_and_old_ones_go() {
     assert_eq!(listed, kept);
 }
 
+/// A state with something in it that would be lost.
+fn with_a_machine() -> State {
+    let machine = serde_json::json!({
+        "id": uuid::Uuid::nil(), "name": "web", "host": uuid::Uuid::nil(), "server": uuid::Uuid::nil(),
+        "policy": "continuous", "disks": [], "wanted": "protected", "created": Timestamp(1),
+    });
+    let machine: crate::model::Machine = serde_json::from_value(machine).unwrap();
+    State { machines: [("web".to_owned(), machine)].into(), ..State::default() }
+}
+
 #[test]
-fn without_a_recovery_key_a_backup_says_how_to_make_one() {
+fn without_a_recovery_key_a_backup_says_how_to_make_one_and_an_alert_tells_that_there_is_none() {
     let folder = tempfile::tempdir().unwrap();
     let (store, backups) = open_in(folder.path(), Database::open(&sqlite(folder.path())).unwrap());
+    assert!(backups.alert(&State::default()).is_none(), "nothing would be lost");
+    let alert = backups.alert(&with_a_machine()).unwrap();
+    assert_eq!((alert.kind.as_str(), alert.severity), ("backup_missing", Severity::Warning));
     let refused = backups.make(&store.state()).unwrap_err();
     assert!(refused.help.contains("recovery-key"), "{refused}");
+}
+
+#[test]
+fn a_configuration_whose_newest_backup_is_old_is_an_alert_although_none_failed() {
+    let mut site = site(sqlite);
+    let state = with_a_machine();
+    assert!(site.backups.alert(&state).is_none(), "it has just started");
+    let old = Timestamp(site.backups.clock.wall_now().0 - (OLD + Duration::from_secs(60)).as_nanos() as u64);
+    site.backups.started = old;
+    let alert = site.backups.alert(&state).unwrap();
+    assert_eq!((alert.kind.as_str(), alert.severity), ("backup_missing", Severity::Critical));
+    site.backups.make(&site.store.state()).unwrap();
+    assert!(site.backups.alert(&state).is_none());
+    *site.backups.newest_at.lock().unwrap() = Some(old);
+    assert!(site.backups.alert(&state).unwrap().message.contains(&old.to_string()));
 }
 
 #[test]

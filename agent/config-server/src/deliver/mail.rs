@@ -46,7 +46,23 @@ pub fn check(mail: &Mail) -> Result<(), String> {
     }
 }
 
-pub async fn send(mail: &Mail, event: &Stored) -> Result<(), String> {
+/// A mailbox that the server did not take, although it took the message for others.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refused {
+    pub to: String,
+    reason: String,
+    /// Asking again changes nothing.
+    pub is_final: bool,
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the mail server refused {}: {}", self.to, self.reason)
+    }
+}
+
+/// Hands the message in for these of its recipients; `Err` when it was taken for none.
+pub async fn send(mail: &Mail, to: &[String], event: &Stored) -> Result<Vec<Refused>, String> {
     let (host, port) = server(mail)?;
     let stream = TcpStream::connect((host, port)).await.map_err(|error| with_causes(&error))?;
     match mail.tls {
@@ -54,13 +70,13 @@ pub async fn send(mail: &Mail, event: &Stored) -> Result<(), String> {
             let mut session = Session::new(stream);
             session.greeting().await?;
             session.hello().await?;
-            session.hand_in(mail, event).await
+            session.hand_in(mail, to, event).await
         }
         MailTls::Tls => {
             let mut session = Session::new(webhook::encrypt(stream, host, mail.ca.as_ref()).await?);
             session.greeting().await?;
             session.hello().await?;
-            session.hand_in(mail, event).await
+            session.hand_in(mail, to, event).await
         }
         MailTls::Starttls => {
             let mut plain = Session::new(stream);
@@ -73,7 +89,7 @@ pub async fn send(mail: &Mail, event: &Stored) -> Result<(), String> {
             let stream = plain.into_stream()?;
             let mut session = Session::new(webhook::encrypt(stream, host, mail.ca.as_ref()).await?);
             session.hello().await?;
-            session.hand_in(mail, event).await
+            session.hand_in(mail, to, event).await
         }
     }
 }
@@ -101,22 +117,32 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         self.command("EHLO tidemark", 250).await
     }
 
-    async fn hand_in(&mut self, mail: &Mail, event: &Stored) -> Result<(), String> {
+    async fn hand_in(&mut self, mail: &Mail, to: &[String], event: &Stored) -> Result<Vec<Refused>, String> {
         if let (Some(user), Some(password)) = (&mail.user, &mail.password) {
             let shown = STANDARD.encode(format!("\0{user}\0{password}"));
             self.write(&format!("AUTH PLAIN {shown}\r\n")).await?;
             self.reply(235, "AUTH PLAIN").await?;
         }
         self.command(&format!("MAIL FROM:<{}>", mail.from), 250).await?;
-        for to in &mail.to {
-            self.command(&format!("RCPT TO:<{to}>"), 250).await?;
+        let mut refused = Vec::new();
+        for to in to {
+            self.write(&format!("RCPT TO:<{to}>\r\n")).await?;
+            let (code, lines) = self.answer().await?;
+            // 251: it forwards it.
+            if ![250, 251].contains(&code) {
+                let reason = format!("{code} {}", lines.join(" "));
+                refused.push(Refused { to: to.clone(), reason, is_final: code >= 500 });
+            }
+        }
+        if let Some(first) = refused.first().filter(|_| refused.len() == to.len()) {
+            return Err(first.to_string());
         }
         self.command("DATA", 354).await?;
         self.write(&message(mail, event)).await?;
         self.reply(250, "the message").await?;
         // It has the message; how it takes the good-bye does not matter.
         let _ = self.command("QUIT", 221).await;
-        Ok(())
+        Ok(refused)
     }
 
     async fn command(&mut self, command: &str, expected: u16) -> Result<Vec<String>, String> {
@@ -129,8 +155,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         self.0.flush().await.map_err(|error| with_causes(&error))
     }
 
-    /// The text of each line of a reply.
+    /// The text of each line of a reply that must be this one.
     async fn reply(&mut self, expected: u16, to: &str) -> Result<Vec<String>, String> {
+        match self.answer().await? {
+            (code, lines) if code == expected => Ok(lines),
+            (code, lines) => Err(format!("the mail server answered {to:?} with {code} {}", lines.join(" "))),
+        }
+    }
+
+    async fn answer(&mut self) -> Result<(u16, Vec<String>), String> {
         let mut lines = Vec::new();
         let mut limited = (&mut self.0).take(REPLY_BYTES_MAX);
         loop {
@@ -140,13 +173,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             let (Some(code), rest) = (line.get(..3).and_then(|code| code.parse::<u16>().ok()), line.get(4..)) else {
                 return Err("the mail server gave an answer that makes no sense".to_owned());
             };
-            let is_last = line.as_bytes().get(3) != Some(&b'-');
             lines.push(rest.unwrap_or_default().to_owned());
-            if is_last && code == expected {
-                return Ok(lines);
-            }
-            if is_last {
-                return Err(format!("the mail server answered {to:?} with {code} {}", lines.join(" ")));
+            if line.as_bytes().get(3) != Some(&b'-') {
+                return Ok((code, lines));
             }
         }
     }
@@ -204,6 +233,69 @@ fn date(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A mail server that takes one mailbox, never another, and a third one later.
+    #[tokio::test]
+    async fn one_mailbox_that_is_refused_holds_up_no_other() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = listener.local_addr().unwrap().to_string();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let mut stream = BufReader::new(stream);
+                let mut answer = "220 here";
+                loop {
+                    stream.write_all(format!("{answer}\r\n").as_bytes()).await.unwrap();
+                    let mut line = String::new();
+                    if stream.read_line(&mut line).await.unwrap() == 0 {
+                        break;
+                    }
+                    answer = match line.trim_end() {
+                        "RCPT TO:<never@y.example>" => "550 no such mailbox",
+                        "RCPT TO:<later@y.example>" => "451 busy",
+                        "DATA" => "354 go",
+                        "QUIT" => "221 bye",
+                        _ if line == ".\r\n" || line.starts_with("RCPT") || line.starts_with("MAIL") => "250 ok",
+                        _ if line.starts_with("EHLO") => "250 here",
+                        // The message, of which only the end is answered.
+                        _ => loop {
+                            let mut line = String::new();
+                            stream.read_line(&mut line).await.unwrap();
+                            if line == ".\r\n" {
+                                break "250 taken";
+                            }
+                        },
+                    };
+                }
+            }
+        });
+        let to = |names: &[&str]| names.iter().map(|name| format!("{name}@y.example")).collect::<Vec<_>>();
+        let mail = Mail {
+            server,
+            tls: MailTls::None,
+            user: None,
+            password: None,
+            from: "t@x.example".to_owned(),
+            to: to(&["never", "good", "later"]),
+            ca: None,
+        };
+        let event = Stored {
+            id: 1,
+            time: tidemark_base::Timestamp(1),
+            severity: "warning".to_owned(),
+            source: String::new(),
+            machine: None,
+            disk: None,
+            kind: "alert_raised".to_owned(),
+            message: "what happened".to_owned(),
+            help: String::new(),
+        };
+        let refused = send(&mail, &mail.to, &event).await.unwrap();
+        let told: Vec<_> = refused.iter().map(|refused| (refused.to.as_str(), refused.is_final)).collect();
+        assert_eq!(told, [("never@y.example", true), ("later@y.example", false)]);
+        let nobody = send(&mail, &to(&["never", "later"]), &event).await.unwrap_err();
+        assert!(nobody.contains("never@y.example") && nobody.contains("550"), "{nobody}");
+    }
 
     #[test]
     fn dates_are_written_as_mail_does() {

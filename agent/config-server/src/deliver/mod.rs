@@ -22,6 +22,7 @@ use crate::core::Core;
 use crate::database::Statement;
 use crate::history::{News, Query, Stored, severity_name};
 use crate::names::{Expected, bad_request, check_name};
+use mail::Refused;
 
 /// Tries for one event; the pauses between them sum up to more than a day.
 const ATTEMPTS_MAX: usize = 150;
@@ -203,9 +204,12 @@ pub async fn test(core: &Core, name: &str) -> Result<(), Failure> {
         message: format!("this is a test of channel {name}"),
         help: String::new(),
     };
-    tell(core, &channel, &event).await.map_err(|reason| {
+    let unavailable = |reason: String| {
         Failure::new(FailureKind::Unavailable, format!("channel {name:?}: {reason}"), "check address and credentials")
-    })
+    };
+    let recipients = channel.mail.as_ref().map_or_else(Vec::new, |mail| mail.to.clone());
+    let refused = tell(core, &channel, &recipients, &event).await.map_err(unavailable)?;
+    refused.first().map_or(Ok(()), |refused| Err(unavailable(refused.to_string())))
 }
 
 fn unknown(name: &str) -> Failure {
@@ -297,7 +301,17 @@ pub async fn run(core: Arc<Core>) {
 async fn follow(core: &Core, name: &str, channel: &Channel) {
     let mut newest = core.history.newest();
     let mut again = tokio::time::interval(READ_AGAIN);
-    let mut done = remembered(core, name).unwrap_or_else(|| *newest.borrow());
+    let mut done = loop {
+        match remembered(core, name) {
+            Ok(done) => break done.unwrap_or_else(|| *newest.borrow()),
+            // From which event on cannot be said now: none is passed over for it.
+            Err(failure) => {
+                tracing::warn!(channel = name, %failure, "how far it is cannot be read; trying again");
+                again.reset();
+                again.tick().await;
+            }
+        }
+    };
     loop {
         core.deliveries.with(name, |standing| standing.done = done);
         let query = Query { after: Some(done), ..Query::default() };
@@ -336,26 +350,45 @@ fn is_told(channel: &Channel, event: &Stored) -> bool {
 
 /// Until it was told, or given up.
 async fn insist(core: &Core, name: &str, channel: &Channel, event: &Stored) {
+    // Of a mail: those who have not got it.
+    let mut recipients = channel.mail.as_ref().map_or_else(Vec::new, |mail| mail.to.clone());
     for attempt in 0..ATTEMPTS_MAX {
-        match tell(core, channel, event).await {
-            Ok(()) => {
+        let reason = match tell(core, channel, &recipients, event).await {
+            Ok(refused) => {
                 let now = core.clock.wall_now();
-                core.deliveries.with(name, |standing| (standing.problem, standing.told) = (None, Some(now)));
-                return;
+                core.deliveries.with(name, |standing| standing.told = Some(now));
+                // One mailbox that is refused holds up nobody else.
+                recipients = refused.iter().filter(|refused| !refused.is_final).map(|of| of.to.clone()).collect();
+                let Some(first) = refused.first().map(ToString::to_string) else {
+                    core.deliveries.with(name, |standing| standing.problem = None);
+                    return;
+                };
+                first
             }
-            Err(reason) => {
-                // Once for each reason: the other end may be away for a day.
-                let is_new = core.deliveries.with(name, |standing| standing.problem.replace(reason.clone()))
-                    != Some(reason.clone());
-                if is_new {
-                    tracing::warn!(channel = name, reason, "an alert was not taken; it is told again");
-                }
-                let pause = PAUSES[attempt.min(PAUSES.len() - 1)];
-                if tokio::time::timeout(pause, core.stop.cancelled()).await.is_ok() {
-                    // Told at the next start: it is not done.
-                    return std::future::pending().await;
-                }
+            Err(reason) => reason,
+        };
+        // Once for each reason: the other end may be away for a day.
+        let is_new =
+            core.deliveries.with(name, |standing| standing.problem.replace(reason.clone())) != Some(reason.clone());
+        if is_new {
+            tracing::warn!(channel = name, reason, "an alert was not taken");
+        }
+        if recipients.is_empty() && channel.mail.is_some() {
+            if is_new {
+                core.history.note(News {
+                    severity: Severity::Warning,
+                    kind: "delivery_refused",
+                    machine: event.machine.clone(),
+                    message: format!("channel {name}: {reason}"),
+                    help: "delete the channel and make it again with addresses that the mail server takes".to_owned(),
+                });
             }
+            return;
+        }
+        let pause = PAUSES[attempt.min(PAUSES.len() - 1)];
+        if tokio::time::timeout(pause, core.stop.cancelled()).await.is_ok() {
+            // Told at the next start: it is not done.
+            return std::future::pending().await;
         }
     }
     core.history.note(News {
@@ -367,11 +400,12 @@ async fn insist(core: &Core, name: &str, channel: &Channel, event: &Stored) {
     });
 }
 
-async fn tell(core: &Core, channel: &Channel, event: &Stored) -> Result<(), String> {
+/// Mail: to these recipients. `Ok`: it was taken, but for those that are named.
+async fn tell(core: &Core, channel: &Channel, to: &[String], event: &Stored) -> Result<Vec<Refused>, String> {
     let telling = async {
         match (&channel.webhook, &channel.mail) {
-            (Some(hook), _) => webhook::send(hook, event, core.clock.wall_now()).await,
-            (_, Some(to)) => mail::send(to, event).await,
+            (Some(hook), _) => webhook::send(hook, event, core.clock.wall_now()).await.map(|()| Vec::new()),
+            (_, Some(mail)) => mail::send(mail, to, event).await,
             _ => Err("it has neither webhook nor mail".to_owned()),
         }
     };
@@ -385,10 +419,10 @@ fn fact(name: &str) -> String {
     format!("channel/{name}")
 }
 
-fn remembered(core: &Core, name: &str) -> Option<u64> {
+fn remembered(core: &Core, name: &str) -> Result<Option<u64>, Failure> {
     let sql = "SELECT value FROM facts WHERE id = $1";
-    let rows = core.store.database().read(Statement::new(sql, [fact(name).into()])).ok()?;
-    rows.first()?[0].text().parse().ok()
+    let rows = core.store.database().read(Statement::new(sql, [fact(name).into()]))?;
+    Ok(rows.first().and_then(|row| row[0].text().parse().ok()))
 }
 
 fn remember(core: &Core, name: &str, done: u64) -> Result<(), Failure> {

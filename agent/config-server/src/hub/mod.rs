@@ -57,6 +57,8 @@ pub trait Registry: Send + Sync + 'static {
     fn admit(&self, identity: PeerIdentity, certificate: Option<[u8; 32]>, name: &str) -> Result<(), Failure>;
     /// Two live processes show this identity: neither is answered any more.
     fn fence(&self, identity: PeerIdentity);
+    /// Keeps who it is, before it counts as connected; says whether a process server is at another address than before. Blocks.
+    fn note(&self, register: &Register) -> Result<bool, Failure>;
     /// A new certificate, DER, for an identity that proved itself, by its request.
     fn renew(&self, identity: PeerIdentity, request: &[u8]) -> Result<Vec<u8>, Failure>;
     /// Keeps events; answers how far the sender's stream is kept.
@@ -66,7 +68,8 @@ pub trait Registry: Send + Sync + 'static {
 /// What the hub tells the reconciler.
 #[derive(Debug)]
 pub enum Event {
-    Connected(Register),
+    /// And whether it is a process server at another address than before.
+    Connected(Register, bool),
     Disconnected(PeerId),
 }
 

@@ -103,6 +103,11 @@ impl Hub {
                 "two live processes show the identity of {peer}: both are refused until an administrator decides"
             )));
         }
+        let (registry, noted) = (self.registry.clone(), register.clone());
+        let moved = blocking(move || registry.note(&noted)).await.unwrap_or_else(|failure| {
+            tracing::error!(%peer, %failure, "cannot note who connected");
+            false
+        });
         let (number, commands, out) = self.open(&register);
         tracing::info!(%peer, name = register.name, "connected");
         let whereabouts = wire::Whereabouts::from(self.whereabouts());
@@ -116,7 +121,7 @@ impl Hub {
         let hello = wire::Down { request: 0, body: Some(wire::down::Body::Registered(registered)) };
         // Only the reconciler can be behind, and it must hear of every connect.
         let register_name = register.name.clone();
-        let _ = self.events.send(Event::Connected(register)).await;
+        let _ = self.events.send(Event::Connected(register, moved)).await;
         tokio::spawn(self.read(peer, number, identity, register_name, out, up));
         Ok(futures_util::stream::once(std::future::ready(hello)).chain(ReceiverStream::new(commands)).map(Ok))
     }
@@ -254,6 +259,10 @@ mod tests {
 
         fn fence(&self, identity: PeerIdentity) {
             self.0.lock().unwrap().push(identity);
+        }
+
+        fn note(&self, _: &Register) -> Result<bool, Failure> {
+            Ok(false)
         }
 
         fn renew(&self, _: PeerIdentity, request: &[u8]) -> Result<Vec<u8>, Failure> {

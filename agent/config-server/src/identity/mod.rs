@@ -18,13 +18,15 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::{Clock, HostId, ServerId, SystemClock, Timestamp};
-use tidemark_proto::control::{DenyList, EventBatch, Failure, FailureKind, Severity};
+use tidemark_proto::control::{DenyList, EventBatch, Failure, FailureKind, Peer, Register, Severity};
 use tidemark_transport::{Authority, PeerIdentity, Role, certificate_digest};
 use tokio::sync::watch;
 
 use crate::history::{History, News};
 use crate::hub::{PeerId, Registry};
-use crate::model::{IdentityRecord, IssuedCertificate, Passphrase, PeerRole, Registration, Standing, State};
+use crate::model::{
+    Host, IdentityRecord, IssuedCertificate, Passphrase, PeerRole, Registration, Server, Standing, State,
+};
 use crate::names::{bad_request, check_name};
 use crate::store::Store;
 
@@ -544,6 +546,21 @@ impl Registrar {
 }
 
 impl Registry for Registrar {
+    fn note(&self, register: &Register) -> Result<bool, Failure> {
+        let last_seen = self.clock.wall_now();
+        self.store.change(|state| match &register.peer {
+            Peer::Agent { id } => {
+                state.hosts.insert(*id, Host { name: register.name.clone(), last_seen });
+                Ok(false)
+            }
+            Peer::ProcessServer { id, address } => {
+                let server = Server { name: register.name.clone(), address: address.clone(), last_seen };
+                let before = state.servers.insert(*id, server);
+                Ok(before.is_some_and(|before| before.address != *address))
+            }
+        })
+    }
+
     fn admit(&self, identity: PeerIdentity, certificate: Option<[u8; 32]>, name: &str) -> Result<(), Failure> {
         let (uri, digest) = (identity.to_string(), certificate.map(|digest| hex_encode(&digest)));
         let state = self.store.state();

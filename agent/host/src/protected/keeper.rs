@@ -63,7 +63,7 @@ impl ProtectedDisk {
                     self.path.display(),
                     self.identity.disk_bytes
                 ),
-                "detach it (unprotect, or stop the agent) and attach it again: the whole disk is then compared",
+                "one that grew is taken over by itself, or by `tidemark machine disk resize`; one that shrank needs its size back",
             ),
             Err(error) => self.alarm(
                 "size",

@@ -54,11 +54,18 @@ impl Boot {
 }
 
 /// Which mount of which file system a folder is in. After an unmount the page cache is gone, boot or not.
+///
+/// A service that systemd gives a mount namespace of its own sees copies of the host's mounts, with new ids at each start. Their
+/// peer group (`shared:N` or, of a copy that only follows, `master:N` in mountinfo) is that of the host's mount, and goes
+/// with it; so the group counts where there is one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct MountIdentity {
     pub device: u64,
+    /// The peer group with [`PEER_GROUP`] set, or the mount's id.
     pub mount: u64,
 }
+
+const PEER_GROUP: u64 = 1 << 63;
 
 impl MountIdentity {
     pub fn of(folder: &Path) -> io::Result<Self> {
@@ -74,8 +81,19 @@ impl MountIdentity {
         if result != 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { device, mount: found.stx_mnt_id })
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mount = peer_group(&mounts, found.stx_mnt_id).map_or(found.stx_mnt_id, |group| group | PEER_GROUP);
+        Ok(Self { device, mount })
     }
+}
+
+/// The group whose mount this one is, or is a copy of (proc_pid_mountinfo(5)).
+fn peer_group(mounts: &str, id: u64) -> Option<u64> {
+    let line = mounts.lines().find(|line| line.split(' ').next().and_then(|first| first.parse().ok()) == Some(id))?;
+    let tags: Vec<&str> = line.split(' ').skip(6).take_while(|field| *field != "-").collect();
+    // A copy that was made shared again has a group of its own as well.
+    let group = |name: &str| tags.iter().find_map(|tag| tag.strip_prefix(name)?.parse().ok());
+    group("master:").or_else(|| group("shared:"))
 }
 
 /// How a disk's changes are recorded.
@@ -198,6 +216,8 @@ impl SessionFile {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::{CStr, CString};
+
     use super::*;
     use tidemark_base::storage::RealStorage;
 
@@ -224,6 +244,58 @@ mod tests {
             clean: None,
             intent_lost: false,
             sync_failed: false,
+        }
+    }
+
+    #[test]
+    fn copies_of_a_mount_in_other_namespaces_are_told_by_its_group() {
+        let mounts = "36 35 98:0 /m /mnt rw,noatime shared:12 - ext4 /dev/root rw\n\
+                      361 35 98:0 /m /mnt rw shared:40 master:12 propagate_from:2 - ext4 /dev/root rw\n\
+                      7 1 0:5 / /dev rw - tmpfs master:9 rw\n";
+        assert_eq!([36, 361, 7, 1].map(|id| peer_group(mounts, id)), [Some(12), Some(12), None, None]);
+    }
+
+    /// As a unit with `ProtectSystem` is started: once, and again.
+    #[test]
+    fn a_mount_namespace_of_its_own_does_not_look_like_a_remount() {
+        fn done(result: libc::c_int) -> io::Result<()> {
+            if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        }
+        fn mount(source: &CStr, target: &CStr, kind: &CStr, flags: libc::c_ulong) -> io::Result<()> {
+            // SAFETY: three terminated strings, and no data.
+            done(unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, std::ptr::null()) })
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().to_owned();
+        let seen = std::thread::spawn(move || -> io::Result<[(MountIdentity, u64); 3]> {
+            let target = CString::new(path.to_str().unwrap()).unwrap();
+            let look = || {
+                let text = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+                let line = text.lines().find(|line| line.contains(path.to_str().unwrap())).unwrap().to_owned();
+                let id: u64 = line.split(' ').next().unwrap().parse().unwrap();
+                let group = peer_group(&text, id).map_or(id, |group| group | PEER_GROUP);
+                (MountIdentity { device: 0, mount: group }, id)
+            };
+            let enter = || {
+                // SAFETY: of this thread alone, which has nothing open.
+                done(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+                mount(c"none", c"/", c"none", libc::MS_REC | libc::MS_SLAVE)
+            };
+            // Out of the sight of others; then a mount as systemd makes all of them.
+            enter()?;
+            mount(c"tidemark-test", &target, c"tmpfs", 0)?;
+            mount(c"none", &target, c"none", libc::MS_SHARED)?;
+            // The host's namespace lives on, as it does.
+            let service = || std::thread::scope(|scope| scope.spawn(|| enter().map(|()| look())).join().unwrap());
+            Ok([look(), service()?, service()?])
+        });
+        match seen.join().unwrap() {
+            Ok([(host, first), (once, second), (again, third)]) => {
+                assert!(first != second && first != third, "these are namespaces of their own");
+                assert_eq!((host, host), (once, again));
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => eprintln!("skipped: only root makes namespaces"),
+            Err(error) => panic!("{error}"),
         }
     }
 

@@ -64,6 +64,7 @@ fn spec(folder: &Path, name: &str, disks: usize) -> MachineSpec {
             export: format!("{name}-{index}"),
             generation: Generation::FIRST,
             bytes: 8 << 20,
+            added: false,
         }
     });
     MachineSpec {
@@ -237,9 +238,9 @@ fn what_cannot_be_protected_says_why_and_changes_nothing() {
     let mut other = spec(folder.path(), "db", 1);
     other.disks[0].path = web.disks[1].path.clone();
     assert!(matches!(host.protect(other), Err(HostError::AlreadyProtected { .. })));
-    let mut fewer = web.clone();
-    fewer.disks.pop();
-    let error = host.protect(fewer).unwrap_err();
+    let mut renamed = web.clone();
+    renamed.disks[0].export = "another".to_owned();
+    let error = host.protect(renamed).unwrap_err();
     assert!(matches!(error, HostError::OtherDisks { .. }) && !error.help().is_empty());
     host.stop();
 }
@@ -375,5 +376,102 @@ fn a_machine_is_served_over_tls_at_an_address_that_stays() {
     assert!(std::net::TcpStream::connect(&address).is_err(), "the listener is gone");
     host.unprotect(spec.machine).unwrap();
     assert!(!certificates.exists(), "what remote clients need goes with the machine");
+    host.stop();
+}
+
+#[test]
+fn disks_come_and_go_while_the_others_stay_attached() {
+    let folder = tempfile::tempdir().unwrap();
+    let both = spec(folder.path(), "web", 2);
+    let one = MachineSpec { disks: both.disks[..1].to_vec(), ..both.clone() };
+    let mut both = both;
+    both.disks[1].added = true;
+    let host = Host::start(config(folder.path())).unwrap();
+    let before = host.protect(one.clone()).unwrap();
+    let machine = host.machine(one.machine).unwrap();
+    let stays = machine.disks().next().unwrap();
+
+    let attached = host.protect(both.clone()).unwrap();
+    assert_eq!((attached.len(), &attached[0]), (2, &before[0]));
+    assert!(Arc::ptr_eq(&stays, &machine.disks().next().unwrap()), "the disk that stays was attached anew");
+    let mark = MarkRequest { keep: false, ..request(&both) };
+    let covered =
+        |outcome: crate::mark::MarkOutcome| outcome.positions.iter().map(|(disk, _)| *disk).collect::<Vec<_>>();
+    // Everything is scanned for the first time here: a machine without any point loses none by waiting for both.
+    assert_eq!(covered(host.mark(&mark).unwrap()), [stays.identity.disk], "one that is added is not waited for");
+    drop((stays, machine));
+    host.stop();
+    drop(host);
+
+    let host = Host::start(config(folder.path())).unwrap();
+    assert_eq!(host.machine(one.machine).unwrap().attachments(), attached, "over a restart");
+    assert_eq!(host.protect(one.clone()).unwrap(), before);
+    assert_eq!(host.status()[0].disks.len(), 1);
+    assert!(!folder.path().join("web-1.img.tidemark").exists(), "state of the disk that left stays");
+    assert!(folder.path().join("web-0.img.tidemark").exists());
+    // Under another id, as an operator who adds it again makes it.
+    let mut again = both.clone();
+    again.disks[1].disk = DiskId::random();
+    host.protect(again.clone()).unwrap();
+    // What cannot be attached leaves everything as it was.
+    let mut absent = again.clone();
+    absent.disks.push(DiskSpec {
+        disk: DiskId::random(),
+        path: folder.path().join("absent.img").to_str().unwrap().to_owned(),
+        export: "web-2".to_owned(),
+        ..absent.disks[1].clone()
+    });
+    assert!(matches!(host.protect(absent), Err(HostError::Disk(_))));
+    assert_eq!(host.machine(one.machine).unwrap().spec().disks, again.disks);
+    // A disk does not move.
+    let mut moved = again.clone();
+    moved.disks[1].path = again.disks[0].path.clone();
+    moved.disks.remove(0);
+    assert!(matches!(host.protect(moved), Err(HostError::OtherDisks { .. })));
+    host.stop();
+}
+
+#[test]
+fn a_disk_that_grew_is_attached_at_its_new_size_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut spec = spec(folder.path(), "web", 2);
+    let host = Host::start(config(folder.path())).unwrap();
+    let before = host.protect(spec.clone()).unwrap();
+    let machine = host.machine(spec.machine).unwrap();
+    let stays = machine.disks().nth(1).unwrap();
+    std::fs::File::options().write(true).open(&spec.disks[0].path).unwrap().set_len(16 << 20).unwrap();
+    assert_eq!(host.report().disks[0].current_bytes, 16 << 20, "it is said");
+    (spec.disks[0].generation, spec.disks[0].bytes) = (Generation(2), 16 << 20);
+    let after = host.protect(spec.clone()).unwrap();
+    assert_eq!((after[0].bytes, &after[0].nbd, &after[1]), (16 << 20, &before[0].nbd, &before[1]));
+    assert!(Arc::ptr_eq(&stays, &machine.disks().nth(1).unwrap()));
+    let grown = machine.disks().next().unwrap();
+    assert_eq!((grown.identity.generation, grown.mode()), (Generation(2), crate::state::session::Mode::Data));
+    assert_eq!(host.protect(spec.clone()).unwrap(), after);
+    assert!(Arc::ptr_eq(&grown, &machine.disks().next().unwrap()), "the same again attaches nothing anew");
+    drop((stays, grown, machine));
+    host.stop();
+    drop(host);
+    let host = Host::start(config(folder.path())).unwrap();
+    assert_eq!(host.machine(spec.machine).unwrap().attachments(), after);
+    host.stop();
+}
+
+/// A crash between forgetting a disk and removing its state.
+#[test]
+fn the_state_of_a_disk_that_was_here_under_another_id_is_not_taken_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut spec = spec(folder.path(), "web", 1);
+    let host = Host::start(config(folder.path())).unwrap();
+    host.protect(spec.clone()).unwrap();
+    host.stop();
+    drop(host);
+    std::fs::remove_dir_all(folder.path().join("state/machines")).unwrap();
+    spec.disks[0].disk = DiskId::random();
+    let host = Host::start(config(folder.path())).unwrap();
+    let mut subscription = host.events().subscribe(host.events().newest());
+    host.protect(spec.clone()).unwrap();
+    let kinds: Vec<_> = subscription.take().into_iter().map(|event| event.kind).collect();
+    assert!(kinds.contains(&crate::events::EventKind::DiskAttachedFirst), "{kinds:?}");
     host.stop();
 }

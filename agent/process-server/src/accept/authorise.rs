@@ -44,7 +44,9 @@ impl AuthoriseError {
             AuthoriseError::Superseded { .. } => {
                 "the configuration server is behind this process server: restore its latest backup, or reprotect"
             }
-            AuthoriseError::Size { .. } => "unprotect the disk and protect it again at its new size",
+            AuthoriseError::Size { .. } => {
+                "a disk only grows (`tidemark machine disk resize`); one that shrank is removed from its machine and added again"
+            }
             AuthoriseError::Table(error) => error.help(),
         }
     }

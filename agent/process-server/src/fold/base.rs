@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::unistd::Whence;
 use tidemark_base::disk::{Allocation, is_zero};
@@ -47,7 +47,10 @@ impl Files {
             let io = |source| ReadError::Io { file: path.clone(), source };
             let file = storage.open(name, mode).map_err(io)?;
             let found = file.bytes().map_err(io)?;
-            if found != bytes {
+            // A crash came between the base and the manifest of a replica that was growing: nothing is there but zeroes.
+            if found > bytes && write {
+                file.set_bytes(bytes).and_then(|()| file.sync()).map_err(io)?;
+            } else if found < bytes {
                 return Err(ReadError::damaged(&path, format!("it has {found} bytes and should have {bytes}")));
             }
             Ok(file)
@@ -73,7 +76,8 @@ impl Files {
 pub struct BaseStore {
     name: String,
     key: [u8; 32],
-    disk_bytes: u64,
+    /// Only grows.
+    disk_bytes: AtomicU64,
     /// Held for writing while a block and its sum differ, so that no reader takes that for damage.
     files: RwLock<Files>,
     /// A write or a sync failed: what was written since the last sync is written again, through files opened anew.
@@ -100,15 +104,28 @@ impl BaseStore {
             failed: AtomicBool::new(false),
             name: storage.path(DATA_NAME).display().to_string(),
             key: blake3::derive_key("tidemark 2026-11 sum of a base block", disk.as_bytes()),
-            disk_bytes,
+            disk_bytes: AtomicU64::new(disk_bytes),
             overlay: BTreeMap::new(),
         })
+    }
+
+    /// Makes room for a disk that grew, durably: its new end reads as zeroes. The old size is of whole blocks.
+    pub fn grow(&self, disk_bytes: u64) -> io::Result<()> {
+        let files = self.files.write().expect("no panic while held");
+        let grown = files
+            .data
+            .set_bytes(disk_bytes)
+            .and_then(|()| files.sums.set_bytes(disk_bytes.div_ceil(BLOCK_BYTES) * SUM_BYTES))
+            .and_then(|()| files.sync());
+        self.note(grown)?;
+        self.disk_bytes.store(disk_bytes, Ordering::Release);
+        Ok(())
     }
 
     /// After a failure: opens the files anew, when that is needed. The fold that was at work begins its step again.
     pub fn reopen(&self, storage: &dyn Storage) -> Result<(), ReadError> {
         if self.failed.load(Ordering::Acquire) {
-            *self.files.write().expect("no panic while held") = Files::open(storage, self.disk_bytes, true)?;
+            *self.files.write().expect("no panic while held") = Files::open(storage, self.disk_bytes(), true)?;
             self.failed.store(false, Ordering::Release);
         }
         Ok(())
@@ -131,11 +148,11 @@ impl BaseStore {
     }
 
     pub fn disk_bytes(&self) -> u64 {
-        self.disk_bytes
+        self.disk_bytes.load(Ordering::Acquire)
     }
 
     pub fn blocks(&self) -> u64 {
-        self.disk_bytes.div_ceil(BLOCK_BYTES)
+        self.disk_bytes().div_ceil(BLOCK_BYTES)
     }
 
     pub fn allocated_bytes(&self) -> io::Result<u64> {
@@ -154,7 +171,7 @@ impl BaseStore {
     }
 
     fn block_bytes(&self, number: u64) -> usize {
-        (self.disk_bytes - number * BLOCK_BYTES).min(BLOCK_BYTES) as usize
+        (self.disk_bytes() - number * BLOCK_BYTES).min(BLOCK_BYTES) as usize
     }
 
     fn io(&self, source: io::Error) -> ReadError {
@@ -163,7 +180,7 @@ impl BaseStore {
 
     /// Reads blocks `first…` into `buffer` and proves each.
     fn read_blocks(&self, first: u64, count: u64, buffer: &mut Vec<u8>) -> Result<(), ReadError> {
-        let bytes = (self.disk_bytes - first * BLOCK_BYTES).min(count * BLOCK_BYTES) as usize;
+        let bytes = (self.disk_bytes() - first * BLOCK_BYTES).min(count * BLOCK_BYTES) as usize;
         buffer.resize(bytes, 0);
         let mut sums = vec![0; (count * SUM_BYTES) as usize];
         {
@@ -248,7 +265,7 @@ impl BaseStore {
                     run.extend_from_slice(data);
                     sums.extend_from_slice(&self.sum(block.number, data));
                 }
-                None => files.zero_run(block.number, block.number + 1, self.disk_bytes)?,
+                None => files.zero_run(block.number, block.number + 1, self.disk_bytes())?,
             }
         }
         flush(run_start, &mut run, &mut sums)
@@ -257,7 +274,7 @@ impl BaseStore {
     /// Makes whole blocks `first..end` read as zeroes, and gives their room back.
     pub fn zero_blocks(&self, first: u64, end: u64) -> io::Result<()> {
         let files = self.files.write().expect("no panic while held");
-        self.note(files.zero_run(first, end, self.disk_bytes))
+        self.note(files.zero_run(first, end, self.disk_bytes()))
     }
 
     pub fn sync(&self) -> io::Result<()> {
@@ -284,7 +301,7 @@ impl BaseStore {
     /// The end of the run at `offset` that must read as zeroes because nothing is there; `offset` when something is. A
     /// file without a map of its holes is read everywhere.
     pub fn nothing_until(&self, offset: u64) -> Result<u64, ReadError> {
-        match self.seek(offset, self.disk_bytes).map_err(|error| self.io(error))? {
+        match self.seek(offset, self.disk_bytes()).map_err(|error| self.io(error))? {
             Some((length, Allocation::Hole)) => Ok(offset + length),
             _ => Ok(offset),
         }

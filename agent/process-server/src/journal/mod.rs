@@ -503,6 +503,12 @@ impl Journal {
         std::mem::take(&mut self.mended)
     }
 
+    /// The same, for a disk that grew: segments from now on are of the larger one.
+    pub fn grow(&mut self, generation: Generation, disk_bytes: u64) -> Result<(), JournalError> {
+        self.info.disk_bytes = disk_bytes;
+        self.set_generation(generation)
+    }
+
     /// Reads the header of the open segment again. What is wrong with it is returned with the file's name, and it is written
     /// again from memory: the next start would find none of the segment's cuts without it.
     pub fn check_header(&mut self) -> Option<(String, String)> {

@@ -264,7 +264,8 @@ impl Journal {
     }
 
     fn belongs(&self, header: &Header) -> bool {
-        header.disk == self.info.disk && header.disk_bytes == self.info.disk_bytes
+        // Of before it grew, too.
+        header.disk == self.info.disk && header.disk_bytes <= self.info.disk_bytes
     }
 
     fn open_active(&mut self, first: u64, opening: &mut Opening<'_>) -> Result<(), ReadError> {

@@ -63,7 +63,7 @@ impl Session {
             if state.journal.has_open_cut() {
                 return Err(protocol("blocks are compared in the middle of a cut"));
             }
-            if hashes.runs.iter().any(|run| !run.extent.is_valid_on(replica.disk_bytes)) {
+            if hashes.runs.iter().any(|run| !run.extent.is_valid_on(replica.disk_bytes())) {
                 return Err(protocol("blocks are compared that do not lie on the disk"));
             }
             let found = state.journal.sources(state.manifest.base.cut, tip.cut);
@@ -78,7 +78,8 @@ impl Session {
         });
         let view = match layers {
             Ok(layers) => {
-                Some(View::new(layers, replica.base.clone(), comparer.cache.clone(), at, pin, replica.suspects.clone()))
+                let (base, suspects) = (replica.base.clone(), replica.suspects.clone());
+                Some(View::new(layers, replica.disk_bytes(), base, comparer.cache.clone(), at, pin, suspects))
             }
             Err(error) => {
                 tracing::warn!(disk = %replica.disk, %error, "a part of the replica cannot be read to be compared; it is sent again");

@@ -138,7 +138,7 @@ impl Replica {
 
     /// The parts of the disk that a finding touches.
     pub(crate) fn extents_of_finding(&self, finding: &Finding) -> Vec<Extent> {
-        let whole = || vec![Extent::new(0, self.disk_bytes)];
+        let whole = || vec![Extent::new(0, self.disk_bytes())];
         match (&finding.extents, finding.extent) {
             (Some(extents), _) => extents.clone(),
             (None, Some(extent)) => vec![extent],
@@ -182,13 +182,13 @@ impl Replica {
         let mut unreadable = ExtentSet::new();
         let view = match self.view_now(&BlockCache::new(CACHE_BYTES)) {
             Ok(view) => view,
-            Err(_) => return (ExtentSet::from_iter([Extent::new(0, self.disk_bytes)]), 0),
+            Err(_) => return (ExtentSet::from_iter([Extent::new(0, self.disk_bytes())]), 0),
         };
         let mut block = vec![0; BLOCK_BYTES as usize];
         for place in places.iter() {
             let mut at = place.offset / BLOCK_BYTES * BLOCK_BYTES;
-            while at < place.end().min(self.disk_bytes) {
-                let length = BLOCK_BYTES.min(self.disk_bytes - at);
+            while at < place.end().min(self.disk_bytes()) {
+                let length = BLOCK_BYTES.min(self.disk_bytes() - at);
                 if matches!(view.read(at, &mut block[..length as usize]), Err(ReadError::Damaged { .. })) {
                     unreadable.insert(Extent::new(at, length));
                 }

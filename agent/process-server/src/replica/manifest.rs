@@ -38,6 +38,16 @@ pub struct Manifest {
     /// Cuts of the journal that are gone. Durable before anything is appended to the journal in which that was found.
     #[serde(default)]
     pub losses: Vec<Loss>,
+    /// How large the disk was before it grew, oldest first: `disk_bytes` is what it is now.
+    #[serde(default)]
+    pub grown: Vec<Grown>,
+}
+
+/// Cuts before this one are of a smaller disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Grown {
+    pub cut: u64,
+    pub bytes_before: u64,
 }
 
 /// The last cut that is in the base.
@@ -81,8 +91,8 @@ pub struct Loaded {
 impl Manifest {
     pub fn new(disk: DiskId, machine: MachineId, disk_bytes: u64, generation: Generation) -> Self {
         let base = Tip::default().into();
-        let (fold_to, fold_step, pins, losses) = (None, None, Vec::new(), Vec::new());
-        Self { version: VERSION, disk, machine, disk_bytes, generation, base, fold_to, fold_step, pins, losses }
+        let (fold_to, fold_step, pins, losses, grown) = (None, None, Vec::new(), Vec::new(), Vec::new());
+        Self { version: VERSION, disk, machine, disk_bytes, generation, base, fold_to, fold_step, pins, losses, grown }
     }
 
     pub fn store(&self, storage: &dyn Storage) -> io::Result<()> {
@@ -127,6 +137,11 @@ impl Manifest {
             return Err(damaged(&format!("version {} is not known", manifest.version)));
         }
         Ok(manifest)
+    }
+
+    /// How large the disk is at a cut.
+    pub fn bytes_at(&self, cut: u64) -> u64 {
+        self.grown.iter().find(|grown| cut < grown.cut).map_or(self.disk_bytes, |grown| grown.bytes_before)
     }
 
     /// No view may be older than this.

@@ -49,6 +49,7 @@ use tidemark_base::storage::Storage;
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::{DiskId, Extent, ExtentSet, Generation, MachineId, Position, Timestamp};
 
+use crate::fold::base::BLOCK_BYTES;
 use crate::fold::{self, base::BaseStore};
 use crate::journal::merged::{self, MergeError, Merged};
 use crate::journal::{
@@ -59,7 +60,7 @@ use crate::table::Table;
 use crate::view::cache::BlockCache;
 use crate::view::{Pins, Suspects};
 pub use compare::{Comparer, Comparison};
-use manifest::Manifest;
+use manifest::{Grown, Manifest};
 pub use needs::Needs;
 pub use session::{Session, Synced};
 pub use set::{FoldOutcome, Maintenance, OpenFailure, Place, ReplicaSet, SetError};
@@ -120,6 +121,8 @@ pub enum ReplicaError {
     GenerationMoved { disk: DiskId, expected: Generation, current: Generation },
     #[error("a generation only grows: {from} to {to}")]
     GenerationBack { from: Generation, to: Generation },
+    #[error("the replica of disk {disk} has {known} bytes and cannot be made to have {asked}")]
+    Size { disk: DiskId, known: u64, asked: u64 },
     #[error("disk {disk}: {what}")]
     Busy { disk: DiskId, what: String },
     #[error("disk {disk}: the replica cannot be read")]
@@ -145,6 +148,9 @@ impl ReplicaError {
             ReplicaError::GenerationMoved { .. } | ReplicaError::GenerationBack { .. } => {
                 "another change of direction came first; look at `tidemark status` and try again"
             }
+            ReplicaError::Size { .. } => {
+                "a replica only grows, and only from a size that is a multiple of 4096: remove the disk from its machine and add it again; its recovery points stay"
+            }
             ReplicaError::Busy { .. } => "stop what uses it, then try again",
             ReplicaError::Read { source, .. } => source.help(),
             ReplicaError::Write { .. } => "check the process server's volume (see its kernel log)",
@@ -162,7 +168,8 @@ impl ReplicaError {
 pub struct Replica {
     disk: DiskId,
     machine: MachineId,
-    disk_bytes: u64,
+    /// Only grows.
+    disk_bytes: AtomicU64,
     storage: Arc<dyn Storage>,
     cache: Arc<BlockCache>,
     base: Arc<BaseStore>,
@@ -255,7 +262,7 @@ impl Replica {
         Ok(Arc::new(Self {
             disk,
             machine: state.manifest.machine,
-            disk_bytes,
+            disk_bytes: AtomicU64::new(disk_bytes),
             storage,
             cache,
             base: Arc::new(base),
@@ -299,12 +306,17 @@ impl Replica {
             disk: self.disk,
             machine: self.machine,
             generation: self.generation(),
-            disk_bytes: self.disk_bytes,
+            disk_bytes: self.disk_bytes(),
         }
     }
 
     pub fn disk_bytes(&self) -> u64 {
-        self.disk_bytes
+        self.disk_bytes.load(Ordering::Acquire)
+    }
+
+    /// How large the disk is at a cut: points of before it grew keep their size.
+    pub fn bytes_at(&self, cut: u64) -> u64 {
+        self.state().manifest.bytes_at(cut)
     }
 
     /// What opening found: torn tails are normal after a crash, damage is not.
@@ -349,6 +361,43 @@ impl Replica {
         next.store(&*self.storage).map_err(|error| self.write_error(error))?;
         state.manifest = next;
         Ok(state.journal.set_generation(to)?)
+    }
+
+    /// Grows with its disk, and moves the generation from `expected` to `to`: what was sealed for the smaller disk is refused
+    /// from now on. Durable when it returns.
+    ///
+    /// 1. (by the caller) the cuts that came are durable, so that none of their numbers comes again for the larger disk
+    /// 2. the base is longer, and durable; its new end reads as zeroes
+    /// 3. the manifest names the new size, and the cut from which it holds
+    ///
+    /// Crash before 3: opening makes the base as short as the manifest says. After 3: it grew.
+    pub fn grow(&self, expected: Generation, to: Generation, disk_bytes: u64) -> Result<(), ReplicaError> {
+        let known = self.disk_bytes();
+        if disk_bytes < known || !known.is_multiple_of(BLOCK_BYTES) {
+            return Err(ReplicaError::Size { disk: self.disk, known, asked: disk_bytes });
+        }
+        let mut state = self.state();
+        let current = state.manifest.generation;
+        if current != expected {
+            return Err(ReplicaError::GenerationMoved { disk: self.disk, expected, current });
+        }
+        if to <= current {
+            return Err(ReplicaError::GenerationBack { from: current, to });
+        }
+        let tip = state.journal.tip().cut;
+        if tip != state.journal.durable().cut {
+            return Err(ReplicaError::Busy { disk: self.disk, what: "cuts come while it is to grow".to_owned() });
+        }
+        // Sessions end here: nothing is appended any more.
+        state.session += 1;
+        self.base.grow(disk_bytes).map_err(|error| self.write_error(error))?;
+        let mut next = Manifest { generation: to, disk_bytes, ..state.manifest.clone() };
+        next.grown.push(Grown { cut: tip + 1, bytes_before: known });
+        next.store(&*self.storage).map_err(|error| self.write_error(error))?;
+        state.manifest = next;
+        self.disk_bytes.store(disk_bytes, Ordering::Release);
+        self.needs.grow(disk_bytes);
+        Ok(state.journal.grow(to, disk_bytes)?)
     }
 
     pub fn durable(&self) -> DurableState {

@@ -6,6 +6,7 @@
 //! remembers the damage, and asks again when the replica was opened.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::{Extent, ExtentSet};
@@ -16,7 +17,8 @@ pub const NEED_BYTES: u64 = 64 << 10;
 type Listener = Arc<dyn Fn() + Send + Sync>;
 
 pub struct Needs {
-    disk_bytes: u64,
+    /// Only grows.
+    disk_bytes: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -30,7 +32,11 @@ struct State {
 
 impl Needs {
     pub fn new(disk_bytes: u64) -> Arc<Self> {
-        Arc::new(Self { disk_bytes, state: Mutex::default() })
+        Arc::new(Self { disk_bytes: AtomicU64::new(disk_bytes), state: Mutex::default() })
+    }
+
+    pub fn grow(&self, disk_bytes: u64) {
+        self.disk_bytes.store(disk_bytes, Ordering::Release);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -39,10 +45,11 @@ impl Needs {
 
     /// The host is to send what it has at these ranges; they are rounded out to [`NEED_BYTES`].
     pub fn ask(&self, extents: impl IntoIterator<Item = Extent>) {
+        let disk_bytes = self.disk_bytes.load(Ordering::Acquire);
         let listener = {
             let mut state = self.state();
             for extent in extents {
-                let end = extent.end().next_multiple_of(NEED_BYTES).min(self.disk_bytes);
+                let end = extent.end().next_multiple_of(NEED_BYTES).min(disk_bytes);
                 let offset = extent.offset / NEED_BYTES * NEED_BYTES;
                 let extent = Extent::new(offset, end.saturating_sub(offset));
                 state.extents.insert(extent);

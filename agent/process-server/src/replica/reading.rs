@@ -19,7 +19,7 @@ impl Replica {
     /// A view that reads through another cache: what verifies must not believe what was read before.
     pub(crate) fn view_through(&self, cut: u64, cache: &Arc<BlockCache>) -> Result<View, ReplicaError> {
         let not_viewable = |what: String| ReplicaError::NotViewable { disk: self.disk, cut, what };
-        let (sources, at, pin) = {
+        let (sources, disk_bytes, at, pin) = {
             let state = self.state();
             let (floor, durable) = (state.manifest.floor(), state.journal.durable().cut);
             if cut < floor || cut > durable || cut == 0 {
@@ -32,25 +32,25 @@ impl Replica {
             let sources =
                 state.journal.sources(state.manifest.base.cut, cut).map_err(|error| self.read_error(error))?;
             let (position, time) = state.position_of(cut).map_err(|error| self.read_error(error))?;
-            (sources, (cut, position, time), self.pins.pin(cut))
+            (sources, state.manifest.bytes_at(cut), (cut, position, time), self.pins.pin(cut))
         };
         let layers = sources.into_iter().map(|source: Source| source.layer(cache)).collect::<Result<_, _>>();
         let layers = layers.map_err(|error| self.read_error(error))?;
-        Ok(View::new(layers, self.base.clone(), cache.clone(), at, pin, self.suspects.clone()))
+        Ok(View::new(layers, disk_bytes, self.base.clone(), cache.clone(), at, pin, self.suspects.clone()))
     }
 
     /// The disk as it is now, consistent or not: to see what of it can be read.
     pub(super) fn view_now(&self, cache: &Arc<BlockCache>) -> Result<View, ReplicaError> {
-        let (sources, at, pin) = {
+        let (sources, disk_bytes, at, pin) = {
             let state = self.state();
             let cut = state.journal.durable().cut.max(state.manifest.floor());
             let sources =
                 state.journal.sources(state.manifest.base.cut, cut).map_err(|error| self.read_error(error))?;
-            (sources, (cut, None, Timestamp(0)), self.pins.pin(cut))
+            (sources, state.manifest.disk_bytes, (cut, None, Timestamp(0)), self.pins.pin(cut))
         };
         let layers = sources.into_iter().map(|source: Source| source.layer(cache)).collect::<Result<_, _>>();
         let layers = layers.map_err(|error| self.read_error(error))?;
-        Ok(View::new(layers, self.base.clone(), cache.clone(), at, pin, self.suspects.clone()))
+        Ok(View::new(layers, disk_bytes, self.base.clone(), cache.clone(), at, pin, self.suspects.clone()))
     }
 
     /// The last consistent durable cut at or before `time` that is still there; `None`: all are later.

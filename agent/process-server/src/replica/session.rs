@@ -93,8 +93,8 @@ impl Replica {
         if generation != current {
             return Err(JournalError::Generation { disk: self.disk, asked: generation, current });
         }
-        if disk_bytes != self.disk_bytes {
-            return Err(JournalError::SizeChanged { disk: self.disk, known: self.disk_bytes, asked: disk_bytes });
+        if disk_bytes != self.disk_bytes() {
+            return Err(JournalError::SizeChanged { disk: self.disk, known: self.disk_bytes(), asked: disk_bytes });
         }
         if state.journal.failure().is_some() {
             self.reopen_journal(&mut state)?;

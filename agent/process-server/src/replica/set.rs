@@ -11,7 +11,7 @@ use tidemark_base::error::with_causes;
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::Storage;
 use tidemark_base::sync::{Mutex, RwLock};
-use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
+use tidemark_base::{DiskId, Generation, MachineId, MarkId, Timestamp};
 
 use super::{DurableState, Replica, ReplicaError, ReplicaInfo};
 use crate::fold::{self, Folded, plan};
@@ -23,6 +23,8 @@ use crate::view::cache::{BlockCache, CACHE_BYTES};
 
 const REPLICAS: &str = "replicas";
 const MACHINES: &str = "machines";
+/// A stream that is just ending may bring a cut or two while a replica is to grow.
+const GROW_ATTEMPTS: u32 = 8;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SetError {
@@ -103,6 +105,8 @@ pub struct ReplicaSet {
     unheld: Mutex<BTreeSet<DiskId>>,
     /// Disks with marks that could not be read: the points that these would have been are gone.
     unread: Mutex<BTreeMap<DiskId, String>>,
+    /// Their disks were taken out of their machines: what is left is for the points that they are part of.
+    left: RwLock<BTreeSet<DiskId>>,
     /// What went wrong when a replica was last looked after.
     untended: Mutex<BTreeMap<DiskId, String>>,
 }
@@ -123,6 +127,7 @@ impl ReplicaSet {
             maintaining: Mutex::new(()),
             unheld: Mutex::default(),
             unread: Mutex::default(),
+            left: RwLock::default(),
             untended: Mutex::default(),
             storage: storage.clone(),
         };
@@ -251,6 +256,37 @@ impl ReplicaSet {
 
     pub fn of_machine(&self, machine: MachineId) -> Vec<Arc<Replica>> {
         self.replicas().into_iter().filter(|replica| replica.machine() == machine).collect()
+    }
+
+    /// These disks are in no machine any more: new points are complete without them, and a replica goes with the last point that
+    /// it is part of. To be said again after opening.
+    pub fn leave(&self, disks: impl IntoIterator<Item = DiskId>) {
+        self.left.write().expect("no panic while held").extend(disks);
+    }
+
+    /// These are, from now on; those that were left and are here still are not removed.
+    pub fn rejoin(&self, disks: &[DiskId]) {
+        let mut left = self.left.write().expect("no panic while held");
+        left.retain(|disk| !disks.contains(disk));
+    }
+
+    /// The disks that a machine has now.
+    pub fn present(&self, machine: MachineId) -> Vec<Arc<Replica>> {
+        let left = self.left.read().expect("no panic while held");
+        self.of_machine(machine).into_iter().filter(|replica| !left.contains(&replica.disk())).collect()
+    }
+
+    /// Grows a replica with its disk; what came for it before is durable then. Its stream was ended.
+    pub fn grow(&self, replica: &Replica, to: Generation, disk_bytes: u64) -> Result<(), SetError> {
+        for _ in 1..GROW_ATTEMPTS {
+            self.sync(replica).map_err(ReplicaError::from)?;
+            match replica.grow(replica.generation(), to, disk_bytes) {
+                Err(ReplicaError::Busy { .. }) => {}
+                other => return Ok(other?),
+            }
+        }
+        self.sync(replica).map_err(ReplicaError::from)?;
+        Ok(replica.grow(replica.generation(), to, disk_bytes)?)
     }
 
     /// Removes a replica with everything in it. Refused while views or durable pins stand on it.
@@ -386,11 +422,11 @@ impl ReplicaSet {
             point.disks.iter().any(|held| pinned.get(&held.disk).is_some_and(|cuts| cuts.contains(&held.cut)))
         };
         let points = store.all();
-        // The last state that all disks of the machine have in common, even where newer marks are of some disks alone.
-        let newest_common = points
-            .iter()
-            .rfind(|point| !point.damaged && replicas.iter().all(|replica| point.cut_of(replica.disk()).is_some()))
-            .cloned();
+        // The last state that all disks of the machine have in common, even where newer marks are of some disks alone. While a disk
+        // that was added is replicated for the first time there is none: then the last one of most disks stays.
+        let present = self.present(machine);
+        let covers = |point: &Point| present.iter().filter(|replica| point.cut_of(replica.disk()).is_some()).count();
+        let newest_common = points.iter().filter(|point| !point.damaged).max_by_key(|point| covers(point)).cloned();
         let is_common = |point: &Point| newest_common.as_ref().is_some_and(|common| common.id == point.id);
         let dropped = retention.expired(&points, now, |point| is_pinned(point) || is_common(point));
         store.drop_points(&dropped)?;
@@ -426,7 +462,31 @@ impl ReplicaSet {
                 Err(error) => folds.push(FoldOutcome { disk, result: Err(error) }),
             }
         }
+        self.remove_left(&replicas, &points);
         Ok(Maintenance { made, dropped, folds })
+    }
+
+    /// Disks that were taken out of their machine and are in no point any more. What cannot go now goes later.
+    fn remove_left(&self, replicas: &[Arc<Replica>], points: &[Point]) {
+        // Whoever takes a disk in again waits, or comes first.
+        let mut left = self.left.write().expect("no panic while held");
+        for disk in replicas.iter().map(|replica| replica.disk()) {
+            let is_needed = points.iter().any(|point| point.cut_of(disk).is_some());
+            let is_unheld = self.unheld.lock().expect("no panic while held").contains(&disk);
+            if !left.contains(&disk) || is_needed || is_unheld {
+                continue;
+            }
+            match self.remove(disk) {
+                Ok(()) => {
+                    left.remove(&disk);
+                    tracing::info!(%disk, "the replica of a disk that left its machine is removed: no point needs it");
+                }
+                Err(SetError::Replica(ReplicaError::Busy { .. })) => {}
+                Err(error) => {
+                    tracing::warn!(%disk, %error, "the replica of a disk that left its machine cannot be removed")
+                }
+            }
+        }
     }
 
     fn holds(

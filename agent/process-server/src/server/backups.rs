@@ -27,6 +27,9 @@ const BYTES_MAX: u64 = 512 << 20;
 pub struct Recovery {
     /// Ed25519 public key; absent: no backup came yet.
     pub break_glass: Option<[u8; 32]>,
+    /// Names of the backups that are kept, in the order in which they came: the clocks that named them may differ.
+    #[serde(default)]
+    pub arrived: Vec<String>,
 }
 
 pub struct Backups {
@@ -108,6 +111,10 @@ impl Backups {
         self.recovery
             .change(|recovery| {
                 recovery.break_glass = Some(part.break_glass);
+                recovery.arrived.retain(|name| *name != part.name);
+                recovery.arrived.push(part.name.clone());
+                let surplus = recovery.arrived.len().saturating_sub(KEPT_MAX);
+                recovery.arrived.drain(..surplus);
                 Ok(())
             })
             .map_err(table_failed)?;
@@ -119,7 +126,9 @@ impl Backups {
     fn prune(&self) -> std::io::Result<()> {
         let mut names = self.storage.list(FOLDER)?;
         names.retain(|name| is_name(name));
-        names.sort();
+        let arrived = self.recovery.all().arrived;
+        // Those of before that was noted come first, by their names.
+        names.sort_by_key(|name| (arrived.iter().position(|known| known == name).map_or(0, |at| at + 1), name.clone()));
         for name in names.iter().take(names.len().saturating_sub(KEPT_MAX)) {
             self.storage.remove(&format!("{FOLDER}/{name}"))?;
         }
@@ -177,6 +186,13 @@ mod tests {
         }
         let names = listed();
         assert_eq!((names.len(), names[0].as_str()), (KEPT_MAX, part(3, &content, 0..1).name.as_str()));
+        // Of a configuration server that was restored where the clock is behind: what came last is the newest.
+        for number in [1, 2] {
+            backups.take(part(number, &content, 0..100)).unwrap();
+            let names = listed();
+            let is_kept = |number| names.contains(&part(number, &content, 0..1).name);
+            assert_eq!((names.len(), is_kept(number), is_kept(number + 2)), (KEPT_MAX, true, false));
+        }
     }
 
     #[test]

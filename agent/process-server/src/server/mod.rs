@@ -18,6 +18,7 @@ mod tend;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::fs::TryLockError;
 use std::io;
 use std::net::SocketAddr;
@@ -171,6 +172,7 @@ impl ProcessServer {
         let authorisations = Arc::new(Authorisations::open(storage.clone()).map_err(authorise_failed)?);
         let storage_encrypted = crate::encrypted::is_encrypted(&storage.path(""));
         let settings = Arc::new(Settings::open(storage.clone(), settings::FILE).map_err(table_failed)?);
+        set.leave(settings.all().into_values().flat_map(|settings| settings.left));
         let serves = Serves::open(storage.clone(), &config.socket)?;
         let failed_over = Arc::new(FailedOvers::open(storage.clone()).map_err(table_failed)?);
         let points = Arc::new(watch::channel(0).0);
@@ -309,11 +311,18 @@ impl ProcessServer {
     }
 
     /// Lets a host write the disks of a machine, and makes their replicas where there are none. A generation only grows:
-    /// a higher one ends the stream of the old one.
+    /// a higher one ends the stream of the old one, and may come with a larger disk. A disk that the machine had and has no longer
+    /// takes nothing more; its replica stays for as long as points need it.
+    ///
+    /// Crash at any place: control says the same again, and what was done stays done. Until then a disk that is to leave may
+    /// still be written, and one that came has a replica that nothing was sent to.
     pub async fn authorise(&self, grant: MachineGrant) -> Result<(), Failure> {
+        let granted: Vec<DiskId> = grant.disks.iter().map(|disk| disk.disk).collect();
+        self.0.set.rejoin(&granted);
         for disk in &grant.disks {
-            let superseded =
-                self.0.authorisations.get(disk.disk).is_some_and(|known| known.generation < disk.generation);
+            let known = self.0.authorisations.get(disk.disk);
+            let superseded = known.is_some_and(|known| known.generation < disk.generation);
+            let is_grown = superseded && known.is_some_and(|known| known.disk_bytes < disk.bytes);
             let asked = Authorisation {
                 machine: grant.machine,
                 agent: grant.host,
@@ -321,6 +330,10 @@ impl ProcessServer {
                 disk_bytes: disk.bytes,
             };
             let (inner, id) = (self.0.clone(), disk.disk);
+            if is_grown {
+                // What it sends is of the smaller disk; nothing more is wanted of that.
+                self.0.acceptor.end_stream(id).await;
+            }
             blocking(move || inner.prepare_replica(id, asked)).await?;
             let inner = self.0.clone();
             blocking(move || inner.authorisations.authorise(id, asked).map_err(authorise_failed)).await?;
@@ -328,13 +341,25 @@ impl ProcessServer {
                 self.0.acceptor.end_stream(id).await;
             }
         }
+        let is_gone = |disk: &DiskId| !granted.contains(disk);
+        let authorised = self.0.authorisations.all().into_iter();
+        let of_machine = authorised.filter(|(_, authorisation)| authorisation.machine == grant.machine);
+        for (disk, _) in of_machine.filter(|(disk, _)| is_gone(disk)) {
+            let inner = self.0.clone();
+            blocking(move || inner.authorisations.deauthorise(disk).map_err(authorise_failed)).await?;
+            self.0.acceptor.end_stream(disk).await;
+        }
+        let replicas = self.0.set.of_machine(grant.machine);
+        let left: BTreeSet<DiskId> = replicas.iter().map(|replica| replica.disk()).filter(is_gone).collect();
         let (inner, name, retention) = (self.0.clone(), grant.name, retention_of(grant.retention));
         blocking(move || {
             let change = inner.settings.change(|machines| {
-                machines.insert(grant.machine, MachineSettings { name, retention });
+                machines.insert(grant.machine, MachineSettings { name, retention, left: left.clone() });
                 Ok(())
             });
-            change.map(drop).map_err(table_failed)
+            change.map_err(table_failed)?;
+            inner.set.leave(left);
+            Ok(())
         })
         .await
     }
@@ -422,6 +447,10 @@ impl Inner {
             Err(ReplicaError::Absent { .. }) => return self.set.create(info).map(drop).map_err(set_failed),
             Err(error) => return Err(replica_failed(error)),
         };
+        let is_next = replica.generation() < asked.generation && replica.machine() == asked.machine;
+        if is_next && replica.disk_bytes() < asked.disk_bytes {
+            return self.set.grow(&replica, asked.generation, asked.disk_bytes).map_err(set_failed);
+        }
         if replica.disk_bytes() != asked.disk_bytes {
             let (known, asked) = (replica.disk_bytes(), asked.disk_bytes);
             return Err(authorise_failed(AuthoriseError::Size {
@@ -533,6 +562,7 @@ fn replica_failed(error: ReplicaError) -> Failure {
         ReplicaError::Exists { .. }
         | ReplicaError::GenerationMoved { .. }
         | ReplicaError::GenerationBack { .. }
+        | ReplicaError::Size { .. }
         | ReplicaError::Busy { .. } => FailureKind::Conflict,
         ReplicaError::Read { source: ReadError::Damaged { .. }, .. } => FailureKind::Damaged,
         _ => FailureKind::Failed,

@@ -58,6 +58,7 @@ impl Site {
             export: "name".to_owned(),
             generation: Generation::FIRST,
             bytes: DISK_BYTES,
+            added: false,
         };
         MachineGrant {
             machine: self.machine,
@@ -166,7 +167,7 @@ async fn without_a_configuration_server_the_recovery_key_takes_a_machine_over_an
     drop(host);
     let folder = site.folder.path().join("ps");
     let key = RecoveryKey::generate().unwrap();
-    let failover = |point: PointSelector, key: &RecoveryKey| offline::failover(&folder, Some("mail"), point, key);
+    let failover = |point: PointSelector, key: &RecoveryKey| offline::failover(&folder, Some("mail"), point, &[], key);
     let refused = failover(PointSelector::Latest, &key).err().unwrap();
     assert!(refused.message.contains("never told"), "{refused}");
     let backup = BackupPart {
@@ -183,7 +184,7 @@ async fn without_a_configuration_server_the_recovery_key_takes_a_machine_over_an
     site.server.stop().await;
     let refused = failover(PointSelector::Latest, &RecoveryKey::generate().unwrap()).err().unwrap();
     assert!(refused.message.contains("not that of this installation"), "{refused}");
-    let refused = offline::failover(&folder, Some("nobody"), PointSelector::Latest, &key).err().unwrap();
+    let refused = offline::failover(&folder, Some("nobody"), PointSelector::Latest, &[], &key).err().unwrap();
     assert!(refused.message.contains("mail"), "it says which there are: {refused}");
     // Nothing of that changed anything.
     site.server = Site::start_server(folder.clone(), &site.identity).await;
@@ -192,7 +193,7 @@ async fn without_a_configuration_server_the_recovery_key_takes_a_machine_over_an
 
     // By the folder of its one disk, and to the older point.
     let of_disk = folder.join("replicas").join(disk.to_string());
-    let done = offline::failover(&of_disk, None, PointSelector::Id(mark.id), &key).unwrap();
+    let done = offline::failover(&of_disk, None, PointSelector::Id(mark.id), &[], &key).unwrap();
     assert_eq!(done.record.disks[&disk].generation, Generation(2));
     let image = site.folder.path().join("failed-over.raw");
     done.export(&image, &tidemark_base::stop::Stop::new()).unwrap();
@@ -585,4 +586,189 @@ async fn a_journal_that_was_destroyed_is_told_and_the_next_scan_heals_it() {
     site.restart().await;
     assert!(exported(&site, Selector::Latest).await == content);
     site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_leaves_its_machine_stays_for_its_points_and_goes_with_the_last() {
+    let mut site = Site::start().await;
+    let (one, two) = (DiskId::random(), DiskId::random());
+    site.protect(&[one, two]).await;
+    let (mut first, content, _) = site.replicated(one).await;
+    let (mut second, _, _) = site.replicated(two).await;
+    let both = first.mark(site.machine, vec![one, two], true);
+    for host in [&mut first, &mut second] {
+        host.end(CutKind::Records, Some(both.clone())).await;
+        host.durable().await;
+    }
+    drop(second);
+    site.protect(&[one]).await;
+    let refused = TestHost::open_with(&site.endpoint(), &site.agent(), hello(two)).await.err().expect("a refusal");
+    assert_eq!(refused.reason, RefusalReason::UnknownDisk, "{refused:?}");
+    // The other one goes on, and its marks are points without the one that left.
+    let alone = first.mark(site.machine, vec![one], true);
+    first.end(CutKind::Records, Some(alone.clone())).await;
+    first.durable().await;
+    site.server.maintain_now().await;
+    let folder = site.folder.path().join("both");
+    std::fs::create_dir(&folder).unwrap();
+    let to = folder.display().to_string();
+    let files = site.server.export(site.machine, Selector::Point(both.id), &to, ImageFormat::Raw).await.unwrap().files;
+    assert_eq!(files.len(), 2);
+    assert!(exported(&site, Selector::Latest).await == content);
+
+    // Back again, before its last point went: nothing of it was lost.
+    drop(first);
+    site.protect(&[one, two]).await;
+    let tight = Retention { any_time: Duration::ZERO, age: None, count: Some(1), grid: Default::default() };
+    site.server.set_retention(site.machine, tight).await.unwrap();
+    site.server.maintain_now().await;
+    assert!(site.server.0.set.get(two).is_ok(), "a disk of the machine was removed");
+    // Out again, also for a process server that starts anew.
+    site.server.authorise(MachineGrant { retention: tight, ..site.grant(&[one]) }).await.unwrap();
+    site.restart().await;
+    site.server.maintain_now().await;
+    let gone = site.server.0.set.get(two).is_err();
+    let left: Vec<MarkId> = site.server.points(site.machine).await.unwrap().iter().map(|point| point.id).collect();
+    assert_eq!((gone, left), (true, vec![alone.id]), "a replica that no point needs stays, or the last point went");
+    assert!(!site.folder.path().join("ps/replicas").join(two.to_string()).exists());
+    assert!(exported(&site, Selector::Latest).await == content);
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_a_disk_that_was_added_has_no_point_yet_the_newest_one_without_it_stays() {
+    let site = Site::start().await;
+    let (one, two) = (DiskId::random(), DiskId::random());
+    site.protect(&[one]).await;
+    let (mut first, content, _) = site.replicated(one).await;
+    let last = first.mark(site.machine, vec![one], true);
+    first.end(CutKind::Records, Some(last.clone())).await;
+    first.durable().await;
+    let none =
+        Retention { any_time: Duration::ZERO, age: Some(Duration::ZERO), count: Some(0), grid: Default::default() };
+    site.server.authorise(MachineGrant { retention: none, ..site.grant(&[one, two]) }).await.unwrap();
+    site.server.maintain_now().await;
+    let ids: Vec<MarkId> = site.server.points(site.machine).await.unwrap().iter().map(|point| point.id).collect();
+    assert_eq!(ids, [last.id]);
+    assert!(exported(&site, Selector::Latest).await == content);
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_grows_with_its_disk_and_older_points_keep_their_size() {
+    let mut site = Site::start().await;
+    let disk = DiskId::random();
+    site.protect(&[disk]).await;
+    let (host, first, mark) = site.replicated(disk).await;
+    let larger = 2 * DISK_BYTES;
+    let grant = |site: &Site, generation, bytes| {
+        let mut grant = site.grant(&[disk]);
+        (grant.disks[0].generation, grant.disks[0].bytes) = (Generation(generation), bytes);
+        grant
+    };
+    let failure = site.server.authorise(grant(&site, 1, larger)).await.unwrap_err();
+    assert_eq!(failure.kind, FailureKind::Conflict, "the same generation with another size: {failure}");
+    let failure = site.server.authorise(grant(&site, 2, DISK_BYTES / 2)).await.unwrap_err();
+    assert!(failure.kind == FailureKind::Conflict && failure.help.contains("only grows"), "{failure}");
+
+    // A crash between the base and the manifest leaves a base that is too long.
+    drop(host);
+    site.server.stop().await;
+    let replica = site.folder.path().join("ps/replicas").join(disk.to_string());
+    std::fs::File::options().write(true).open(replica.join("base.raw")).unwrap().set_len(larger).unwrap();
+    site.server = Site::start_server(site.folder.path().join("ps"), &site.identity).await;
+    assert!(exported(&site, Selector::Latest).await == first);
+
+    let host = site.host(disk).await;
+    site.server.authorise(grant(&site, 2, larger)).await.unwrap();
+    drop(host);
+    site.server.authorise(grant(&site, 2, larger)).await.unwrap();
+    let refused = TestHost::open_with(&site.endpoint(), &site.agent(), hello(disk)).await.err().expect("a refusal");
+    assert_eq!(refused.reason, RefusalReason::Generation, "who still has the smaller one");
+    let grown = tidemark_proto::replication::Hello { generation: Generation(2), disk_bytes: larger, ..hello(disk) };
+    let mut host = TestHost::open_with(&site.endpoint(), &site.agent(), grown).await.unwrap();
+    let mut expected = first.clone();
+    expected.resize(larger as usize, 0);
+    let at = DISK_BYTES + 8192;
+    expected[at as usize..][..4096].fill(0xab);
+    let mut sealed = Vec::new();
+    let key = ChunkKey::new(disk, Generation(2));
+    Sealer::new(key, Compression::Off).seal(&[Extent::new(at, 4096)], &[0xab; 4096], &mut sealed);
+    host.write_sealed(sealed).await;
+    let later = host.mark(site.machine, vec![disk], true);
+    host.end(CutKind::Records, Some(later)).await;
+    host.durable().await;
+    drop(host);
+    for round in 0..2 {
+        assert!(exported(&site, Selector::Point(mark.id)).await == first, "round {round}: an older point changed");
+        assert!(exported(&site, Selector::Latest).await == expected, "round {round}");
+        site.restart().await;
+    }
+    // And in the base.
+    let tight = Retention { any_time: Duration::ZERO, age: None, count: Some(1), grid: Default::default() };
+    site.server.set_retention(site.machine, tight).await.unwrap();
+    site.server.maintain_now().await;
+    assert_eq!(site.server.points(site.machine).await.unwrap().len(), 1);
+    assert!(exported(&site, Selector::Latest).await == expected);
+    site.restart().await;
+    let verified = site.server.verify(site.machine, Selector::Latest).await.unwrap();
+    assert!(verified.defects.is_empty(), "{verified:?}");
+    site.server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_a_machine_is_failed_over_offline_only_where_that_is_said_and_what_it_holds_can_be_given_back() {
+    let site = Site::start().await;
+    let (one, two) = (DiskId::random(), DiskId::random());
+    site.protect(&[one, two]).await;
+    let (mut first, content, _) = site.replicated(one).await;
+    let (mut second, _, _) = site.replicated(two).await;
+    let both = first.mark(site.machine, vec![one, two], true);
+    for host in [&mut first, &mut second] {
+        host.end(CutKind::Records, Some(both.clone())).await;
+        host.durable().await;
+    }
+    drop((first, second));
+    let folder = site.folder.path().join("ps");
+    let key = RecoveryKey::generate().unwrap();
+    let backup = BackupPart {
+        name: format!("backup-{:020}.tidemark", 1),
+        offset: 0,
+        bytes: 3,
+        digest: *blake3::hash(b"abc").as_bytes(),
+        data: b"abc".to_vec(),
+        break_glass: key.keeper().unwrap().break_glass(),
+    };
+    site.server.execute(ServerCommand::KeepBackup(backup)).await.unwrap();
+    site.server.stop().await;
+    for name in ["manifest", "manifest.copy"] {
+        let path = folder.join("replicas").join(two.to_string()).join(name);
+        std::fs::File::options().write(true).open(path).unwrap().set_len(7).unwrap();
+    }
+    let failover = |without: &[DiskId], key: &RecoveryKey| {
+        offline::failover(&folder, Some("mail"), PointSelector::Latest, without, key)
+    };
+    let refused = failover(&[], &key).err().unwrap();
+    let named = refused.message.contains(&two.to_string()) && refused.help.contains("--without-disk");
+    assert!(named && refused.kind == FailureKind::Damaged, "{refused}");
+    let none = offline::release(&folder, Some("mail"), &key).err().unwrap();
+    assert!(none.kind == FailureKind::NotFound && none.message.contains("not failed over"), "{none}");
+    let done = failover(&[two], &key).unwrap();
+    assert_eq!(done.record.disks.keys().collect::<Vec<_>>(), [&one]);
+    let image = site.folder.path().join("one.raw");
+    done.export(&image, &tidemark_base::stop::Stop::new()).unwrap();
+    assert!(std::fs::read(&image).unwrap() == content);
+    drop(done);
+
+    let pins = || {
+        let (set, _) = crate::replica::ReplicaSet::open(RealStorage::open_folder(&folder), Default::default()).unwrap();
+        set.get(one).unwrap().durable_pins().len()
+    };
+    assert_eq!(pins(), 1);
+    let wrong = offline::release(&folder, Some("mail"), &RecoveryKey::generate().unwrap()).err().unwrap();
+    assert!(wrong.message.contains("not that of this installation"), "{wrong}");
+    assert_eq!(pins(), 1);
+    offline::release(&folder, Some("mail"), &key).unwrap();
+    assert_eq!(pins(), 0);
+    assert!(offline::records(RealStorage::open_folder(&folder)).unwrap().is_empty());
 }

@@ -96,6 +96,7 @@ pub struct View {
     base: Arc<BaseStore>,
     cache: Arc<BlockCache>,
     cut: u64,
+    disk_bytes: u64,
     position: Option<Position>,
     time: Timestamp,
     _pin: PinGuard,
@@ -105,9 +106,10 @@ pub struct View {
 }
 
 impl View {
-    /// `layers` are newest first.
+    /// `layers` are newest first; the base may be of a disk that grew since.
     pub fn new(
         layers: Vec<Layer>,
+        disk_bytes: u64,
         base: Arc<BaseStore>,
         cache: Arc<BlockCache>,
         at: (u64, Option<Position>, Timestamp),
@@ -115,7 +117,7 @@ impl View {
         suspects: Arc<Suspects>,
     ) -> Self {
         let (cut, position, time) = at;
-        Self { layers, base, cache, cut, position, time, _pin: pin, suspects, look_ups: AtomicU64::new(0) }
+        Self { layers, base, cache, cut, disk_bytes, position, time, _pin: pin, suspects, look_ups: AtomicU64::new(0) }
     }
 
     pub fn cut(&self) -> u64 {
@@ -187,7 +189,7 @@ impl View {
 
     /// One run at `offset`, as one layer knows it.
     fn run(&self, offset: u64) -> Result<(u64, Allocation), ReadError> {
-        let mut end = self.base.disk_bytes();
+        let mut end = self.disk_bytes;
         for layer in &self.layers {
             match layer.next(offset, &self.cache)? {
                 Some((extent, place)) if extent.offset == offset => {
@@ -202,7 +204,7 @@ impl View {
     }
 
     fn check_range(&self, offset: u64, length: u64) -> io::Result<()> {
-        if offset.checked_add(length).is_none_or(|end| end > self.base.disk_bytes()) {
+        if offset.checked_add(length).is_none_or(|end| end > self.disk_bytes) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the range does not lie on the disk"));
         }
         Ok(())
@@ -218,7 +220,7 @@ fn read_only<T>() -> io::Result<T> {
 
 impl Disk for View {
     fn bytes(&self) -> u64 {
-        self.base.disk_bytes()
+        self.disk_bytes
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
