@@ -1142,6 +1142,7 @@ async fn policies_that_contradict_themselves_are_refused_and_short_retention_sho
         (json!({ "frequency": "5m", "alarm_rpo_seconds": 60 }), "alarm_rpo_seconds"),
         (json!({ "alarm_missed_percent": 0 }), "alarm_missed_percent"),
         (json!({ "alarm_no_contact_seconds": 0 }), "alarm_no_contact_seconds"),
+        (json!({ "retention_count": 0 }), "retention_count"),
         (json!({ "encryption": "none" }), "encryption"),
         (
             json!({ "retention_grid": [{ "within_seconds": 9, "every_seconds": 0 }, { "within_seconds": 9, "every_seconds": 1 }] }),

@@ -25,12 +25,13 @@ fn replicated(bytes: u64, seed: u64) -> (Site, std::path::PathBuf, tidemark_test
 
 /// Compares, and waits until a new point can be made.
 fn resync(site: &Site) -> Value {
-    let before = sent(site);
-    site.json(&["resync", "web"]);
-    // What the status says is a moment old: questions count as sent.
-    wait::until("the compare begins", LIMIT, || (sent(site) > before).then_some(()));
-    site.wait_sent("web");
-    let status = site.wait_protected("web");
+    let bytes: u64 = site.status("web")["disks"].as_array().unwrap().iter().map(|disk| number(&disk["bytes"])).sum();
+    let before = number(&site.status("web")["compare"]["compared_bytes"]);
+    let done = site.json(&["resync", "web"]);
+    // It ends when everything is compared.
+    assert_eq!(number(&done["compare"]["compared_bytes"]) - before, bytes, "{done}");
+    let status = site.status("web");
+    assert_eq!(status["state"], "protected", "{status}");
     site.point("web");
     status
 }
@@ -65,7 +66,7 @@ fn a_resync_sends_the_one_percent_that_differs() {
     let old = site.json(&["point", "list", "web"]);
     let edited = edit(&disk, 23, BYTES / 4096 / 100, BYTES / 4096);
     let before = sent(&site);
-    site.json(&["resync", "web"]);
+    site.json(&["resync", "web", "--no-wait"]);
     // The guest writes on meanwhile.
     let mut client = Client::connect(machine.nbd()).unwrap();
     let mut seeded = image::Seeded(24);
@@ -101,7 +102,7 @@ fn a_resync_outlives_a_kill() {
     const BYTES: u64 = 256 * MIB;
     let (mut site, disk, _machine) = replicated(BYTES, 25);
     edit(&disk, 26, 400, BYTES / 4096);
-    site.json(&["resync", "web"]);
+    site.json(&["resync", "web", "--no-wait"]);
     site.kill_9();
     site.up();
     site.wait_protected("web");
@@ -122,7 +123,7 @@ fn a_resync_is_cancelled_at_no_cost() {
     let old = points(&site);
     // While it waits.
     site.json(&["pause", "web"]);
-    site.json(&["resync", "web"]);
+    site.json(&["resync", "web", "--no-wait"]);
     let mut client = Client::connect(machine.nbd()).unwrap();
     client.write(3 * MIB, &[27; 65536]).unwrap();
     wait::until("the whole disk waits", LIMIT, || {
@@ -136,11 +137,13 @@ fn a_resync_is_cancelled_at_no_cost() {
     assert_eq!(number(&status["compare"]["compared_bytes"]), 0, "{status}");
     assert!(sent(&site) - before < MIB, "{status}");
     // While it runs; cancelled again, nothing happens.
-    site.json(&["resync", "web"]);
+    let job = site.json(&["resync", "web", "--no-wait"]);
     wait::until("the compare begins", LIMIT, || {
         (number(&site.status("web")["compare"]["compared_bytes"]) > 0).then_some(())
     });
     site.json(&["resync", "web", "--cancel"]);
+    let job = site.json(&["job", "show", job["job"].as_str().unwrap()]);
+    assert_eq!(job["state"], "cancelled", "{job}");
     client.write(5 * MIB, &[28; 65536]).unwrap();
     client.disconnect().unwrap();
     site.json(&["resync", "web", "--cancel"]);

@@ -164,3 +164,40 @@ fn collect(folder: &std::path::Path, files: &mut Vec<(u64, std::path::PathBuf)>)
         }
     }
 }
+
+/// What is left of a machine that is not protected any more is there until somebody deletes it, and never by accident.
+#[test]
+fn the_replica_of_an_unprotected_machine_is_kept_and_deleted_on_demand() {
+    let (site, machine) = protected(9);
+    let point = text(&site.point("web")["id"]);
+    site.json(&["point", "lock", "web", &point]);
+    site.run(&["unprotect", "web", "--delete-replica"]).assert_refused(&[&point, "locked"]);
+    site.json(&["point", "unlock", "web", &point]);
+    let served = site.serve("web", &point, &[]);
+    site.run(&["unprotect", "web", "--delete-replica"]).assert_refused(&["web", "served"]);
+    drop(served);
+
+    let reference = site.path("reference.img");
+    image::copy(&machine.disks[0].path, &reference);
+    site.json(&["unprotect", "web"]);
+    assert_eq!(site.json(&["status"]), serde_json::json!([]));
+    let kept = site.json(&["replica", "list"]);
+    let id = text(&kept[0]["id"]);
+    assert_eq!((text(&kept[0]["name"]).as_str(), kept.as_array().unwrap().len()), ("web", 1), "{kept}");
+    image::assert_same(&reference, &site.export("web", &point, "kept.raw", "raw"));
+
+    // Another machine of that name, and its disk, do not hide it.
+    site.protect("web", &[&machine.disks[0].path], &[]);
+    site.wait_protected("web");
+    image::assert_same(&reference, &site.export(&id, &point, "by-id.raw", "raw"));
+    site.json(&["point", "lock", &id, &point]);
+    site.run(&["replica", "delete", &id]).assert_refused(&[&point, "locked"]);
+    site.json(&["replica", "delete", &id, "--force"]);
+    assert_eq!(site.json(&["replica", "list"]), serde_json::json!([]));
+    site.run(&["replica", "delete", &id]).assert_refused(&[&id, "no replica"]);
+    site.run(&["point", "list", &id]).assert_refused(&["no machine"]);
+    let replicas = site.state().join("process-server/replicas");
+    assert_eq!(std::fs::read_dir(&replicas).map(Iterator::count).unwrap_or(0), 1, "{}", replicas.display());
+    site.json(&["unprotect", "web", "--delete-replica"]);
+    assert_eq!(site.json(&["replica", "list"]), serde_json::json!([]));
+}

@@ -31,13 +31,13 @@ const AT_HAND_MAX: usize = 500;
 /// Jobs that are remembered.
 const HISTORY_MAX: u64 = 10_000;
 /// Jobs that run at once; more are refused.
-const RUNNING_MAX: usize = 64;
+const RUNNING_MAX: usize = 400;
 /// Changes that wait for somebody who follows.
 const TOLD_MAX: usize = 256;
 /// After the history could not be saved.
 const SAVE_AGAIN: Duration = Duration::from_secs(5);
 /// Those that can be cancelled: they wait, or read.
-const CANCELLABLE: [&str; 4] = ["point_create", "point_verify", "point_export", "backup"];
+const CANCELLABLE: [&str; 5] = ["point_create", "point_verify", "point_export", "backup", "resync"];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -309,6 +309,16 @@ impl Jobs {
         }
         entry.cancel.cancel();
         Ok(job)
+    }
+
+    /// Ends jobs of a kind for a machine, where any run.
+    pub fn cancel_all(&self, kind: &str, machine: &str) {
+        for entry in self.jobs.lock().expect("no panic while held").iter() {
+            let job = entry.job.borrow();
+            if job.state == JobState::Running && job.kind == kind && job.machine.as_deref() == Some(machine) {
+                entry.cancel.cancel();
+            }
+        }
     }
 
     fn entry(&self, id: Uuid) -> Option<Entry> {

@@ -25,6 +25,7 @@ pub mod history;
 pub mod hub;
 pub mod identity;
 pub mod jobs;
+mod kept;
 mod machines;
 pub mod model;
 mod names;

@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -25,6 +26,8 @@ use crate::names::{bad_request, check_name, check_path};
 use crate::status::CLOCK_OFF_SECONDS_MAX;
 
 /// As a request says that a machine is in no group.
+/// Between two looks at how far a resync is.
+const LOOK: Duration = Duration::from_secs(1);
 const NO_GROUP: &str = "none";
 /// How many versions apart agents, process servers and configuration servers work together.
 const VERSIONS_APART_MAX: u64 = 2;
@@ -498,13 +501,18 @@ pub fn protected(machine: &Machine, attached: &[AttachedDisk]) -> Value {
     json!({ "machine": machine.name, "id": machine.id, "disks": disks })
 }
 
-pub fn unprotect(core: &Arc<Core>, name: &str, delete_replica: bool) -> Result<Job, Failure> {
+/// With `delete_replica` its points go as well: refused where one is locked or served, unless `force`.
+pub fn unprotect(core: &Arc<Core>, name: &str, delete_replica: bool, force: bool) -> Result<Job, Failure> {
     let machine = core.machine(name)?;
     refuse_failed_over(&machine)?;
     refuse_drilled(core, &machine)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("unprotect", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;
+        if delete_replica && !force {
+            progress.step("see whether a point of it is locked or served");
+            crate::kept::refuse_needed(&core, &core.machine(&name)?).await?;
+        }
         unprotect_and_settle(&core, Some(&progress), &name, delete_replica).await?;
         Ok(json!({ "machine": name }))
     })
@@ -554,7 +562,11 @@ pub async fn settle_unprotected(core: &Core, progress: Option<&Progress>, name: 
     core.settled(machine.id, Side::Agent, None);
     core.settled(machine.id, Side::Server, None);
     core.store.change(|state| {
-        state.machines.remove(name);
+        if let Some(machine) = state.machines.remove(name)
+            && !delete_replica
+        {
+            crate::kept::keep(core, state, machine);
+        }
         Ok(())
     })
 }
@@ -609,30 +621,71 @@ pub fn pause_or_resume(core: &Arc<Core>, name: &str, pause: bool) -> Result<Job,
     })
 }
 
+/// Compares the whole disks with their replicas; the job ends when that is done, which a pause puts off. Cancelled, it takes
+/// the resync back.
 pub fn resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
-    tell_agent(core, name, "resync", AgentCommand::Resync)
+    refuse_unprotected(&core.machine(name)?)?;
+    refuse_failed_over(&core.machine(name)?)?;
+    let (core, name) = (core.clone(), name.to_owned());
+    core.jobs.clone().start("resync", Some(&name.clone()), move |progress| async move {
+        let lock = core.lock(&name).await;
+        let machine = core.machine(&name)?;
+        progress.step("tell the agent");
+        core.agent_does(machine.host, &AgentCommand::Resync(machine.id), QUICK).await?;
+        drop(lock);
+        let id = machine.id;
+        let mut unfinished = Unfinished { core: core.clone(), machine: Some(machine) };
+        progress.step("compare with the replica");
+        let mut looks = tokio::time::interval(LOOK);
+        loop {
+            looks.tick().await;
+            let status = crate::status::of(&core, &name).await?;
+            match status.progress {
+                _ if core.machine(&name)?.id != id => return Err(vanished()),
+                None if status.state == crate::status::State::Protected => {
+                    unfinished.machine = None;
+                    return Ok(json!({ "machine": name, "compare": status.compare }));
+                }
+                Some(scan) => progress.done(scan.done_bytes, scan.total_bytes),
+                None => {}
+            }
+        }
+    })
+}
+
+/// A resync whose job is given up is taken back.
+struct Unfinished {
+    core: Arc<Core>,
+    machine: Option<Machine>,
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        let Some(machine) = self.machine.take() else { return };
+        let core = self.core.clone();
+        // At the end of the process there is no runtime, and the resync goes on.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                let command = AgentCommand::CancelResync(machine.id);
+                if let Err(failure) = core.agent_does(machine.host, &command, QUICK).await {
+                    tracing::warn!(machine = machine.name, %failure, "a resync could not be taken back");
+                }
+            });
+        }
+    }
 }
 
 /// What only a resync asked for is not read; old recovery points and what is replicated meanwhile stay as they are.
 pub fn cancel_resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
-    tell_agent(core, name, "cancel_resync", AgentCommand::CancelResync)
-}
-
-/// A job that is one command to the machine's agent.
-fn tell_agent(
-    core: &Arc<Core>,
-    name: &str,
-    kind: &'static str,
-    command: fn(MachineId) -> AgentCommand,
-) -> Result<Job, Failure> {
     refuse_unprotected(&core.machine(name)?)?;
     refuse_failed_over(&core.machine(name)?)?;
     let (core, name) = (core.clone(), name.to_owned());
-    core.jobs.clone().start(kind, Some(&name.clone()), move |progress| async move {
+    core.jobs.clone().start("cancel_resync", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;
         let machine = core.machine(&name)?;
         progress.step("tell the agent");
-        core.agent_does(machine.host, &command(machine.id), QUICK).await?;
+        core.agent_does(machine.host, &AgentCommand::CancelResync(machine.id), QUICK).await?;
+        core.jobs.cancel_all("resync", &name);
         Ok(json!({ "machine": name }))
     })
 }

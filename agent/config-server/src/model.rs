@@ -15,6 +15,7 @@ use tidemark_proto::control::{
 use crate::deliver::Channel;
 use crate::failover::drill::DrillNote;
 use crate::failover::state::Failover;
+use crate::kept::Kept;
 
 /// Everything that must outlive the process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -43,6 +44,9 @@ pub struct State {
     /// Where alerts are told.
     #[serde(default)]
     pub channels: BTreeMap<String, Channel>,
+    /// Replicas of machines that are not protected any more.
+    #[serde(default)]
+    pub kept: BTreeMap<MachineId, Kept>,
     /// How often each row was changed, by table and id.
     #[serde(skip)]
     pub revisions: BTreeMap<(&'static str, String), u64>,
@@ -189,6 +193,7 @@ impl Default for State {
             alerts: BTreeMap::new(),
             groups: BTreeMap::new(),
             channels: BTreeMap::new(),
+            kept: BTreeMap::new(),
             revisions: BTreeMap::new(),
         }
     }

@@ -13,6 +13,7 @@ use tidemark_proto::control::{
 use crate::core::{Core, QUICK, SETTLE, WHOLE_DISK};
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::Job;
+use crate::kept;
 use crate::machines::{listen_address, refuse_unprotected};
 use crate::model::{Machine, Wanted};
 use crate::names::{bad_request, check_label, check_path};
@@ -73,7 +74,7 @@ pub fn create(core: &Arc<Core>, name: &str, request: CreateRequest) -> Result<Jo
 }
 
 pub async fn list(core: &Core, name: &str) -> Result<Vec<PointInfo>, Failure> {
-    let machine = core.machine(name)?;
+    let machine = kept::machine(core, name)?;
     match core.server(machine.server, &ServerCommand::Points(machine.id), QUICK).await? {
         Reply::Points(points) => Ok(points),
         other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
@@ -82,19 +83,19 @@ pub async fn list(core: &Core, name: &str) -> Result<Vec<PointInfo>, Failure> {
 
 /// The point or position that `point` names.
 pub async fn resolve(core: &Core, name: &str, point: &str) -> Result<PointInfo, Failure> {
-    let machine = core.machine(name)?;
+    let machine = kept::machine(core, name)?;
     let command = ServerCommand::Resolve { machine: machine.id, point: selector(point)? };
     point_of(core, &machine, &command, QUICK).await
 }
 
 pub async fn lock(core: &Core, name: &str, point: &str, locked: bool) -> Result<PointInfo, Failure> {
-    let machine = core.machine(name)?;
+    let machine = kept::machine(core, name)?;
     let command = ServerCommand::Lock { machine: machine.id, point: selector(point)?, locked };
     point_of(core, &machine, &command, QUICK).await
 }
 
 pub fn verify(core: &Arc<Core>, name: &str, point: &str) -> Result<Job, Failure> {
-    let machine = core.machine(name)?;
+    let machine = kept::machine(core, name)?;
     let command = ServerCommand::Verify { machine: machine.id, point: selector(point)? };
     let core = core.clone();
     core.jobs.clone().start("point_verify", Some(name), |progress| async move {
@@ -108,7 +109,7 @@ pub fn verify(core: &Arc<Core>, name: &str, point: &str) -> Result<Job, Failure>
 
 pub fn export(core: &Arc<Core>, name: &str, point: &str, request: ExportRequest) -> Result<Job, Failure> {
     check_path(&request.to)?;
-    let machine = core.machine(name)?;
+    let machine = kept::machine(core, name)?;
     let command =
         ServerCommand::Export { machine: machine.id, point: selector(point)?, to: request.to, format: request.format };
     let core = core.clone();
@@ -131,7 +132,7 @@ pub struct ServeRequest {
 
 /// Serves a point until it is stopped, or nobody renews it.
 pub async fn serve(core: &Core, name: &str, point: &str, request: ServeRequest) -> Result<Value, Failure> {
-    let machine = core.machine(name)?;
+    let machine = kept::machine(core, name)?;
     let listen = request.listen.as_deref();
     let listen = listen.map(|text| listen_address(text, "give IP:PORT; port 0 takes any")).transpose()?;
     let command =

@@ -186,6 +186,9 @@ fn contradictions(policy: &Policy) -> Result<(), Failure> {
     if policy.throttle_bytes_per_second == Some(0) {
         return Err(bad_request("a throttle of 0 bytes in a second sends nothing", "pause the machine instead"));
     }
+    if policy.retention_count == Some(0) {
+        return Err(bad_request("retention_count is 0: no point would be kept", "keep at least 1"));
+    }
     for (name, percent) in
         [("alarm_log_percent", policy.alarm_log_percent), ("alarm_missed_percent", policy.alarm_missed_percent)]
     {

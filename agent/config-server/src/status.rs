@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tidemark_base::{Clock, DiskId, MachineId, Timestamp};
 use tidemark_proto::control::{
-    AgentCommand, AgentReport, Compared, PointInfo, Problem, ReplicaDisk, Reply, ServerCommand, ServerReport,
+    AgentCommand, AgentReport, Compared, NO_RPO, PointInfo, Problem, ReplicaDisk, Reply, ServerCommand, ServerReport,
     SourceDisk, SourceMode, SourceState,
 };
 
@@ -272,7 +272,10 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
         group: machine.group.clone(),
         host,
         process_server,
-        rpo_seconds: known.then(|| sources.iter().flatten().map(|disk| disk.rpo.as_secs_f64()).fold(0.0, f64::max)),
+        rpo_seconds: known
+            .then(|| sources.iter().flatten().map(|disk| disk.rpo).max().unwrap_or_default())
+            .filter(|rpo| *rpo < NO_RPO)
+            .map(|rpo| rpo.as_secs_f64()),
         pending_bytes: sum(|disk| disk.pending_bytes),
         written_bytes: sum(|disk| disk.written_bytes),
         sent_bytes: sum(|disk| disk.sent_bytes),
@@ -362,7 +365,7 @@ fn reasons(
         add(Health::Warning, "missed_cycles", message, help, false);
     }
     let rpo_limit = policy.alarm_rpo();
-    let rpo = sources.iter().flatten().map(|disk| disk.rpo).max().unwrap_or_default();
+    let rpo = sources.iter().flatten().map(|disk| disk.rpo).filter(|rpo| *rpo < NO_RPO).max().unwrap_or_default();
     // While a scan runs there is no consistent replica yet, and no RPO to keep.
     if state == State::Protected && rpo > rpo_limit {
         let health = if rpo > rpo_limit * 4 { Health::Critical } else { Health::Warning };
@@ -430,7 +433,7 @@ fn disk_status(disk: &MachineDisk, source: Option<&SourceDisk>, replica: Option<
         written_bytes: source.map_or(0, |source| source.written_bytes),
         sent_bytes: source.map_or(0, |source| source.sent_bytes),
         stored_bytes: replica.map_or(0, |replica| replica.stored_bytes),
-        rpo_seconds: source.map(|source| source.rpo.as_secs_f64()),
+        rpo_seconds: source.map(|source| source.rpo).filter(|rpo| *rpo < NO_RPO).map(|rpo| rpo.as_secs_f64()),
         progress: source.and_then(|source| source.scan).map(|(done, total)| progress(done, total)),
         compare: source.map(|source| source.compare).unwrap_or_default(),
     }

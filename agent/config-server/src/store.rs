@@ -131,6 +131,7 @@ macro_rules! collections {
         $apply!(alerts, "alerts");
         $apply!(groups, "machine_groups");
         $apply!(channels, "channels");
+        $apply!(kept, "kept_replicas");
     };
 }
 

@@ -18,8 +18,8 @@ use tidemark_base::thread::JoinHandle;
 use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId, Generation, Timestamp};
 use tidemark_proto::control::{
-    AttachedDisk, Compared, Compression, DiskSpec, Failure, FailureKind, MachineSpec, Problem, ReplicationPolicy,
-    SourceDisk, SourceMode, SourceState,
+    AttachedDisk, Compared, Compression, DiskSpec, Failure, FailureKind, MachineSpec, NO_RPO, Problem,
+    ReplicationPolicy, SourceDisk, SourceMode, SourceState,
 };
 use tidemark_proto::replication::Consistency;
 
@@ -514,7 +514,10 @@ impl Machine {
             written_bytes: disk.written_bytes(),
             sent_bytes: sender.as_ref().map_or(0, |sender| sender.chunk_bytes_sent + sender.question_bytes_sent),
             log_bytes: disk.log.allocated_bytes(),
-            rpo: self.clock.wall_now().saturating_since(since),
+            rpo: match since {
+                Timestamp(0) => NO_RPO,
+                since => self.clock.wall_now().saturating_since(since),
+            },
             scan: sender
                 .as_ref()
                 .and_then(|sender| sender.scan.as_ref())

@@ -151,6 +151,7 @@ pub enum Verb {
     },
     /// Prints completions for a shell.
     Completions {
+        /// Whose.
         #[arg(value_enum)]
         shell: clap_complete::Shell,
     },
@@ -160,7 +161,7 @@ pub enum Verb {
         #[arg(long)]
         dir: PathBuf,
     },
-    /// Looks into a replica's folder, without a server.
+    /// Replicas that machines left, and a replica's folder looked into without a server.
     Replica {
         #[command(subcommand)]
         verb: ReplicaVerb,
@@ -196,9 +197,15 @@ pub enum ProcessServerVerb {
     /// Lists process servers that wait for approval.
     List,
     /// Lets a process server have its certificate.
-    Approve { registration: String },
+    Approve {
+        /// As `process-server list` shows it.
+        registration: String,
+    },
     /// Refuses a registration.
-    Reject { registration: String },
+    Reject {
+        /// As `process-server list` shows it.
+        registration: String,
+    },
 }
 
 #[derive(Subcommand)]
@@ -262,7 +269,9 @@ pub struct RegisterArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum RegisteringRole {
+    /// Of a host that is protected.
     Agent,
+    /// Of a server that keeps replicas.
     ProcessServer,
 }
 
@@ -270,6 +279,7 @@ pub enum RegisteringRole {
 pub enum PassphraseVerb {
     /// Makes a passphrase and shows it, this once.
     Create {
+        /// Which role may register with it.
         #[arg(long, value_enum)]
         role: RegisteringRole,
         /// How long it can be used, such as 1h.
@@ -283,50 +293,67 @@ pub enum PassphraseVerb {
         #[arg(long, value_name = "NAME or ID")]
         replaces: Option<String>,
     },
+    /// Those that still can be used.
     List,
+    /// Nobody registers with it any more.
     Delete {
+        /// As `passphrase list` shows it.
         id: String,
     },
 }
 
 #[derive(Subcommand)]
 pub enum IdentityVerb {
+    /// All certificates' identities.
     List,
     /// Refuses a host or process server from now on; its open streams end.
     Revoke {
+        /// As `identity list` shows it.
         identity: String,
+        /// For whoever reads the events.
         #[arg(long, default_value = "")]
         reason: String,
     },
     /// Takes it again.
     Restore {
+        /// As `identity list` shows it.
         identity: String,
     },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum UserRoleArg {
+    /// Sees everything, changes nothing.
     Reader,
+    /// Protects, recovers, and changes policies.
     Operator,
+    /// Everything, users and identities too.
     Administrator,
 }
 
 #[derive(Subcommand)]
 pub enum UserVerb {
+    /// Makes a user; tokens are made for one.
     Create {
+        /// What the user is called.
         name: String,
+        /// What the user may do.
         #[arg(long, value_enum)]
         role: UserRoleArg,
     },
+    /// All users.
     List,
     /// Gives a user another role.
     Set {
+        /// As `user list` shows it.
         name: String,
+        /// What the user may do from now on.
         #[arg(long, value_enum)]
         role: UserRoleArg,
     },
     /// Deletes a user and its tokens.
     Delete {
+        /// As `user list` shows it.
         name: String,
     },
 }
@@ -335,16 +362,21 @@ pub enum UserVerb {
 pub enum TokenVerb {
     /// Makes a token and shows it, this once.
     Create {
+        /// Whose it is.
         #[arg(long)]
         user: String,
+        /// What it is for.
         #[arg(long, default_value = "")]
         label: String,
         /// How long it can be used, such as 30days; for ever, where nothing is given.
         #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
         lifetime: Option<Duration>,
     },
+    /// All tokens, never their secrets.
     List,
+    /// It opens nothing any more.
     Delete {
+        /// As `token list` shows it.
         id: String,
     },
 }
@@ -397,6 +429,7 @@ pub struct ProtectArgs {
     /// The process server that keeps the replica; needed where there is more than one.
     #[arg(long)]
     pub process_server: Option<String>,
+    /// How it is protected; without it by the default policy.
     #[arg(long)]
     pub policy: Option<String>,
     /// The group that it comes into; `none`: no group.
@@ -435,6 +468,7 @@ pub struct WaitArgs {
 
 #[derive(Args)]
 pub struct MachineArgs {
+    /// The machine.
     pub name: String,
     #[command(flatten)]
     pub wait: WaitArgs,
@@ -451,10 +485,14 @@ pub struct ResyncArgs {
 
 #[derive(Args)]
 pub struct UnprotectArgs {
+    /// The machine.
     pub name: String,
     /// Delete the replica and its recovery points as well.
     #[arg(long)]
     pub delete_replica: bool,
+    /// Delete locked points and served ones too.
+    #[arg(long, requires = "delete_replica")]
+    pub force: bool,
     #[command(flatten)]
     pub wait: WaitArgs,
 }
@@ -462,7 +500,10 @@ pub struct UnprotectArgs {
 #[derive(Subcommand)]
 pub enum MachineVerb {
     /// Shows how a machine is run.
-    Show { name: String },
+    Show {
+        /// The machine.
+        name: String,
+    },
     /// Says how a machine is run; what is not named stays as it is.
     Set(Box<MachineSetArgs>),
     /// The disks of a machine that is protected.
@@ -496,10 +537,12 @@ pub enum MachineDiskVerb {
 
 #[derive(Args)]
 pub struct MachineSetArgs {
+    /// The machine.
     pub name: String,
     /// bios or uefi.
     #[arg(long)]
     pub firmware: Option<String>,
+    /// How many it has.
     #[arg(long, value_name = "COUNT")]
     pub processors: Option<u16>,
     /// Such as 512M or 4G.
@@ -541,6 +584,7 @@ pub struct MachineSetArgs {
 pub enum FailoverVerb {
     /// Boots a point in isolation; the machine and its replication go on.
     Test {
+        /// The machine.
         name: String,
         /// An id, `latest`, `latest-app`, or a time.
         #[arg(long, default_value = "latest")]
@@ -606,6 +650,7 @@ pub struct StartArgs {
 
 #[derive(Args)]
 pub struct StatusArgs {
+    /// The machine; all without it.
     pub name: Option<String>,
     /// Show it again every second.
     #[arg(long)]
@@ -616,23 +661,39 @@ pub struct StatusArgs {
 pub enum PointVerb {
     /// Makes a recovery point now and waits until it is durable.
     Create {
+        /// The machine.
         name: String,
         /// Freezes the machine's applications by their scripts; where there are none, you vouch that they are quiet.
         #[arg(long)]
         app_consistent: bool,
+        /// What it is for, shown in the list.
         #[arg(long, default_value = "")]
         label: String,
         #[command(flatten)]
         wait: WaitArgs,
     },
     /// Lists recovery points.
-    List { name: String },
+    List {
+        /// The machine.
+        name: String,
+    },
     /// Keeps a point whatever its age.
-    Lock { name: String, point: String },
+    Lock {
+        /// The machine.
+        name: String,
+        /// An id, `latest`, `latest-app`, or a time.
+        point: String,
+    },
     /// Lets a point expire.
-    Unlock { name: String, point: String },
+    Unlock {
+        /// The machine.
+        name: String,
+        /// An id, `latest`, `latest-app`, or a time.
+        point: String,
+    },
     /// Serves a point's disks until stopped.
     Serve {
+        /// The machine.
         name: String,
         /// An id, `latest`, `latest-app`, or a time.
         point: String,
@@ -645,12 +706,14 @@ pub enum PointVerb {
     },
     /// Writes a point as plain disk images.
     Export {
+        /// The machine.
         name: String,
         /// An id, `latest`, `latest-app`, or a time.
         point: String,
         /// A new file; for machines of several disks a folder.
         #[arg(long)]
         to: PathBuf,
+        /// Of the images.
         #[arg(long, default_value = "raw")]
         format: ImageFormat,
         #[command(flatten)]
@@ -658,7 +721,9 @@ pub enum PointVerb {
     },
     /// Checks every byte that a point needs.
     Verify {
+        /// The machine.
         name: String,
+        /// An id, `latest`, `latest-app`, or a time.
         #[arg(default_value = "latest")]
         point: String,
         #[command(flatten)]
@@ -668,15 +733,27 @@ pub enum PointVerb {
 
 #[derive(Subcommand)]
 pub enum PolicyVerb {
+    /// Makes a policy; what is not named is as in the default one.
     Create(PolicyArgs),
+    /// All policies.
     List,
-    Show { name: String },
+    /// All settings of a policy.
+    Show {
+        /// The policy.
+        name: String,
+    },
+    /// Changes what is named, for all of its machines, at once.
     Set(PolicyArgs),
-    Delete { name: String },
+    /// Deletes a policy that no machine has.
+    Delete {
+        /// The policy.
+        name: String,
+    },
 }
 
 #[derive(Args)]
 pub struct PolicyArgs {
+    /// The policy.
     pub name: String,
     /// continuous, 30s, 5m or 15m.
     #[arg(long)]
@@ -731,7 +808,9 @@ pub struct PolicyArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum EncryptionArg {
+    /// Networks are always encrypted.
     Transit,
+    /// The process server's volume must be encrypted too.
     AtRest,
 }
 
@@ -748,28 +827,37 @@ impl EncryptionArg {
 pub enum GroupVerb {
     /// Makes a group.
     Create {
+        /// What the group is called.
         name: String,
         /// Machines that are protected already.
         machines: Vec<String>,
     },
     /// Puts machines into a group.
     Add {
+        /// The group.
         name: String,
+        /// Machines that are protected.
         #[arg(required = true)]
         machines: Vec<String>,
     },
     /// Takes machines out of a group; they stay protected.
     Remove {
+        /// The group.
         name: String,
+        /// Machines of the group.
         #[arg(required = true)]
         machines: Vec<String>,
     },
+    /// All groups.
     List,
+    /// A group with its machines.
     Show {
+        /// The group.
         name: String,
     },
     /// Deletes a group; its machines stay protected.
     Delete {
+        /// The group.
         name: String,
     },
 }
@@ -778,21 +866,28 @@ pub enum GroupVerb {
 pub enum ChannelVerb {
     /// Tells alerts to a webhook or by mail from now on.
     Create(Box<ChannelArgs>),
+    /// All channels.
     List,
+    /// A channel, and what it could not tell.
     Show {
+        /// The channel.
         name: String,
     },
     /// Tells it something now.
     Test {
+        /// The channel.
         name: String,
     },
+    /// Deletes a channel.
     Delete {
+        /// The channel.
         name: String,
     },
 }
 
 #[derive(Args)]
 pub struct ChannelArgs {
+    /// What the channel is called.
     pub name: String,
     /// Of this severity and worse: warning or critical.
     #[arg(long)]
@@ -806,15 +901,19 @@ pub struct ChannelArgs {
     /// The mail server, HOST:PORT.
     #[arg(long, value_name = "ADDRESS", requires = "mail_from", requires = "mail_to")]
     pub smtp: Option<String>,
+    /// How the mail server is reached.
     #[arg(long, value_enum, default_value = "starttls")]
     pub smtp_tls: MailTlsArg,
+    /// Who logs in at the mail server.
     #[arg(long, value_name = "USER", requires = "smtp_password_file")]
     pub smtp_user: Option<String>,
     /// The file with its password.
     #[arg(long, value_name = "FILE", requires = "smtp_user")]
     pub smtp_password_file: Option<PathBuf>,
+    /// The sender's address.
     #[arg(long, value_name = "MAILBOX")]
     pub mail_from: Option<String>,
+    /// A recipient's address; may be repeated.
     #[arg(long, value_name = "MAILBOX", num_args = 1.., value_delimiter = ',')]
     pub mail_to: Vec<String>,
     /// PEM of the authority that vouches for the other end; without it, those of the system.
@@ -824,7 +923,9 @@ pub struct ChannelArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum MailTlsArg {
+    /// STARTTLS, required.
     Starttls,
+    /// TLS from the first byte.
     Tls,
     /// To this machine only.
     None,
@@ -832,26 +933,49 @@ pub enum MailTlsArg {
 
 #[derive(Subcommand)]
 pub enum JobVerb {
+    /// The newest first.
     List,
+    /// A job with its steps and outcome.
     Show {
+        /// As `job list` shows it.
         id: String,
     },
     /// Waits for a job's end.
     Watch {
+        /// As `job list` shows it.
         id: String,
     },
     /// Ends a job that waits or reads.
     Cancel {
+        /// As `job list` shows it.
         id: String,
     },
 }
 
 #[derive(Subcommand)]
 pub enum ReplicaVerb {
+    /// Lists the replicas of machines that are not protected any more. The point verbs take their names and ids.
+    List,
+    /// Deletes such a replica with its recovery points.
+    Delete {
+        /// As `replica list` shows it.
+        id: String,
+        /// Locked points and served ones too; where the process server is gone for good, only the record of it.
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
     /// Says what a replica's folder holds.
-    Inspect { dir: PathBuf },
+    Inspect {
+        /// The folder of one disk's replica.
+        dir: PathBuf,
+    },
     /// Checks a replica's folder; exit 0 if it is sound.
-    Verify { dir: PathBuf },
+    Verify {
+        /// The folder of one disk's replica.
+        dir: PathBuf,
+    },
     /// Takes a machine over where no configuration server is left, with the recovery key: its old host is refused from
     /// then on. The process server must not run.
     Failover(FailoverArgs),
@@ -904,11 +1028,32 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory as _;
+
     use super::*;
+
+    /// Whoever types --help is there because something else failed.
+    #[test]
+    fn everything_that_can_be_typed_says_what_it_is() {
+        fn look(command: &clap::Command, at: &str, silent: &mut Vec<String>) {
+            for argument in command.get_arguments().filter(|argument| argument.get_help().is_none()) {
+                silent.push(format!("{at} {}", argument.get_id()));
+            }
+            for verb in command.get_subcommands() {
+                let at = format!("{at} {}", verb.get_name());
+                if verb.get_about().is_none() {
+                    silent.push(at.clone());
+                }
+                look(verb, &at, silent);
+            }
+        }
+        let mut silent = Vec::new();
+        look(&Cli::command(), "tidemark", &mut silent);
+        assert!(silent.is_empty(), "no help: {silent:#?}");
+    }
 
     #[test]
     fn the_command_line_is_sound() {
-        use clap::CommandFactory;
         Cli::command().debug_assert();
     }
 

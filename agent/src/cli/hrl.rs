@@ -25,16 +25,19 @@ pub struct HrlArgs {
 enum HrlCommand {
     /// Shows header and entries of a log
     Inspect {
+        /// The log
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
     /// Checks that each file is a sound log, and that together they are a chain
     Verify {
+        /// The logs, oldest first
         #[arg(value_name = "FILE", required = true)]
         files: Vec<PathBuf>,
     },
     /// Replays logs onto a disk image, oldest first
     Apply {
+        /// The logs, oldest first
         #[arg(value_name = "FILE", required = true)]
         files: Vec<PathBuf>,
         /// The disk image or block device to write

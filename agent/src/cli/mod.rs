@@ -102,7 +102,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Group { verb } => client(group::run(&target.client()?, verb, output)),
         Verb::Channel { verb } => client(channel::run(&target.client()?, verb, output)),
         Verb::Job { verb } => client(job::run(&target.client()?, verb, output)),
-        Verb::Replica { verb } => replica::run(verb, output),
+        Verb::Replica { verb } => replica::run(verb, &target, output),
     }
 }
 

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::CliError;
 use super::args::{PolicyArgs, PolicyVerb, parse_size};
-use super::output::{Output, text};
+use super::output::Output;
 use crate::client::{Client, escape};
 
 pub async fn run(client: &Client, verb: PolicyVerb, output: &Output) -> Result<(), CliError> {
@@ -132,23 +132,54 @@ fn show(policies: &Value, output: &Output) -> Result<(), CliError> {
     if output.is_json() {
         return Ok(output.json(policies)?);
     }
-    let list: Vec<&Value> = match policies {
-        Value::Array(list) => list.iter().collect(),
-        policy => vec![policy],
+    let Value::Array(list) = policies else {
+        let settings = policies.as_object().into_iter().flatten();
+        let rows: Vec<Vec<String>> = settings.map(|(name, value)| in_words(name, value).to_vec()).collect();
+        return Ok(output.table(&["SETTING", ""], &rows)?);
     };
     let columns = [
-        "/name",
-        "/frequency",
-        "/any_time_seconds",
-        "/retention_seconds",
-        "/retention_count",
-        "/point_interval_seconds",
-        "/compression",
+        "name",
+        "frequency",
+        "any_time_seconds",
+        "retention_seconds",
+        "retention_count",
+        "point_interval_seconds",
+        "compression",
     ];
-    let rows: Vec<Vec<String>> =
-        list.into_iter().map(|policy| columns.map(|column| text(policy, column)).to_vec()).collect();
-    let header = ["POLICY", "FREQUENCY", "ANY TIME (s)", "RETENTION (s)", "POINTS", "POINT EVERY (s)", "COMPRESSION"];
+    let row = |policy: &Value| columns.map(|name| in_words(name, &policy[name])[1].clone()).to_vec();
+    let rows: Vec<Vec<String>> = list.iter().map(row).collect();
+    let header = ["POLICY", "FREQUENCY", "ANY TIME", "RETENTION", "POINTS", "POINT EVERY", "COMPRESSION"];
     Ok(output.table(&header, &rows)?)
+}
+
+/// A setting as people write it, its unit included.
+fn in_words(name: &str, value: &Value) -> [String; 2] {
+    let short = |unit: &str| name.strip_suffix(unit).unwrap_or(name).to_owned();
+    let duration = |seconds: u64| humantime::format_duration(std::time::Duration::from_secs(seconds)).to_string();
+    match (name, value) {
+        ("retention_grid", Value::Array(steps)) => {
+            let step = |step: &Value| {
+                let within = step["within_seconds"].as_u64().map_or("rest".to_owned(), duration);
+                let every = step["every_seconds"].as_u64().filter(|every| *every > 0);
+                format!("{within}:{}", every.map_or("all".to_owned(), duration))
+            };
+            let steps: Vec<String> = steps.iter().map(step).collect();
+            [name.to_owned(), if steps.is_empty() { "all".to_owned() } else { steps.join(",") }]
+        }
+        ("throttle_schedule", Value::Array(windows)) => {
+            [name.to_owned(), windows.iter().map(Value::to_string).collect::<Vec<_>>().join(" ")]
+        }
+        (_, Value::Number(seconds)) if name.ends_with("_seconds") => {
+            [short("_seconds"), seconds.as_u64().map_or_else(|| seconds.to_string(), duration)]
+        }
+        (_, Value::Number(size)) if name.contains("_bytes") => {
+            [name.to_owned(), size.as_u64().map_or_else(|| size.to_string(), super::output::bytes)]
+        }
+        (_, Value::Number(percent)) if name.ends_with("_percent") => [short("_percent"), format!("{percent} %")],
+        (_, Value::Null) => [name.to_owned(), "–".to_owned()],
+        (_, Value::String(text)) => [name.to_owned(), text.clone()],
+        _ => [name.to_owned(), value.to_string()],
+    }
 }
 
 #[cfg(test)]
@@ -166,6 +197,22 @@ mod tests {
         assert_eq!((steps, grid("all").unwrap()), (expected, json!([])));
         for wrong in ["", "2h", "2h:1h:1h", "x:1h", "2h:x", "2h:1h,"] {
             assert!(grid(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn settings_are_shown_in_words() {
+        let grid =
+            json!([{ "within_seconds": 7200, "every_seconds": 0 }, { "within_seconds": null, "every_seconds": 14400 }]);
+        for (name, value, expected) in [
+            ("retention_grid", grid, ["retention_grid", "2h:all,rest:4h"]),
+            ("retention_grid", json!([]), ["retention_grid", "all"]),
+            ("retention_seconds", json!(86400), ["retention", "1day"]),
+            ("log_limit_bytes", json!(10 << 20), ["log_limit_bytes", "10.0 MiB"]),
+            ("alarm_log_percent", json!(80), ["alarm_log", "80 %"]),
+            ("retention_count", json!(null), ["retention_count", "–"]),
+        ] {
+            assert_eq!(in_words(name, &value), expected, "{name}");
         }
     }
 

@@ -66,13 +66,16 @@ fn checks(result: &Value, output: &Output) -> Result<(), CliError> {
 }
 
 pub async fn unprotect(client: &Client, args: UnprotectArgs, output: &Output) -> Result<(), CliError> {
-    let path = format!("/machines/{}?delete_replica={}", escape(&args.name), args.delete_replica);
+    let path = format!("/machines/{}?delete_replica={}&force={}", escape(&args.name), args.delete_replica, args.force);
     let started = client.request(Method::DELETE, &path, None).await?;
     let Some(result) = job::finish(client, started, &args.wait, output).await? else { return Ok(()) };
     if output.is_json() {
         return Ok(output.json(&result)?);
     }
     output.line(&format!("{} is not protected any more", args.name))?;
+    if !args.delete_replica {
+        output.line("its replica and recovery points stay: see `tidemark replica list`")?;
+    }
     Ok(())
 }
 

@@ -1,8 +1,10 @@
-//! replica …: a replica's folder, without a server. Looking writes nothing; failing over does.
+//! replica …: a replica's folder, without a server: looking writes nothing, failing over does. And what unprotected machines
+//! left, which the server knows.
 
 use std::path::Path;
 use std::sync::Arc;
 
+use hyper::Method;
 use serde_json::{Value, json};
 use tidemark_base::Timestamp;
 use tidemark_base::stop::Stop;
@@ -13,16 +15,42 @@ use tidemark_process_server::scrub::{inspect_folder, verify_folder};
 use tidemark_proto::control::{Failure, FailureKind};
 use tidemark_transport::recovery::RecoveryKey;
 
-use super::CliError;
-use super::args::{FailoverArgs, ReplicaVerb};
+use super::args::{FailoverArgs, ReplicaVerb, Target, WaitArgs};
 use super::output::{Output, bytes, bytes_at, text};
+use super::{CliError, job};
+use crate::client::{Client, escape};
 
-pub fn run(verb: ReplicaVerb, output: &Output) -> Result<(), CliError> {
+pub fn run(verb: ReplicaVerb, target: &Target, output: &Output) -> Result<(), CliError> {
     match verb {
         ReplicaVerb::Inspect { dir } => inspect(&dir, output),
         ReplicaVerb::Verify { dir } => verify(&dir, output),
         ReplicaVerb::Failover(args) => failover(args, output),
+        ReplicaVerb::List => super::client(list(&target.client()?, output)),
+        ReplicaVerb::Delete { id, force, wait } => super::client(delete(&target.client()?, &id, force, &wait, output)),
     }
+}
+
+async fn list(client: &Client, output: &Output) -> Result<(), CliError> {
+    let kept = client.get("/replicas").await?;
+    if output.is_json() {
+        return Ok(output.json(&kept)?);
+    }
+    let row = |replica: &Value| {
+        let disks = replica["disks"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let size = disks.iter().filter_map(|disk| disk["bytes"].as_u64()).sum();
+        let mut row = ["/id", "/name", "/process_server"].map(|at| text(replica, at)).to_vec();
+        row.extend([disks.len().to_string(), bytes(size), text(replica, "/unprotected")]);
+        row
+    };
+    let rows: Vec<Vec<String>> = kept.as_array().into_iter().flatten().map(row).collect();
+    Ok(output.table(&["ID", "MACHINE", "PROCESS SERVER", "DISKS", "SIZE", "UNPROTECTED"], &rows)?)
+}
+
+async fn delete(client: &Client, id: &str, force: bool, wait: &WaitArgs, output: &Output) -> Result<(), CliError> {
+    let path = format!("/replicas/{}?force={force}", escape(id));
+    let started = client.request(Method::DELETE, &path, None).await?;
+    let Some(result) = job::finish(client, started, wait, output).await? else { return Ok(()) };
+    super::done(&result, "the replica and its recovery points are deleted", output)
 }
 
 fn open(dir: &Path) -> Result<Arc<dyn Storage>, CliError> {

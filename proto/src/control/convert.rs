@@ -1359,5 +1359,6 @@ mod tests {
             Ok(Selector::Time(Timestamp::parse("2026-11-21T10:04:05.25Z").unwrap()))
         );
         assert!("yesterday".parse::<Selector>().is_err());
+        assert!("00000000-0000-0000-0000-000000000000".parse::<Selector>().is_err(), "no point has it");
     }
 }

@@ -282,7 +282,10 @@ impl FromStr for Selector {
             "latest-app" => Ok(Selector::LatestApp),
             _ => text
                 .parse()
+                .ok()
+                .and_then(|id: MarkId| MarkId::from_slice(id.as_bytes()))
                 .map(Selector::Point)
+                .ok_or(())
                 .or_else(|_| Timestamp::parse(text).map(Selector::Time))
                 .map_err(|_| SelectorError(text.chars().take(80).collect())),
         }
@@ -533,6 +536,9 @@ pub enum SourceMode {
     Compare,
 }
 
+/// The RPO of a disk of which nothing is durable at the process server yet.
+pub const NO_RPO: Duration = Duration::from_nanos(u64::MAX);
+
 #[derive(Clone, PartialEq, Debug)]
 pub struct SourceDisk {
     pub disk: DiskId,
@@ -549,7 +555,7 @@ pub struct SourceDisk {
     pub written_bytes: u64,
     pub sent_bytes: u64,
     pub log_bytes: u64,
-    /// Age of the oldest write that is not durable there.
+    /// Age of the oldest write that is not durable there; [`NO_RPO`] where nothing is.
     pub rpo: Duration,
     /// Done and total bytes of the scan that runs.
     pub scan: Option<(u64, u64)>,

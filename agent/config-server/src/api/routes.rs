@@ -33,6 +33,7 @@ use crate::groups::{CreateGroup, ShownGroup};
 use crate::hub::{PeerId, kind};
 use crate::identity::{IdentityInfo, PassphraseInfo, PassphraseRequest, RegisterRequest};
 use crate::jobs::Job;
+use crate::kept::{self, KeptReplica};
 use crate::machines::ProtectRequest;
 use crate::model::UserRole;
 use crate::names::{Expected, bad_request};
@@ -63,6 +64,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
         Type::Boolean,
         "Whether its replica and points go as well.",
     );
+    let one = one.query("force", Type::Boolean, "Whether locked and served points go as well.");
     api.delete("/machines/{name}", unprotect, one);
     let job = |summary| Operation::new(Operator, summary).starts_job();
     api.post("/machines/{name}/disks", add_disks, job("Adds disks to a machine").takes::<disks::AddRequest>());
@@ -72,6 +74,12 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.post("/machines/{name}/resume", resume, job("Sends again"));
     api.post("/machines/{name}/resync", resync, job("Compares every block with the replica"));
     api.delete("/machines/{name}/resync", cancel_resync, job("Ends a compare that was asked for"));
+    let list =
+        Operation::new(Reader, "Replicas of machines that are not protected any more").answers_list::<KeptReplica>();
+    api.get("/replicas", list_replicas, list);
+    let one = Operation::new(Operator, "Deletes such a replica").starts_job();
+    let one = one.query("force", Type::Boolean, "Whether locked and served points go as well.");
+    api.delete("/replicas/{id}", delete_replica, one);
     let list = Operation::new(Reader, "The recovery points of a machine").answers_list::<PointSchema>();
     api.get("/machines/{name}/points", list_points, list);
     let one = job("Makes a recovery point").takes::<points::CreateRequest>();
@@ -314,6 +322,8 @@ async fn protect(State(core): App, body: Bytes) -> Answer {
 struct UnprotectQuery {
     #[serde(default)]
     delete_replica: bool,
+    #[serde(default)]
+    force: bool,
 }
 
 async fn unprotect(
@@ -323,7 +333,21 @@ async fn unprotect(
     headers: HeaderMap,
 ) -> Answer {
     expected(&headers)?.check(&core.store.state(), "machines", &name)?;
-    accepted(machines::unprotect(&core, &name, query.delete_replica)?)
+    accepted(machines::unprotect(&core, &name, query.delete_replica, query.force)?)
+}
+
+#[derive(Deserialize)]
+struct ForceQuery {
+    #[serde(default)]
+    force: bool,
+}
+
+async fn list_replicas(State(core): App) -> Answer {
+    ok(kept::list(&core))
+}
+
+async fn delete_replica(State(core): App, Path(id): Path<String>, query: Query<ForceQuery>) -> Answer {
+    accepted(kept::delete(&core, &id, query.force)?)
 }
 
 async fn add_disks(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {

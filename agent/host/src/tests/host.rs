@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use tidemark_base::{DiskId, Generation, MachineId, ServerId, SystemClock};
 use tidemark_nbd::Export;
 use tidemark_proto::control::{
-    Consistency, DAY_MINUTES, DiskSpec, Endpoint, MachineSpec, MarkRequest, ReplicationPolicy, SourceMode, SourceState,
-    Throttle, ThrottleRule, Via,
+    Consistency, DAY_MINUTES, DiskSpec, Endpoint, MachineSpec, MarkRequest, NO_RPO, ReplicationPolicy, SourceMode,
+    SourceState, Throttle, ThrottleRule, Via,
 };
 use tidemark_proto::replication::HostFrame;
 
@@ -130,6 +130,7 @@ fn what_is_protected_comes_back_at_the_same_addresses() {
     let expected = format!("nbd+unix:///web-0?socket={}", socket.display());
     assert_eq!(attached[0].nbd.as_deref(), Some(expected.as_str()));
     assert_eq!(host.protect(spec.clone()).unwrap(), attached, "the same again");
+    assert_eq!(host.status()[0].disks[0].rpo, NO_RPO, "nothing is durable anywhere");
 
     let disk = host.machine(spec.machine).unwrap().disks().next().unwrap().clone();
     let splitter = Splitter::new(disk.clone()).unwrap();
