@@ -12,3 +12,4 @@ mod marks;
 mod points;
 mod refusals;
 mod replicate;
+mod tracked;

@@ -118,19 +118,6 @@ pub fn delete(core: &Arc<Core>, id: &str, force: bool) -> Result<Job, Failure> {
 /// Deleting a replica deletes every point: not while one of them is locked, or somebody reads it.
 pub async fn refuse_needed(core: &Core, machine: &Machine) -> Result<(), Failure> {
     let help = "unlock or stop it first; with --force everything goes";
-    // Now, not as it was last told.
-    let served = match core.server(machine.server, &ServerCommand::Status, QUICK).await {
-        Ok(Reply::Server(report)) => report.serves.iter().any(|serve| serve.machine == machine.id),
-        // The points tell what is in the way.
-        _ => false,
-    };
-    if served {
-        return Err(Failure::new(
-            FailureKind::Conflict,
-            format!("a point of machine {:?} is being served", machine.name),
-            help,
-        ));
-    }
     let points: Vec<PointInfo> = match core.server(machine.server, &ServerCommand::Points(machine.id), QUICK).await {
         Ok(Reply::Points(points)) => points,
         Ok(other) => return Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
@@ -142,7 +129,9 @@ pub async fn refuse_needed(core: &Core, machine: &Machine) -> Result<(), Failure
         }
     };
     let locked: Vec<Value> = points.iter().filter(|point| point.locked).map(|point| json!(point.id)).collect();
-    let Some(first) = locked.first().and_then(Value::as_str) else { return Ok(()) };
+    let Some(first) = locked.first().and_then(Value::as_str) else {
+        return refuse_served(core, machine, help).await;
+    };
     Err(Failure::new(
         FailureKind::Conflict,
         match locked.len() {
@@ -151,4 +140,16 @@ pub async fn refuse_needed(core: &Core, machine: &Machine) -> Result<(), Failure
         },
         help,
     ))
+}
+
+async fn refuse_served(core: &Core, machine: &Machine, help: &str) -> Result<(), Failure> {
+    // Asked now: what was told last may be older than the serve.
+    let served = match core.server(machine.server, &ServerCommand::Status, QUICK).await? {
+        Reply::Server(report) => report.serves.iter().any(|serve| serve.machine == machine.id),
+        other => return Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
+    };
+    if !served {
+        return Ok(());
+    }
+    Err(Failure::new(FailureKind::Conflict, format!("a point of machine {:?} is being served", machine.name), help))
 }

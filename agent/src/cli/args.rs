@@ -517,7 +517,9 @@ pub enum MachineVerb {
 pub enum MachineDiskVerb {
     /// Protects disks of its host as well; the others go on, and recovery points cover them once they were replicated.
     Add {
+        /// The machine.
         name: String,
+        /// Full paths at the host.
         #[arg(required = true, value_name = "PATH")]
         disks: Vec<PathBuf>,
         #[command(flatten)]
@@ -525,6 +527,7 @@ pub enum MachineDiskVerb {
     },
     /// Takes a disk out of the machine; the recovery points that it is part of stay until they age out.
     Remove {
+        /// The machine.
         name: String,
         /// Its path or id.
         disk: String,
@@ -609,9 +612,13 @@ pub enum FailoverVerb {
         start: StartArgs,
     },
     /// How a machine that failed over does.
-    Show { name: String },
+    Show {
+        /// The machine.
+        name: String,
+    },
     /// Runs it from another point; what it wrote since the failover is gone.
     ChangePoint {
+        /// The machine.
         name: String,
         /// An id, `latest`, `latest-app`, or a time.
         #[arg(long)]
@@ -623,6 +630,7 @@ pub enum FailoverVerb {
     Cancel(MachineArgs),
     /// Gives the machine plain disks while it runs.
     Promote {
+        /// The machine.
         name: String,
         /// The most that is written in a second, such as 50M.
         #[arg(long, value_parser = parse_size, value_name = "SIZE")]
@@ -637,6 +645,7 @@ pub enum FailoverVerb {
 
 #[derive(Args)]
 pub struct StartArgs {
+    /// The machine.
     pub name: String,
     /// Make the disks ready only: you attach them to a machine and start it.
     #[arg(long)]

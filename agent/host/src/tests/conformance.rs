@@ -640,7 +640,7 @@ fn a_file_system_that_is_written_all_the_time_is_frozen_for_a_mark() {
         let counting = Arc::new(Counting { tracker: fixture.tracker.take().unwrap(), frozen: AtomicU64::new(0) });
         fixture.tracker = Some(counting.clone());
         let disk = fixture.attach().disk;
-        for writer in 0..3u8 {
+        for writer in 0..6u8 {
             let path = mounted.place.join(format!("file-{writer}"));
             let is_over = &is_over;
             scope.spawn(move || {
@@ -661,7 +661,8 @@ fn a_file_system_that_is_written_all_the_time_is_frozen_for_a_mark() {
             checked: 0,
         };
         let deadline = std::time::Instant::now() + Duration::from_secs(60);
-        while replica.checked < 3 {
+        // Some marks find an instant between two writes; sooner or later one does not, and freezes.
+        while replica.checked < 3 || counting.frozen.load(Ordering::SeqCst) == 0 {
             assert!(std::time::Instant::now() < deadline, "{} points, {:?} freezes", replica.checked, counting.frozen);
             replica.catch_up(&fixture, &disk);
             let marker =
@@ -687,7 +688,6 @@ fn a_file_system_that_is_written_all_the_time_is_frozen_for_a_mark() {
                 (Err(error), _) => panic!("{error}"),
             }
         }
-        assert!(counting.frozen.load(Ordering::SeqCst) > 0, "it was frozen, and thawed: writers go on");
         let image = fixture.folder.path().join("replica.img");
         std::io::Write::write_all(&mut File::create(&image).unwrap(), &replica.image).unwrap();
         let checked = std::process::Command::new("e2fsck").arg("-fn").arg(&image).output().unwrap();

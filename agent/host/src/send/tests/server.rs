@@ -316,6 +316,11 @@ impl MemoryStream {
                     cut: state.durable_cut,
                     comparable: state.durable_cut > CutOrdinal(0),
                 }));
+                // Each stream is told again: one that just ended may have been told last.
+                if !state.damaged.is_empty() {
+                    let need = Need { extents: state.damaged.iter().collect(), why: NeedReason::Damaged };
+                    self.events.frame(ServerFrame::Need(need));
+                }
             }
             HostFrame::Want(bytes) => {
                 self.wanted = bytes;
