@@ -6,17 +6,7 @@ use std::path::Path;
 use tidemark_tests::block::Loop;
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::site::text;
-use tidemark_tests::{Site, need, tools};
-
-/// Programs in the kernel can be had here; says so where not.
-fn can_track(test: &str) -> bool {
-    let is_root = tools::run("id", &["-u"]).trim() == "0";
-    let has_types = Path::new("/sys/kernel/btf/vmlinux").exists();
-    if !is_root || !has_types {
-        tools::skipped(test, "needs root and a kernel that describes its types");
-    }
-    is_root && has_types
-}
+use tidemark_tests::{Site, need, need_root, tools};
 
 /// As a program that knows nothing of us.
 fn write(device: &Path, offset: u64, data: &[u8]) {
@@ -28,8 +18,10 @@ fn write(device: &Path, offset: u64, data: &[u8]) {
 #[test]
 fn a_device_that_is_written_to_as_before_is_recovered_to_its_points() {
     need!("losetup");
-    if !can_track("a_device_that_is_written_to_as_before_is_recovered_to_its_points") {
-        return;
+    need_root!("programs in the kernel");
+    if !Path::new("/sys/kernel/btf/vmlinux").exists() {
+        let test = "a_device_that_is_written_to_as_before_is_recovered_to_its_points";
+        return tools::skipped(test, "needs a kernel that describes its types");
     }
     let mut site = Site::start();
     let image = site.path("disk.img");

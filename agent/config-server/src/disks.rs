@@ -16,13 +16,13 @@ use tidemark_proto::control::{AgentCommand, DISKS_MAX, Failure, FailureKind, Pro
 
 use crate::core::{Core, SETTLE};
 use crate::hub::{PeerId, Report, unexpected};
-use crate::jobs::{Job, JobState, Progress};
+use crate::jobs::{Job, Progress};
 use crate::machines::{
-    ProtectRequest, disks_are_free, preflight, protected, refuse_failing, refuse_unprotected, settle_agent,
-    settle_protected, settle_server, vanished,
+    ProtectRequest, check_disks, disks_are_free, preflight, protected, refuse_failing, refuse_unprotected,
+    settle_agent, settle_protected, settle_server, vanished,
 };
 use crate::model::{Machine, MachineDisk, Wanted};
-use crate::names::{bad_request, check_path};
+use crate::names::bad_request;
 
 /// How often it is looked whether a disk grew.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -44,11 +44,7 @@ pub fn add(core: &Arc<Core>, name: &str, request: AddRequest) -> Result<Job, Fai
     if request.disks.is_empty() {
         return Err(bad_request("no disk is named", "name at least one disk"));
     }
-    request.disks.iter().try_for_each(|path| check_path(path))?;
-    let mut seen = BTreeSet::new();
-    if let Some(twice) = request.disks.iter().find(|path| !seen.insert(path.as_str())) {
-        return Err(bad_request(format!("disk {twice} is named twice"), "name each disk once"));
-    }
+    check_disks(&request.disks)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("disk_add", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;
@@ -272,10 +268,7 @@ pub async fn watch(core: Arc<Core>) {
         let now = core.clock.monotonic_now();
         tried.retain(|_, at| now.saturating_sub(*at) < AGAIN_AFTER);
         for (name, machine, bytes) in noticed(&core) {
-            let is_running = core.jobs.list().iter().any(|job| {
-                job.state == JobState::Running && job.kind == "disk_resize" && job.machine.as_deref() == Some(&name)
-            });
-            if is_running || tried.contains_key(&(machine, bytes)) {
+            if core.jobs.is_running("disk_resize", &name) || tried.contains_key(&(machine, bytes)) {
                 continue;
             }
             tried.insert((machine, bytes), now);

@@ -23,10 +23,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tidemark_hypervisor::call::{Call, Description, encode};
-use tidemark_proto::control::{Failure, FailureKind, Reply, Selector, ServerCommand};
+use tidemark_proto::control::{Failure, FailureKind, Reply, ServerCommand};
 
 use crate::core::{Core, SETTLE};
 use crate::hub::{PeerId, unexpected};
+use crate::machines::vanished;
 use crate::model::Machine;
 use crate::names::bad_request;
 
@@ -54,7 +55,7 @@ pub async fn describe(core: &Core, name: &str, description: Description) -> Resu
         ));
     }
     core.store.change(|state| {
-        let machine = state.machines.get_mut(name).ok_or_else(gone)?;
+        let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
         machine.description = Some(description.clone());
         Ok(())
     })?;
@@ -73,21 +74,8 @@ async fn ask(core: &Core, machine: &Machine, call: &Call, limit: Duration) -> Re
     }
 }
 
-fn gone() -> Failure {
-    Failure::new(FailureKind::NotFound, "the machine was unprotected meanwhile", "see `tidemark status`")
-}
-
 fn not_understood(error: tidemark_hypervisor::call::NotUnderstood) -> Failure {
     Failure::new(FailureKind::Failed, error.to_string(), "let both ends be of the same version")
-}
-
-fn selector(point: &str) -> Result<Selector, Failure> {
-    point.parse::<Selector>().map_err(|error| {
-        bad_request(
-            error.to_string(),
-            "name an id of `tidemark point list`, `latest`, `latest-app`, or a time such as 2026-11-21T10:04:05.250Z",
-        )
-    })
 }
 
 fn no_description(name: &str) -> Failure {

@@ -110,6 +110,13 @@ struct Entry {
     cancel: CancellationToken,
 }
 
+impl Entry {
+    fn is_running(&self, kind: &str, machine: &str) -> bool {
+        let job = self.job.borrow();
+        job.state == JobState::Running && job.kind == kind && job.machine.as_deref() == Some(machine)
+    }
+}
+
 /// Given to a running job, to tell its steps.
 #[derive(Clone)]
 pub struct Progress {
@@ -313,12 +320,13 @@ impl Jobs {
 
     /// Ends jobs of a kind for a machine, where any run.
     pub fn cancel_all(&self, kind: &str, machine: &str) {
-        for entry in self.jobs.lock().expect("no panic while held").iter() {
-            let job = entry.job.borrow();
-            if job.state == JobState::Running && job.kind == kind && job.machine.as_deref() == Some(machine) {
-                entry.cancel.cancel();
-            }
-        }
+        let jobs = self.jobs.lock().expect("no panic while held");
+        jobs.iter().filter(|entry| entry.is_running(kind, machine)).for_each(|entry| entry.cancel.cancel());
+    }
+
+    /// Whether a job of a kind runs for a machine.
+    pub fn is_running(&self, kind: &str, machine: &str) -> bool {
+        self.jobs.lock().expect("no panic while held").iter().any(|entry| entry.is_running(kind, machine))
     }
 
     fn entry(&self, id: Uuid) -> Option<Entry> {

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use tidemark_base::{Clock, MachineId, Timestamp};
 use tidemark_proto::control::{Failure, FailureKind, PointInfo, Reply, ServerCommand};
 use utoipa::ToSchema;
@@ -65,10 +65,7 @@ pub fn list(core: &Core) -> Vec<KeptReplica> {
     let shown = |kept: &Kept| KeptReplica {
         id: kept.machine.id,
         name: kept.machine.name.clone(),
-        process_server: state
-            .servers
-            .get(&kept.machine.server)
-            .map_or_else(|| kept.machine.server.to_string(), |server| server.name.clone()),
+        process_server: state.server_name(kept.machine.server),
         disks: kept
             .machine
             .disks
@@ -83,8 +80,8 @@ pub fn list(core: &Core) -> Vec<KeptReplica> {
 /// Deletes a kept replica with its points. `force`: locked and served ones as well, and where the process server is gone for
 /// good, only its record.
 pub fn delete(core: &Arc<Core>, id: &str, force: bool) -> Result<Job, Failure> {
-    let find = |state: &State| state.kept.values().find(|kept| kept.machine.id.to_string() == id).cloned();
-    let Some(kept) = find(&core.store.state()) else {
+    let kept = id.parse().ok().and_then(|id: MachineId| core.store.state().kept.get(&id).cloned());
+    let Some(kept) = kept else {
         return Err(Failure::new(
             FailureKind::NotFound,
             format!("no replica with the id {:?} is kept", id.chars().take(80).collect::<String>()),
@@ -128,18 +125,13 @@ pub async fn refuse_needed(core: &Core, machine: &Machine) -> Result<(), Failure
             return Err(Failure { help, ..failure });
         }
     };
-    let locked: Vec<Value> = points.iter().filter(|point| point.locked).map(|point| json!(point.id)).collect();
-    let Some(first) = locked.first().and_then(Value::as_str) else {
-        return refuse_served(core, machine, help).await;
+    let mut locked = points.iter().filter(|point| point.locked).map(|point| point.id);
+    let Some(first) = locked.next() else { return refuse_served(core, machine, help).await };
+    let message = match locked.count() {
+        0 => format!("recovery point {first} of machine {:?} is locked", machine.name),
+        more => format!("{} recovery points of machine {:?} are locked, {first} the first", more + 1, machine.name),
     };
-    Err(Failure::new(
-        FailureKind::Conflict,
-        match locked.len() {
-            1 => format!("recovery point {first} of machine {:?} is locked", machine.name),
-            count => format!("{count} recovery points of machine {:?} are locked, {first} the first", machine.name),
-        },
-        help,
-    ))
+    Err(Failure::new(FailureKind::Conflict, message, help))
 }
 
 async fn refuse_served(core: &Core, machine: &Machine, help: &str) -> Result<(), Failure> {

@@ -107,13 +107,9 @@ pub fn protect(core: &Arc<Core>, mut request: ProtectRequest) -> Result<Job, Fai
             format!("name at most {DISKS_MAX}"),
         ));
     }
-    request.disks.iter().try_for_each(|path| check_path(path))?;
+    check_disks(&request.disks)?;
     request.listen()?;
     request.via()?;
-    let mut seen = BTreeSet::new();
-    if let Some(twice) = request.disks.iter().find(|path| !seen.insert(path.as_str())) {
-        return Err(bad_request(format!("disk {twice} is named twice"), "name each disk once"));
-    }
     let state = core.store.state();
     let policy = request.policy.as_deref().unwrap_or(DEFAULT_POLICY);
     find_policy(&state, policy)?;
@@ -609,8 +605,7 @@ pub fn pause_or_resume(core: &Arc<Core>, name: &str, pause: bool) -> Result<Job,
         let _lock = core.lock(&name).await;
         let machine = core.store.change(|state| {
             let machine = state.machines.get_mut(&name).ok_or_else(vanished)?;
-            refuse_unprotected(machine)?;
-            refuse_failed_over(machine)?;
+            refuse_without_source(machine)?;
             machine.wanted = if pause { Wanted::Paused } else { Wanted::Protected };
             Ok(machine.clone())
         })?;
@@ -624,8 +619,7 @@ pub fn pause_or_resume(core: &Arc<Core>, name: &str, pause: bool) -> Result<Job,
 /// Compares the whole disks with their replicas; the job ends when that is done, which a pause puts off. Cancelled, it takes
 /// the resync back.
 pub fn resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
-    refuse_unprotected(&core.machine(name)?)?;
-    refuse_failed_over(&core.machine(name)?)?;
+    refuse_without_source(&core.machine(name)?)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("resync", Some(&name.clone()), move |progress| async move {
         let lock = core.lock(&name).await;
@@ -677,8 +671,7 @@ impl Drop for Unfinished {
 
 /// What only a resync asked for is not read; old recovery points and what is replicated meanwhile stay as they are.
 pub fn cancel_resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
-    refuse_unprotected(&core.machine(name)?)?;
-    refuse_failed_over(&core.machine(name)?)?;
+    refuse_without_source(&core.machine(name)?)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("cancel_resync", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;
@@ -690,6 +683,16 @@ pub fn cancel_resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
     })
 }
 
+/// Each is a path, and is named once.
+pub fn check_disks(paths: &[String]) -> Result<(), Failure> {
+    paths.iter().try_for_each(|path| check_path(path))?;
+    let mut seen = BTreeSet::new();
+    match paths.iter().find(|path| !seen.insert(path.as_str())) {
+        Some(twice) => Err(bad_request(format!("disk {twice} is named twice"), "name each disk once")),
+        None => Ok(()),
+    }
+}
+
 pub fn refuse_unprotected(machine: &Machine) -> Result<(), Failure> {
     match machine.wanted {
         Wanted::Unprotected { .. } => Err(Failure::new(
@@ -699,6 +702,12 @@ pub fn refuse_unprotected(machine: &Machine) -> Result<(), Failure> {
         )),
         _ => Ok(()),
     }
+}
+
+/// What needs a source that replicates, or will.
+pub fn refuse_without_source(machine: &Machine) -> Result<(), Failure> {
+    refuse_unprotected(machine)?;
+    refuse_failed_over(machine)
 }
 
 pub fn vanished() -> Failure {

@@ -177,6 +177,17 @@ pub const STATE_VERSION: u32 = 1;
 /// The policy that a machine gets when none is named.
 pub const DEFAULT_POLICY: &str = "continuous";
 
+impl State {
+    /// What a host is called; its id where nothing is known of it.
+    pub fn host_name(&self, id: HostId) -> String {
+        self.hosts.get(&id).map_or_else(|| id.to_string(), |host| host.name.clone())
+    }
+
+    pub fn server_name(&self, id: ServerId) -> String {
+        self.servers.get(&id).map_or_else(|| id.to_string(), |server| server.name.clone())
+    }
+}
+
 impl Default for State {
     fn default() -> Self {
         Self {

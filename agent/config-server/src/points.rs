@@ -14,7 +14,7 @@ use crate::core::{Core, QUICK, SETTLE, WHOLE_DISK};
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::Job;
 use crate::kept;
-use crate::machines::{listen_address, refuse_unprotected};
+use crate::machines::{listen_address, refuse_without_source};
 use crate::model::{Machine, Wanted};
 use crate::names::{bad_request, check_label, check_path};
 
@@ -47,8 +47,7 @@ fn raw() -> ImageFormat {
 pub fn create(core: &Arc<Core>, name: &str, request: CreateRequest) -> Result<Job, Failure> {
     check_label(&request.label)?;
     let machine = core.machine(name)?;
-    refuse_unprotected(&machine)?;
-    crate::failover::state::refuse_failed_over(&machine)?;
+    refuse_without_source(&machine)?;
     if machine.wanted == Wanted::Paused {
         return Err(Failure::new(
             FailureKind::Conflict,
@@ -155,7 +154,7 @@ pub async fn serve(core: &Core, name: &str, point: &str, request: ServeRequest) 
     }
 }
 
-fn selector(point: &str) -> Result<Selector, Failure> {
+pub fn selector(point: &str) -> Result<Selector, Failure> {
     point.parse().map_err(|error: tidemark_proto::control::SelectorError| {
         bad_request(
             error.to_string(),

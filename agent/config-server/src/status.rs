@@ -222,11 +222,13 @@ async fn fresh(core: &Core, machine: &Machine) -> MachineStatus {
 
 fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
     let state = core.store.state();
-    let host_name = state.hosts.get(&machine.host).map(|host| host.name.clone());
-    let server_name = state.servers.get(&machine.server).map(|server| server.name.clone());
-    let host = peer_status(core, PeerId::Agent(machine.host), machine.host.to_string(), host_name);
-    let process_server =
-        peer_status(core, PeerId::ProcessServer(machine.server), machine.server.to_string(), server_name);
+    let host = peer_status(core, PeerId::Agent(machine.host), machine.host.to_string(), state.host_name(machine.host));
+    let process_server = peer_status(
+        core,
+        PeerId::ProcessServer(machine.server),
+        machine.server.to_string(),
+        state.server_name(machine.server),
+    );
 
     let sources: Vec<Option<&SourceDisk>> = machine.disks.iter().map(|disk| source(reports, disk)).collect();
     let replicas: Vec<Option<&ReplicaDisk>> = machine.disks.iter().map(|disk| replica(reports, disk)).collect();
@@ -257,7 +259,6 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
     let reasons =
         reasons(core, machine, machine_state, &sources, &problems, [&host, &process_server], reports.server.as_ref());
     let health = reasons.iter().map(|reason| reason.health).max().unwrap_or(Health::Ok);
-    let known = sources.iter().all(Option::is_some);
     let sum = |figure: fn(&SourceDisk) -> u64| sources.iter().flatten().map(|disk| figure(disk)).sum();
     let scans: Vec<(u64, u64)> = sources.iter().flatten().filter_map(|disk| disk.scan).collect();
     MachineStatus {
@@ -272,10 +273,11 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
         group: machine.group.clone(),
         host,
         process_server,
-        rpo_seconds: known
-            .then(|| sources.iter().flatten().map(|disk| disk.rpo).max().unwrap_or_default())
-            .filter(|rpo| *rpo < NO_RPO)
-            .map(|rpo| rpo.as_secs_f64()),
+        rpo_seconds: sources
+            .iter()
+            .map(|disk| rpo((*disk)?))
+            .collect::<Option<Vec<_>>>()
+            .map(|all| all.into_iter().max().unwrap_or_default().as_secs_f64()),
         pending_bytes: sum(|disk| disk.pending_bytes),
         written_bytes: sum(|disk| disk.written_bytes),
         sent_bytes: sum(|disk| disk.sent_bytes),
@@ -365,7 +367,7 @@ fn reasons(
         add(Health::Warning, "missed_cycles", message, help, false);
     }
     let rpo_limit = policy.alarm_rpo();
-    let rpo = sources.iter().flatten().map(|disk| disk.rpo).filter(|rpo| *rpo < NO_RPO).max().unwrap_or_default();
+    let rpo = sources.iter().flatten().filter_map(|disk| rpo(disk)).max().unwrap_or_default();
     // While a scan runs there is no consistent replica yet, and no RPO to keep.
     if state == State::Protected && rpo > rpo_limit {
         let health = if rpo > rpo_limit * 4 { Health::Critical } else { Health::Warning };
@@ -433,10 +435,15 @@ fn disk_status(disk: &MachineDisk, source: Option<&SourceDisk>, replica: Option<
         written_bytes: source.map_or(0, |source| source.written_bytes),
         sent_bytes: source.map_or(0, |source| source.sent_bytes),
         stored_bytes: replica.map_or(0, |replica| replica.stored_bytes),
-        rpo_seconds: source.map(|source| source.rpo).filter(|rpo| *rpo < NO_RPO).map(|rpo| rpo.as_secs_f64()),
+        rpo_seconds: source.and_then(rpo).map(|rpo| rpo.as_secs_f64()),
         progress: source.and_then(|source| source.scan).map(|(done, total)| progress(done, total)),
         compare: source.map(|source| source.compare).unwrap_or_default(),
     }
+}
+
+/// None where nothing of the disk is durable yet.
+fn rpo(source: &SourceDisk) -> Option<Duration> {
+    (source.rpo < NO_RPO).then_some(source.rpo)
 }
 
 fn progress(done_bytes: u64, total_bytes: u64) -> Progress {
@@ -452,13 +459,11 @@ fn replica<'a>(reports: &'a Reports, disk: &MachineDisk) -> Option<&'a ReplicaDi
     reports.server.as_ref()?.disks.iter().find(|replica| replica.disk == disk.id)
 }
 
-fn peer_status(core: &Core, peer: PeerId, id: String, stored_name: Option<String>) -> PeerStatus {
+fn peer_status(core: &Core, peer: PeerId, id: String, stored_name: String) -> PeerStatus {
     match core.hub.presence(peer) {
         Presence::Connected { name, since } => PeerStatus { id, name, connected: true, since: Some(since) },
         Presence::Gone { name, since } => PeerStatus { id, name, connected: false, since: Some(since) },
-        Presence::NeverSeen => {
-            PeerStatus { name: stored_name.unwrap_or_else(|| id.clone()), id, connected: false, since: None }
-        }
+        Presence::NeverSeen => PeerStatus { id, name: stored_name, connected: false, since: None },
     }
 }
 

@@ -10,12 +10,13 @@ use tidemark_proto::control::{Failure, FailureKind};
 
 use super::start::{call, note, settle_source};
 use super::state::{self, Failover, Phase};
-use super::{ask, gone, not_understood, selector};
+use super::{ask, not_understood};
 use crate::core::{Core, SETTLE};
 use crate::jobs::Job;
-use crate::machines::settle_unprotected;
+use crate::machines::{settle_unprotected, vanished};
 use crate::model::{Machine, Wanted};
 use crate::names::bad_request;
+use crate::points::selector;
 
 /// How often a promotion is looked after.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -220,7 +221,7 @@ pub fn migrate(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
             ask(&core, &machine, &Call::LetGo { failover: failover.id }, SETTLE).await?;
         }
         core.store.change(|state| {
-            let machine = state.machines.get_mut(&name).ok_or_else(gone)?;
+            let machine = state.machines.get_mut(&name).ok_or_else(vanished)?;
             machine.failover = None;
             machine.wanted = Wanted::Unprotected { delete_replica: true, agent_done: false, server_done: false };
             Ok(())

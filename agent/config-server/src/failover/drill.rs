@@ -15,13 +15,14 @@ use tidemark_hypervisor::drill::Outcome;
 use tidemark_proto::control::{Failure, FailureKind, Severity};
 use uuid::Uuid;
 
-use super::{ask, gone, no_description, not_understood, selector};
+use super::{ask, no_description, not_understood};
 use crate::core::{Core, SETTLE};
 use crate::history::News;
 use crate::hub::{PeerId, Presence};
 use crate::jobs::Job;
-use crate::machines::refuse_unprotected;
+use crate::machines::{refuse_unprotected, vanished};
 use crate::model::Machine;
+use crate::points::selector;
 
 /// Drills of one machine that are left running.
 const DRILLS_MAX: usize = 16;
@@ -163,7 +164,7 @@ pub fn refuse_drilled(core: &Core, machine: &Machine) -> Result<(), Failure> {
 
 fn note(core: &Core, name: &str, drill: DrillNote) -> Result<(), Failure> {
     core.store.change(|state| {
-        let machine = state.machines.get_mut(name).ok_or_else(gone)?;
+        let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
         if machine.drills.len() >= DRILLS_MAX {
             return Err(Failure::new(
                 FailureKind::Conflict,

@@ -18,7 +18,7 @@ use tidemark_proto::control::{
 use uuid::Uuid;
 
 use super::state::{self, Failover, Kind, Loss, Phase};
-use super::{ask, no_description, not_understood, selector};
+use super::{ask, no_description, not_understood};
 use crate::core::{Core, QUICK, SETTLE};
 use crate::history::News;
 use crate::hub::{PeerId, Presence, Report, unexpected};
@@ -26,6 +26,7 @@ use crate::jobs::{Job, Progress};
 use crate::machines::{refuse_unprotected, settle_agent, settle_server};
 use crate::model::Machine;
 use crate::names::bad_request;
+use crate::points::selector;
 use crate::status::{self, Health};
 
 /// How long the last changes may take to be sent.
@@ -325,9 +326,7 @@ fn loss(core: &Core, machine: &Machine, lost: &Lost) -> Loss {
 
 fn direction(core: &Core, machine: &Machine) -> String {
     let state = core.store.state();
-    let host = state.hosts.get(&machine.host).map_or_else(|| machine.host.to_string(), |host| host.name.clone());
-    let server = state.servers.get(&machine.server);
-    let server = server.map_or_else(|| machine.server.to_string(), |server| server.name.clone());
+    let (host, server) = (state.host_name(machine.host), state.server_name(machine.server));
     format!("from host {host} to process server {server}")
 }
 

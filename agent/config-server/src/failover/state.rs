@@ -5,8 +5,8 @@ use tidemark_base::{Generation, MarkId, Timestamp};
 use tidemark_proto::control::{Failure, FailureKind};
 use uuid::Uuid;
 
-use super::gone;
 use crate::core::Core;
+use crate::machines::vanished;
 use crate::model::{Machine, Wanted};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -102,7 +102,7 @@ impl Machine {
 /// Begins a failover, or goes on with the one that was begun.
 pub fn begin(core: &Core, name: &str, failover: Failover) -> Result<Machine, Failure> {
     core.store.change(|state| {
-        let machine = state.machines.get_mut(name).ok_or_else(gone)?;
+        let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
         if machine.failover.as_ref().is_none_or(|known| known.id != failover.id) {
             refuse_failed_over(machine)?;
         }
@@ -123,7 +123,7 @@ pub fn advance(
     edit: impl FnOnce(&mut Failover),
 ) -> Result<Machine, Failure> {
     core.store.change(|state| {
-        let machine = state.machines.get_mut(name).ok_or_else(gone)?;
+        let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
         let failover = machine.failover.as_mut().filter(|failover| failover.id == id).ok_or_else(|| none(name))?;
         if !failover.phase.may_become(next) {
             return Err(Failure::new(
@@ -145,7 +145,7 @@ pub fn advance(
 /// The source goes on with its disks, and a new generation where one was given out.
 pub fn end(core: &Core, name: &str, id: Uuid) -> Result<Machine, Failure> {
     core.store.change(|state| {
-        let machine = state.machines.get_mut(name).ok_or_else(gone)?;
+        let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
         if machine.failover.as_ref().is_some_and(|failover| failover.id == id) {
             machine.failover = None;
         }

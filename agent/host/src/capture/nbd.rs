@@ -75,6 +75,17 @@ impl NbdSplitter {
         let authority = ExportAuthority::open_or_create(self.storage.folder(&name));
         Ok(Arc::new(authority.map_err(|error| HostError::Certificates(error.into()))?))
     }
+
+    /// Ends an export here and for remote clients, who may take their time.
+    fn close(&self, name: &str, remote: Option<&Remote>) -> io::Result<()> {
+        self.exports.remove(name);
+        let here = self.server.close_export(name);
+        let there = remote.map_or(Ok(()), |remote| {
+            remote.exports.remove(name);
+            remote.server.close_export(name)
+        });
+        here.and(there).map_err(io::Error::other)
+    }
 }
 
 impl CaptureProvider for NbdSplitter {
@@ -149,13 +160,7 @@ impl CaptureProvider for NbdSplitter {
             return Ok(());
         }
         // Not under the lock: a client may take its time.
-        self.exports.remove(name);
-        let here = self.server.close_export(name);
-        let there = remote.map_or(Ok(()), |remote| {
-            remote.exports.remove(name);
-            remote.server.close_export(name)
-        });
-        here.and(there).map_err(io::Error::other)
+        self.close(name, remote.as_deref())
     }
 
     fn detach(&self, name: &str) -> io::Result<()> {
@@ -171,13 +176,7 @@ impl CaptureProvider for NbdSplitter {
                 false => state.remote.get(&machine).cloned(),
             })
         };
-        self.exports.remove(name);
-        let here = self.server.close_export(name);
-        let there = remote.map_or(Ok(()), |remote| {
-            remote.exports.remove(name);
-            remote.server.close_export(name)
-        });
-        here.and(there).map_err(io::Error::other)
+        self.close(name, remote.as_deref())
     }
 
     fn forget(&self, machine: MachineId) -> io::Result<()> {

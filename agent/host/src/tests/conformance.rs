@@ -42,7 +42,9 @@ trait Subject {
     fn write(&mut self, offset: u64, data: &[u8]);
     fn zero(&mut self, extent: Extent, discard: bool);
     /// The disk as its workload sees it.
-    fn content(&self, fixture: &Fixture) -> Vec<u8>;
+    fn content(&self, fixture: &Fixture) -> Vec<u8> {
+        fixture.content()
+    }
 }
 
 /// What a process server would hold.
@@ -211,10 +213,6 @@ impl Subject for Nbd {
         let client = &mut self.running.as_mut().unwrap().1;
         if discard { client.trim(extent).unwrap() } else { client.zero(extent, false).unwrap() }
     }
-
-    fn content(&self, fixture: &Fixture) -> Vec<u8> {
-        fixture.content()
-    }
 }
 
 #[test]
@@ -340,10 +338,6 @@ impl Subject for Tracked {
 
     fn zero(&mut self, extent: Extent, _discard: bool) {
         self.write(extent.offset, &vec![0; extent.length as usize]);
-    }
-
-    fn content(&self, fixture: &Fixture) -> Vec<u8> {
-        fixture.content()
     }
 }
 

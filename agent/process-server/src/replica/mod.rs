@@ -346,16 +346,20 @@ impl Replica {
         self.needs.ask(extents);
     }
 
-    /// Moves the generation from `expected` to `to`, durably. Chunks sealed for the old one are refused from now on.
-    pub fn advance_generation(&self, expected: Generation, to: Generation) -> Result<(), ReplicaError> {
-        let mut state = self.state();
-        let current = state.manifest.generation;
+    fn check_generation(&self, current: Generation, expected: Generation, to: Generation) -> Result<(), ReplicaError> {
         if current != expected {
             return Err(ReplicaError::GenerationMoved { disk: self.disk, expected, current });
         }
         if to <= current {
             return Err(ReplicaError::GenerationBack { from: current, to });
         }
+        Ok(())
+    }
+
+    /// Moves the generation from `expected` to `to`, durably. Chunks sealed for the old one are refused from now on.
+    pub fn advance_generation(&self, expected: Generation, to: Generation) -> Result<(), ReplicaError> {
+        let mut state = self.state();
+        self.check_generation(state.manifest.generation, expected, to)?;
         state.session += 1;
         let next = Manifest { generation: to, ..state.manifest.clone() };
         next.store(&*self.storage).map_err(|error| self.write_error(error))?;
@@ -377,13 +381,7 @@ impl Replica {
             return Err(ReplicaError::Size { disk: self.disk, known, asked: disk_bytes });
         }
         let mut state = self.state();
-        let current = state.manifest.generation;
-        if current != expected {
-            return Err(ReplicaError::GenerationMoved { disk: self.disk, expected, current });
-        }
-        if to <= current {
-            return Err(ReplicaError::GenerationBack { from: current, to });
-        }
+        self.check_generation(state.manifest.generation, expected, to)?;
         let tip = state.journal.tip().cut;
         if tip != state.journal.durable().cut {
             return Err(ReplicaError::Busy { disk: self.disk, what: "cuts come while it is to grow".to_owned() });

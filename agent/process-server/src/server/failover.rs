@@ -39,6 +39,7 @@ const PROMOTE_AGAIN: Duration = Duration::from_secs(10);
 /// How a failover does.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct FailoverState {
+    pub id: Uuid,
     pub entry: FailedOver,
     pub disks: Vec<FailoverDisk>,
     /// Of all disks, in the plain ones.
@@ -404,7 +405,7 @@ impl Inner {
     fn change_point(&self, id: Uuid, selector: Selector) -> Result<FailoverState, Failure> {
         let _one = self.failed_over.changing.lock().expect("no panic while held");
         let before = self.failed_over.get(id).ok_or_else(|| unknown(id))?;
-        refuse_committed(&before)?;
+        before.refuse_committed()?;
         self.has_room(ROOM_BYTES_MIN)?;
         let (entry, views) = self.choose(before.machine, selector)?;
         self.failed_over.stop_promotion(id);
@@ -426,7 +427,7 @@ impl Inner {
     fn end_failover(&self, id: Uuid) -> Result<(), Failure> {
         let _one = self.failed_over.changing.lock().expect("no panic while held");
         let Some(entry) = self.failed_over.get(id) else { return Ok(()) };
-        refuse_committed(&entry)?;
+        entry.refuse_committed()?;
         self.failed_over.stop_promotion(id);
         self.stop_serving(id, &entry)?;
         self.failed_over.remove(id).map_err(table_failed)?;
@@ -452,7 +453,7 @@ impl Inner {
             _ => layers.iter().map(|layer| layer.scratch.taken_bytes()).sum(),
         };
         let problem = self.failed_over.problem(id);
-        Ok(FailoverState { disks: disks.collect(), done_bytes, total_bytes, problem, entry })
+        Ok(FailoverState { id, disks: disks.collect(), done_bytes, total_bytes, problem, entry })
     }
 
     fn loss(&self, machine: MachineId, selector: Selector) -> Result<Loss, Failure> {
@@ -569,15 +570,17 @@ impl Inner {
 /// In the folder of plain disks that belong to their machine alone.
 const KEPT: &str = "kept";
 
-fn refuse_committed(entry: &FailedOver) -> Result<(), Failure> {
-    if !entry.committed {
-        return Ok(());
+impl FailedOver {
+    pub fn refuse_committed(&self) -> Result<(), Failure> {
+        if !self.committed {
+            return Ok(());
+        }
+        Err(Failure::new(
+            FailureKind::Conflict,
+            format!("the failover to the point of {} was committed", self.time),
+            "a committed failover is not changed or cancelled any more; protect the machine where it is now",
+        ))
     }
-    Err(Failure::new(
-        FailureKind::Conflict,
-        format!("the failover to the point of {} was committed", entry.time),
-        "a committed failover is not changed or cancelled any more; protect the machine where it is now",
-    ))
 }
 
 fn unknown(id: Uuid) -> Failure {

@@ -104,15 +104,11 @@ impl Machines {
     }
 
     async fn shown(&self, state: FailoverState, seconds: Option<f64>) -> Result<String, Failure> {
-        let id = self.server.failovers().into_iter().find(|(_, entry)| entry.serve == state.entry.serve);
         let qemu = self.hypervisor().await?;
-        let (hypervisor, power) = match id {
-            Some((id, _)) => match qemu.power(id).await {
-                Ok(power) => (qemu.name(), power),
-                Err(HypervisorError::Unknown { .. }) => ("disks only", Power::Unknown),
-                Err(error) => return Err(failed(error)),
-            },
-            None => ("disks only", Power::Unknown),
+        let (hypervisor, power) = match qemu.power(state.id).await {
+            Ok(power) => (qemu.name(), power),
+            Err(HypervisorError::Unknown { .. }) => ("disks only", Power::Unknown),
+            Err(error) => return Err(failed(error)),
         };
         let disks =
             state.disks.into_iter().map(|disk| FailedOverDisk { id: disk.disk, nbd: disk.nbd, plain: disk.plain });
@@ -139,7 +135,7 @@ impl Machines {
     pub(super) async fn change_point(&self, call: FailOverCall, began: Instant) -> Result<String, Failure> {
         let selector = selector(&call.point)?;
         let before = self.server.failover(call.failover).await?;
-        refuse_committed(&before)?;
+        before.entry.refuse_committed()?;
         // A point that is none costs no machine.
         self.server.loss(call.machine, selector).await?;
         if call.run.is_some() {
@@ -158,7 +154,7 @@ impl Machines {
 
     pub(super) async fn end_failover(&self, id: Uuid) -> Result<(), Failure> {
         match self.server.failover(id).await {
-            Ok(state) => refuse_committed(&state)?,
+            Ok(state) => state.entry.refuse_committed()?,
             Err(failure) if failure.kind == FailureKind::NotFound => {}
             Err(failure) => return Err(failure),
         }
@@ -261,17 +257,6 @@ fn selector(point: &str) -> Result<Selector, Failure> {
     point.parse::<Selector>().map_err(|error| {
         Failure::from_error(FailureKind::BadRequest, &error, "name a point of `tidemark point list`, or `latest`")
     })
-}
-
-fn refuse_committed(state: &FailoverState) -> Result<(), Failure> {
-    if !state.entry.committed {
-        return Ok(());
-    }
-    Err(Failure::new(
-        FailureKind::Conflict,
-        format!("the failover to the point of {} was committed", state.entry.time),
-        "a committed failover is not changed or cancelled any more",
-    ))
 }
 
 fn not_served(state: &FailoverState) -> Failure {
