@@ -67,10 +67,15 @@ fn f21_a_planned_failover_loses_nothing_and_its_source_goes_on_when_it_is_cancel
     image::assert_same(&machine.disks[0].path, &content(&site, &nbd(&result), "there.img"));
     write(&nbd(&result), 0, 9);
 
+    let (new_disk, old_disk) = (site.path("new.img"), machine.disks[0].path.clone());
+    let [new_disk, old_disk] = [new_disk, old_disk].map(|disk| disk.to_str().expect("UTF-8").to_owned());
     for (verb, reason) in [
         (vec!["unprotect", "web"], "failed over"),
         (vec!["pause", "web"], "failed over"),
         (vec!["resync", "web"], "failed over"),
+        (vec!["machine", "disk", "add", "web", &new_disk], "failed over"),
+        (vec!["machine", "disk", "remove", "web", &old_disk], "failed over"),
+        (vec!["machine", "disk", "resize", "web"], "failed over"),
         (vec!["point", "create", "web"], "failed over"),
         (vec!["failover", "planned", "web", "--disks-only"], "failed over"),
         (vec!["failover", "unplanned", "web", "--disks-only"], "failed over"),

@@ -3,7 +3,8 @@
 //! *Consistency.* What is wanted is durable first; then each side is told. A disk that comes is known to the process server before
 //! its agent sends it, and one that goes is left by its agent before the process server refuses it, so that the marks in between
 //! name nothing that nobody takes. *Retries.* A side that is away is told when it comes back; one that fails is tried again. Adding
-//! that fails is undone. *Cancellation.* None: each runs to its end. *Crash.* What was stored is told again at the next start.
+//! that fails is undone. *Cancellation.* None: each runs to its end;
+//! none begins while the machine is failed over. *Crash.* What was stored is told again at the next start.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,10 +19,10 @@ use crate::core::{Core, SETTLE};
 use crate::hub::{PeerId, Report, unexpected};
 use crate::jobs::{Job, Progress};
 use crate::machines::{
-    ProtectRequest, check_disks, disks_are_free, preflight, protected, refuse_failing, refuse_unprotected,
+    ProtectRequest, check_disks, disks_are_free, preflight, protected, refuse_failing, refuse_without_source,
     settle_agent, settle_protected, settle_server, vanished,
 };
-use crate::model::{Machine, MachineDisk, Wanted};
+use crate::model::{Machine, MachineDisk};
 use crate::names::bad_request;
 
 /// How often it is looked whether a disk grew.
@@ -40,7 +41,7 @@ pub struct AddRequest {
 
 /// Starts the job that adds disks.
 pub fn add(core: &Arc<Core>, name: &str, request: AddRequest) -> Result<Job, Failure> {
-    refuse_unprotected(&core.machine(name)?)?;
+    refuse_without_source(&core.machine(name)?)?;
     if request.disks.is_empty() {
         return Err(bad_request("no disk is named", "name at least one disk"));
     }
@@ -54,7 +55,7 @@ pub fn add(core: &Arc<Core>, name: &str, request: AddRequest) -> Result<Job, Fai
 
 async fn run_add(core: &Core, progress: &Progress, name: &str, paths: Vec<String>) -> Result<Value, Failure> {
     let machine = core.machine(name)?;
-    refuse_unprotected(&machine)?;
+    refuse_without_source(&machine)?;
     if machine.disks.len() + paths.len() > DISKS_MAX {
         return Err(bad_request(
             format!("machine {name:?} would have {} disks", machine.disks.len() + paths.len()),
@@ -88,7 +89,7 @@ async fn run_add(core: &Core, progress: &Progress, name: &str, paths: Vec<String
         let paths: Vec<&str> = added.iter().map(|disk| disk.path.as_str()).collect();
         disks_are_free(state, machine.host, &paths)?;
         let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
-        refuse_unprotected(machine)?;
+        refuse_without_source(machine)?;
         machine.disks.extend(added.iter().cloned());
         Ok(machine.clone())
     })?;
@@ -131,7 +132,7 @@ fn with_names(machine: &Machine, disks: Vec<ProbedDisk>) -> Vec<MachineDisk> {
 /// Starts the job that takes a disk out of its machine. The recovery points that it is part of stay.
 pub fn remove(core: &Arc<Core>, name: &str, disk: &str) -> Result<Job, Failure> {
     let machine = core.machine(name)?;
-    refuse_unprotected(&machine)?;
+    refuse_without_source(&machine)?;
     let disk = find(&machine, disk)?.id;
     refuse_last(&machine)?;
     let (core, name) = (core.clone(), name.to_owned());
@@ -139,7 +140,7 @@ pub fn remove(core: &Arc<Core>, name: &str, disk: &str) -> Result<Job, Failure> 
         let _lock = core.lock(&name).await;
         let machine = core.store.change(|state| {
             let machine = state.machines.get_mut(&name).ok_or_else(vanished)?;
-            refuse_unprotected(machine)?;
+            refuse_without_source(machine)?;
             if machine.disks.iter().any(|known| known.id == disk) {
                 refuse_last(machine)?;
                 machine.disks.retain(|known| known.id != disk);
@@ -191,7 +192,7 @@ fn refuse_last(machine: &Machine) -> Result<(), Failure> {
 
 /// Starts the job that takes over disks that grew.
 pub fn resize(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
-    refuse_unprotected(&core.machine(name)?)?;
+    refuse_without_source(&core.machine(name)?)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("disk_resize", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;
@@ -201,7 +202,7 @@ pub fn resize(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
 
 async fn run_resize(core: &Core, progress: &Progress, name: &str) -> Result<Value, Failure> {
     let machine = core.machine(name)?;
-    refuse_unprotected(&machine)?;
+    refuse_without_source(&machine)?;
     progress.step("ask the agent for sizes");
     let paths = machine.disks.iter().map(|disk| disk.path.clone()).collect();
     let found = match core.agent(machine.host, &AgentCommand::Probe { paths, via: machine.via }, SETTLE).await? {
@@ -211,7 +212,7 @@ async fn run_resize(core: &Core, progress: &Progress, name: &str) -> Result<Valu
     let grown = grown(&machine, &found)?;
     let machine = core.store.change(|state| {
         let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
-        refuse_unprotected(machine)?;
+        refuse_without_source(machine)?;
         for disk in &mut machine.disks {
             if let Some(bytes) = grown.get(&disk.id) {
                 disk.bytes = *bytes;
@@ -282,7 +283,7 @@ pub async fn watch(core: Arc<Core>) {
 /// Machines of which a disk grew, with the sum of the sizes.
 fn noticed(core: &Core) -> Vec<(String, MachineId, u64)> {
     let state = core.store.state();
-    let machines = state.machines.values().filter(|machine| !matches!(machine.wanted, Wanted::Unprotected { .. }));
+    let machines = state.machines.values().filter(|machine| refuse_without_source(machine).is_ok());
     machines
         .filter_map(|machine| {
             let Some(Report::Agent(report)) = core.hub.report(PeerId::Agent(machine.host)) else { return None };

@@ -624,6 +624,7 @@ pub fn resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
     core.jobs.clone().start("resync", Some(&name.clone()), move |progress| async move {
         let lock = core.lock(&name).await;
         let machine = core.machine(&name)?;
+        refuse_without_source(&machine)?;
         progress.step("tell the agent");
         core.agent_does(machine.host, &AgentCommand::Resync(machine.id), QUICK).await?;
         drop(lock);
@@ -634,8 +635,13 @@ pub fn resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
         loop {
             looks.tick().await;
             let status = crate::status::of(&core, &name).await?;
+            let machine = core.machine(&name)?;
+            if machine.id != id {
+                return Err(vanished());
+            }
+            // Else it would wait for a source that is fenced.
+            refuse_failed_over(&machine)?;
             match status.progress {
-                _ if core.machine(&name)?.id != id => return Err(vanished()),
                 None if status.state == crate::status::State::Protected => {
                     unfinished.machine = None;
                     return Ok(json!({ "machine": name, "compare": status.compare }));
@@ -676,6 +682,7 @@ pub fn cancel_resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
     core.jobs.clone().start("cancel_resync", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;
         let machine = core.machine(&name)?;
+        refuse_without_source(&machine)?;
         progress.step("tell the agent");
         core.agent_does(machine.host, &AgentCommand::CancelResync(machine.id), QUICK).await?;
         core.jobs.cancel_all("resync", &name);
