@@ -133,3 +133,23 @@ fn what_is_no_sound_log_is_named() {
     assert_eq!(absent.code, 1, "{}", absent.describe());
     assert!(absent.stderr.contains("/nonexistent/x.hrl"), "{}", absent.describe());
 }
+
+/// What a role writes to its log, each line one object, for those who collect logs; levels by module; a filter that cannot be
+/// read is said, and no reason not to work.
+#[test]
+fn what_roles_log_is_objects_when_that_is_asked_for() {
+    let mut site = Site::prepare();
+    for (role, filter) in [("config-server", "info"), ("process-server", "error,tidemark=nothing"), ("agent", "off")] {
+        let mut command = std::process::Command::new(tidemark_tests::binary::tidemark());
+        command.env("TIDEMARK_LOG_FORMAT", "json").env("TIDEMARK_LOG", filter);
+        site.start_role_as(role, command);
+    }
+    site.wait_connected();
+    let log = std::fs::read_to_string(site.path("site.log")).expect("the roles log");
+    let lines: Vec<serde_json::Value> =
+        log.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect();
+    let has = |part: &str| lines.iter().any(|line| line["target"].as_str().is_some_and(|from| from.contains(part)));
+    assert!(has("config_server"), "the configuration server notes what it does: {log}");
+    assert!(lines.iter().any(|line| line["TIDEMARK_LOG"] == "error,tidemark=nothing"), "the bad filter is said: {log}");
+    assert!(!has("roles::agent"), "the agent was to log nothing: {log}");
+}

@@ -10,9 +10,13 @@ use tidemark_proto::control::ImageFormat;
 use crate::client::{Client, ClientError};
 use crate::demo::DemoArgs;
 
+const LOGS: &str =
+    "Logs go to standard error. TIDEMARK_LOG says what of them, by level and module: info,tidemark_host=debug.
+TIDEMARK_LOG_FORMAT=json makes each line one JSON object.";
+
 /// Disaster recovery by replication: records every change to protected disks and recovers any point of them.
 #[derive(Parser)]
-#[command(name = "tidemark", version, max_term_width = 110)]
+#[command(name = "tidemark", version, max_term_width = 110, after_long_help = LOGS)]
 pub struct Cli {
     #[command(subcommand)]
     pub verb: Verb,

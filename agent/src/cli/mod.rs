@@ -23,6 +23,9 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use tidemark_transport::Role;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::client::Client;
 
@@ -143,7 +146,8 @@ fn role<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliErro
     runtime.block_on(work)
 }
 
-/// Logs go to stderr: everything that roles note, warnings of the rest. TIDEMARK_LOG says otherwise.
+/// Logs go to stderr: everything that roles note, warnings of the rest. `TIDEMARK_LOG` says otherwise by level and module
+/// (`info,tidemark_host=debug`), and `TIDEMARK_LOG_FORMAT=json` makes each line one object for those who collect them.
 fn start_log(verb: &Verb) {
     let is_role = matches!(
         verb,
@@ -152,11 +156,20 @@ fn start_log(verb: &Verb) {
             | Verb::ProcessServer { verb: args::ProcessServerVerb::Run(_) }
             | Verb::ConfigServer { verb: args::ConfigServerVerb::Run(_) }
     );
-    let filter = tracing_subscriber::EnvFilter::try_from_env("TIDEMARK_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(if is_role { "info" } else { "warn" }));
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .try_init();
+    let level = if is_role { LevelFilter::INFO } else { LevelFilter::WARN };
+    let asked = std::env::var("TIDEMARK_LOG").ok().map(|asked| (asked.parse::<Targets>(), asked));
+    let (targets, bad) = match asked {
+        None => (Targets::new().with_default(level), None),
+        Some((Ok(targets), _)) => (targets, None),
+        Some((Err(error), asked)) => (Targets::new().with_default(level), Some((asked, error))),
+    };
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = match std::env::var("TIDEMARK_LOG_FORMAT").as_deref() {
+        Ok("json") => lines.json().flatten_event(true).boxed(),
+        _ => lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).boxed(),
+    };
+    let _ = tracing_subscriber::registry().with(lines.with_filter(targets)).try_init();
+    if let Some((asked, error)) = bad {
+        tracing::warn!(TIDEMARK_LOG = asked, %error, "this filter of logs cannot be read: `info,tidemark_host=debug` can");
+    }
 }
