@@ -72,6 +72,11 @@ pub struct ScrubReport {
     pub bytes: u64,
     pub findings: Vec<Finding>,
     pub findings_left_off: u64,
+    /// Bytes of the base that do not prove, and that a fold which was cut short writes again: no view reads them before.
+    pub left_to_fold_bytes: u64,
+    /// Where they are, the first of them.
+    #[serde(skip)]
+    pub left_to_fold: Vec<Extent>,
     /// First cuts of segments whose index is to be made again.
     #[serde(skip)]
     pub indexes: Vec<u64>,
@@ -110,6 +115,13 @@ impl ScrubReport {
             self.findings.push(finding.into());
         } else {
             self.findings_left_off += 1;
+        }
+    }
+
+    fn leave_to_fold(&mut self, extent: Extent) {
+        self.left_to_fold_bytes += extent.length;
+        if self.left_to_fold.len() < FINDINGS_MAX {
+            self.left_to_fold.push(extent);
         }
     }
 
@@ -189,8 +201,8 @@ impl ActiveSegment {
     }
 }
 
-/// Checks every byte that a cut needs: all data of the disk is read, past every cache, and proven.
-pub fn verify(replica: &Replica, cut: u64, stop: &Stop) -> Result<ScrubReport, ReplicaError> {
+/// Checks every byte that a cut needs: all data of the disk is read, past every cache, and proven. `reached` is told how far it is.
+pub fn verify(replica: &Replica, cut: u64, stop: &Stop, reached: &dyn Fn(u64)) -> Result<ScrubReport, ReplicaError> {
     let view = replica.view_through(cut, &BlockCache::new(VERIFY_CACHE_BYTES))?;
     let mut report = ScrubReport::default();
     let mut buffer = vec![0; PIECE_BYTES as usize];
@@ -213,6 +225,7 @@ pub fn verify(replica: &Replica, cut: u64, stop: &Stop) -> Result<ScrubReport, R
         } else {
             at += length;
         }
+        reached(at);
     }
     Ok(report.finish(true))
 }
@@ -448,8 +461,9 @@ fn scrub_base(
             sources.into_iter().map(|source| source.layer(replica.cache())).collect();
         let layers = layers.unwrap_or_default();
         for finding in found.findings {
-            if !finding.extent.is_some_and(|extent| covered(&layers, extent, replica.cache())) {
-                report.find(finding);
+            match finding.extent.filter(|extent| covered(&layers, *extent, replica.cache())) {
+                Some(extent) => report.leave_to_fold(extent),
+                None => report.find(finding),
             }
         }
     }

@@ -9,9 +9,10 @@ use std::time::Duration;
 use tidemark_base::error::with_causes;
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::RealStorage;
-use tidemark_base::{DiskId, Generation, HostId, MachineId, Timestamp};
+use tidemark_base::{DiskId, Extent, Generation, HostId, MachineId, Timestamp};
 use tidemark_process_server::accept::authorise::Authorisation;
 use tidemark_process_server::accept::{ReplicaStores, Stores};
+use tidemark_process_server::fold::base;
 use tidemark_process_server::journal::Limits;
 use tidemark_process_server::points::{Point, Retention};
 use tidemark_process_server::replica::{ReplicaInfo, ReplicaSet};
@@ -228,6 +229,10 @@ impl ServerState {
                     file if file.starts_with("seg-") => file.get(..SEGMENT_STEM).unwrap_or(file),
                     file => file,
                 };
+                // No view reads it, which every point that is read afterwards shows.
+                if report.left_to_fold.iter().any(|extent| is_of(file, *byte as u64, *extent)) {
+                    continue;
+                }
                 if !named.iter().any(|text| text.contains(stem)) {
                     return sim.fail(format!("a bit turned in byte {byte} of {name}, and the scrub named: {named:?}"));
                 }
@@ -345,6 +350,16 @@ impl ServerState {
         sim.count(Kind::PointChecked);
         true
     }
+}
+
+/// A byte of the base's data, or of its sums, belongs to this part of the disk.
+fn is_of(file: &str, byte: u64, extent: Extent) -> bool {
+    let at = match file {
+        base::DATA_NAME => byte,
+        base::SUMS_NAME => byte / base::SUM_BYTES * base::BLOCK_BYTES,
+        _ => return false,
+    };
+    (extent.offset..extent.end()).contains(&at)
 }
 
 fn describe(expected: &Content, wrong: u64, buffer: &[u8], at: u64) -> String {

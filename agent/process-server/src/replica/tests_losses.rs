@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use tidemark_base::Extent;
 use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
 use tidemark_proto::replication::CutKind;
@@ -10,7 +11,9 @@ use tidemark_proto::replication::CutKind;
 use super::testing::{Chance, SimStorage, TestHost};
 use super::tests::{DISK_BYTES, check, open, session};
 use super::{Replica, ReplicaSet};
+use crate::fold::base::{BLOCK_BYTES, DATA_NAME};
 use crate::journal::{Limits, Part, SegmentName};
+use crate::scrub;
 
 /// A replica with records, then a scan of a few blocks alone, then records again; and the cut at which that scan began. Each
 /// cut is synced, so that the next one proves it.
@@ -181,6 +184,46 @@ fn a_fold_that_was_declared_waits_for_the_repair_of_what_was_lost_meanwhile() {
     shows(&replica, &host);
     drop((replica, set));
     shows(&open(&storage).get(host.info.disk).unwrap(), &host);
+}
+
+/// A fold was cut short, and bits turned in every block of the base: what the fold writes again is left to it, and reads are right
+/// there; all the rest is found.
+#[test]
+fn what_a_fold_that_was_cut_short_writes_again_is_said_and_never_read() {
+    let storage = SimStorage::default();
+    let (host, _) = scanned_twice(&storage);
+    let target = host.cut - 8;
+    {
+        let set = open(&storage);
+        let replica = set.get(host.info.disk).unwrap();
+        replica.declare_fold(target).unwrap();
+        replica.declare_step(target).unwrap();
+    }
+    let name = format!("replicas/{}/{DATA_NAME}", host.info.disk);
+    let holds = |extent: &Extent, at: u64| (extent.offset..extent.end()).contains(&at);
+    let blocks = || (0..DISK_BYTES).step_by(BLOCK_BYTES as usize);
+    blocks().for_each(|at| storage.write(&name, at, &[0x5a; 8]));
+    let set = open(&storage);
+    let replica = set.get(host.info.disk).unwrap();
+    let report = scrub::scrub(&replica, &Stop::new()).unwrap();
+    let left = &report.left_to_fold;
+    assert_eq!(left.iter().map(|extent| extent.length).sum::<u64>(), report.left_to_fold_bytes);
+    assert!(report.left_to_fold_bytes > 0, "{report:?}");
+    for at in blocks() {
+        let is_found = report.findings.iter().any(|found| found.extent.is_some_and(|extent| holds(&extent, at)));
+        assert!(is_found != left.iter().any(|extent| holds(extent, at)), "block at {at}: {report:?}");
+    }
+    let mut views = 0;
+    for (&cut, expected) in host.contents.range(target..) {
+        let Ok(view) = replica.view(cut) else { continue };
+        views += 1;
+        for extent in left {
+            let mut read = vec![0xee; extent.length as usize];
+            view.read_at(extent.offset, &mut read).unwrap();
+            assert!(read == expected[extent.offset as usize..extent.end() as usize], "cut {cut}, {extent:?}");
+        }
+    }
+    assert!(views > 0);
 }
 
 #[test]
