@@ -18,6 +18,7 @@ use tidemark::roles::link::{self, Command, Handler};
 use tidemark::roles::outbox::Draft;
 use tidemark::roles::place::Place;
 use tidemark_base::disk::{Access, Disk, FileDisk};
+use tidemark_base::meter::Meter;
 use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
 use tidemark_proto::control::*;
 use tidemark_transport::{PeerIdentity, Role};
@@ -43,6 +44,8 @@ struct Fake {
     log_bytes: Mutex<u64>,
     /// The last backup of the configuration that came.
     backup: Mutex<Vec<u8>>,
+    /// An export stops in the middle until this is told to go on.
+    halfway: Mutex<Option<Arc<tokio::sync::Notify>>>,
 }
 
 impl Fake {
@@ -259,6 +262,18 @@ impl Handler for Fake {
         }
     }
 
+    async fn execute_metered(&self, command: Command, meter: &Arc<Meter>) -> Result<Reply, Failure> {
+        let halfway = self.halfway.lock().unwrap().clone();
+        if let (Command::Server(server), Some(go_on)) = (&command, halfway)
+            && matches!(**server, ServerCommand::Export { .. })
+        {
+            meter.expect(100);
+            meter.reach(40);
+            go_on.notified().await;
+        }
+        self.execute(command).await
+    }
+
     fn events(&self) -> Vec<Draft> {
         std::mem::take(&mut self.news.lock().unwrap())
     }
@@ -297,6 +312,7 @@ impl Dialling {
             news: Mutex::default(),
             log_bytes: Mutex::new(40),
             backup: Mutex::default(),
+            halfway: Mutex::default(),
         });
         let stop = CancellationToken::new();
         let handler: Arc<dyn Handler> = fake.clone();

@@ -10,6 +10,7 @@ pub mod disk;
 pub mod error;
 pub mod extent;
 pub mod ids;
+pub mod meter;
 pub mod position;
 pub mod random;
 pub mod sabotage;

@@ -99,7 +99,8 @@ pub fn verify(core: &Arc<Core>, name: &str, point: &str) -> Result<Job, Failure>
     let core = core.clone();
     core.jobs.clone().start("point_verify", Some(name), |progress| async move {
         progress.step("check every byte that the point needs");
-        match core.server(machine.server, &command, WHOLE_DISK).await? {
+        let tell = |done, total| progress.done(done, total);
+        match core.hub.server_telling(machine.server, &command, WHOLE_DISK, &tell).await? {
             Reply::Verified(verified) => Ok(serde_json::to_value(verified).expect("plain data")),
             other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
         }
@@ -114,7 +115,8 @@ pub fn export(core: &Arc<Core>, name: &str, point: &str, request: ExportRequest)
     let core = core.clone();
     core.jobs.clone().start("point_export", Some(name), |progress| async move {
         progress.step("write the images");
-        match core.server(machine.server, &command, WHOLE_DISK).await? {
+        let tell = |done, total| progress.done(done, total);
+        match core.hub.server_telling(machine.server, &command, WHOLE_DISK, &tell).await? {
             Reply::Exported(exported) => Ok(serde_json::to_value(exported).expect("plain data")),
             other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
         }

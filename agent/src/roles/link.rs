@@ -4,9 +4,11 @@
 //! pauses up to [`PAUSE_MAX`]; commands are not: the configuration server says again what is wanted. *Cancellation.* What a
 //! command began goes on when its stream ends; its answer is dropped. *Crash.* Nothing is kept here.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use tidemark_base::meter::Meter;
 use tidemark_base::storage::Storage;
 use tidemark_base::{Clock, ServerId, SystemClock};
 use tidemark_proto::control::wire::control_client::ControlClient;
@@ -52,6 +54,10 @@ pub trait Handler: Send + Sync + 'static {
     fn register(&self) -> Register;
     /// Asked for its status, it answers with its report.
     async fn execute(&self, command: Command) -> Result<Reply, Failure>;
+    /// The same; what takes long says how far it is.
+    async fn execute_metered(&self, command: Command, _meter: &Arc<Meter>) -> Result<Reply, Failure> {
+        self.execute(command).await
+    }
     /// What happened since the last call.
     fn events(&self) -> Vec<Draft> {
         Vec::new()
@@ -216,7 +222,7 @@ impl Link {
             .await
             .map_err(|status| status.message().to_owned())?
             .into_inner();
-        let commands = Arc::new(Semaphore::new(COMMANDS_MAX));
+        let commands = Arc::new(Commands::default());
         let reporting = Arc::new(Semaphore::new(1));
         let mut reports = tokio::time::interval(REPORT_EVERY);
         reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -243,9 +249,9 @@ impl Link {
                 _ = reports.tick(), if established => {
                     // Beside the stream, one at a time: what a report waits for must not hold up commands.
                     if let Ok(permit) = reporting.clone().try_acquire_owned() {
-                        let (handler, up) = (handler.clone(), up.clone());
+                        let (handler, up, commands) = (handler.clone(), up.clone(), commands.clone());
                         tokio::spawn(async move {
-                            send_report(&handler, &up).await;
+                            send_report(&handler, &up, &commands).await;
                             drop(permit);
                         });
                     }
@@ -378,14 +384,17 @@ impl Link {
     }
 }
 
-async fn send_report(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>) {
+async fn send_report(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>, commands: &Commands) {
     let status = match handler.register().peer {
         Peer::Agent { .. } => Command::Agent(AgentCommand::Status),
         Peer::ProcessServer { .. } => Command::Server(Box::new(ServerCommand::Status)),
     };
     let body = match handler.execute(status).await {
         Ok(Reply::Agent(report)) => wire::up::Body::AgentReport((&report).into()),
-        Ok(Reply::Server(report)) => wire::up::Body::ServerReport((&report).into()),
+        Ok(Reply::Server(report)) => {
+            let report = wire::ServerReport { working: commands.working(), ..(&report).into() };
+            wire::up::Body::ServerReport(report)
+        }
         Ok(other) => return tracing::error!(reply = other.kind(), "the status is no report"),
         Err(failure) => return tracing::warn!(%failure, "no report can be made"),
     };
@@ -393,8 +402,46 @@ async fn send_report(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>) {
     let _ = up.try_send(wire::Up { body: Some(body) });
 }
 
+/// Those that are under way on a stream, by request.
+#[derive(Default)]
+struct Commands(Mutex<BTreeMap<u64, Arc<Meter>>>);
+
+/// One of them.
+struct Slot {
+    commands: Arc<Commands>,
+    request: u64,
+    meter: Arc<Meter>,
+}
+
+impl Commands {
+    /// `None`: there are too many.
+    fn begin(self: Arc<Self>, request: u64) -> Option<Slot> {
+        let mut running = self.0.lock().expect("no panic while held");
+        if running.len() >= COMMANDS_MAX || running.contains_key(&request) {
+            return None;
+        }
+        let meter = running.entry(request).or_default().clone();
+        drop(running);
+        Some(Slot { commands: self, request, meter })
+    }
+
+    fn working(&self) -> Vec<wire::Working> {
+        let running = self.0.lock().expect("no panic while held");
+        let read = |(&request, meter): (&u64, &Arc<Meter>)| {
+            meter.read().map(|(done_bytes, total_bytes)| wire::Working { request, done_bytes, total_bytes })
+        };
+        running.iter().filter_map(read).collect()
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.commands.0.lock().expect("no panic while held").remove(&self.request);
+    }
+}
+
 /// Runs a command beside the stream; its answer goes up when it is done.
-fn take(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>, commands: &Arc<Semaphore>, down: wire::Down) {
+fn take(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>, commands: &Arc<Commands>, down: wire::Down) {
     let request = down.request;
     let command = match down.body {
         Some(wire::down::Body::Agent(command)) => AgentCommand::try_from(command).map(Command::Agent),
@@ -403,21 +450,22 @@ fn take(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>, commands: &Arc<
         }
         _ => Err(tidemark_proto::control::WireError::Invalid("command")),
     };
-    let permit = commands.clone().try_acquire_owned();
+    let slot = commands.clone().begin(request);
     let (handler, up) = (handler.clone(), up.clone());
     tokio::spawn(async move {
-        let outcome = match (command, permit) {
-            (Ok(command), Ok(_permit)) => handler.execute(command).await,
+        let outcome = match (command, &slot) {
+            (Ok(command), Some(slot)) => handler.execute_metered(command, &slot.meter).await,
             (Err(error), _) => {
                 Err(Failure::from_error(FailureKind::BadRequest, &error, "run the same version of Tidemark everywhere"))
             }
-            (_, Err(_)) => Err(Failure::new(
+            (_, None) => Err(Failure::new(
                 FailureKind::Unavailable,
                 format!("{COMMANDS_MAX} commands are under way, which is the limit"),
                 "wait for some of them, then try again",
             )),
         };
         let reply = wire::Up { body: Some(wire::up::Body::Reply(reply_to(request, &outcome))) };
+        drop(slot);
         // The stream may have ended; who asked was told so.
         let _ = up.send(reply).await;
     });

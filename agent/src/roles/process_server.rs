@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use prometheus_client::registry::Unit;
 use tidemark_base::DiskId;
+use tidemark_base::meter::Meter;
 use tidemark_process_server::{ProcessServer, ProcessServerConfig};
 use tidemark_proto::control::{Failure, Peer, Problem, Register, Reply, ServerCommand, ServerReport, Severity};
 use tidemark_transport::PeerIdentity;
@@ -187,11 +188,15 @@ impl Handler for ServerHandler {
     }
 
     async fn execute(&self, command: Command) -> Result<Reply, Failure> {
+        self.execute_metered(command, &Arc::default()).await
+    }
+
+    async fn execute_metered(&self, command: Command, meter: &Arc<Meter>) -> Result<Reply, Failure> {
         let Command::Server(command) = command else { return Err(not_mine()) };
         match *command {
             ServerCommand::Hypervisor(call) => self.machines.execute(&call).await,
             command => {
-                let reply = self.server.execute(command).await;
+                let reply = self.server.execute_metered(command, meter).await;
                 if let Ok(Reply::Server(report)) = &reply {
                     self.heard.lock().expect("no panic while held").hear(report);
                 }

@@ -233,3 +233,25 @@ async fn jobs_are_followed_as_they_change() {
     assert_eq!(states.last().unwrap().1, "succeeded");
     assert!(states.windows(2).all(|pair| pair[0].0 <= pair[1].0) && states.len() >= 4, "{states:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_tells_how_far_the_process_server_is() {
+    let site = Site::start().await;
+    site.protect("web", &[&site.disk("a.img", 1 << 20)]).await.unwrap();
+    let go_on = Arc::new(tokio::sync::Notify::new());
+    *site.server().halfway.lock().unwrap() = Some(go_on.clone());
+    let client = site.client();
+    let body = json!({ "to": site.top.path().join("out.img"), "format": "raw" });
+    let job = client.post("/machines/web/points/latest/export", &body).await.unwrap();
+    let path = format!("/jobs/{}", job["id"].as_str().unwrap());
+    let half = json!({ "done_bytes": 40, "total_bytes": 100 });
+    let mut ticks = tokio::time::interval(Duration::from_millis(20));
+    let waiting = async {
+        while client.get(&path).await.unwrap()["progress"] != half {
+            ticks.tick().await;
+        }
+    };
+    tokio::time::timeout(SOON, waiting).await.expect("the job says how far it is");
+    go_on.notify_one();
+    client.finish(job, |_| {}).await.unwrap();
+}

@@ -1010,6 +1010,8 @@ impl TryFrom<wire::SourceDisk> for SourceDisk {
 impl From<&ServerReport> for wire::ServerReport {
     fn from(from: &ServerReport) -> Self {
         wire::ServerReport {
+            // Of the stream, which alone knows its requests.
+            working: Vec::new(),
             storage_encrypted: from.storage_encrypted,
             time_ns: from.time.0,
             disks: from

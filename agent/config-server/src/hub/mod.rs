@@ -17,7 +17,7 @@ use tidemark_proto::control::{
     Whereabouts, wire,
 };
 use tidemark_transport::PeerIdentity;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
 pub use service::{ControlService, control_server};
@@ -95,7 +95,7 @@ struct Session {
     name: String,
     since: Timestamp,
     commands: mpsc::Sender<wire::Down>,
-    waiting: HashMap<u64, oneshot::Sender<Result<Reply, Failure>>>,
+    waiting: HashMap<u64, Waiting>,
     last_request: u64,
     report: Option<Report>,
     /// Which process it is, where it says.
@@ -103,6 +103,13 @@ struct Session {
     software: String,
     /// Its clock less ours, in seconds, when it connected.
     clock_ahead_seconds: i64,
+}
+
+/// Somebody waits for the answer to a request.
+struct Waiting {
+    answer: oneshot::Sender<Result<Reply, Failure>>,
+    /// How far the peer is with it: bytes that are done, and that there are.
+    told: watch::Sender<(u64, u64)>,
 }
 
 #[derive(Clone, Debug)]
@@ -142,16 +149,33 @@ impl Hub {
 
     /// Asks an agent; waits at most `limit` for the answer.
     pub async fn agent(&self, id: HostId, command: &AgentCommand, limit: Duration) -> Result<Reply, Failure> {
-        self.call(PeerId::Agent(id), wire::down::Body::Agent(command.into()), limit).await
+        self.call(PeerId::Agent(id), wire::down::Body::Agent(command.into()), limit, &|_, _| ()).await
     }
 
     /// Asks a process server; waits at most `limit` for the answer.
     pub async fn server(&self, id: ServerId, command: &ServerCommand, limit: Duration) -> Result<Reply, Failure> {
-        self.call(PeerId::ProcessServer(id), wire::down::Body::Server(command.into()), limit).await
+        self.server_telling(id, command, limit, &|_, _| ()).await
     }
 
-    async fn call(&self, peer: PeerId, body: wire::down::Body, limit: Duration) -> Result<Reply, Failure> {
-        let (request, number, answer) = {
+    /// The same; `tell` hears how many bytes of how many are done, where the process server says so.
+    pub async fn server_telling(
+        &self,
+        id: ServerId,
+        command: &ServerCommand,
+        limit: Duration,
+        tell: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Reply, Failure> {
+        self.call(PeerId::ProcessServer(id), wire::down::Body::Server(command.into()), limit, tell).await
+    }
+
+    async fn call(
+        &self,
+        peer: PeerId,
+        body: wire::down::Body,
+        limit: Duration,
+        tell: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Reply, Failure> {
+        let (request, number, mut answer, mut told) = {
             let mut inner = self.inner.lock().expect("no panic while held");
             let Some(session) = inner.sessions.get_mut(&peer) else {
                 return Err(not_connected(peer, &inner.gone));
@@ -167,11 +191,24 @@ impl Hub {
                 )
             })?;
             let (sender, answer) = oneshot::channel();
-            session.waiting.insert(request, sender);
-            (request, session.number, answer)
+            let (telling, told) = watch::channel((0, 0));
+            session.waiting.insert(request, Waiting { answer: sender, told: telling });
+            (request, session.number, answer, told)
         };
         let _forget = Forget { hub: self, peer, number, request };
-        match tokio::time::timeout(limit, answer).await {
+        let answered = async {
+            loop {
+                tokio::select! {
+                    biased;
+                    outcome = &mut answer => return outcome,
+                    Ok(()) = told.changed() => {
+                        let (done, total) = *told.borrow_and_update();
+                        tell(done, total);
+                    }
+                }
+            }
+        };
+        match tokio::time::timeout(limit, answered).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) => {
                 let inner = self.inner.lock().expect("no panic while held");
@@ -289,7 +326,17 @@ impl Hub {
             && let Some(waiting) = session.waiting.remove(&request)
         {
             // Whoever asked may have gone.
-            let _ = waiting.send(outcome);
+            let _ = waiting.answer.send(outcome);
+        }
+    }
+
+    fn tell(&self, peer: PeerId, number: u64, working: &[wire::Working]) {
+        let inner = self.inner.lock().expect("no panic while held");
+        let Some(session) = inner.sessions.get(&peer).filter(|session| session.number == number) else { return };
+        for of in working {
+            if let Some(waiting) = session.waiting.get(&of.request) {
+                waiting.told.send_replace((of.done_bytes.min(of.total_bytes), of.total_bytes));
+            }
         }
     }
 

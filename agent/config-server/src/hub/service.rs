@@ -212,6 +212,7 @@ impl Hub {
                 Ok(())
             }
             wire::up::Body::ServerReport(report) => {
+                self.tell(peer, number, &report.working);
                 self.keep_report(peer, number, Report::Server(report.try_into()?));
                 Ok(())
             }

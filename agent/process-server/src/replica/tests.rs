@@ -170,7 +170,7 @@ proptest! {
         prop_assert!(report.sound, "{:?}", report);
         for point in set.points(host.info.machine).unwrap().list() {
             let cut = point.cut_of(host.info.disk).unwrap();
-            let report = scrub::verify(&replica, cut, &Stop::new()).unwrap();
+            let report = scrub::verify(&replica, cut, &Stop::new(), &|_| ()).unwrap();
             prop_assert!(report.sound, "{:?}", report);
         }
     }

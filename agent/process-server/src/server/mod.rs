@@ -26,6 +26,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tidemark_base::meter::Meter;
 use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile};
 use tidemark_base::sync::Mutex;
 use tidemark_base::{DiskId, MachineId, Timestamp};
@@ -271,6 +272,11 @@ impl ProcessServer {
 
     /// What control asks, whatever it is.
     pub async fn execute(&self, command: ServerCommand) -> Result<Reply, Failure> {
+        self.execute_metered(command, &Arc::default()).await
+    }
+
+    /// The same; long work says how far it is.
+    pub async fn execute_metered(&self, command: ServerCommand, meter: &Arc<Meter>) -> Result<Reply, Failure> {
         match command {
             ServerCommand::Authorise(grant) => self.authorise(grant).await.map(|()| Reply::Done),
             ServerCommand::Deauthorise { machine, delete_replica } => {
@@ -282,7 +288,9 @@ impl ProcessServer {
             ServerCommand::Points(machine) => self.points(machine).await.map(Reply::Points),
             ServerCommand::Resolve { machine, point } => self.resolve(machine, point).await.map(Reply::Point),
             ServerCommand::Lock { machine, point, locked } => self.lock(machine, point, locked).await.map(Reply::Point),
-            ServerCommand::Verify { machine, point } => self.verify(machine, point).await.map(Reply::Verified),
+            ServerCommand::Verify { machine, point } => {
+                self.verify_metered(machine, point, meter).await.map(Reply::Verified)
+            }
             ServerCommand::WaitPoint { machine, mark, limit } => {
                 self.wait_point(machine, mark, limit).await.map(Reply::Point)
             }
@@ -291,7 +299,7 @@ impl ProcessServer {
             }
             ServerCommand::StopServe(id) => self.stop_serve(id).await.map(|_| Reply::Done),
             ServerCommand::Export { machine, point, to, format } => {
-                self.export(machine, point, &to, format).await.map(Reply::Exported)
+                self.export_metered(machine, point, &to, format, meter).await.map(Reply::Exported)
             }
             ServerCommand::Status => self.status().await.map(Reply::Server),
             ServerCommand::KeepBackup(part) => {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tidemark_base::disk::Disk;
+use tidemark_base::meter::{Meter, Metered};
 use tidemark_base::stop::Stop;
 use tidemark_base::{Clock, DiskId, MachineId, MarkId, SystemClock};
 use tidemark_proto::control::{
@@ -93,6 +94,17 @@ impl ProcessServer {
         to: &str,
         format: ImageFormat,
     ) -> Result<Exported, Failure> {
+        self.export_metered(machine, selector, to, format, &Arc::default()).await
+    }
+
+    pub(super) async fn export_metered(
+        &self,
+        machine: MachineId,
+        selector: Selector,
+        to: &str,
+        format: ImageFormat,
+        meter: &Arc<Meter>,
+    ) -> Result<Exported, Failure> {
         let inner = self.0.clone();
         let (point, views, pins) = blocking(move || {
             let (point, views, place) = inner.open_views(machine, selector)?;
@@ -103,8 +115,12 @@ impl ProcessServer {
         let _pins = ReleaseLater(Some(pins));
         let disks: Vec<DiskId> = views.iter().map(|(disk, _)| *disk).collect();
         let paths = targets(Path::new(to), &disks, format)?;
-        let mut files = Vec::new();
+        meter.expect(views.iter().map(|(_, view)| view.bytes()).sum());
+        let (mut files, mut from) = (Vec::new(), 0);
         for ((disk, view), path) in views.into_iter().zip(paths) {
+            let bytes = view.bytes();
+            let view = Arc::new(Metered { disk: view, meter: meter.clone(), from });
+            from += bytes;
             let exporting = async {
                 match format {
                     ImageFormat::Raw => self.export_raw(view, &path).await,
@@ -121,7 +137,7 @@ impl ProcessServer {
         Ok(Exported { point: point.id, time: point.time, files })
     }
 
-    async fn export_raw(&self, view: Arc<View>, path: &Path) -> Result<u64, Failure> {
+    async fn export_raw(&self, view: Arc<dyn Disk>, path: &Path) -> Result<u64, Failure> {
         let stop = Stop::new();
         let _ending = StopOnDrop(stop.clone());
         let path = path.to_owned();
@@ -138,7 +154,7 @@ impl ProcessServer {
         machine: MachineId,
         point: &PointInfo,
         disk: DiskId,
-        view: Arc<View>,
+        view: Arc<dyn Disk>,
         path: &Path,
         format: ImageFormat,
     ) -> Result<u64, Failure> {
@@ -156,10 +172,20 @@ impl ProcessServer {
 
     /// Reads every byte that the point needs; each is checked on the way.
     pub async fn verify(&self, machine: MachineId, selector: Selector) -> Result<Verified, Failure> {
+        self.verify_metered(machine, selector, &Arc::default()).await
+    }
+
+    pub(super) async fn verify_metered(
+        &self,
+        machine: MachineId,
+        selector: Selector,
+        meter: &Arc<Meter>,
+    ) -> Result<Verified, Failure> {
+        let meter = meter.clone();
         let stop = Stop::new();
         let _ending = StopOnDrop(stop.clone());
         let inner = self.0.clone();
-        let verifying = blocking(move || inner.verify(machine, selector, &stop));
+        let verifying = blocking(move || inner.verify(machine, selector, &stop, &meter));
         tokio::select! {
             result = verifying => result,
             () = self.0.stop.cancelled() => {
@@ -248,14 +274,17 @@ impl Inner {
         Ok(disks)
     }
 
-    fn verify(&self, machine: MachineId, selector: Selector, stop: &Stop) -> Result<Verified, Failure> {
+    fn verify(&self, machine: MachineId, selector: Selector, stop: &Stop, meter: &Meter) -> Result<Verified, Failure> {
         let (place, info) = self.resolve(machine, selector)?;
         // Held open, so that nothing that is being read is folded away.
-        let _views = self.set.views(&place).map_err(set_failed)?;
+        let views = self.set.views(&place).map_err(set_failed)?;
+        meter.expect(views.values().map(|view| view.bytes()).sum());
+        let mut from = 0;
         let mut verified = Verified { point: info.id, time: info.time, bytes: 0, defects: Vec::new() };
         for &(disk, cut) in &place.cuts {
             let replica = self.set.get(disk).map_err(replica_failed)?;
-            let report = scrub::verify(&replica, cut, stop).map_err(replica_failed)?;
+            let report = scrub::verify(&replica, cut, stop, &|at| meter.reach(from + at)).map_err(replica_failed)?;
+            from += replica.info().disk_bytes;
             if !report.finished {
                 return Err(Failure::new(FailureKind::Unavailable, "the verification was stopped", "verify again"));
             }
