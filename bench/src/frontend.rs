@@ -71,7 +71,7 @@ pub fn measure(options: &Options, folder: &Path, report: &mut Report) -> Result<
     Ok(())
 }
 
-fn make_file(path: &Path) -> Result<(), Failure> {
+pub fn make_file(path: &Path) -> Result<(), Failure> {
     let file = File::create(path)?;
     let mut data = vec![0; 1 << 20];
     Seeded(1).fill(&mut data);
@@ -97,7 +97,11 @@ fn others(options: &Options, folder: &Path, file: &Path, server: &str) -> Result
     let _server = Owned::start(server, command, None);
     wait::until("the server listens", START_LIMIT, || socket.exists().then_some(()));
     let uri = format!("nbd+unix:///?socket={}", socket.display());
-    LOADS.iter().map(|(_, load)| fio(options, &uri, load)).collect()
+    LOADS.iter().map(|(_, load)| fio(options, &over_nbd(&uri), load)).collect()
+}
+
+fn over_nbd(uri: &str) -> [String; 2] {
+    ["--ioengine=nbd".to_owned(), format!("--uri={uri}")]
 }
 
 fn ours(options: &Options, folder: &Path, file: &Path, paused: bool) -> Result<Vec<Load>, Failure> {
@@ -108,7 +112,7 @@ fn ours(options: &Options, folder: &Path, file: &Path, paused: bool) -> Result<V
     if paused {
         ours.pause();
     }
-    let results = LOADS.iter().map(|(_, load)| fio(options, machine.nbd(), load)).collect();
+    let results = LOADS.iter().map(|(_, load)| fio(options, &over_nbd(machine.nbd()), load)).collect();
     let status = ours.status();
     if status["mode"] != "data" {
         return Err(
@@ -120,15 +124,17 @@ fn ours(options: &Options, folder: &Path, file: &Path, paused: bool) -> Result<V
     results
 }
 
-fn fio(options: &Options, uri: &str, load: &[&str; 3]) -> Result<Load, Failure> {
+/// `target` says how fio reaches what it writes to.
+pub fn fio<S: AsRef<str>>(options: &Options, target: &[S], load: &[&str; 3]) -> Result<Load, Failure> {
+    let target: Vec<&str> = target.iter().map(AsRef::as_ref).collect();
     let mut command = tools::command("fio");
-    command.args(["--name=load", "--thread", "--ioengine=nbd", "--size=1g", "--time_based", "--output-format=json"]);
-    command.args(load).arg(format!("--runtime={}", options.seconds)).arg(format!("--uri={uri}"));
+    command.args(["--name=load", "--thread", "--size=1g", "--time_based", "--output-format=json"]);
+    command.args(load).arg(format!("--runtime={}", options.seconds)).args(&target);
     let output = command.stdin(Stdio::null()).output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let report = text.find('{').and_then(|start| serde_json::from_str::<Value>(&text[start..]).ok());
     let Some(report) = report.filter(|_| output.status.success()) else {
-        return Err(format!("fio failed on {uri}: {text}{}", String::from_utf8_lossy(&output.stderr)).into());
+        return Err(format!("fio failed on {target:?}: {text}{}", String::from_utf8_lossy(&output.stderr)).into());
     };
     let write = &report["jobs"][0]["write"];
     let nanoseconds = |value: &Value| value.as_f64().unwrap_or(f64::NAN) / 1e3;

@@ -7,11 +7,12 @@
 //! * [`isolate`]: a network namespace of our own, so that the bytes on its loopback are the bytes on the wire.
 //! * [`meter`]: wall time, processor seconds, bytes on the wire, memory.
 //! * [`peers`], [`reference`], [`bitmap`]: the others. [`ours`]: Tidemark, through its command line.
-//! * [`initial`], [`delta`], [`resync`], [`frontend`], [`intent`], [`rpo`], [`serve`]: what is measured.
+//! * [`initial`], [`delta`], [`resync`], [`frontend`], [`files`], [`intent`], [`rpo`], [`serve`]: what is measured.
 //! * [`report`]: tables, JSON, goals.
 
 mod bitmap;
 mod delta;
+mod files;
 mod frontend;
 mod image;
 mod initial;
@@ -89,6 +90,9 @@ fn measure(options: &Options) -> Result<(), Failure> {
     }
     if options.wants("frontend") {
         frontend::measure(options, folder.path(), &mut report)?;
+    }
+    if options.wants("files") {
+        files::measure(options, folder.path(), &mut report)?;
     }
     if options.wants("intent") {
         intent::measure(options, folder.path(), &mut report)?;

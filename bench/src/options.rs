@@ -5,7 +5,7 @@ use std::path::PathBuf;
 pub const USAGE: &str = "\
 usage: tidemark-bench WHAT… [--size 4G] [--rounds 3] [--seconds 3] [--working-set 8G] [--dir /dev/shm] [--json FILE] [--only TOOL,TOOL…] [--quick]
 
-WHAT: all, initial, delta, append, resync, frontend, intent, rpo, serve
+WHAT: all, initial, delta, append, resync, frontend, files, intent, rpo, serve
 --size     of the disk that is replicated
 --rounds   how often each is measured; tools alternate within a round, and medians are compared
 --seconds  of each load at the front end; the RPO is measured for ten times as long
@@ -15,7 +15,7 @@ WHAT: all, initial, delta, append, resync, frontend, intent, rpo, serve
 --quick    does not touch the machine's memory beforehand: for a try, not for numbers";
 
 /// What can be measured, in the order it is.
-const KINDS: [&str; 8] = ["initial", "delta", "append", "resync", "frontend", "intent", "rpo", "serve"];
+const KINDS: [&str; 9] = ["initial", "delta", "append", "resync", "frontend", "files", "intent", "rpo", "serve"];
 
 pub struct Options {
     pub what: Vec<String>,

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::Failure;
+use crate::files::{BINDFS, BINDFS_THREADS, FILE};
 use crate::frontend::{LOADS, Load, NBDKIT, PAUSED, QEMU_NBD};
 use crate::image::Content;
 use crate::intent::IntentCost;
@@ -265,6 +266,11 @@ impl Report {
         ratio("front end, QD32: IOPS, × qemu-nbd", deep_paused, self.operations(deep, QEMU_NBD), 2.0, false);
         let nbdkit = self.operations(sequential, NBDKIT);
         ratio("front end, 128 KiB: IOPS, × nbdkit", sequential_paused, nbdkit, 0.5, false);
+        for (load, _) in LOADS {
+            let bare = [BINDFS, BINDFS_THREADS].iter().filter_map(|bare| self.operations(load, bare));
+            let bare = bare.reduce(f64::max);
+            ratio(&format!("file, {load}: IOPS, × the faster bindfs"), self.operations(load, FILE), bare, 0.9, false);
+        }
         if let Some(value) = self.intent_share() {
             let what = "write-intent bitmap: share of a 4 KiB write, steady state".into();
             goals.push(Goal { what, limit: 0.03, value, at_most: true, unit: "" });

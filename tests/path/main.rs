@@ -6,6 +6,7 @@ mod demo;
 mod disks;
 mod document;
 mod failover;
+mod files;
 mod interval;
 mod logs;
 mod marks;

@@ -30,6 +30,18 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("paths of tests are text")
 }
 
+/// Takes away what is still mounted in a folder: a killed process leaves the files that it showed behind.
+pub fn unmount_beneath(folder: &Path) {
+    let Ok(folder) = folder.canonicalize() else { return };
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    // The last one mounted first: one may lie in the other.
+    for place in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
+        if Path::new(place).starts_with(&folder) {
+            tools::outcome("umount", &["-l", place]);
+        }
+    }
+}
+
 /// A mounted file system. Unmounted on drop.
 pub struct Mount {
     path: PathBuf,

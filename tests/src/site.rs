@@ -343,12 +343,15 @@ impl Site {
         let disks = served["disks"].as_array().expect("disks is a list");
         let nbd = disks.iter().map(|disk| (text(&disk["id"]), text(&disk["nbd"]))).collect();
         let nbds = disks.iter().filter_map(|disk| disk["nbds"].as_str().map(str::to_owned)).collect();
-        Served { nbd, nbds, process }
+        let files = disks.iter().filter_map(|disk| disk["file"].as_str().map(PathBuf::from)).collect();
+        Served { nbd, nbds, files, process }
     }
 }
 
 impl Drop for Site {
     fn drop(&mut self) {
+        self.processes.clear();
+        crate::block::unmount_beneath(self.folder.path());
         if std::thread::panicking()
             && let Ok(log) = std::fs::read_to_string(self.path("site.log"))
         {
@@ -363,6 +366,7 @@ pub struct Served {
     /// An address per disk, with the disk's id.
     nbd: Vec<(String, String)>,
     nbds: Vec<String>,
+    files: Vec<PathBuf>,
     pub process: Owned,
 }
 
@@ -377,6 +381,11 @@ impl Served {
     /// Addresses over TLS, of each disk that has one.
     pub fn nbds(&self) -> &[String] {
         &self.nbds
+    }
+
+    /// The file of each disk that is one.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
     }
 
     /// Of one of several disks.

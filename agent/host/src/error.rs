@@ -40,6 +40,8 @@ pub enum HostError {
     StateOnDisk { path: PathBuf, state: PathBuf },
     #[error(transparent)]
     Tracker(#[from] tidemark_bpf::TrackerError),
+    #[error(transparent)]
+    File(#[from] tidemark_fuse::FuseError),
     #[error("machine {machine} is protected in another way ({before})")]
     OtherWay { machine: String, before: &'static str },
     #[error("no mark can be made: the changes of disk {disk} are not logged now ({reason})")]
@@ -99,6 +101,7 @@ impl HostError {
                 "keep the agent's state on another disk (`state-folder`): it must go on while this one is frozen".into()
             }
             HostError::Tracker(error) => error.help().into(),
+            HostError::File(error) => error.help().into(),
             HostError::OtherWay { machine, .. } => format!("unprotect {machine} first, then protect it in the other way"),
             HostError::NotLogging { .. } => {
                 "try again when the mode of the disk is `data` (see `tidemark status`)".into()
@@ -114,7 +117,10 @@ impl HostError {
             }
             HostError::Listen(error) => error.help().into(),
             HostError::Certificates(error) => error.help().into(),
-            HostError::Io { .. } => "see the system's message".into(),
+            HostError::Io { source, .. } => {
+                let of_a_file = source.get_ref().and_then(|inner| inner.downcast_ref::<tidemark_fuse::FuseError>());
+                of_a_file.map_or("see the system's message", |error| error.help()).into()
+            }
             HostError::Stopping => "start the agent again".into(),
         }
     }

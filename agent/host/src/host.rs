@@ -27,6 +27,7 @@ use tokio::runtime::Handle;
 
 use crate::capture::CaptureProvider;
 use crate::capture::bpf::BpfTracker;
+use crate::capture::fuse::FuseSplitter;
 use crate::capture::nbd::NbdSplitter;
 use crate::error::HostError;
 use crate::events::{EventKind, Events, News, Severity};
@@ -155,6 +156,8 @@ struct Shared {
     /// The one that the workload writes through.
     splitter: Arc<dyn CaptureProvider>,
     tracker: Arc<dyn CaptureProvider>,
+    /// The one that the workload writes through as to a file.
+    files: Arc<dyn CaptureProvider>,
     workers: Arc<Workers>,
     session: SessionId,
     storage: Arc<dyn Storage>,
@@ -197,10 +200,12 @@ impl Host {
             storage.sync_folder("").map_err(failed)?;
         }
         let workers = Workers::start().map_err(|source| HostError::Io { what: "start threads", source })?;
+        let files = Arc::new(FuseSplitter::new(&config.run_folder, &config.allowed_uids));
         let shared = Arc::new(Shared {
             config,
             splitter: provider,
             tracker: Arc::new(BpfTracker),
+            files,
             workers,
             session: SessionId::random(),
             storage,
@@ -440,8 +445,10 @@ impl Host {
         if let Some(retry) = self.retry.lock().expect("no panic while held").take() {
             let _ = retry.join();
         }
-        if let Err(error) = self.shared.splitter.stop() {
-            tracing::warn!(%error, "exports are still in use");
+        for provider in [&self.shared.splitter, &self.shared.files] {
+            if let Err(error) = provider.stop() {
+                tracing::warn!(%error, "exports are still in use");
+            }
         }
         let machines = std::mem::take(&mut *self.shared.machines());
         for entry in machines.into_values() {
@@ -487,6 +494,7 @@ impl Shared {
         match via {
             Via::Nbd => &self.splitter,
             Via::Bpf => &self.tracker,
+            Via::Fuse => &self.files,
         }
     }
 

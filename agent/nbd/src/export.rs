@@ -74,6 +74,11 @@ pub trait Export: Send + Sync + 'static {
     /// Makes a range read as zeroes (TRIM does as well); gives its room back where `discard` allows it.
     fn zero(&self, extent: Extent, discard: bool, durability: Durability) -> io::Result<()>;
 
+    /// Reserves room for a range without changing what it reads as, so that writes there do not fail for want of it.
+    fn allocate(&self, _extent: Extent) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+    }
+
     /// Everything acknowledged before is on stable storage when this returns.
     fn flush(&self) -> io::Result<()>;
 

@@ -461,6 +461,8 @@ pub enum Via {
     Nbd,
     /// The workload goes on as it is: the kernel tells which blocks of its block devices change.
     Bpf,
+    /// The workload opens its disk as a file, at the path that is printed.
+    Fuse,
 }
 
 #[derive(Args)]

@@ -24,6 +24,7 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
         "via": args.via.map(|via| match via {
             Via::Nbd => "nbd",
             Via::Bpf => "bpf",
+            Via::Fuse => "fuse",
         }),
         "exclude": exclude,
         "check_only": args.check,
@@ -41,7 +42,7 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
         .into_iter()
         .flatten()
         .flat_map(|disk| {
-            ["/attach/nbd", "/attach/nbds"]
+            ["/attach/nbd", "/attach/nbds", "/attach/file"]
                 .map(|address| disk.pointer(address).and_then(|address| address.as_str()))
                 .into_iter()
                 .flatten()

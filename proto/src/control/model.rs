@@ -122,18 +122,23 @@ pub enum Via {
     Nbd,
     /// The kernel tells which blocks of a device change.
     Bpf,
+    /// The workload writes to a file that is the disk.
+    Fuse,
 }
 
 impl Via {
+    pub const ALL: [Via; 3] = [Via::Nbd, Via::Bpf, Via::Fuse];
+
     pub fn name(self) -> &'static str {
         match self {
             Via::Nbd => "nbd",
             Via::Bpf => "bpf",
+            Via::Fuse => "fuse",
         }
     }
 
     pub fn named(name: &str) -> Option<Self> {
-        [Via::Nbd, Via::Bpf].into_iter().find(|via| via.name() == name)
+        Self::ALL.into_iter().find(|via| via.name() == name)
     }
 }
 

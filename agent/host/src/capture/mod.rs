@@ -6,6 +6,7 @@
 
 pub mod bpf;
 pub mod freezer;
+pub mod fuse;
 pub mod in_flight;
 pub mod nbd;
 pub mod splitter;

@@ -19,6 +19,7 @@ use super::{Fixture, Random, records_after};
 use crate::attach::Decision;
 use crate::capture::CaptureProvider;
 use crate::capture::bpf::BpfTracker;
+use crate::capture::fuse::FuseSplitter;
 use crate::capture::nbd::{NbdSplitter, SOCKET};
 use crate::capture::tracker::Tracker;
 use crate::error::HostError;
@@ -220,6 +221,97 @@ fn the_nbd_splitter_conforms() {
     for seed in SEEDS {
         conforms(&mut Nbd::default(), &mut Fixture::new(DISK_BYTES), seed);
     }
+}
+
+// ── the FUSE splitter, through its file ──
+
+#[derive(Default)]
+struct Fuse {
+    running: Option<(FuseSplitter, File)>,
+}
+
+impl Subject for Fuse {
+    fn attach(&mut self, fixture: &mut Fixture) -> (Arc<ProtectedDisk>, Decision) {
+        let attached = fixture.attach();
+        let run = fixture.folder.path().join("run");
+        std::fs::create_dir_all(&run).unwrap();
+        let provider = FuseSplitter::new(&run, &[]);
+        let address = provider.attach("web-0", &attached.disk).unwrap();
+        let file = OpenOptions::new().read(true).write(true).open(address.file.unwrap()).unwrap();
+        self.running = Some((provider, file));
+        (attached.disk, attached.decision)
+    }
+
+    /// The program still has the file open.
+    fn let_go(&mut self) {
+        let (provider, file) = self.running.take().unwrap();
+        provider.detach("web-0").unwrap();
+        let refused = file.write_at(&[1; 512], 0).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::ENOTCONN));
+        provider.stop().unwrap();
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.running.as_ref().unwrap().1.write_all_at(data, offset).unwrap();
+    }
+
+    fn zero(&mut self, extent: Extent, discard: bool) {
+        use nix::fcntl::FallocateFlags;
+        let mode = match discard {
+            true => FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+            false => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+        };
+        let file = &self.running.as_ref().unwrap().1;
+        nix::fcntl::fallocate(file, mode, extent.offset as i64, extent.length as i64).unwrap();
+    }
+
+    fn content(&self, fixture: &Fixture) -> Vec<u8> {
+        fixture.content()
+    }
+}
+
+#[test]
+fn the_fuse_splitter_conforms() {
+    if let Err(error) = tidemark_fuse::probe() {
+        return skipped("the_fuse_splitter_conforms", &error.to_string());
+    }
+    for seed in SEEDS {
+        conforms(&mut Fuse::default(), &mut Fixture::new(DISK_BYTES), seed);
+    }
+}
+
+/// Who is fenced has no way to the disk, and finds it at the same place again.
+#[test]
+fn a_fenced_file_is_gone_until_it_is_let_back() {
+    const NAME: &str = "a_fenced_file_is_gone_until_it_is_let_back";
+    if let Err(error) = tidemark_fuse::probe() {
+        return skipped(NAME, &error.to_string());
+    }
+    let mut subject = Fuse::default();
+    let mut fixture = Fixture::new(DISK_BYTES);
+    let (disk, _) = subject.attach(&mut fixture);
+    subject.write(0, &[1; 4096]);
+    let (provider, file) = subject.running.take().unwrap();
+    let path = fixture.folder.path().join("run/disks/web-0");
+    provider.fence("web-0", true).unwrap();
+    assert_eq!(file.write_at(&[2; 4096], 0).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
+    assert!(!path.exists());
+    provider.fence("web-0", false).unwrap();
+    assert_eq!(file.read_at(&mut [0; 512], 0).unwrap_err().raw_os_error(), Some(libc::ENOTCONN), "opened before");
+    let again = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    again.write_all_at(&[3; 4096], 4096).unwrap();
+    // Fenced before it is attached: from its first instant on nobody gets in.
+    provider.detach("web-0").unwrap();
+    provider.fence("web-0", true).unwrap();
+    let address = provider.attach("web-0", &disk).unwrap();
+    assert!(address.file.as_deref() == path.to_str() && !path.exists());
+    assert_eq!(fixture.content()[..8192], [[1; 4096], [3; 4096]].concat());
+    for name in ["../web-0", "", ".", "a/b"] {
+        let refused = provider.attach(name, &disk).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::InvalidInput, "{name:?}");
+    }
+    provider.stop().unwrap();
+    disk.detach().unwrap();
 }
 
 // ── a tracker whose bitmaps are in memory: what is made of a tracker's word, on any machine ──

@@ -1,5 +1,5 @@
-//! Recovery points that can be opened at once, over NBD on a Unix socket; for a hypervisor elsewhere over TCP too, by a
-//! listener of the serve's own with mutual TLS.
+//! Recovery points that can be opened at once, over NBD on a Unix socket, and as files where the machine has FUSE and lets us mount;
+//! for a hypervisor elsewhere over TCP too, by a listener of the serve's own with mutual TLS.
 //!
 //! *Consistency.* What is served is a view at one cut, or a scratch layer over it that belongs to this serve alone. A serve's
 //! listener knows that serve's disks alone, and lets in whom that serve's own authority gave a certificate.
@@ -16,14 +16,17 @@ use tidemark_base::disk::Disk;
 use tidemark_base::storage::Storage;
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
+use tidemark_fuse::{FuseError, FuseFile};
 use tidemark_nbd::server::{ListenError, Server, StillBusy};
-use tidemark_nbd::{DiskExport, Exports, Limits, Remote, address};
+use tidemark_nbd::{DiskExport, Export, Exports, Limits, Remote, address};
 use tidemark_proto::control::{AttachedDisk, Failure, FailureKind, ServeId, Serving};
 use tidemark_transport::ExportAuthority;
 
 /// Points served at once: each costs a few file descriptors and, when writable, the room of its scratch layer.
 pub const SERVES_MAX: usize = 64;
 const FOLDER: &str = "serves";
+/// Beside the socket: a file for each disk that is served.
+const FILES: &str = "points";
 /// In the folder of a serve that is reached over TLS. No disk has this name.
 const CERTIFICATES: &str = "nbd-tls";
 
@@ -37,6 +40,8 @@ pub enum ServeError {
     Unknown { id: ServeId },
     #[error("serve {id} has connections that do not end")]
     Busy { id: ServeId, source: StillBusy },
+    #[error("a file of serve {id} does not end")]
+    File { id: ServeId, source: FuseError },
     #[error("cannot make certificates for NBD clients")]
     Certificates(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("the folder of serves cannot be read or written")]
@@ -51,6 +56,7 @@ impl ServeError {
             ServeError::Unknown { .. } => {
                 "it was stopped already, or the process server was restarted: serve the point again"
             }
+            ServeError::File { source, .. } => source.help(),
             ServeError::Busy { .. } => "stop the program that has the disk open, then stop the serve again",
             ServeError::Certificates(_) | ServeError::Store(_) => {
                 "check the process server's volume (free room, kernel log)"
@@ -62,7 +68,7 @@ impl ServeError {
 impl From<ServeError> for Failure {
     fn from(error: ServeError) -> Self {
         let kind = match &error {
-            ServeError::TooMany | ServeError::Busy { .. } => FailureKind::Conflict,
+            ServeError::TooMany | ServeError::Busy { .. } | ServeError::File { .. } => FailureKind::Conflict,
             ServeError::Unknown { .. } => FailureKind::NotFound,
             ServeError::Listen(_) | ServeError::Certificates(_) | ServeError::Store(_) => FailureKind::Failed,
         };
@@ -88,12 +94,14 @@ pub struct Serves {
     server: Server,
     exports: Arc<Exports>,
     socket: PathBuf,
+    files: PathBuf,
     active: Mutex<BTreeMap<ServeId, Active>>,
 }
 
 struct Active {
     serving: Serving,
     names: Vec<String>,
+    files: Vec<Arc<FuseFile>>,
     remote: Option<Arc<Remote>>,
     /// Not shown: it belongs to an export that runs.
     internal: bool,
@@ -111,7 +119,20 @@ impl Serves {
         let exports = Arc::new(Exports::new());
         let server = Server::new(exports.clone(), Limits::default());
         server.listen_unix(socket, &[]).map_err(ServeError::Listen)?;
-        Ok(Self { storage, server, exports, socket: socket.to_owned(), active: Mutex::default() })
+        let files = socket.with_file_name(FILES);
+        remove_dead(&files);
+        Ok(Self { storage, server, exports, socket: socket.to_owned(), files, active: Mutex::default() })
+    }
+
+    /// A disk of a serve as a file; `None` where this machine has no FUSE, or does not let us mount.
+    fn file(&self, name: &str, export: Arc<dyn Export>) -> Option<Arc<FuseFile>> {
+        match tidemark_fuse::probe().and_then(|()| FuseFile::serve(&self.files.join(name), export, &[])) {
+            Ok(file) => Some(Arc::new(file)),
+            Err(error) => {
+                tracing::info!(%error, help = error.help(), "a served disk is no file, and is reached over NBD alone");
+                None
+            }
+        }
     }
 
     /// A folder for the scratch layer of one disk of a serve that is about to start. [`Serves::discard`] removes it.
@@ -150,6 +171,7 @@ impl Serves {
         let remote = point.listen.map(|address| self.listen(id, address)).transpose()?.map(Arc::new);
         let mut disks = Vec::new();
         let mut names = Vec::new();
+        let mut files = Vec::new();
         for (index, (disk, content)) in point.disks.into_iter().enumerate() {
             let name = format!("{id}-{index}");
             let bytes = content.bytes();
@@ -160,24 +182,30 @@ impl Serves {
                 remote.exports.insert(name.clone(), export.clone());
                 remote.uri(&name)
             });
+            let shown = if internal { None } else { self.file(&name, export.clone()) };
+            let file = shown.as_ref().map(|file| file.path().to_string_lossy().into_owned());
+            files.extend(shown);
             self.exports.insert(name.clone(), export);
             let nbd = Some(address::unix_uri(&name, &self.socket));
-            disks.push(AttachedDisk { id: disk, nbd, nbds, file: None, bytes });
+            disks.push(AttachedDisk { id: disk, nbd, nbds, file, bytes });
             names.push(name);
         }
         let ServedPoint { machine, point, time, writable, held, .. } = point;
         let serving = Serving { serve: id, machine, point, time, writable, disks };
-        active.insert(id, Active { serving: serving.clone(), names, remote, internal, held });
+        active.insert(id, Active { serving: serving.clone(), names, files, remote, internal, held });
         Ok(serving)
     }
 
     /// Ends the connections, releases the point and drops scratch layers. Blocks until the requests received are done.
     pub fn stop(&self, id: ServeId) -> Result<Serving, ServeError> {
-        let (serving, names, remote) = {
+        let (serving, names, files, remote) = {
             let active = self.active();
             let found = active.get(&id).ok_or(ServeError::Unknown { id })?;
-            (found.serving.clone(), found.names.clone(), found.remote.clone())
+            (found.serving.clone(), found.names.clone(), found.files.clone(), found.remote.clone())
         };
+        for file in files {
+            file.close().map_err(|source| ServeError::File { id, source })?;
+        }
         for name in &names {
             self.exports.remove(name);
         }
@@ -225,6 +253,19 @@ impl Serves {
     }
 }
 
+/// What an earlier process left: mounts that nobody answers for.
+fn remove_dead(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let removed = match tidemark_fuse::clear_dead(&entry.path()) {
+            Ok(_) => std::fs::remove_file(entry.path()).map_err(io::Error::other),
+            Err(error) => Err(io::Error::other(error)),
+        };
+        if let Err(error) = removed {
+            tracing::warn!(path = %entry.path().display(), %error, "a file of an earlier process stays");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -261,9 +302,18 @@ mod tests {
         let nbd = serving.disks[0].nbd.as_deref().unwrap();
         assert_eq!(nbd, format!("nbd+unix:///{id}-0?socket={}", socket.display()));
         UnixStream::connect(&socket).unwrap();
+        match &serving.disks[0].file {
+            Some(file) => {
+                assert!(std::fs::read(file).unwrap() == std::fs::read(folder.path().join("disk.img")).unwrap());
+                let refused = std::fs::OpenOptions::new().write(true).open(file).unwrap_err();
+                assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+            }
+            None => assert!(tidemark_fuse::probe().is_err()),
+        }
         assert_eq!(serves.list(), std::slice::from_ref(&serving));
         assert_eq!(serves.of_machine(serving.machine), [id]);
         assert_eq!(serves.stop(id).unwrap(), serving);
+        assert!(!serving.disks[0].file.as_ref().is_some_and(|file| Path::new(file).exists()));
         assert!(storage.list("serves").unwrap().is_empty());
         assert!(matches!(serves.stop(id), Err(ServeError::Unknown { .. })));
         let internal = serves.start(ServeId::random(), point(folder.path()), true).unwrap();
