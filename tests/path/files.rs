@@ -101,6 +101,10 @@ fn a_disk_is_a_file_that_programs_and_loop_devices_write_to() {
     assert!(!shown.exists());
 }
 
+fn put(path: &Path, content: &str) {
+    std::io::Write::write_all(&mut File::create(path).unwrap(), content.as_bytes()).unwrap();
+}
+
 #[test]
 fn what_is_in_the_way_of_a_file_is_named() {
     need!("mount");
@@ -118,12 +122,12 @@ fn what_is_in_the_way_of_a_file_is_named() {
     let disk_text = disk.to_str().unwrap().to_owned();
     let refused = || site.run(&["protect", "db", "--disk", &disk_text, "--via", "fuse"]);
 
-    std::fs::write(&place, "somebody's own").unwrap();
+    put(&place, "somebody's own");
     refused().assert_refused(&["db-0", "no empty file of ours"]);
     assert_eq!(std::fs::read_to_string(&place).unwrap(), "somebody's own");
-    std::fs::write(&place, "").unwrap();
+    put(&place, "");
     let other = site.path("other");
-    std::fs::write(&other, "mounted there").unwrap();
+    put(&other, "mounted there");
     let mounted = Mount::bind(&other, &place);
     refused().assert_refused(&["something is mounted on", "db-0"]);
     mounted.unmount();

@@ -7,6 +7,7 @@ mod disks;
 mod document;
 mod failover;
 mod files;
+mod hyperv;
 mod interval;
 mod logs;
 mod marks;

@@ -50,8 +50,8 @@ pub struct ProtectRequest {
     /// Where the host serves the disks over TLS as well: IP:PORT, or `none`. Absent: as before.
     #[serde(default)]
     pub listen: Option<String>,
-    /// How changes are captured: `nbd` (the workload writes through the agent), `fuse` (the same, as to a file) or `bpf` (block
-    /// devices, the kernel tells what changed). Absent: as before, or `nbd`.
+    /// How changes are captured: `nbd` (the workload writes through the agent), `fuse` (the same, as to a file), `bpf` (block
+    /// devices, the kernel tells what changed) or `hrl` (VHDX and VHD disks of Hyper-V, by the logs that it keeps beside them). Absent: as before, or `nbd`.
     #[serde(default)]
     pub via: Option<String>,
     /// Of `disks`, those that are left out.
@@ -67,7 +67,7 @@ impl ProtectRequest {
         let Some(name) = self.via.as_deref() else { return Ok(None) };
         let unknown = || {
             let shown: String = name.chars().take(200).collect();
-            bad_request(format!("{shown:?} is no way to capture changes"), "name `nbd`, `bpf` or `fuse`")
+            bad_request(format!("{shown:?} is no way to capture changes"), "name `nbd`, `bpf`, `fuse` or `hrl`")
         };
         Via::named(name).map(Some).ok_or_else(unknown)
     }

@@ -84,12 +84,12 @@ fn mounted_on(path: &Path) -> io::Result<Option<String>> {
     };
     let wanted = folder.join(name);
     let text = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let mounts = text.lines().filter_map(|line| {
+    let last = text.lines().rev().find_map(|line| {
         let (before, after) = line.split_once(" - ")?;
         let place = before.split(' ').nth(4)?;
         (unescaped(place) == wanted.as_os_str().as_bytes()).then(|| after.split(' ').next().unwrap_or_default())
     });
-    Ok(mounts.last().map(str::to_owned))
+    Ok(last.map(str::to_owned))
 }
 
 /// Blanks and the like are octal there.

@@ -270,6 +270,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         alarms: Mutex::default(),
         events,
         write_failures: AtomicBool::new(false),
+        importing: AtomicBool::new(false),
         barrier: OnceLock::new(),
     });
     if let Some(reason) = unlogged {

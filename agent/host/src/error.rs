@@ -41,6 +41,12 @@ pub enum HostError {
     #[error(transparent)]
     Tracker(#[from] tidemark_bpf::TrackerError),
     #[error(transparent)]
+    Import(#[from] crate::capture::hrl::ImportError),
+    #[error("machine {machine} has several disks, and Hyper-V's logs can be followed for one")]
+    OneDisk { machine: String },
+    #[error("no mark can be made: a log of disk {disk}'s host is being replayed")]
+    Replaying { disk: DiskId },
+    #[error(transparent)]
     File(#[from] tidemark_fuse::FuseError),
     #[error("machine {machine} is protected in another way ({before})")]
     OtherWay { machine: String, before: &'static str },
@@ -101,6 +107,9 @@ impl HostError {
                 "keep the agent's state on another disk (`state-folder`): it must go on while this one is frozen".into()
             }
             HostError::Tracker(error) => error.help().into(),
+            HostError::Import(error) => error.help().into(),
+            HostError::OneDisk { .. } => "protect each disk as a machine of its own: marks are made where its host switches logs".into(),
+            HostError::Replaying { .. } => "wait until its host closed the next log and that was replayed".into(),
             HostError::File(error) => error.help().into(),
             HostError::OtherWay { machine, .. } => format!("unprotect {machine} first, then protect it in the other way"),
             HostError::NotLogging { .. } => {
@@ -134,9 +143,12 @@ impl HostError {
             | HostError::StateOnDisk { .. }
             | HostError::OtherDisks { .. } => FailureKind::Conflict,
             HostError::Disk(_) | HostError::DuplicateDisk { .. } | HostError::NoName { .. } => FailureKind::BadRequest,
-            HostError::Tracker(tidemark_bpf::TrackerError::Device(_)) => FailureKind::BadRequest,
+            HostError::Tracker(tidemark_bpf::TrackerError::Device(_)) | HostError::OneDisk { .. } => {
+                FailureKind::BadRequest
+            }
             HostError::Busy { .. }
             | HostError::Unsettled { .. }
+            | HostError::Replaying { .. }
             | HostError::NotLogging { .. }
             | HostError::Scanning { .. }
             | HostError::Stopping => FailureKind::Unavailable,

@@ -28,6 +28,7 @@ use tokio::runtime::Handle;
 use crate::capture::CaptureProvider;
 use crate::capture::bpf::BpfTracker;
 use crate::capture::fuse::FuseSplitter;
+use crate::capture::hrl::HrlImporter;
 use crate::capture::nbd::NbdSplitter;
 use crate::error::HostError;
 use crate::events::{EventKind, Events, News, Severity};
@@ -42,6 +43,8 @@ use crate::state::session::Boot;
 
 /// Machines that could not be attached are tried again so often.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// How often a mark that is asked for looks whether a log was replayed.
+const REPLAY_POLL: Duration = Duration::from_millis(50);
 const SPEC_BYTES_MAX: u64 = 4 << 20;
 
 /// How to reach a process server.
@@ -158,6 +161,8 @@ struct Shared {
     tracker: Arc<dyn CaptureProvider>,
     /// The one that the workload writes through as to a file.
     files: Arc<dyn CaptureProvider>,
+    /// The one that takes logs which somebody else wrote.
+    importer: Arc<dyn CaptureProvider>,
     workers: Arc<Workers>,
     session: SessionId,
     storage: Arc<dyn Storage>,
@@ -201,11 +206,13 @@ impl Host {
         }
         let workers = Workers::start().map_err(|source| HostError::Io { what: "start threads", source })?;
         let files = Arc::new(FuseSplitter::new(&config.run_folder, &config.allowed_uids));
+        let importer = Arc::new(HrlImporter::new(&config.state_folder));
         let shared = Arc::new(Shared {
             config,
             splitter: provider,
             tracker: Arc::new(BpfTracker),
             files,
+            importer,
             workers,
             session: SessionId::random(),
             storage,
@@ -291,7 +298,7 @@ impl Host {
             return Err(error);
         }
         for disk in before.iter().flat_map(|before| gone(before, &spec)) {
-            self.shared.remove_state(disk);
+            self.shared.remove_state(spec.via, disk);
         }
         let attachments = machine.attachments();
         self.shared.tell(&spec, Severity::Information, EventKind::MachineProtected, "is protected from now on", "");
@@ -330,7 +337,7 @@ impl Host {
         if let Err(error) = provider.forget(machine) {
             tracing::warn!(machine = %spec.name, %error, "certificates of a machine could not be removed");
         }
-        spec.disks.iter().for_each(|disk| self.shared.remove_state(disk));
+        spec.disks.iter().for_each(|disk| self.shared.remove_state(spec.via, disk));
         self.shared.tell(&spec, Severity::Information, EventKind::MachineUnprotected, "is not protected any more", "");
         Ok(())
     }
@@ -403,6 +410,7 @@ impl Host {
             match machine.marker().mark(consistency, &request.label, request.keep) {
                 // A tracker saw so much that it is scanned first.
                 Err(HostError::Scanning { .. }) if Instant::now() < deadline => {}
+                Err(HostError::Replaying { .. }) if Instant::now() < deadline => drop(self.stop.wait_for(REPLAY_POLL)),
                 outcome => return outcome,
             }
         }
@@ -445,7 +453,7 @@ impl Host {
         if let Some(retry) = self.retry.lock().expect("no panic while held").take() {
             let _ = retry.join();
         }
-        for provider in [&self.shared.splitter, &self.shared.files] {
+        for provider in [&self.shared.splitter, &self.shared.files, &self.shared.importer] {
             if let Err(error) = provider.stop() {
                 tracing::warn!(%error, "exports are still in use");
             }
@@ -495,6 +503,7 @@ impl Shared {
             Via::Nbd => &self.splitter,
             Via::Bpf => &self.tracker,
             Via::Fuse => &self.files,
+            Via::Hrl => &self.importer,
         }
     }
 
@@ -525,7 +534,7 @@ impl Shared {
             if let Err(error) = self.provider(spec.via).untrack(disk.disk) {
                 tracing::warn!(path = %disk.path, %error, "the kernel goes on watching a disk");
             }
-            self.remove_state(disk);
+            self.remove_state(spec.via, disk);
             let message = format!("is without disk {} from now on", disk.path);
             self.tell(spec, Severity::Information, EventKind::MachineProtected, &message, "");
         }
@@ -538,9 +547,9 @@ impl Shared {
             if let Err(error) = machine.add_disk(disk, spec, &self.config, &|spec| self.sender(spec)) {
                 for disk in added {
                     machine.remove_disk(disk.disk);
-                    self.remove_state(disk);
+                    self.remove_state(spec.via, disk);
                 }
-                self.remove_state(disk);
+                self.remove_state(spec.via, disk);
                 return Err(error);
             }
             let message = format!("has disk {} as well from now on", disk.path);
@@ -550,9 +559,10 @@ impl Shared {
         Ok(())
     }
 
-    fn remove_state(&self, disk: &DiskSpec) {
+    fn remove_state(&self, via: Via, disk: &DiskSpec) {
         let devices = self.config.state_folder.join("devices");
-        if let Err(error) = crate::attach::remove_state(disk.path.as_ref(), &devices, &*self.storage, disk.disk) {
+        let path = self.provider(via).place(disk.path.as_ref(), disk.disk);
+        if let Err(error) = crate::attach::remove_state(&path, &devices, &*self.storage, disk.disk) {
             tracing::warn!(path = %disk.path, %error, "state of a disk could not be removed");
         }
     }
@@ -606,6 +616,9 @@ impl Shared {
 
     /// What can be refused before a disk is touched.
     fn check(&self, machines: &BTreeMap<MachineId, Entry>, spec: &MachineSpec) -> Result<(), HostError> {
+        if spec.via == Via::Hrl && spec.disks.len() > 1 {
+            return Err(HostError::OneDisk { machine: spec.name.clone() });
+        }
         let canonical = |path: &str| tidemark_base::storage::canonical(path.as_ref()).unwrap_or_else(|_| path.into());
         let mut paths = Vec::new();
         for disk in &spec.disks {

@@ -7,7 +7,6 @@
 mod watch;
 
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -249,7 +248,7 @@ impl Machine {
             match self.marker.mark(Consistency::Crash, "", is_kept) {
                 Ok(_) => self.opened().iter().for_each(|disk| drop(disk.disk.alarms().remove("marks"))),
                 // So much changed that it is scanned: the mark follows.
-                Err(HostError::Scanning { .. }) => return,
+                Err(HostError::Scanning { .. } | HostError::Replaying { .. }) => return,
                 Err(error) => {
                     for disk in &self.opened() {
                         disk.disk.alarm("marks", false, error.to_string(), &error.help());
@@ -594,11 +593,12 @@ fn attach_disk(
     config: &HostConfig,
     provider: &dyn CaptureProvider,
 ) -> Result<Arc<ProtectedDisk>, HostError> {
+    provider.prepare(disk.path.as_ref(), disk.disk)?;
     let request = AttachRequest {
         disk: disk.disk,
         machine: spec.machine,
         generation: disk.generation,
-        path: PathBuf::from(&disk.path),
+        path: provider.place(disk.path.as_ref(), disk.disk),
         tracker: provider.track(disk.path.as_ref(), disk.disk, &config.state_folder)?,
         device_folder: config.state_folder.join("devices"),
         elsewhere: config.storage()?,

@@ -254,6 +254,10 @@ impl Marker {
         for attempt in 0..HOLD_ATTEMPTS {
             match hold_all(disks) {
                 Ok(holds) => {
+                    // Looked at while nothing can be written: a replay that begins now says so first and writes then.
+                    if let Some(disk) = disks.iter().find(|disk| disk.is_importing()) {
+                        return Err(HostError::Replaying { disk: disk.identity.disk });
+                    }
                     let outcome = self.append(disks, consistency, label, keep)?;
                     held(&outcome);
                     drop(holds);
@@ -477,9 +481,12 @@ impl Barrier for Marker {
         let keep = !self.is_tracked() || self.is_kept_due(interval.unwrap_or(KEPT_INTERVAL));
         match self.mark_of(&Self::all, Consistency::Crash, "", keep, &mut |_| {}) {
             Ok(outcome) => Ok(outcome.positions),
-            Err(HostError::Busy { disk } | HostError::Unsettled { disk, .. } | HostError::Scanning { disk, .. }) => {
-                Err(SourceError::Busy { disk })
-            }
+            Err(
+                HostError::Busy { disk }
+                | HostError::Unsettled { disk, .. }
+                | HostError::Scanning { disk, .. }
+                | HostError::Replaying { disk },
+            ) => Err(SourceError::Busy { disk }),
             Err(error) => {
                 let disk = self.all().first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
                 let source = std::io::Error::other(error.to_string());

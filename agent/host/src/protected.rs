@@ -86,6 +86,8 @@ pub struct ProtectedDisk {
     pub(crate) events: DiskEvents,
     /// A write failed since the disk was attached, and that was told.
     pub(crate) write_failures: AtomicBool,
+    /// What it holds now is between two instants of the disk that it is a copy of.
+    pub(crate) importing: AtomicBool,
     pub(crate) barrier: OnceLock<Weak<dyn Barrier>>,
 }
 
@@ -127,6 +129,15 @@ impl ProtectedDisk {
             }
             tracing::warn!(disk = %self.identity.disk, problem = %problem.message, help = %problem.help, "disk has a problem");
         }
+    }
+
+    /// Says whether there may be marks: no while a log of somebody else is replayed onto it.
+    pub(crate) fn set_importing(&self, importing: bool) {
+        self.importing.store(importing, Ordering::Release);
+    }
+
+    pub(crate) fn is_importing(&self) -> bool {
+        self.importing.load(Ordering::Acquire)
     }
 
     pub(crate) fn consumers(&self) -> Vec<Arc<Consumer>> {

@@ -463,6 +463,8 @@ pub enum Via {
     Bpf,
     /// The workload opens its disk as a file, at the path that is printed.
     Fuse,
+    /// Hyper-V's own logs are taken: DISK is a .vhdx or .vhd file whose .hrl files lie beside it.
+    Hrl,
 }
 
 #[derive(Args)]

@@ -25,6 +25,7 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
             Via::Nbd => "nbd",
             Via::Bpf => "bpf",
             Via::Fuse => "fuse",
+            Via::Hrl => "hrl",
         }),
         "exclude": exclude,
         "check_only": args.check,

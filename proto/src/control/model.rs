@@ -124,16 +124,19 @@ pub enum Via {
     Bpf,
     /// The workload writes to a file that is the disk.
     Fuse,
+    /// Hyper-V keeps logs beside the disk.
+    Hrl,
 }
 
 impl Via {
-    pub const ALL: [Via; 3] = [Via::Nbd, Via::Bpf, Via::Fuse];
+    pub const ALL: [Via; 4] = [Via::Nbd, Via::Bpf, Via::Fuse, Via::Hrl];
 
     pub fn name(self) -> &'static str {
         match self {
             Via::Nbd => "nbd",
             Via::Bpf => "bpf",
             Via::Fuse => "fuse",
+            Via::Hrl => "hrl",
         }
     }
 
@@ -339,15 +342,20 @@ pub enum ImageFormat {
     Raw,
     Qcow2,
     Vhdx,
+    Vhd,
     Vmdk,
 }
 
 impl ImageFormat {
+    pub const ALL: [ImageFormat; 5] =
+        [ImageFormat::Raw, ImageFormat::Qcow2, ImageFormat::Vhdx, ImageFormat::Vhd, ImageFormat::Vmdk];
+
     pub fn name(self) -> &'static str {
         match self {
             ImageFormat::Raw => "raw",
             ImageFormat::Qcow2 => "qcow2",
             ImageFormat::Vhdx => "vhdx",
+            ImageFormat::Vhd => "vhd",
             ImageFormat::Vmdk => "vmdk",
         }
     }
@@ -357,10 +365,10 @@ impl FromStr for ImageFormat {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        [ImageFormat::Raw, ImageFormat::Qcow2, ImageFormat::Vhdx, ImageFormat::Vmdk]
+        Self::ALL
             .into_iter()
             .find(|format| format.name() == text)
-            .ok_or_else(|| format!("{text:?} is no image format: raw, qcow2, vhdx or vmdk"))
+            .ok_or_else(|| format!("{text:?} is no image format: raw, qcow2, vhdx, vhd or vmdk"))
     }
 }
 

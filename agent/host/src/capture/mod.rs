@@ -7,6 +7,7 @@
 pub mod bpf;
 pub mod freezer;
 pub mod fuse;
+pub mod hrl;
 pub mod in_flight;
 pub mod nbd;
 pub mod splitter;
@@ -14,7 +15,7 @@ pub mod tracker;
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tidemark_base::disk::{Access, Disk, FileDisk};
@@ -51,6 +52,16 @@ pub trait CaptureProvider: Send + Sync {
     /// written through us.
     fn track(&self, _path: &Path, _disk: DiskId, _state: &Path) -> Result<Option<Arc<dyn Tracker>>, HostError> {
         Ok(None)
+    }
+
+    /// What is attached for the disk that was named: itself, but for an importer, which keeps a copy.
+    fn place(&self, path: &Path, _disk: DiskId) -> PathBuf {
+        path.to_owned()
+    }
+
+    /// Makes what [`place`](Self::place) names, where it is not there.
+    fn prepare(&self, _path: &Path, _disk: DiskId) -> Result<(), HostError> {
+        Ok(())
     }
 
     /// The disk is not protected any more: nothing of it is tracked.

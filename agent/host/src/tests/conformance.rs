@@ -592,7 +592,7 @@ impl Drop for Bpf {
     }
 }
 
-fn skipped(test: &str, why: &str) {
+pub(super) fn skipped(test: &str, why: &str) {
     let line = format!("SKIPPED {test}: {why}");
     println!("{line}");
     if let Some(file) = std::env::var_os("TIDEMARK_SKIPPED")

@@ -4,6 +4,7 @@ mod conformance;
 mod crash;
 pub mod gaps;
 mod host;
+mod hyperv;
 mod limits;
 mod marks;
 #[allow(dead_code, reason = "the tests of logs use the rest")]
