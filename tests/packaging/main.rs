@@ -1,5 +1,7 @@
 //! The Debian package: built, installed into a root of its own, upgraded, removed and purged; and its units.
 
+mod root;
+
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
