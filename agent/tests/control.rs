@@ -108,6 +108,12 @@ impl Fake {
                 self.note("cancel_resync");
                 Ok(Reply::Done)
             }
+            AgentCommand::HoldGroup(_) => Ok(Reply::Done),
+            AgentCommand::ReleaseGroup { .. } => Ok(Reply::GroupReleased(GroupReleased {
+                in_time: true,
+                held: Duration::from_millis(1),
+                machines: Vec::new(),
+            })),
             AgentCommand::Mark(_) => Ok(Reply::Marked { mark: MarkId::random(), time: Timestamp(1) }),
             AgentCommand::Deny(list) => {
                 *self.denied.lock().unwrap() = list;
@@ -205,6 +211,7 @@ impl Fake {
                 Ok(Reply::Exported(Exported { point: MarkId::random(), time: Timestamp(1), files }))
             }
             ServerCommand::Hypervisor(_) => Err(link::not_mine()),
+            ServerCommand::ConfirmPoint { .. } => Ok(Reply::Done),
             ServerCommand::KeepBackup(part) => {
                 let mut backup = self.backup.lock().unwrap();
                 if part.offset == 0 {

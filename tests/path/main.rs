@@ -1,16 +1,19 @@
 //! The path of a write, from the guest's hand to a recovered disk.
 
 mod access;
+mod applications;
 mod compare;
 mod demo;
 mod disks;
 mod document;
 mod failover;
 mod files;
+mod groups;
 mod hyperv;
 mod interval;
 mod logs;
 mod marks;
+mod plans;
 mod points;
 mod refusals;
 mod replicate;

@@ -144,10 +144,25 @@ impl Server {
         Session { input, output, process }
     }
 
+    /// What the server said since it was started by [`Server::start`].
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.run.join("log")).unwrap_or_default()
+    }
+
     /// Without a checkpoint, as a crash would end it.
     pub fn stop_at_once(mut self) {
         self.process.signal(nix::sys::signal::Signal::SIGQUIT);
         self.process.wait();
+    }
+}
+
+/// Ends whatever server runs on a data folder, also one that somebody else started there.
+pub struct EndOnDrop(pub PathBuf);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        let mut command = program("pg_ctl");
+        let _ = command.arg("-D").arg(&self.0).args(["stop", "-m", "immediate", "-s"]).output();
     }
 }
 

@@ -95,6 +95,52 @@ impl Site {
         self.wait_connected();
     }
 
+    /// Starts the agent of one host more, in a folder of its own beside the site's; returns the host's id. Its process is a role
+    /// of this name.
+    #[track_caller]
+    pub fn start_host(&mut self, name: &str) -> String {
+        let before = self.host_ids();
+        let folder = self.path(name);
+        for part in ["authority", "run"] {
+            let private = std::os::unix::fs::DirBuilderExt::mode(std::fs::DirBuilder::new().recursive(true), 0o700)
+                .create(folder.join(part));
+            private.expect("a folder can be made");
+        }
+        for file in std::fs::read_dir(self.state().join("authority")).expect("the site has an authority").flatten() {
+            std::fs::copy(file.path(), folder.join("authority").join(file.file_name())).expect("it can be copied");
+        }
+        self.start_host_again(name);
+        let new = || self.host_ids().into_iter().find(|id| !before.contains(id));
+        wait::until(&format!("{name} is connected"), LIMIT, new)
+    }
+
+    /// Starts the agent of such a host again, and does not wait for it.
+    pub fn start_host_again(&mut self, name: &str) {
+        let (address, folder) = ("run/config-server.json", self.path(name));
+        std::fs::copy(self.state().join(address), folder.join(address)).expect("the site's address is known");
+        let mut command = Command::new(binary::tidemark());
+        command.args(["agent", "run", "--dir"]).arg(folder).stdin(Stdio::null()).stdout(Stdio::null());
+        self.processes.push(Owned::start(name, command, Some(&self.path("site.log"))));
+    }
+
+    /// The hosts whose agents are connected.
+    pub fn host_ids(&self) -> Vec<String> {
+        let ready = self.api_address().expect("the site is up");
+        let peers = crate::api::Api::connect(&ready).get("peers");
+        let connected = peers["connected"].as_array().expect("it is a list");
+        connected.iter().filter(|peer| peer["role"] == "agent").map(|peer| text(&peer["id"])).collect()
+    }
+
+    fn api_address(&self) -> Option<Value> {
+        let host = self.state().join("run/config-server.json");
+        let addresses: Value = serde_json::from_slice(&std::fs::read(&host).ok()?).ok()?;
+        Some(serde_json::json!({
+            "api": format!("https://{}/api/v1", addresses["api"].as_str()?),
+            "token_file": self.state().join("config-server/token"),
+            "ca_file": self.state().join("ca.pem"),
+        }))
+    }
+
     /// Starts one role and does not wait for it.
     pub fn start_role(&mut self, role: &str) {
         self.start_role_as(role, Command::new(binary::tidemark()));

@@ -23,8 +23,7 @@ const OF_THE_SEAM: [&str; 11] = [
 ];
 
 /// Files that the simulation does not reach, and why they need the real machine's.
-const EXCEPTIONS: [(&str, &str); 8] = [
-    ("agent/host/src/freeze.rs", "waits for programs of the real machine"),
+const EXCEPTIONS: [(&str, &str); 7] = [
     ("agent/host/src/capture/nbd.rs", "sockets of the real machine"),
     ("agent/process-server/src/accept/mod.rs", "asynchronous: shared with tasks of the runtime"),
     ("agent/process-server/src/accept/progress.rs", "asynchronous: shared with tasks of the runtime"),

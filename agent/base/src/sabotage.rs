@@ -2,7 +2,7 @@
 //! part of a release). Without the feature every question here is answered with a constant *no*.
 
 /// Every safeguard that can be taken out.
-pub const NAMES: [&str; 17] = [
+pub const NAMES: [&str; 18] = [
     // The replica's journal is not synced before an acknowledgement leaves.
     "journal-sync",
     // Chunks are believed, as they come and as they are read back.
@@ -37,6 +37,8 @@ pub const NAMES: [&str; 17] = [
     "state-slot",
     // What the log of an epoch that ends held is not left to the scans.
     "epoch-scan",
+    // A barrier over machines lets their writes go on before it is released.
+    "group-hold",
 ];
 
 /// Whether this safeguard is taken out. The choice is per thread, as simulations are.

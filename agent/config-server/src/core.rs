@@ -1,7 +1,8 @@
 //! What every operation stands on: the state, the streams, the jobs, and one lock a machine.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use tidemark_base::{HostId, MachineId, ServerId, SystemClock};
@@ -44,6 +45,8 @@ pub struct Core {
     pub settled_peers: watch::Sender<BTreeSet<PeerId>>,
     /// Grows whenever a side could not do what is wanted of it.
     pub failed: watch::Sender<u64>,
+    /// The configuration server's own folder, where scripts are.
+    folder: OnceLock<PathBuf>,
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Why what is wanted of a machine could not be done, as of the last try.
     unsettled: Mutex<HashMap<(MachineId, Side), Failure>>,
@@ -79,9 +82,20 @@ impl Core {
             clock: SystemClock::new(),
             settled_peers: watch::Sender::default(),
             failed: watch::Sender::default(),
+            folder: OnceLock::new(),
             locks: Mutex::default(),
             unsettled: Mutex::default(),
         })
+    }
+
+    pub fn set_folder(&self, folder: PathBuf) {
+        // Said once, at the start.
+        let _ = self.folder.set(folder);
+    }
+
+    /// Where scripts of a kind are installed.
+    pub fn scripts(&self, kind: &str) -> PathBuf {
+        self.folder.get().map(|folder| folder.join(kind)).unwrap_or_default()
     }
 
     /// Whether requests can be answered: the database does. Blocks.

@@ -1,8 +1,11 @@
-//! Groups: machines that belong together. A machine is in one group at most.
+//! Groups: machines that belong together. A machine is in one group at most. [`points`] are instants of all of them.
+
+pub mod points;
+pub mod watch;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::{Clock, Timestamp};
-use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_proto::control::{Failure, FailureKind, GROUP_MACHINES_MAX, HOLD_LIMIT_MAX};
 use utoipa::ToSchema;
 
 use crate::core::Core;
@@ -12,7 +15,10 @@ use crate::status::{self, Health};
 
 const GROUPS_MAX: usize = 1024;
 /// All of them are held at one instant.
-const MACHINES_MAX: usize = 64;
+const MACHINES_MAX: usize = GROUP_MACHINES_MAX;
+const INTERVAL_SECONDS_MAX: u64 = 86_400;
+/// Less than what a disk needs to end its writes holds nobody.
+const HOLD_LIMIT_MS_MIN: u64 = 10;
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -20,6 +26,20 @@ pub struct CreateGroup {
     pub name: String,
     #[serde(default)]
     pub machines: Vec<String>,
+    #[serde(default)]
+    pub interval_seconds: Option<u64>,
+    #[serde(default)]
+    pub hold_limit_ms: Option<u64>,
+}
+
+/// What is not named stays as it is.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct GroupSettings {
+    /// A point of all machines at one instant that often; 0: only when one is asked for.
+    pub interval_seconds: Option<u64>,
+    /// The longest that a write may wait for it.
+    pub hold_limit_ms: Option<u64>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -31,6 +51,8 @@ pub struct ShownGroup {
     pub machines: Vec<String>,
     /// Of the machine that does worst.
     pub health: Health,
+    pub interval_seconds: u64,
+    pub hold_limit_ms: u64,
 }
 
 pub fn list(core: &Core) -> Vec<ShownGroup> {
@@ -53,7 +75,9 @@ pub fn create(core: &Core, request: &CreateGroup) -> Result<ShownGroup, Failure>
             "that is how `--group none` says that there is none",
         ));
     }
-    let group = Group { created: core.clock.wall_now() };
+    let mut group = Group::new(core.clock.wall_now());
+    let CreateGroup { interval_seconds, hold_limit_ms, .. } = *request;
+    apply(&mut group, &GroupSettings { interval_seconds, hold_limit_ms })?;
     core.store.change(|state| {
         if state.groups.contains_key(name) {
             return Err(Failure::new(
@@ -65,10 +89,52 @@ pub fn create(core: &Core, request: &CreateGroup) -> Result<ShownGroup, Failure>
         if state.groups.len() >= GROUPS_MAX {
             return Err(bad_request(format!("there are {GROUPS_MAX} groups, which is the limit"), "delete one"));
         }
-        state.groups.insert(name.clone(), group);
+        state.groups.insert(name.clone(), group.clone());
         request.machines.iter().try_for_each(|machine| join(state, name, machine))
     })?;
     get(core, name)
+}
+
+/// The machines of a group that are protected.
+pub fn members(state: &State, name: &str) -> Vec<Machine> {
+    let is_member = |machine: &&Machine| {
+        machine.group.as_deref() == Some(name) && !matches!(machine.wanted, Wanted::Unprotected { .. })
+    };
+    state.machines.values().filter(is_member).cloned().collect()
+}
+
+pub fn set(core: &Core, name: &str, settings: &GroupSettings, expected: Expected) -> Result<ShownGroup, Failure> {
+    core.store.change(|state| {
+        find(state, name)?;
+        expected.check(state, "machine_groups", name)?;
+        state.groups.get_mut(name).map_or(Ok(()), |group| apply(group, settings))
+    })?;
+    get(core, name)
+}
+
+fn apply(group: &mut Group, settings: &GroupSettings) -> Result<(), Failure> {
+    if let Some(seconds) = settings.interval_seconds {
+        if seconds > INTERVAL_SECONDS_MAX {
+            return Err(bad_request(
+                format!("points of a group every {seconds} s are too far apart"),
+                format!("choose at most {INTERVAL_SECONDS_MAX} s, or 0 for none by itself"),
+            ));
+        }
+        group.interval_seconds = seconds;
+    }
+    if let Some(limit) = settings.hold_limit_ms {
+        let most = HOLD_LIMIT_MAX.as_millis() as u64;
+        if !(HOLD_LIMIT_MS_MIN..=most).contains(&limit) {
+            return Err(bad_request(
+                format!("writes cannot be held for at most {limit} ms"),
+                format!(
+                    "choose between {HOLD_LIMIT_MS_MIN} and {most} ms; guests wait for that long when a host is gone"
+                ),
+            ));
+        }
+        group.hold_limit_ms = limit;
+    }
+    Ok(())
 }
 
 pub fn add(core: &Core, name: &str, machine: &str) -> Result<ShownGroup, Failure> {
@@ -171,5 +237,12 @@ fn shown(state: &State, statuses: &[status::MachineStatus], name: &str, group: &
         .map(|machine| machine.name.clone())
         .collect();
     let health = statuses.iter().filter(|status| machines.contains(&status.name)).map(|status| status.health).max();
-    ShownGroup { name: name.to_owned(), created: group.created, machines, health: health.unwrap_or(Health::Ok) }
+    ShownGroup {
+        name: name.to_owned(),
+        created: group.created,
+        machines,
+        health: health.unwrap_or(Health::Ok),
+        interval_seconds: group.interval_seconds,
+        hold_limit_ms: group.hold_limit_ms,
+    }
 }

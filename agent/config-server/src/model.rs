@@ -16,6 +16,7 @@ use crate::deliver::Channel;
 use crate::failover::drill::DrillNote;
 use crate::failover::state::Failover;
 use crate::kept::Kept;
+use crate::plans::state::Plan;
 
 /// Everything that must outlive the process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -41,6 +42,8 @@ pub struct State {
     pub alerts: BTreeMap<String, Alert>,
     #[serde(default)]
     pub groups: BTreeMap<String, Group>,
+    #[serde(default)]
+    pub plans: BTreeMap<String, Plan>,
     /// Where alerts are told.
     #[serde(default)]
     pub channels: BTreeMap<String, Channel>,
@@ -203,6 +206,7 @@ impl Default for State {
             tokens: BTreeMap::new(),
             alerts: BTreeMap::new(),
             groups: BTreeMap::new(),
+            plans: BTreeMap::new(),
             channels: BTreeMap::new(),
             kept: BTreeMap::new(),
             revisions: BTreeMap::new(),
@@ -243,6 +247,27 @@ pub struct Machine {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
     pub created: Timestamp,
+    /// A point of all machines at one instant that often; 0: none by itself.
+    #[serde(default = "group_interval")]
+    pub interval_seconds: u64,
+    /// The longest that a write waits for it.
+    #[serde(default = "group_hold_limit")]
+    pub hold_limit_ms: u64,
+}
+
+impl Group {
+    pub fn new(created: Timestamp) -> Self {
+        Self { created, interval_seconds: group_interval(), hold_limit_ms: group_hold_limit() }
+    }
+}
+
+fn group_interval() -> u64 {
+    60
+}
+
+/// Far above what hosts of one site need, far below what a guest takes for a broken disk.
+fn group_hold_limit() -> u64 {
+    250
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -22,7 +22,7 @@ use crate::identity::{PassphraseRequest, Registrar};
 use crate::jobs::Jobs;
 use crate::model::PeerRole;
 use crate::store::{Store, StoreError};
-use crate::{alerts, announce, api, deliver, denials, reconcile, serves};
+use crate::{alerts, announce, api, deliver, denials, plans, reconcile, serves};
 
 /// How often it is looked whether the database answers.
 const HEALTH_EVERY: Duration = Duration::from_secs(5);
@@ -124,6 +124,7 @@ impl ConfigServer {
 
     async fn start_with(options: Options, database: Database) -> Result<Self, StartError> {
         let storage = options.storage.clone();
+        let folder = storage.path("");
         let backup_options = BackupOptions {
             authority: options.authority_pem,
             fingerprint: options.authority.fingerprint(),
@@ -153,6 +154,10 @@ impl ConfigServer {
         let registrar = Arc::new(Registrar::new(store.clone(), history.clone(), options.authority));
         let (hub, events) = Hub::new(registrar.clone());
         let core = Core::new(store, hub.clone(), jobs, history, registrar, backups);
+        core.set_folder(folder);
+        if let Err(failure) = plans::interrupt(&core) {
+            tracing::error!(%failure, "runs of plans that an earlier process left cannot be noted");
+        }
         let api_config =
             tls::api_server(&options.identity).map_err(|error| StartError::Certificate(error.to_string()))?;
         let control_config =
@@ -185,6 +190,7 @@ impl ConfigServer {
             tokio::spawn(alerts::watch(core.clone())),
             tokio::spawn(denials::push(core.clone())),
             tokio::spawn(crate::disks::watch(core.clone())),
+            tokio::spawn(crate::groups::watch::watch(core.clone())),
             tokio::spawn(backup::run(core.clone())),
             tokio::spawn(announce::run(core.clone(), options.identity.clone())),
             tokio::spawn(look_after_health(core.clone(), serving_sender)),

@@ -130,6 +130,7 @@ macro_rules! collections {
         $apply!(tokens, "tokens");
         $apply!(alerts, "alerts");
         $apply!(groups, "machine_groups");
+        $apply!(plans, "plans");
         $apply!(channels, "channels");
         $apply!(kept, "kept_replicas");
     };

@@ -54,6 +54,15 @@ pub enum HostError {
     NotLogging { disk: DiskId, reason: String },
     #[error("no recovery point can be made: disk {disk} is being replicated ({done} of {total} bytes)")]
     Scanning { disk: DiskId, done: u64, total: u64 },
+    /// Its writes do not pass through here, so nothing can hold them.
+    #[error(
+        "the writes of machine {machine} do not pass through its agent: they cannot be held at one instant with those of others"
+    )]
+    NotHeld { machine: String },
+    #[error("there is no barrier {round} here")]
+    NoBarrier { round: tidemark_base::MarkId },
+    #[error("{most} barriers are under way here, which is the limit")]
+    Barriers { most: usize },
     #[error("machine {machine} cannot be made quiet")]
     Freeze { machine: String, source: FreezeError },
     #[error("cannot serve disks")]
@@ -119,6 +128,11 @@ impl HostError {
                 "wait until `tidemark status` says that the machine is protected, and check that its process server runs"
                     .into()
             }
+            HostError::NotHeld { .. } => {
+                "protect it with `--via nbd` or `--via fuse`, or take it out of the group: it has points of its own".into()
+            }
+            HostError::NoBarrier { .. } => "it was ended long ago, or the agent was started since; the next one will do".into(),
+            HostError::Barriers { .. } => "give groups longer intervals".into(),
             HostError::Freeze { source, .. } => source.help().to_owned(),
             HostError::Listen(ListenError::Tcp { .. }) => {
                 "choose an address of this machine and a port that is free, or 0 for any: `tidemark protect … --listen IP:PORT`"
@@ -136,11 +150,14 @@ impl HostError {
 
     pub fn kind(&self) -> FailureKind {
         match self {
-            HostError::Disk(DiskError::Absent { .. }) | HostError::UnknownMachine { .. } => FailureKind::NotFound,
+            HostError::Disk(DiskError::Absent { .. })
+            | HostError::UnknownMachine { .. }
+            | HostError::NoBarrier { .. } => FailureKind::NotFound,
             HostError::Disk(DiskError::InUse { .. })
             | HostError::AlreadyProtected { .. }
             | HostError::OtherWay { .. }
             | HostError::StateOnDisk { .. }
+            | HostError::NotHeld { .. }
             | HostError::OtherDisks { .. } => FailureKind::Conflict,
             HostError::Disk(_) | HostError::DuplicateDisk { .. } | HostError::NoName { .. } => FailureKind::BadRequest,
             HostError::Tracker(tidemark_bpf::TrackerError::Device(_)) | HostError::OneDisk { .. } => {
@@ -151,6 +168,7 @@ impl HostError {
             | HostError::Replaying { .. }
             | HostError::NotLogging { .. }
             | HostError::Scanning { .. }
+            | HostError::Barriers { .. }
             | HostError::Stopping => FailureKind::Unavailable,
             _ => FailureKind::Failed,
         }

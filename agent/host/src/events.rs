@@ -98,6 +98,8 @@ kinds! {
     SyncFailed = "sync_failed",
     WriteFailed = "write_failed",
     MarksFailed = "marks_failed",
+    /// A barrier of a group was not released in time: writes were let go on, and the marks are of each machine alone.
+    BarrierMissed = "barrier_missed",
     ThawFailed = "thaw_failed",
     CompareStarted = "compare_started",
     CompareEnded = "compare_ended",

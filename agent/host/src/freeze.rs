@@ -1,15 +1,18 @@
 //! Making the application quiet for a mark.
 //!
 //! *Cancellation.* A [`Frozen`] thaws when it is dropped, whatever happened in between. The scripts themselves are told
-//! their limit and killed when it is over. *Retries.* None: a mark that could not be made app-consistent says why.
+//! their limit and killed when it is over. *Retries.* None: a mark that could not be made app-consistent says why. *Crash.* What was frozen
+//! thaws without the agent: [`guard`].
+
+pub mod guard;
 
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use guard::{Commands, Guard, Limits};
 
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
@@ -23,6 +26,10 @@ pub enum FreezeError {
     Failed { path: PathBuf, status: String },
     #[error("{path} did not finish within {} s", limit.as_secs_f32())]
     TimedOut { path: PathBuf, limit: Duration },
+    #[error("the application did not stay quiet until the mark: its time was over, and {path} was run")]
+    Outlasted { path: PathBuf },
+    #[error("{path} cannot be used: {reason}")]
+    Settings { path: PathBuf, reason: String },
     #[error("the file system at {path} cannot be frozen, or did not stay so")]
     FileSystem { path: PathBuf, source: io::Error },
 }
@@ -37,6 +44,10 @@ impl FreezeError {
                 "let it belong to root (or to the agent's user) and be writable to its owner alone"
             }
             FreezeError::Run { .. } => "make it executable, with a valid first line",
+            FreezeError::Outlasted { .. } => {
+                "see what kept the agent from making its mark in time; a crash-consistent point is still possible"
+            }
+            FreezeError::Settings { .. } => "write it as the documentation of app-consistent points shows",
             FreezeError::FileSystem { .. } => {
                 "try `fsfreeze` by hand to see what is in its way; no point is made while it is written to"
             }
@@ -57,6 +68,53 @@ pub trait Freezer: Send + Sync {
 pub trait Frozen: Send {
     /// Lets them go on. An error means that this could not be confirmed.
     fn thaw(self: Box<Self>) -> Result<(), FreezeError>;
+
+    /// Whether they were kept still until now. What outlasts its limit is let go on by itself.
+    fn is_quiet(&self) -> bool {
+        true
+    }
+}
+
+impl Frozen for Guard {
+    fn thaw(self: Box<Self>) -> Result<(), FreezeError> {
+        Guard::thaw(*self)
+    }
+
+    fn is_quiet(&self) -> bool {
+        Guard::is_quiet(self)
+    }
+}
+
+/// Several that were made quiet one after another; they go on in the opposite order.
+#[derive(Default)]
+pub struct AllFrozen(Vec<Box<dyn Frozen>>);
+
+impl AllFrozen {
+    pub fn push(&mut self, frozen: Box<dyn Frozen>) {
+        self.0.push(frozen);
+    }
+}
+
+impl Frozen for AllFrozen {
+    fn thaw(mut self: Box<Self>) -> Result<(), FreezeError> {
+        let mut outcome = Ok(());
+        while let Some(frozen) = self.0.pop() {
+            outcome = outcome.and(frozen.thaw());
+        }
+        outcome
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.0.iter().all(|frozen| frozen.is_quiet())
+    }
+}
+
+impl Drop for AllFrozen {
+    fn drop(&mut self) {
+        while let Some(frozen) = self.0.pop() {
+            drop(frozen);
+        }
+    }
 }
 
 /// Scripts `freeze` and `thaw` in `<folder>/<machine's name>/`, pre-installed by an administrator. Nothing that comes from
@@ -89,7 +147,7 @@ impl ScriptFreezer {
 }
 
 /// Whoever can change a script (or swap it) can run what they like as the agent.
-fn check_owner(path: &Path) -> Result<(), FreezeError> {
+pub fn check_owner(path: &Path) -> Result<(), FreezeError> {
     let metadata = path.metadata().map_err(|source| FreezeError::Run { path: path.to_owned(), source })?;
     let refuse = |reason| Err(FreezeError::Unsafe { path: path.to_owned(), reason });
     if metadata.uid() != 0 && metadata.uid() != nix::unistd::geteuid().as_raw() {
@@ -105,80 +163,27 @@ impl Freezer for ScriptFreezer {
     fn freeze(&self, machine: &str, limit: Duration) -> Result<Box<dyn Frozen>, FreezeError> {
         let freeze = self.script(machine, "freeze")?;
         let thaw = self.script(machine, "thaw")?;
-        // From here on the application may be frozen, however the script ends.
-        let frozen = Box::new(ScriptFrozen { thaw, limit, is_thawed: false });
-        run(&freeze, limit)?;
-        Ok(frozen)
+        let environment =
+            [("TIDEMARK_LIMIT_SECONDS", limit.as_secs().to_string()), ("TIDEMARK_MACHINE", machine.to_owned())];
+        let environment = environment.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+        let commands = Commands { freeze: vec![freeze.into()], thaw: vec![thaw.into()], environment };
+        Ok(Box::new(Guard::freeze(&commands, limits(limit))?))
     }
 }
 
-struct ScriptFrozen {
-    thaw: PathBuf,
-    limit: Duration,
-    is_thawed: bool,
+/// Of a program that may take so long; a mark has its own time, and a little is left to say that it was made.
+pub fn limits(program: Duration) -> Limits {
+    Limits { freeze: program, frozen: crate::mark::FROZEN_MAX + Duration::from_secs(1), thaw: program }
 }
 
-impl Frozen for ScriptFrozen {
-    fn thaw(mut self: Box<Self>) -> Result<(), FreezeError> {
-        self.is_thawed = true;
-        run(&self.thaw, self.limit)
+pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut ends = [0; 2];
+    // SAFETY: pipe2 writes two descriptors to the address that it is given.
+    if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
+        return Err(io::Error::last_os_error());
     }
-}
-
-impl Drop for ScriptFrozen {
-    fn drop(&mut self) {
-        if !self.is_thawed
-            && let Err(error) = run(&self.thaw, self.limit)
-        {
-            tracing::error!(error = %error, help = error.help(), "thawing failed");
-        }
-    }
-}
-
-fn run(path: &Path, limit: Duration) -> Result<(), FreezeError> {
-    let named = || path.to_owned();
-    let mut child = Command::new(path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .env("TIDEMARK_LIMIT_SECONDS", limit.as_secs().to_string())
-        .process_group(0)
-        .spawn()
-        .map_err(|source| FreezeError::Run { path: named(), source })?;
-    let status = wait(&mut child, limit).map_err(|source| FreezeError::Run { path: named(), source })?;
-    match status {
-        Some(status) if status.success() => Ok(()),
-        Some(status) => Err(FreezeError::Failed { path: named(), status: status.to_string() }),
-        None => Err(FreezeError::TimedOut { path: named(), limit }),
-    }
-}
-
-/// Waits for the child, and kills it with everything it started when `limit` is over. `None`: it was killed.
-fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<std::process::ExitStatus>> {
-    let group = nix::unistd::Pid::from_raw(child.id() as i32);
-    let (finished, watch) = mpsc::channel::<()>();
-    let deadline = Instant::now() + limit;
-    std::thread::scope(|scope| {
-        let watcher = scope.spawn(move || {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let is_late = watch.recv_timeout(left) == Err(mpsc::RecvTimeoutError::Timeout);
-            if is_late {
-                // The child was not waited for yet, so its id, which is the group's, cannot be another's.
-                let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
-            }
-            is_late
-        });
-        // Seen without reaping: the watcher may still want to kill the group.
-        let seen = nix::sys::wait::waitid(
-            nix::sys::wait::Id::Pid(group),
-            nix::sys::wait::WaitPidFlag::WEXITED | nix::sys::wait::WaitPidFlag::WNOWAIT,
-        );
-        drop(finished);
-        let was_killed = watcher.join().expect("the watcher does not panic");
-        let status = child.wait()?;
-        seen.map_err(io::Error::from)?;
-        Ok((!was_killed).then_some(status))
-    })
+    // SAFETY: both are new, and nobody else's.
+    Ok(unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) })
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 //! addresses. *Retries.* A machine whose disks cannot be attached at a start is tried again every few seconds.
 //! *Cancellation.* [`Host::stop`] leaves every disk cleanly. *Crash.* Dropping it without is one.
 
+mod group;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
@@ -34,7 +36,7 @@ use crate::error::HostError;
 use crate::events::{EventKind, Events, News, Severity};
 use crate::freeze::{Freezer, ScriptFreezer};
 use crate::machine::{Machine, send_policy};
-use crate::mark::MarkOutcome;
+use crate::mark::{Barriers, MarkOutcome};
 use crate::pack::Workers;
 use crate::send::grpc::GrpcLink;
 use crate::send::link::Link;
@@ -150,6 +152,7 @@ pub struct MachineStatus {
 /// The host role.
 pub struct Host {
     shared: Arc<Shared>,
+    barriers: Barriers,
     stop: Stop,
     retry: Mutex<Option<JoinHandle<()>>>,
 }
@@ -234,7 +237,7 @@ impl Host {
             }
         });
         let retry = retry.map_err(|source| HostError::Io { what: "start a thread", source })?;
-        Ok(Self { shared, stop, retry: Mutex::new(Some(retry)) })
+        Ok(Self { shared, barriers: Barriers::default(), stop, retry: Mutex::new(Some(retry)) })
     }
 
     /// What happened on this host.

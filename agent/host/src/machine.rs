@@ -18,7 +18,7 @@ use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId, Generation, Timestamp};
 use tidemark_proto::control::{
     AttachedDisk, Compared, Compression, DiskSpec, Failure, FailureKind, MachineSpec, NO_RPO, Problem,
-    ReplicationPolicy, SourceDisk, SourceMode, SourceState,
+    ReplicationPolicy, SourceDisk, SourceMode, SourceState, Via,
 };
 use tidemark_proto::replication::Consistency;
 
@@ -27,7 +27,7 @@ use crate::capture::{Address, CaptureProvider};
 use crate::error::HostError;
 use crate::host::failed_disk;
 use crate::log::LogLimits;
-use crate::mark::Marker;
+use crate::mark::{Joining, Marker};
 use crate::pack::CompressionPolicy;
 use crate::protected::{Barrier, ProtectedDisk};
 use crate::send::{Phase, SendPolicy, Sender, SenderConfig, SenderStatus, ShipMode};
@@ -424,6 +424,21 @@ impl Machine {
                 Some(_) => {}
             }
         }
+    }
+
+    /// For a barrier with other machines.
+    pub(crate) fn joining(self: &Arc<Self>) -> Joining {
+        let machine = self.clone();
+        let refuse = move || {
+            let spec = machine.spec();
+            // Only those whose writes pass through here can be held at an instant.
+            if !matches!(spec.via, Via::Nbd | Via::Fuse) {
+                return Err(HostError::NotHeld { machine: spec.name });
+            }
+            let scanned = machine.wait_scanned(Duration::ZERO);
+            scanned.map_err(|(disk, done, total)| HostError::Scanning { disk, done, total })
+        };
+        Joining { marker: self.marker.clone(), refuse: Box::new(refuse) }
     }
 
     pub fn disks(&self) -> impl Iterator<Item = Arc<ProtectedDisk>> {

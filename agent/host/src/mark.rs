@@ -6,6 +6,8 @@
 //! more than [`HOLD_LIMIT`] are let go on, and the hold is tried again, [`HOLD_ATTEMPTS`] times. *Cancellation.* Dropping a
 //! hold lets everybody go on. *Crash.* A mark that is not in the log of every disk never becomes a point: it names them all.
 
+mod group;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +25,8 @@ use crate::log::Unlogged;
 use crate::protected::tracked::{FROZEN_BYTES_MAX, Gathered, LOGGED_BYTES_MAX};
 use crate::protected::{Barrier, HOLD_ATTEMPTS, HOLD_LIMIT, ProtectedDisk, pause};
 use crate::source::SourceError;
+
+pub use group::{Barriers, GroupOutcome, Joining};
 
 /// The longest that an application is kept frozen, its own scripts not counted.
 pub const FROZEN_MAX: Duration = Duration::from_secs(10);
@@ -80,6 +84,23 @@ struct Last {
     kept: BTreeMap<DiskId, Position>,
     kept_at: Option<Instant>,
     app: BTreeMap<DiskId, Position>,
+}
+
+impl Last {
+    fn note(&mut self, outcome: &MarkOutcome, keep: bool) {
+        for (disk, position) in &outcome.positions {
+            self.positions.insert(*disk, *position);
+            if keep {
+                self.kept.insert(*disk, *position);
+            }
+            if outcome.consistency == Consistency::Application {
+                self.app.insert(*disk, *position);
+            }
+        }
+        if keep {
+            self.kept_at = Some(Instant::now());
+        }
+    }
 }
 
 impl Marker {
@@ -210,7 +231,13 @@ impl Marker {
                 Some(freezer.freeze(&self.name, self.freeze_limit).map_err(failed)?)
             }
         };
-        let result = self.mark_by(&disks, Instant::now() + FROZEN_MAX, consistency, label, keep, held);
+        let quiet = || match &frozen {
+            Some(frozen) if !frozen.is_quiet() => {
+                Err(failed(crate::freeze::FreezeError::Outlasted { path: self.name.clone().into() }))
+            }
+            _ => Ok(()),
+        };
+        let result = self.mark_by(&disks, Instant::now() + FROZEN_MAX, consistency, label, keep, &quiet, held);
         if let Some(frozen) = frozen {
             // The mark was made while everything was quiet; that thawing failed is another matter, and worse.
             if let Err(error) = frozen.thaw() {
@@ -221,23 +248,13 @@ impl Marker {
             }
         }
         let outcome = result?;
-        for (disk, position) in &outcome.positions {
-            last.positions.insert(*disk, *position);
-            if keep {
-                last.kept.insert(*disk, *position);
-            }
-            if consistency == Consistency::Application {
-                last.app.insert(*disk, *position);
-            }
-        }
-        if keep {
-            last.kept_at = Some(Instant::now());
-        }
+        last.note(&outcome, keep);
         drop(last);
         disks.iter().for_each(|disk| disk.watchers.changed());
         Ok(outcome)
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn mark_by(
         &self,
         disks: &[Arc<ProtectedDisk>],
@@ -245,10 +262,11 @@ impl Marker {
         consistency: Consistency,
         label: &str,
         keep: bool,
+        quiet: &dyn Fn() -> Result<(), HostError>,
         held: &mut dyn FnMut(&MarkOutcome),
     ) -> Result<MarkOutcome, HostError> {
         if disks.iter().any(|disk| disk.tracker().is_some()) {
-            return self.mark_settled(disks, deadline, consistency, label, keep, held);
+            return self.mark_settled(disks, deadline, consistency, label, keep, quiet, held);
         }
         let mut busy = disks.first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
         for attempt in 0..HOLD_ATTEMPTS {
@@ -258,6 +276,7 @@ impl Marker {
                     if let Some(disk) = disks.iter().find(|disk| disk.is_importing()) {
                         return Err(HostError::Replaying { disk: disk.identity.disk });
                     }
+                    quiet()?;
                     let outcome = self.append(disks, consistency, label, keep)?;
                     held(&outcome);
                     drop(holds);
@@ -294,6 +313,7 @@ impl Marker {
     /// A mark of disks that others write to: at an instant at which everything that changed was read and nothing is in flight.
     /// Passes that find ever less come to such an instant by themselves; where they do not, the file systems on the
     /// disks are frozen, for a moment and not often.
+    #[allow(clippy::too_many_arguments)]
     fn mark_settled(
         &self,
         disks: &[Arc<ProtectedDisk>],
@@ -301,6 +321,7 @@ impl Marker {
         consistency: Consistency,
         label: &str,
         keep: bool,
+        quiet: &dyn Fn() -> Result<(), HostError>,
         held: &mut dyn FnMut(&MarkOutcome),
     ) -> Result<MarkOutcome, HostError> {
         let mut settling = self.settling.lock().expect("no panic while held");
@@ -308,6 +329,7 @@ impl Marker {
         if settling.passes < PASSES_MAX {
             match settle(disks, deadline.min(Instant::now() + SETTLE_LIMIT), LOGGED_BYTES_MAX) {
                 Ok(holds) => {
+                    quiet()?;
                     let outcome = self.append(disks, consistency, label, keep)?;
                     held(&outcome);
                     drop(holds);
@@ -336,6 +358,7 @@ impl Marker {
             return Err(busy);
         }
         let settled = settle(disks, Instant::now() + FREEZE_LIMIT / 2, FROZEN_BYTES_MAX).and_then(|holds| {
+            quiet()?;
             let outcome = self.append(disks, consistency, label, keep)?;
             held(&outcome);
             drop(holds);
@@ -364,15 +387,23 @@ impl Marker {
     ) -> Result<MarkOutcome, HostError> {
         // Times never decrease along any of the disks.
         let time = disks.iter().map(|disk| disk.log.time_now()).max().unwrap_or_default();
-        let mark = Mark {
-            id: MarkId::random(),
-            machine: self.machine,
-            disks: disks.iter().map(|disk| disk.identity.disk).collect(),
-            consistency,
-            label: label.to_owned(),
-            keep,
-            time,
-        };
+        self.append_mark(
+            disks,
+            Mark {
+                id: MarkId::random(),
+                machine: self.machine,
+                disks: disks.iter().map(|disk| disk.identity.disk).collect(),
+                consistency,
+                label: label.to_owned(),
+                keep,
+                time,
+                group: false,
+            },
+        )
+    }
+
+    fn append_mark(&self, disks: &[Arc<ProtectedDisk>], mark: Mark) -> Result<MarkOutcome, HostError> {
+        let time = mark.time;
         let body = mark.to_bytes();
         // What nobody can read back must not get into a log: its history would end there.
         if let Err(error) = Mark::from_bytes(&body) {
@@ -395,7 +426,7 @@ impl Marker {
         for (disk, position) in &positions {
             observe(Event::Marked { disk: *disk, mark: mark.id, position: *position });
         }
-        Ok(MarkOutcome { id: mark.id, time, consistency, positions })
+        Ok(MarkOutcome { id: mark.id, time, consistency: mark.consistency, positions })
     }
 
     /// Goes on in new logs: the end of a cycle.

@@ -136,6 +136,11 @@ pub enum Verb {
         #[command(subcommand)]
         verb: GroupVerb,
     },
+    /// Machines that fail over together, in order, with scripts and manual steps between.
+    Plan {
+        #[command(subcommand)]
+        verb: PlanVerb,
+    },
     /// Where alerts are told: webhooks and mail.
     Channel {
         #[command(subcommand)]
@@ -190,6 +195,22 @@ pub enum AgentVerb {
     Run(RoleArgs),
     /// Gets a certificate for this host, with a passphrase.
     Register(RegisterArgs),
+    /// Asks a QEMU guest agent to freeze its file systems, or to thaw them: what app-consistent points do.
+    Guest {
+        /// Which of both.
+        #[arg(value_enum)]
+        what: GuestQuestion,
+        /// The channel of the guest agent.
+        socket: PathBuf,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum GuestQuestion {
+    /// Everything is written to the disks, and nothing more until the thaw.
+    Freeze,
+    /// Writing goes on.
+    Thaw,
 }
 
 #[derive(Subcommand)]
@@ -840,6 +861,16 @@ impl EncryptionArg {
     }
 }
 
+#[derive(Args)]
+pub struct GroupSettings {
+    /// A point of all machines at one instant that often; 0s: only when one is asked for. 60s where nothing is said.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub interval: Option<Duration>,
+    /// The longest that a write may wait for it; 250ms where nothing is said.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub hold_limit: Option<Duration>,
+}
+
 #[derive(Subcommand)]
 pub enum GroupVerb {
     /// Makes a group.
@@ -848,6 +879,15 @@ pub enum GroupVerb {
         name: String,
         /// Machines that are protected already.
         machines: Vec<String>,
+        #[command(flatten)]
+        settings: GroupSettings,
+    },
+    /// Changes settings of a group.
+    Set {
+        /// The group.
+        name: String,
+        #[command(flatten)]
+        settings: GroupSettings,
     },
     /// Puts machines into a group.
     Add {
@@ -865,6 +905,21 @@ pub enum GroupVerb {
         #[arg(required = true)]
         machines: Vec<String>,
     },
+    /// Makes a point of all machines at one instant now, and waits until it is durable on each.
+    Point {
+        /// The group.
+        name: String,
+        /// A text to know it by.
+        #[arg(long, default_value = "")]
+        label: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// The points that all machines of a group have, at one instant.
+    Points {
+        /// The group.
+        name: String,
+    },
     /// All groups.
     List,
     /// A group with its machines.
@@ -875,6 +930,114 @@ pub enum GroupVerb {
     /// Deletes a group; its machines stay protected.
     Delete {
         /// The group.
+        name: String,
+    },
+}
+
+/// What a plan does.
+#[derive(Args)]
+pub struct PlanSteps {
+    /// A step, in the order of the plan: `machines:NAME,NAME` and `group:NAME` fail over side by side, `script:NAME` runs a script that is
+    /// installed beside the configuration server, `manual:TEXT` waits for somebody. `@10m` at its end: it fails when it takes longer.
+    #[arg(long = "step", value_name = "STEP", conflicts_with = "file")]
+    pub steps: Vec<String>,
+    /// The steps as JSON: `{"steps":[{"action":{"machines":["db"]},"timeout_seconds":600}]}`; `-`: standard input.
+    #[arg(long, value_name = "FILE", required_unless_present = "steps")]
+    pub file: Option<PathBuf>,
+    /// How long a step may take that does not say so.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "30m")]
+    pub timeout: Duration,
+}
+
+#[derive(Subcommand)]
+pub enum PlanVerb {
+    /// Makes a plan.
+    Create {
+        /// What the plan is called.
+        name: String,
+        #[command(flatten)]
+        steps: PlanSteps,
+    },
+    /// Gives a plan other steps.
+    Set {
+        /// The plan.
+        name: String,
+        #[command(flatten)]
+        steps: PlanSteps,
+    },
+    /// All plans.
+    List,
+    /// A plan, and how its last run does.
+    Show {
+        /// The plan.
+        name: String,
+    },
+    /// Fails over: every step in order, the machines of a step side by side.
+    Run {
+        /// The plan.
+        name: String,
+        /// From points, where the sources are gone; else they are stopped, and nothing is lost.
+        #[arg(long)]
+        unplanned: bool,
+        /// With --unplanned: `latest`, `latest-app`, `latest-group` (one instant of all machines of a group), or a time.
+        #[arg(long, requires = "unplanned")]
+        point: Option<String>,
+        /// Make the disks ready, and start nothing.
+        #[arg(long)]
+        disks_only: bool,
+        /// Say what would be done and lost, and what is in the way, and do nothing.
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Tests the failover of every machine in isolation, and cleans up; scripts run, manual steps are left out.
+    Test {
+        /// The plan.
+        name: String,
+        /// `latest`, `latest-app`, `latest-group`, or a time.
+        #[arg(long, default_value = "latest")]
+        point: String,
+        /// Test the disks alone.
+        #[arg(long)]
+        disks_only: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Says that the manual step that a run waits for is done.
+    Confirm {
+        /// The plan.
+        name: String,
+    },
+    /// Goes on with a run that stopped in the middle, at the step that failed.
+    Continue {
+        /// The plan.
+        name: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Takes a run back: no further step begins, and the machines go on at their sources.
+    Cancel {
+        /// The plan.
+        name: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Accepts the points that all machines failed over to.
+    Commit {
+        /// The plan.
+        name: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// How the last run went: the RTO of each machine, the time of each step.
+    Report {
+        /// The plan.
+        name: String,
+    },
+    /// Deletes a plan; its machines stay as they are.
+    Delete {
+        /// The plan.
         name: String,
     },
 }

@@ -11,6 +11,7 @@ mod group;
 mod hrl;
 mod job;
 mod output;
+mod plan;
 mod point;
 mod policy;
 mod protect;
@@ -64,6 +65,10 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Agent { verb } => match verb {
             args::AgentVerb::Run(args) => role(run::agent(args)),
             args::AgentVerb::Register(args) => client(run::register(Role::Agent, target, args, output)),
+            args::AgentVerb::Guest { what, socket } => client(async {
+                let thaw = matches!(what, args::GuestQuestion::Thaw);
+                Ok(crate::roles::quiet::ask_guest(&socket, thaw).await?)
+            }),
         },
         Verb::ProcessServer { verb } => match verb {
             args::ProcessServerVerb::Run(args) => role(run::process_server(args)),
@@ -103,6 +108,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Point { verb } => client(point::run(&target.client()?, verb, output)),
         Verb::Policy { verb } => client(policy::run(&target.client()?, verb, output)),
         Verb::Group { verb } => client(group::run(&target.client()?, verb, output)),
+        Verb::Plan { verb } => client(plan::run(&target.client()?, verb, output)),
         Verb::Channel { verb } => client(channel::run(&target.client()?, verb, output)),
         Verb::Job { verb } => client(job::run(&target.client()?, verb, output)),
         Verb::Replica { verb } => replica::run(verb, &target, output),

@@ -1,14 +1,11 @@
 //! The agent as a process runs it.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use prometheus_client::registry::Unit;
 use tidemark_base::storage::{Storage, read_file, replace_file};
 use tidemark_base::{HostId, ServerId};
 use tidemark_host::events::Subscriber;
-use tidemark_host::freeze::{FreezeError, Freezer, Frozen, ScriptFreezer};
 use tidemark_host::{Host, HostConfig, HostError};
 use tidemark_proto::control::{
     AgentCommand, DenyList, Failure, FailureKind, Peer, ProbedDisk, Register, Reply, Severity, SourceDisk, SourceState,
@@ -22,9 +19,10 @@ use super::link::{self, Command, Handler, not_mine};
 use super::metrics::{self, Figures, Sheet};
 use super::outbox::Draft;
 use super::place::Place;
+use super::quiet::Applications;
 use super::{RoleError, boot_id, host_name};
 
-/// A folder for each machine, with its scripts `freeze` and `thaw`.
+/// A folder for each machine, with what makes its applications quiet.
 const FREEZE_FOLDER: &str = "freeze.d";
 
 pub struct RunningAgent {
@@ -45,7 +43,7 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
     let (state, run, identity) = (place.state.clone(), place.run.clone(), place.identity.clone());
     let host = blocking(move || {
         let mut config = HostConfig::new(state.clone(), run, None, identity, runtime)?;
-        config.freezer = Some(Arc::new(FreezerOrCaller::new(state.join(FREEZE_FOLDER))));
+        config.freezer = Some(Arc::new(Applications::new(state.join(FREEZE_FOLDER))));
         Host::start(config)
     })
     .await
@@ -229,6 +227,8 @@ fn execute(host: &Host, command: AgentCommand) -> Result<Reply, HostError> {
             host.mark(&request).map(|outcome| Reply::Marked { mark: outcome.id, time: outcome.time })
         }
         AgentCommand::Status => Ok(Reply::Agent(host.report())),
+        AgentCommand::HoldGroup(request) => host.hold_group(&request).map(|()| Reply::Done),
+        AgentCommand::ReleaseGroup { round, verdict } => host.release_group(round, verdict).map(Reply::GroupReleased),
         // Taken before: it is not the host's.
         AgentCommand::Deny(_) => Ok(Reply::Done),
     }
@@ -265,65 +265,5 @@ async fn blocking<T: Send + 'static>(
             format!("the agent could not finish: {error}"),
             "see the agent's log",
         )),
-    }
-}
-
-/// A machine with scripts is frozen by them. Where there are none, whoever asks for an app-consistent point vouches that
-/// the applications are quiet.
-struct FreezerOrCaller {
-    folder: PathBuf,
-    scripts: ScriptFreezer,
-}
-
-impl FreezerOrCaller {
-    fn new(folder: PathBuf) -> Self {
-        Self { scripts: ScriptFreezer::new(&folder), folder }
-    }
-}
-
-impl Freezer for FreezerOrCaller {
-    fn freeze(&self, machine: &str, limit: Duration) -> Result<Box<dyn Frozen>, FreezeError> {
-        // Names of machines are plain words: the configuration server and the scripts' freezer see to that.
-        let is_plain = !machine.is_empty() && !machine.starts_with('.') && !machine.contains(['/', '\0']);
-        if is_plain && !self.folder.join(machine).exists() {
-            return Ok(Box::new(FrozenByCaller));
-        }
-        self.scripts.freeze(machine, limit)
-    }
-}
-
-struct FrozenByCaller;
-
-impl Frozen for FrozenByCaller {
-    fn thaw(self: Box<Self>) -> Result<(), FreezeError> {
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::PermissionsExt;
-
-    const LIMIT: Duration = Duration::from_secs(60);
-
-    #[test]
-    fn scripts_freeze_where_there_are_some_and_the_caller_vouches_elsewhere() {
-        let top = tempfile::tempdir().unwrap();
-        let freezer = FreezerOrCaller::new(top.path().join(FREEZE_FOLDER));
-        freezer.freeze("web", LIMIT).unwrap().thaw().unwrap();
-        let folder = top.path().join(FREEZE_FOLDER).join("web");
-        std::fs::create_dir_all(&folder).unwrap();
-        // Scripts that are half there, or that fail, are no vouching.
-        assert!(matches!(freezer.freeze("web", LIMIT), Err(FreezeError::NotConfigured { .. })));
-        for (name, script) in [("freeze", "#!/bin/sh\nexit 3\n"), ("thaw", "#!/bin/sh\n")] {
-            let path = folder.join(name);
-            std::io::Write::write_all(&mut std::fs::File::create(&path).unwrap(), script.as_bytes()).unwrap();
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
-        }
-        for folder in [top.path().join(FREEZE_FOLDER), folder.clone()] {
-            std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700)).unwrap();
-        }
-        assert!(matches!(freezer.freeze("web", LIMIT), Err(FreezeError::Failed { .. })));
     }
 }

@@ -10,6 +10,7 @@ pub mod notify;
 pub mod outbox;
 pub mod place;
 pub mod process_server;
+pub mod quiet;
 pub mod register;
 pub mod up;
 

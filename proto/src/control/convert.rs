@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::model::*;
 use super::policy::*;
-use super::{ADDRESSES_MAX, DISKS_MAX, EVENTS_MAX, TEXT_BYTES_MAX, VERSION, wire};
+use super::{ADDRESSES_MAX, DISKS_MAX, EVENTS_MAX, GROUP_MACHINES_MAX, HOLD_LIMIT_MAX, TEXT_BYTES_MAX, VERSION, wire};
 
 /// Why a message cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -249,6 +249,22 @@ impl From<&AgentCommand> for wire::AgentCommand {
             }),
             AgentCommand::Status => Body::Status(empty()),
             AgentCommand::Deny(list) => Body::Deny(list.into()),
+            AgentCommand::HoldGroup(hold) => Body::HoldGroup(wire::HoldGroup {
+                round: hold.round.to_vec(),
+                group: hold.group.clone(),
+                machines: hold.machines.iter().map(|machine| machine.to_vec()).collect(),
+                limit_ms: milliseconds(hold.limit),
+                label: hold.label.clone(),
+            }),
+            AgentCommand::ReleaseGroup { round, verdict } => Body::ReleaseGroup(wire::ReleaseGroup {
+                round: round.to_vec(),
+                verdict: match verdict {
+                    Verdict::Group => wire::Verdict::Group,
+                    Verdict::Plain => wire::Verdict::Plain,
+                    Verdict::Nothing => wire::Verdict::Nothing,
+                }
+                .into(),
+            }),
         };
         wire::AgentCommand { body: Some(body) }
     }
@@ -278,8 +294,30 @@ impl TryFrom<wire::AgentCommand> for AgentCommand {
             }),
             Body::Status(_) => AgentCommand::Status,
             Body::Deny(list) => AgentCommand::Deny(list.try_into()?),
+            Body::HoldGroup(hold) => AgentCommand::HoldGroup(HoldGroup {
+                round: mark(&hold.round)?,
+                group: named(hold.group, "group")?,
+                machines: list(hold.machines, "machines", GROUP_MACHINES_MAX, |id| machine(&id))?,
+                limit: hold_limit(hold.limit_ms)?,
+                label: text(hold.label, "label")?,
+            }),
+            Body::ReleaseGroup(release) => AgentCommand::ReleaseGroup {
+                round: mark(&release.round)?,
+                verdict: match release.verdict() {
+                    wire::Verdict::Group => Verdict::Group,
+                    wire::Verdict::Plain => Verdict::Plain,
+                    wire::Verdict::Nothing => Verdict::Nothing,
+                    wire::Verdict::Invalid => return Err(WireError::Invalid("verdict")),
+                },
+            },
         })
     }
+}
+
+/// Whoever asks for more would stop guests for longer than they notice without harm.
+fn hold_limit(limit_ms: u64) -> Checked<Duration> {
+    let limit = Duration::from_millis(limit_ms);
+    if limit.is_zero() || limit > HOLD_LIMIT_MAX { Err(WireError::Invalid("limit")) } else { Ok(limit) }
 }
 
 impl From<Consistency> for wire::PointConsistency {
@@ -547,6 +585,10 @@ impl From<&ServerCommand> for wire::ServerCommand {
                 data: part.data.clone(),
                 break_glass: part.break_glass.to_vec(),
             }),
+            ServerCommand::ConfirmPoint { machine, point } => {
+                let point = point.map_or_else(Vec::new, |id| id.to_vec());
+                Body::ConfirmPoint(wire::ConfirmPoint { machine: machine.to_vec(), point })
+            }
         };
         wire::ServerCommand { body: Some(body) }
     }
@@ -603,6 +645,10 @@ impl TryFrom<wire::ServerCommand> for ServerCommand {
                 data: part.data,
                 break_glass: part.break_glass.try_into().map_err(|_| WireError::Invalid("break_glass"))?,
             }),
+            Body::ConfirmPoint(of) => {
+                let point = optional(of.point).map(|id| mark(&id)).transpose()?;
+                ServerCommand::ConfirmPoint { machine: machine(&of.machine)?, point }
+            }
         })
     }
 }
@@ -757,6 +803,19 @@ pub fn reply_to(request: u64, outcome: &Result<Reply, Failure>) -> wire::Reply {
         Ok(Reply::Agent(report)) => Body::AgentReport(report.into()),
         Ok(Reply::Server(report)) => Body::ServerReport(report.into()),
         Ok(Reply::Hypervisor(answer)) => Body::Hypervisor(wire::HypervisorAnswer { answer: answer.clone() }),
+        Ok(Reply::GroupReleased(released)) => Body::GroupReleased(wire::GroupReleased {
+            in_time: released.in_time,
+            held_ns: u64::try_from(released.held.as_nanos()).unwrap_or(u64::MAX),
+            machines: released
+                .machines
+                .iter()
+                .map(|of| wire::GroupMark {
+                    machine: of.machine.to_vec(),
+                    time_ns: of.time.map_or(0, |time| time.0),
+                    failure: of.failure.as_ref().map(Into::into),
+                })
+                .collect(),
+        }),
     };
     wire::Reply { request, body: Some(body) }
 }
@@ -795,6 +854,17 @@ impl TryFrom<wire::Reply> for (u64, Result<Reply, Failure>) {
             Body::AgentReport(report) => Reply::Agent(report.try_into()?),
             Body::ServerReport(report) => Reply::Server(report.try_into()?),
             Body::Hypervisor(of) => Reply::Hypervisor(named(of.answer, "answer")?),
+            Body::GroupReleased(of) => Reply::GroupReleased(GroupReleased {
+                in_time: of.in_time,
+                held: Duration::from_nanos(of.held_ns),
+                machines: list(of.machines, "machines", GROUP_MACHINES_MAX, |of| {
+                    Ok(GroupMark {
+                        machine: machine(&of.machine)?,
+                        time: optional(of.time_ns).map(Timestamp),
+                        failure: of.failure.map(Failure::try_from).transpose()?,
+                    })
+                })?,
+            }),
         };
         Ok((from.request, Ok(reply)))
     }
@@ -1038,6 +1108,8 @@ impl From<&ServerReport> for wire::ServerReport {
                     machine: of.machine.to_vec(),
                     points: of.points,
                     latest: of.latest.as_ref().map(Into::into),
+                    group_candidate: of.group_candidate.map_or_else(Vec::new, |id| id.to_vec()),
+                    group_point: of.group_point.map_or_else(Vec::new, |id| id.to_vec()),
                 })
                 .collect(),
         }
@@ -1071,6 +1143,8 @@ impl TryFrom<wire::ServerReport> for ServerReport {
                     machine: machine(&of.machine)?,
                     points: of.points,
                     latest: of.latest.map(PointInfo::try_from).transpose()?,
+                    group_candidate: optional(of.group_candidate).map(|id| mark(&id)).transpose()?,
+                    group_point: optional(of.group_point).map(|id| mark(&id)).transpose()?,
                 })
             })?,
         })
@@ -1181,6 +1255,16 @@ mod tests {
             AgentCommand::Mark(MarkRequest { machine, consistency: Consistency::App, label: "x".into(), keep: true }),
             AgentCommand::Status,
             AgentCommand::Deny(denied()),
+            AgentCommand::HoldGroup(HoldGroup {
+                round: MarkId::random(),
+                group: "shop".into(),
+                machines: vec![machine, MachineId::random()],
+                limit: Duration::from_millis(250),
+                label: "x".into(),
+            }),
+            AgentCommand::ReleaseGroup { round: MarkId::random(), verdict: Verdict::Group },
+            AgentCommand::ReleaseGroup { round: MarkId::random(), verdict: Verdict::Plain },
+            AgentCommand::ReleaseGroup { round: MarkId::random(), verdict: Verdict::Nothing },
         ] {
             assert_eq!(AgentCommand::try_from(wire::AgentCommand::from(&command)), Ok(command));
         }
@@ -1235,6 +1319,8 @@ mod tests {
                 data: vec![1, 2, 3],
                 break_glass: [6; 32],
             }),
+            ServerCommand::ConfirmPoint { machine, point: Some(MarkId::random()) },
+            ServerCommand::ConfirmPoint { machine, point: None },
         ] {
             assert_eq!(ServerCommand::try_from(wire::ServerCommand::from(&command)), Ok(command));
         }
@@ -1270,6 +1356,18 @@ mod tests {
         for outcome in [
             Ok(Reply::Done),
             Ok(Reply::Hypervisor("{}".into())),
+            Ok(Reply::GroupReleased(GroupReleased {
+                in_time: true,
+                held: Duration::from_micros(900),
+                machines: vec![
+                    GroupMark { machine: MachineId::random(), time: Some(Timestamp(4)), failure: None },
+                    GroupMark {
+                        machine: MachineId::random(),
+                        time: None,
+                        failure: Some(Failure::new(FailureKind::Unavailable, "busy", "wait")),
+                    },
+                ],
+            })),
             Ok(Reply::Attached(vec![attached])),
             Ok(Reply::Marked { mark: point.id, time: Timestamp(1) }),
             Ok(Reply::Points(vec![point.clone()])),
@@ -1312,7 +1410,13 @@ mod tests {
                     scrub_bytes: 7,
                 }],
                 serves: vec![serving],
-                machines: vec![ReplicaMachine { machine: MachineId::random(), points: 2, latest: Some(point) }],
+                machines: vec![ReplicaMachine {
+                    machine: MachineId::random(),
+                    points: 2,
+                    latest: Some(point),
+                    group_candidate: Some(MarkId::random()),
+                    group_point: None,
+                }],
             })),
             Err(Failure::new(FailureKind::Conflict, "in use", "stop it")),
         ] {
@@ -1343,6 +1447,12 @@ mod tests {
         assert!(matches!(MachineSpec::try_from(bad), Err(WireError::TooLong { field: "disks", .. })));
         assert_eq!(Register::try_from(wire::Register { version: 9, ..Default::default() }), Err(WireError::Version(9)));
         assert_eq!(AgentCommand::try_from(wire::AgentCommand { body: None }), Err(WireError::Invalid("command")));
+        for limit in [Duration::ZERO, HOLD_LIMIT_MAX + Duration::from_millis(1)] {
+            let (round, machines) = (MarkId::random(), vec![MachineId::random()]);
+            let hold = HoldGroup { round, group: "shop".into(), machines, limit, label: String::new() };
+            let sent = wire::AgentCommand::from(&AgentCommand::HoldGroup(hold));
+            assert_eq!(AgentCommand::try_from(sent), Err(WireError::Invalid("limit")), "{limit:?}");
+        }
     }
 
     #[test]

@@ -21,6 +21,13 @@ pub const VERSION: u32 = 1;
 pub const TEXT_BYTES_MAX: usize = 8192;
 /// The most disks of one machine.
 pub const DISKS_MAX: usize = 256;
+/// The most machines of one group.
+pub const GROUP_MACHINES_MAX: usize = 64;
+/// Flag of a point that every machine of its group has, and of one that was made behind the barrier and that they may have.
+pub const GROUP_POINT: &str = "group";
+pub const GROUP_CANDIDATE: &str = "group unconfirmed";
+/// The longest that a barrier may hold writes.
+pub const HOLD_LIMIT_MAX: std::time::Duration = std::time::Duration::from_secs(10);
 /// The most events of one batch.
 pub const EVENTS_MAX: usize = 256;
 /// The most addresses of a configuration server.

@@ -96,6 +96,55 @@ pub enum AgentCommand {
     Status,
     /// Process servers that are not to be dialled.
     Deny(DenyList),
+    /// Holds the disks of machines at one instant with those of other hosts.
+    HoldGroup(HoldGroup),
+    ReleaseGroup {
+        round: MarkId,
+        verdict: Verdict,
+    },
+}
+
+/// A barrier over machines of a group: the part of one host.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HoldGroup {
+    /// The id of the marks.
+    pub round: MarkId,
+    pub group: String,
+    /// Those that this host protects.
+    pub machines: Vec<MachineId>,
+    /// The longest that a write waits.
+    pub limit: Duration,
+    pub label: String,
+}
+
+/// How a barrier ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Everybody is held: the marks are those of the group.
+    Group,
+    /// Somebody is not: each machine gets a mark of its own.
+    Plain,
+    /// No mark; it is tried again.
+    Nothing,
+}
+
+/// What became of a barrier at one host.
+#[derive(Clone, PartialEq, Debug)]
+pub struct GroupReleased {
+    /// The release came before the host's own time-out, and every machine got its mark.
+    pub in_time: bool,
+    /// How long writes were held.
+    pub held: Duration,
+    pub machines: Vec<GroupMark>,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct GroupMark {
+    pub machine: MachineId,
+    /// `None`: it has no mark.
+    pub time: Option<Timestamp>,
+    /// Why not; `None` where none was wanted.
+    pub failure: Option<Failure>,
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -245,6 +294,12 @@ pub enum ServerCommand {
     /// What is asked of whoever runs machines there: JSON, whose types are those of the hypervisor's crate.
     Hypervisor(String),
     KeepBackup(BackupPart),
+    /// Every machine of the group has this point, made behind the barrier; `None`: it is in no group any more, and none is kept for
+    /// one.
+    ConfirmPoint {
+        machine: MachineId,
+        point: Option<MarkId>,
+    },
 }
 
 /// Which host may write which disks of a machine, and how long their history is kept.
@@ -390,6 +445,7 @@ pub enum Reply {
     Server(ServerReport),
     /// The answer to [`ServerCommand::Hypervisor`].
     Hypervisor(String),
+    GroupReleased(GroupReleased),
 }
 
 impl Reply {
@@ -408,6 +464,7 @@ impl Reply {
             Reply::Agent(_) => "agent report",
             Reply::Server(_) => "server report",
             Reply::Hypervisor(_) => "a hypervisor's answer",
+            Reply::GroupReleased(_) => "released",
         }
     }
 }
@@ -605,6 +662,10 @@ pub struct ReplicaMachine {
     /// Listed points.
     pub points: u64,
     pub latest: Option<PointInfo>,
+    /// The newest that was made behind a group's barrier.
+    pub group_candidate: Option<MarkId>,
+    /// The newest of these that every machine of the group is known to have.
+    pub group_point: Option<MarkId>,
 }
 
 #[derive(Clone, PartialEq, Debug)]

@@ -28,6 +28,8 @@ pub struct Mark {
     /// A recovery point of its own; otherwise only a place to recover to within the any-time window.
     pub keep: bool,
     pub time: Timestamp,
+    /// Held behind a barrier with the other machines of a group, whose marks have the same id.
+    pub group: bool,
 }
 
 impl Mark {
@@ -65,6 +67,7 @@ impl TryFrom<wire::Mark> for Mark {
             label: wire.label,
             keep: wire.keep,
             time: Timestamp(positive("the time of a mark", wire.time_ns)?),
+            group: wire.group,
         })
     }
 }
@@ -82,6 +85,7 @@ impl From<Mark> for wire::Mark {
             label: mark.label,
             keep: mark.keep,
             time_ns: mark.time.0,
+            group: mark.group,
         }
     }
 }
@@ -100,6 +104,7 @@ mod tests {
             label: "before the upgrade".into(),
             keep: true,
             time: Timestamp(5),
+            group: true,
         };
         assert_eq!(Mark::from_bytes(&mark.to_bytes()), Ok(mark.clone()));
         assert!(Mark::from_bytes(&[0xff; 3]).is_err());

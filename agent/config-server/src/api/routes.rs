@@ -29,7 +29,7 @@ use crate::backup::{self, BackupInfo};
 use crate::core::Core;
 use crate::deliver::ShownChannel;
 use crate::failover::state::Kind;
-use crate::groups::{CreateGroup, ShownGroup};
+use crate::groups::{CreateGroup, GroupSettings, ShownGroup};
 use crate::hub::{PeerId, kind};
 use crate::identity::{IdentityInfo, PassphraseInfo, PassphraseRequest, RegisterRequest};
 use crate::jobs::Job;
@@ -37,8 +37,9 @@ use crate::kept::{self, KeptReplica};
 use crate::machines::ProtectRequest;
 use crate::model::UserRole;
 use crate::names::{Expected, bad_request};
+use crate::plans::{CreatePlan, ShownPlan};
 use crate::status::MachineStatus;
-use crate::{console, deliver, disks, failover, groups, history, machines, points, policies, serves, status};
+use crate::{console, deliver, disks, failover, groups, history, machines, plans, points, policies, serves, status};
 
 type App = State<Arc<Core>>;
 
@@ -139,9 +140,37 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.get("/groups/{name}", show_group, group(Reader, "A group"));
     let one = Operation::new(Operator, "Deletes a group; its machines stay").answers::<EmptySchema>();
     api.delete("/groups/{name}", delete_group, one);
+    let one = group(Operator, "Changes settings of a group").takes::<GroupSettings>();
+    api.patch("/groups/{name}", set_group, one);
+    let list = Operation::new(Reader, "The points that all machines of a group have, at one instant, oldest first");
+    api.get("/groups/{name}/points", list_group_points, list.answers_list::<groups::points::GroupPoint>());
+    let one = job("Makes a point of all machines of a group at one instant").takes::<groups::points::CreatePoint>();
+    api.post("/groups/{name}/points", create_group_point, one);
     let path = "/groups/{name}/machines/{machine}";
     api.put(path, add_to_group, group(Operator, "Puts a machine into a group"));
     api.delete(path, remove_from_group, group(Operator, "Takes a machine out of a group"));
+
+    let list = Operation::new(Reader, "All recovery plans").answers_list::<ShownPlan>();
+    api.get("/plans", list_plans, list);
+    let plan = |role, summary| Operation::new(role, summary).answers::<ShownPlan>();
+    api.post("/plans", create_plan, plan(Operator, "Makes a recovery plan").takes::<CreatePlan>());
+    api.get("/plans/{name}", show_plan, plan(Reader, "A recovery plan and its last run"));
+    let one = plan(Operator, "Gives a recovery plan other steps").takes::<PlanSteps>();
+    api.put("/plans/{name}", set_plan, one);
+    let one = Operation::new(Operator, "Deletes a recovery plan; its machines stay").answers::<EmptySchema>();
+    api.delete("/plans/{name}", delete_plan, one);
+    let one = job("Runs a recovery plan, or says what that would do").takes::<plans::run::RunRequest>();
+    api.post("/plans/{name}/run", run_plan, one);
+    let one =
+        job("Tests every machine of a recovery plan in isolation, and cleans up").takes::<plans::run::RunRequest>();
+    api.post("/plans/{name}/test", test_plan, one);
+    api.post("/plans/{name}/continue", continue_plan, job("Goes on with a run that stopped in the middle"));
+    api.post("/plans/{name}/cancel", cancel_plan, job("Takes a run back: its machines go on at their sources"));
+    api.post("/plans/{name}/commit", commit_plan, job("Accepts the points that all machines failed over to"));
+    let one = plan(Operator, "Says that a manual step is done");
+    api.post("/plans/{name}/confirm", confirm_plan, one);
+    let one = Operation::new(Reader, "How the last run of a plan went, with the RTO of each machine");
+    api.get("/plans/{name}/report", report_plan, one.answers_plain("application/json"));
 
     let channel = |summary| Operation::new(Administrator, summary).answers::<ShownChannel>();
     let list = Operation::new(Administrator, "Where alerts are told").answers_list::<ShownChannel>();
@@ -389,10 +418,12 @@ async fn create_point(State(core): App, Path(name): Path<String>, body: Bytes) -
 }
 
 async fn show_point(State(core): App, Path((name, point)): Path<(String, String)>) -> Answer {
+    let point = groups::points::named(&core, &name, point).await?;
     ok(points::resolve(&core, &name, &point).await?)
 }
 
 async fn lock(State(core): App, Path((name, point)): Path<(String, String)>) -> Answer {
+    let point = groups::points::named(&core, &name, point).await?;
     ok(points::lock(&core, &name, &point, true).await?)
 }
 
@@ -401,14 +432,17 @@ async fn unlock(State(core): App, Path((name, point)): Path<(String, String)>) -
 }
 
 async fn verify(State(core): App, Path((name, point)): Path<(String, String)>) -> Answer {
+    let point = groups::points::named(&core, &name, point).await?;
     accepted(points::verify(&core, &name, &point)?)
 }
 
 async fn export(State(core): App, Path((name, point)): Path<(String, String)>, body: Bytes) -> Answer {
+    let point = groups::points::named(&core, &name, point).await?;
     accepted(points::export(&core, &name, &point, parse(&body)?)?)
 }
 
 async fn serve(State(core): App, Path((name, point)): Path<(String, String)>, body: Bytes) -> Answer {
+    let point = groups::points::named(&core, &name, point).await?;
     ok(points::serve(&core, &name, &point, parse(&body)?).await?)
 }
 
@@ -437,7 +471,9 @@ async fn set_description(State(core): App, Path(name): Path<String>, body: Bytes
 }
 
 async fn failover_test(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
-    accepted(failover::drill::test(&core, &name, parse(&body)?)?)
+    let request: failover::drill::TestRequest = parse(&body)?;
+    let point = groups::points::named(&core, &name, request.point).await?;
+    accepted(failover::drill::test(&core, &name, failover::drill::TestRequest { point, ..request })?)
 }
 
 async fn failover_cleanup(State(core): App, Path(name): Path<String>) -> Answer {
@@ -453,11 +489,17 @@ async fn failover_planned(State(core): App, Path(name): Path<String>, body: Byte
 }
 
 async fn failover_unplanned(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
-    accepted(failover::start::start(&core, &name, Kind::Unplanned, parse(&body)?)?)
+    let mut request: failover::start::StartRequest = parse(&body)?;
+    if let Some(point) = request.point.take() {
+        request.point = Some(groups::points::named(&core, &name, point).await?);
+    }
+    accepted(failover::start::start(&core, &name, Kind::Unplanned, request)?)
 }
 
 async fn failover_change_point(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
-    accepted(failover::after::change_point(&core, &name, parse(&body)?)?)
+    let request: failover::after::ChangePointRequest = parse(&body)?;
+    let point = groups::points::named(&core, &name, request.point).await?;
+    accepted(failover::after::change_point(&core, &name, failover::after::ChangePointRequest { point })?)
 }
 
 async fn failover_cancel(State(core): App, Path(name): Path<String>) -> Answer {
@@ -526,6 +568,19 @@ async fn show_group(State(core): App, Path(name): Path<String>) -> Answer {
     versioned(groups::get(&core, &name)?, core.store.revision("machine_groups", &name))
 }
 
+async fn set_group(State(core): App, Path(name): Path<String>, headers: HeaderMap, body: Bytes) -> Answer {
+    let changed = groups::set(&core, &name, &parse(&body)?, expected(&headers)?)?;
+    versioned(changed, core.store.revision("machine_groups", &name))
+}
+
+async fn list_group_points(State(core): App, Path(name): Path<String>) -> Answer {
+    ok(groups::points::list(&core, &name).await?)
+}
+
+async fn create_group_point(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(groups::points::create(&core, &name, parse(&body)?)?)
+}
+
 async fn delete_group(State(core): App, Path(name): Path<String>, headers: HeaderMap) -> Answer {
     groups::delete(&core, &name, expected(&headers)?)?;
     ok(json!({}))
@@ -537,6 +592,68 @@ async fn add_to_group(State(core): App, Path((name, machine)): Path<(String, Str
 
 async fn remove_from_group(State(core): App, Path((name, machine)): Path<(String, String)>) -> Answer {
     ok(groups::remove(&core, &name, &machine)?)
+}
+
+// ---- plans
+
+/// Steps in their order.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct PlanSteps {
+    steps: Vec<plans::state::PlanStep>,
+}
+
+async fn list_plans(State(core): App) -> Answer {
+    ok(plans::list(&core))
+}
+
+async fn create_plan(State(core): App, body: Bytes) -> Answer {
+    let request: CreatePlan = parse(&body)?;
+    versioned(plans::create(&core, &request)?, core.store.revision("plans", &request.name))
+}
+
+async fn show_plan(State(core): App, Path(name): Path<String>) -> Answer {
+    versioned(plans::get(&core, &name)?, core.store.revision("plans", &name))
+}
+
+async fn set_plan(State(core): App, Path(name): Path<String>, headers: HeaderMap, body: Bytes) -> Answer {
+    let request: PlanSteps = parse(&body)?;
+    let changed = plans::set(&core, &name, request.steps, expected(&headers)?)?;
+    versioned(changed, core.store.revision("plans", &name))
+}
+
+async fn delete_plan(State(core): App, Path(name): Path<String>, headers: HeaderMap) -> Answer {
+    plans::delete(&core, &name, expected(&headers)?)?;
+    ok(json!({}))
+}
+
+async fn run_plan(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(plans::run::start(&core, &name, parse(&body)?)?)
+}
+
+async fn test_plan(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(plans::run::test(&core, &name, parse(&body)?)?)
+}
+
+async fn continue_plan(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(plans::run::go_on(&core, &name)?)
+}
+
+async fn cancel_plan(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(plans::run::cancel(&core, &name)?)
+}
+
+async fn commit_plan(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(plans::run::commit(&core, &name)?)
+}
+
+async fn confirm_plan(State(core): App, Path(name): Path<String>) -> Answer {
+    plans::run::confirm(&core, &name)?;
+    ok(plans::get(&core, &name)?)
+}
+
+async fn report_plan(State(core): App, Path(name): Path<String>) -> Answer {
+    ok(plans::run::report(&name, &plans::run::last_run(&core, &name)?))
 }
 
 // ---- channels

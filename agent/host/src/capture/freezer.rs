@@ -8,11 +8,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::freeze::{FreezeError, Frozen};
+use crate::freeze::{FreezeError, Frozen, pipe};
 
 /// `FIFREEZE` and `FITHAW` of linux/fs.h: `_IOWR('X', 119, int)`, `_IOWR('X', 120, int)`.
 const FREEZE: libc::c_ulong = 0xc004_5877;
@@ -117,16 +117,6 @@ impl Drop for FileSystemFreezer {
             tracing::error!(path = %self.first.display(), %error, "a file system thawed in another way than it was told to");
         }
     }
-}
-
-fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut ends = [0; 2];
-    // SAFETY: pipe2 writes two descriptors to the address that it is given.
-    if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: both are new, and nobody else's.
-    Ok(unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) })
 }
 
 /// Which file system could not be frozen, counted from 1, and the error; zeroes where all are.

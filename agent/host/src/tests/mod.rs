@@ -1,5 +1,6 @@
 //! Capture as a whole: the write path against a model, marks under load, crashes, limits.
 
+mod barrier;
 mod conformance;
 mod crash;
 pub mod gaps;

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use tidemark_base::sabotage::choose;
 
-use super::{gaps, marks, power, scenarios};
+use super::{barrier, gaps, marks, power, scenarios};
 
 /// Runs `test` without a safeguard, on a thread of its own; it must fail.
 fn fails_without(safeguard: &'static str, test: impl FnOnce() + Send) {
@@ -74,6 +74,7 @@ fn what_is_not_logged_is_tracked() {
 #[test]
 fn a_mark_waits_for_writes_in_flight() {
     fails_without("mark-hold", marks::mark_under_load);
+    fails_without("group-hold", barrier::barrier_under_load);
 }
 
 #[test]

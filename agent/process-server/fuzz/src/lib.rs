@@ -245,6 +245,7 @@ pub fn damageable(cuts: u64) -> Memory {
             label: "label".to_owned(),
             keep: true,
             time: Timestamp(cut),
+            group: false,
         });
         let mut hashes = blake3::Hasher::new();
         let count = u64::from(!chunks.is_empty());

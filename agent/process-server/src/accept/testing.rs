@@ -290,6 +290,7 @@ impl TestHost {
             label: String::new(),
             keep,
             time: Timestamp(1_000_000_000 * self.cut.0),
+            group: false,
         }
     }
 }

@@ -240,7 +240,8 @@ pub fn encode_commit(end: &CutEnd, durable_cut: u64, commit_before: &[u8; 32]) -
     let flags = u8::from(end.clock_stepped)
         | u8::from(mark.is_some()) << 1
         | u8::from(mark.is_some_and(|mark| mark.keep)) << 2
-        | u8::from(application) << 3;
+        | u8::from(application) << 3
+        | u8::from(mark.is_some_and(|mark| mark.group)) << 4;
     out.extend_from_slice(&end.cut.0.to_le_bytes());
     out.extend_from_slice(&[kind_number(end.kind), flags]);
     out.extend_from_slice(&(mark.map_or(0, |mark| mark.disks.len()) as u16).to_le_bytes());
@@ -300,7 +301,7 @@ pub fn decode_commit(bytes: &[u8]) -> Option<Commit> {
         let disks = (0..disks).map(|_| DiskId::from_slice(fields.take(16)?)).collect::<Option<Vec<_>>>()?;
         let label = String::from_utf8(fields.take(label_bytes)?.to_vec()).ok()?;
         let consistency = if flags & 8 != 0 { Consistency::Application } else { Consistency::Crash };
-        Some(Mark { id, machine, disks, consistency, label, keep: flags & 4 != 0, time })
+        Some(Mark { id, machine, disks, consistency, label, keep: flags & 4 != 0, time, group: flags & 16 != 0 })
     };
     if !fields.0.is_empty() {
         return None;
@@ -401,6 +402,7 @@ mod tests {
                 label: "before the update".to_owned(),
                 keep: true,
                 time: Timestamp(4),
+                group: true,
             }),
         };
         let (bytes, hash) = encode_commit(&end, 6, &[9; 32]);

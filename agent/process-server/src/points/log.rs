@@ -19,6 +19,8 @@ pub enum Record {
     Lock { id: MarkId, locked: bool },
     Flag { id: MarkId, damaged: bool },
     Proven { id: MarkId, time: Timestamp },
+    Confirm { id: MarkId },
+    LeaveGroup {},
     Drop { ids: Vec<MarkId> },
 }
 

@@ -55,6 +55,16 @@ pub struct Point {
     /// When a machine last booted from it and showed a sign of life.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proven: Option<Timestamp>,
+    /// Made behind the barrier of a group, whose other machines may have a point with this id.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub group: bool,
+    /// They all have.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub confirmed: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -88,6 +98,12 @@ impl Point {
         let common = self.disks.iter().find_map(|held| Some((held.cut, other.cut_of(held.disk)?)));
         common.map_or(self.time > other.time, |(ours, theirs)| ours > theirs)
     }
+}
+
+/// Of points in order, the newest that was made behind a group's barrier, and the newest of these that all of the group have.
+pub fn of_group(points: &[Point]) -> (Option<MarkId>, Option<MarkId>) {
+    let newest = |which: fn(&Point) -> bool| points.iter().rev().find(|point| !point.damaged && which(point));
+    (newest(|point| point.group).map(|point| point.id), newest(|point| point.confirmed).map(|point| point.id))
 }
 
 /// A durable, consistent mark of one disk, as its journal reports it.
@@ -281,6 +297,27 @@ impl PointStore {
         self.record(id, Record::Proven { id, time })
     }
 
+    /// Every machine of the group has it. One that was not made behind a barrier never is the group's.
+    pub fn confirm(&self, id: MarkId) -> Result<Point, PointError> {
+        match self.get(id) {
+            Some(point) if point.confirmed => Ok(point),
+            Some(point) if point.group => self.record(id, Record::Confirm { id }),
+            _ => Err(PointError::Absent { machine: self.machine, selector: PointSelector::Id(id) }),
+        }
+    }
+
+    /// The machine is in no group any more: nothing is kept for one.
+    pub fn leave_group(&self) -> Result<(), PointError> {
+        let mut state = self.state();
+        if !state.points.iter().any(|point| point.confirmed) {
+            return Ok(());
+        }
+        let record = Record::LeaveGroup {};
+        state.append(std::slice::from_ref(&record), true).map_err(|source| self.store_error(source))?;
+        state.apply(record);
+        Ok(())
+    }
+
     /// Marks points as damaged, durably. Those that are, or are gone, are left as they are.
     pub fn flag_all_damaged(&self, ids: &[MarkId]) -> Result<usize, PointError> {
         let mut state = self.state();
@@ -353,6 +390,8 @@ impl State {
             locked: false,
             damaged,
             proven: None,
+            group: mark.group,
+            confirmed: false,
         })
     }
 
@@ -380,6 +419,12 @@ impl State {
                     self.points[index].proven = Some(time);
                 }
             }
+            Record::Confirm { id } => {
+                if let Some(index) = find(&mut self.points, id) {
+                    self.points[index].confirmed = true;
+                }
+            }
+            Record::LeaveGroup {} => self.points.iter_mut().for_each(|point| point.confirmed = false),
             Record::Drop { ids } => {
                 let gone: HashSet<MarkId> = ids.iter().copied().collect();
                 self.points.retain(|point| !gone.contains(&point.id));
@@ -428,6 +473,8 @@ mod tests {
             locked: false,
             damaged: false,
             proven: None,
+            group: false,
+            confirmed: false,
         }
     }
 
@@ -440,6 +487,7 @@ mod tests {
             label: "label".to_owned(),
             keep,
             time: Timestamp(time),
+            group: false,
         }
     }
 
@@ -512,6 +560,28 @@ mod tests {
         store.hold([held(&marks[0], disk, 1)]).unwrap();
         let ids: Vec<MarkId> = store.all().iter().map(|point| point.id).collect();
         assert_eq!(ids, marks.iter().map(|mark| mark.id).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn only_what_was_made_behind_a_barrier_becomes_a_point_of_the_group() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = DiskId::from_bytes([1; 16]);
+        let (plain, of_group) = (mark(&[disk], true, 1), Mark { group: true, ..mark(&[disk], true, 2) });
+        let (store, _) = open(&folder);
+        store.hold([held(&plain, disk, 1), held(&of_group, disk, 2)]).unwrap();
+        assert!(store.confirm(plain.id).is_err() && store.confirm(MarkId::random()).is_err());
+        assert!(!store.get(of_group.id).unwrap().confirmed);
+        assert!(store.confirm(of_group.id).unwrap().confirmed && store.confirm(of_group.id).unwrap().confirmed);
+        store.state().compact().unwrap();
+        drop(store);
+        let (store, _) = open(&folder);
+        let found: Vec<(bool, bool)> = store.all().iter().map(|point| (point.group, point.confirmed)).collect();
+        assert_eq!(found, [(false, false), (true, true)]);
+        assert_eq!(super::of_group(&store.list()), (Some(of_group.id), Some(of_group.id)));
+        store.leave_group().unwrap();
+        drop(store);
+        let (store, _) = open(&folder);
+        assert_eq!(super::of_group(&store.list()), (Some(of_group.id), None));
     }
 
     #[test]

@@ -55,12 +55,13 @@ impl Retention {
     }
 
     /// The points to drop. `points` are complete and in order, oldest first. Locked and pinned ones stay, and the newest kept one
-    /// always does; so does the newest place of any-time recovery at or before the window's start, which the window begins with.
+    /// always does, and the newest that its group has as well; so does the newest place of any-time recovery at or before the window's start, which the window begins with.
     pub fn expired(&self, points: &[Point], now: Timestamp, is_pinned: impl Fn(&Point) -> bool) -> Vec<MarkId> {
         let oldest_kept = before(now, self.point_age_max);
         let window_start = self.window_start(now);
         let newest_kept = points.iter().rposition(|point| point.keep && !point.damaged);
         let newest = points.iter().rposition(|point| !point.damaged);
+        let newest_of_group = points.iter().rposition(|point| point.confirmed && !point.damaged);
         let times = effective_times(points, now);
         let window_begin = times.iter().rposition(|&time| time <= window_start);
         let thinned = self.thinned(points, &times, now);
@@ -71,7 +72,8 @@ impl Retention {
             let counted = counts(index);
             let too_many = counted && kept_after > self.points_max;
             kept_after -= usize::from(counted);
-            if point.locked || Some(index) == newest_kept || Some(index) == newest || is_pinned(point) {
+            let is_newest = [newest_kept, newest, newest_of_group].contains(&Some(index));
+            if point.locked || is_newest || is_pinned(point) {
                 continue;
             }
             let goes = if point.keep {
@@ -136,6 +138,26 @@ mod tests {
         // Long after: everything but the locked, the pinned and the newest.
         let rest = [points[1].id, points[3].id, points[4].id];
         assert_eq!(gone(Retention { points_max: 0, ..retention }, Timestamp(1000 * hour)), rest);
+    }
+
+    #[test]
+    fn the_newest_point_that_the_whole_group_has_stays() {
+        let hour = 3_600_000_000_000u64;
+        let mut points: Vec<Point> = (0..6).map(|number| point(number, Timestamp(number * hour), true)).collect();
+        // One that the others of the group do not have yet, or never will, does not stand for it.
+        points[1..5].iter_mut().for_each(|point| point.group = true);
+        points[1..4].iter_mut().for_each(|point| point.confirmed = true);
+        let retention = Retention {
+            any_time_window: Duration::ZERO,
+            point_age_max: Duration::ZERO,
+            points_max: 0,
+            ..Retention::default()
+        };
+        let gone = retention.expired(&points, Timestamp(1000 * hour), |_| false);
+        assert_eq!(gone, [points[0].id, points[1].id, points[2].id, points[4].id]);
+        points[3].damaged = true;
+        let gone = retention.expired(&points, Timestamp(1000 * hour), |_| false);
+        assert_eq!(gone, [points[0].id, points[1].id, points[3].id, points[4].id]);
     }
 
     #[test]

@@ -520,6 +520,7 @@ impl TestHost {
             label: String::new(),
             keep,
             time: Timestamp(self.time),
+            group: false,
         }
     }
 

@@ -297,6 +297,9 @@ impl ProcessServer {
             ServerCommand::Serve { machine, point, writable, listen } => {
                 self.serve(machine, point, writable, listen).await.map(Reply::Serving)
             }
+            ServerCommand::ConfirmPoint { machine, point } => {
+                self.confirm_point(machine, point).await.map(|()| Reply::Done)
+            }
             ServerCommand::StopServe(id) => self.stop_serve(id).await.map(|_| Reply::Done),
             ServerCommand::Export { machine, point, to, format } => {
                 self.export_metered(machine, point, &to, format, meter).await.map(Reply::Exported)

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use tidemark_base::{DiskId, MachineId, MarkId};
 use tidemark_proto::control::{
-    Consistency, Failure, FailureKind, PointInfo, Problem, ReplicaDisk, ReplicaMachine, Selector, ServerReport,
+    Consistency, Failure, FailureKind, GROUP_CANDIDATE, GROUP_POINT, PointInfo, Problem, ReplicaDisk, ReplicaMachine,
+    Selector, ServerReport,
 };
 
 use super::{Inner, ProcessServer, blocking, now, point_failed, set_failed, unknown_machine};
-use crate::points::{Point, PointConsistency, PointSelector};
+use crate::points::{Point, PointConsistency, PointSelector, of_group};
 use crate::replica::{OpenFailure, Place, Replica};
 
 impl ProcessServer {
@@ -44,6 +45,20 @@ impl ProcessServer {
             };
             let points = inner.set.points(machine).map_err(point_failed)?;
             points.lock(id, locked).map(|point| point_info(&point)).map_err(point_failed)
+        })
+        .await
+    }
+
+    /// Every machine of the group has this point; or it is in none any more.
+    pub async fn confirm_point(&self, machine: MachineId, point: Option<MarkId>) -> Result<(), Failure> {
+        let inner = self.0.clone();
+        blocking(move || {
+            let points = inner.set.points(machine).map_err(point_failed)?;
+            let confirmed = match point {
+                Some(point) => points.confirm(point).map(drop),
+                None => points.leave_group(),
+            };
+            confirmed.map_err(point_failed)
         })
         .await
     }
@@ -101,7 +116,9 @@ impl ProcessServer {
                     }
                 };
                 let latest = points.last().map(point_info);
-                machines.push(ReplicaMachine { machine, points: points.len() as u64, latest });
+                let (group_candidate, group_point) = of_group(&points);
+                let points = points.len() as u64;
+                machines.push(ReplicaMachine { machine, points, latest, group_candidate, group_point });
             }
             Ok(ServerReport {
                 time: now(),
@@ -264,7 +281,12 @@ pub(super) fn point_info(point: &Point) -> PointInfo {
 
 fn flags(point: &Point) -> Vec<String> {
     let damaged = point.damaged.then(|| "damaged".to_owned());
-    damaged.into_iter().chain(point.proven.map(|time| format!("booted {time}"))).collect()
+    let group = match (point.group, point.confirmed) {
+        (_, true) => Some(GROUP_POINT.to_owned()),
+        (true, false) => Some(GROUP_CANDIDATE.to_owned()),
+        (false, false) => None,
+    };
+    damaged.into_iter().chain(group).chain(point.proven.map(|time| format!("booted {time}"))).collect()
 }
 
 /// A place between marks has no id of its own. It gets one that is the same whenever the same place is meant.

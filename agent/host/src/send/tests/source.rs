@@ -210,6 +210,7 @@ impl MemorySource {
             label: String::new(),
             keep: false,
             time: self.clock.wall_now(),
+            group: false,
         };
         self.points.lock().unwrap().insert(mark.id, self.disk.content());
         self.append(self.log.lock().unwrap(), RecordBody::Mark(Box::new(mark)))
