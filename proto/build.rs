@@ -3,10 +3,12 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=tidemark");
     let files =
-        protox::compile(["tidemark/replication.proto", "tidemark/control.proto", "tidemark/health.proto"], ["."])?;
+        ["tidemark/replication.proto", "tidemark/failback.proto", "tidemark/control.proto", "tidemark/health.proto"];
+    let files = protox::compile(files, ["."])?;
     tonic_prost_build::configure()
         // Payloads are slices of the message that carried them, never copies.
         .bytes(".tidemark.replication.v1.Data.chunks")
+        .bytes(".tidemark.failback.v1.BlocksReply.chunks")
         .bytes(".tidemark.replication.v1.HashedRun.hashes")
         .bytes(".tidemark.replication.v1.DifferingRun.hashes")
         .compile_fds(files)?;

@@ -115,6 +115,7 @@ impl Fake {
                 machines: Vec::new(),
             })),
             AgentCommand::Mark(_) => Ok(Reply::Marked { mark: MarkId::random(), time: Timestamp(1) }),
+            AgentCommand::MasterTarget(_) => Ok(Reply::MasterTarget("{}".into())),
             AgentCommand::Deny(list) => {
                 *self.denied.lock().unwrap() = list;
                 Ok(Reply::Done)

@@ -17,4 +17,5 @@ mod plans;
 mod points;
 mod refusals;
 mod replicate;
+mod reprotect;
 mod tracked;

@@ -13,12 +13,12 @@ use crate::stream::{ALIVE, Parts, SYNCED, last_number, protect};
 const GIB: u64 = 1 << 30;
 
 /// The machine that a process server runs. Machines outlive it, so they are ended with the test.
-struct There(PathBuf);
+pub struct There(PathBuf);
 
 impl There {
     /// The only one.
     #[track_caller]
-    fn find(site: &Site) -> Self {
+    pub fn find(site: &Site) -> Self {
         let folder = site.state().join("process-server/hypervisor");
         let all = std::fs::read_dir(folder).expect("machines have a folder").flatten().map(|entry| entry.path());
         let mut all = all.filter(|path| path.is_dir());
@@ -27,18 +27,18 @@ impl There {
         found
     }
 
-    fn pid(&self) -> Option<i32> {
+    pub fn pid(&self) -> Option<i32> {
         std::fs::read_to_string(self.0.join("pid")).ok()?.trim().parse().ok()
     }
 
-    fn console(&self) -> String {
+    pub fn console(&self) -> String {
         let bytes = std::fs::read(self.0.join("console.log")).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Waits for a number behind a line's beginning, at least this one.
     #[track_caller]
-    fn says(&self, beginning: &str, at_least: u64) -> u64 {
+    pub fn says(&self, beginning: &str, at_least: u64) -> u64 {
         let what = format!("it says {beginning:?} from {at_least} on");
         let found = || {
             let console = self.console();
@@ -50,7 +50,7 @@ impl There {
 
     /// It goes on.
     #[track_caller]
-    fn goes_on(&self) -> u64 {
+    pub fn goes_on(&self) -> u64 {
         let now = last_number(&self.console(), SYNCED).unwrap_or(0);
         self.says(SYNCED, now + 3)
     }

@@ -4,6 +4,7 @@
 //! [`storage::Storage`] and [`time::Clock`] are the seam through which the same code runs on a real machine and under
 //! a seed.
 
+pub mod bits;
 pub mod chunk;
 pub mod compare;
 pub mod disk;
@@ -21,6 +22,7 @@ pub mod sync;
 pub mod thread;
 pub mod time;
 
+pub use bits::Bits;
 pub use extent::{Extent, ExtentMap, ExtentSet};
 pub use ids::{DiskId, Generation, HostId, MachineId, MarkId, ServerId};
 pub use position::{Epoch, HistoryHash, Position, Sequence};

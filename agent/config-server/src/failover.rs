@@ -5,9 +5,15 @@
 //!          └ unplanned ────────────↗     │         │      ↑
 //!                                        │         └ changing point
 //!          ←──────── cancelling ←────────┴─ (from each before the commit)
+//!
+//! committed ─ reprotect ─→ reprotecting ─→ reprotected ─ failback ─→ failing back ─ complete ─→ failed back ─ commit ─→ protected
+//!     ↑                         │  │           │    ↑                   │                       │
+//!     └──── withdrawing ←───────┴──┼───────────┘    └────── cancel ─────┘                       │
+//!                                  └←────────────────────── cancel ─────────────────────────────┘
 //! ```
 //!
-//! [`state`] has what is stored of it and its moves, [`start`] begins it, [`after`] is what follows.
+//! [`state`] has what is stored of it and its moves, [`start`] begins it, [`after`] is what follows; [`reprotect`] and [`failback`]
+//! are the way home. What they promise is in `host/src/master_target/FORMAT.md`.
 //!
 //! *Consistency.* What is to be done is durable, with raised generations, before a process server is asked: whatever else stops,
 //! the source's old generation is refused from then on. *Retries.* Each step may be repeated: the same failover is gone on
@@ -16,6 +22,8 @@
 
 pub mod after;
 pub mod drill;
+pub mod failback;
+pub mod reprotect;
 pub mod start;
 pub mod state;
 

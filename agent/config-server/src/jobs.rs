@@ -37,7 +37,8 @@ const TOLD_MAX: usize = 256;
 /// After the history could not be saved.
 const SAVE_AGAIN: Duration = Duration::from_secs(5);
 /// Those that can be cancelled: they wait, or read.
-const CANCELLABLE: [&str; 6] = ["point_create", "group_point", "point_verify", "point_export", "backup", "resync"];
+const CANCELLABLE: [&str; 8] =
+    ["point_create", "group_point", "point_verify", "point_export", "backup", "resync", "reprotect", "failback"];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]

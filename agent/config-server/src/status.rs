@@ -96,6 +96,14 @@ pub enum State {
     FailedOver,
     /// It runs where its replica is, for good.
     Committed,
+    /// It runs where its replica is, and its home disks are brought to its state.
+    Reprotecting,
+    /// It runs where its replica is, and its home disks follow it.
+    Reprotected,
+    /// It is about to go home, or on its way.
+    FailingBack,
+    /// It is home; what it had elsewhere is still there.
+    FailedBack,
 }
 
 impl State {
@@ -398,6 +406,10 @@ fn state_of(machine: &Machine, sources: &[Option<&SourceDisk>], is_agent_connect
             Phase::Draining | Phase::Starting | Phase::ChangingPoint | Phase::Cancelling => State::FailingOver,
             Phase::FailedOver => State::FailedOver,
             Phase::Committed => State::Committed,
+            Phase::Reprotecting | Phase::Withdrawing => State::Reprotecting,
+            Phase::Reprotected => State::Reprotected,
+            Phase::FailingBack => State::FailingBack,
+            Phase::FailedBack | Phase::Landing => State::FailedBack,
         };
     }
     if sources.iter().any(Option::is_none) {

@@ -230,7 +230,11 @@ impl Machine {
 
     /// A mark when it is time for one and something was written.
     fn mark_by_policy(&self, marked: &mut Instant) {
-        let policy = self.spec().policy;
+        let MachineSpec { policy, fenced, .. } = self.spec();
+        // Nobody writes, but for a master target: what it writes is a mix until it is done, and no point.
+        if fenced {
+            return;
+        }
         let is_cycle_over = policy.cycle.is_none_or(|cycle| marked.elapsed() >= cycle);
         // A scan ends with a mark of its own; until then there are no points, and what changes meanwhile waits in the tracker.
         let covered = self.marker.covered();
@@ -266,7 +270,8 @@ impl Machine {
     /// An app-consistent point when it is time for one and something was written since the last. One that could not be made
     /// is tried again after another interval: its scripts hold the application.
     fn mark_app_by_policy(&self, tried: &mut Instant) {
-        let Some(interval) = self.spec().policy.app_point_interval else {
+        let MachineSpec { policy, fenced, .. } = self.spec();
+        let Some(interval) = policy.app_point_interval.filter(|_| !fenced) else {
             self.opened().iter().for_each(|disk| drop(disk.disk.alarms().remove("app-points")));
             return;
         };

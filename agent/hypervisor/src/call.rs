@@ -75,6 +75,26 @@ pub enum Call {
     LetGo {
         failover: Uuid,
     },
+    /// How much may differ between the machine and its home. Changes nothing.
+    Changed {
+        failover: Uuid,
+    },
+    /// Shuts the machine down, and keeps everybody from its disks: it goes home. Repeating it changes nothing.
+    Stop {
+        failover: Uuid,
+        /// What the guest may take to shut down; then it is turned off.
+        limit_seconds: u64,
+    },
+    /// Runs it again: it does not go home.
+    Start(Box<FailOverCall>),
+    /// Its home does not follow it any more.
+    StayAway {
+        failover: Uuid,
+    },
+    /// The machine is home: what it had here goes, the replica stays.
+    Return {
+        failover: Uuid,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,6 +140,14 @@ pub struct Lost {
     pub bytes: u64,
 }
 
+/// What a way home is chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Difference {
+    /// Written since the failover, and after its point in the replica. None: not known, so everything is compared.
+    pub changed_bytes: Option<u64>,
+    pub total_bytes: u64,
+}
+
 /// How a machine that failed over does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FailedOver {
@@ -132,6 +160,9 @@ pub struct FailedOver {
     /// From the call to the guest's first instruction, when this call started it.
     pub first_instruction_seconds: Option<f64>,
     pub committed: bool,
+    /// It is off, on its way home.
+    #[serde(default)]
+    pub stopped: bool,
     pub promotion: Promotion,
     /// Of all disks, in the plain ones.
     pub done_bytes: u64,

@@ -22,6 +22,7 @@ use tidemark_proto::control::ServeId;
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use crate::server::failback::{ActiveRound, ActiveRounds};
 use crate::table::{Table, TableError};
 use crate::view::scratch::ScratchDisk;
 
@@ -43,6 +44,12 @@ pub struct FailedOver {
     /// The point was accepted: no other can be chosen.
     pub committed: bool,
     pub promote: Promote,
+    /// Its home follows it: it stays where its writes are seen.
+    #[serde(default)]
+    pub captured: bool,
+    /// Nobody opens its disks: the machine is off, on its way home.
+    #[serde(default)]
+    pub stopped: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -100,6 +107,8 @@ pub struct FailedOvers {
     /// Why one is not, or not as it should be.
     pub problems: Mutex<BTreeMap<Uuid, String>>,
     pub promotions: Mutex<BTreeMap<Uuid, Promotion>>,
+    /// On the way home.
+    rounds: Mutex<ActiveRounds>,
     /// One change at a time.
     pub changing: Mutex<()>,
     /// Grows whenever a promotion came to its end.
@@ -113,6 +122,7 @@ impl FailedOvers {
             layers: Mutex::default(),
             problems: Mutex::default(),
             promotions: Mutex::default(),
+            rounds: Mutex::default(),
             changing: Mutex::default(),
             changes: watch::channel(0).0,
         })
@@ -167,6 +177,18 @@ impl FailedOvers {
     /// The layers of a failover that is served.
     pub fn layers_of(&self, id: Uuid) -> Vec<Layer> {
         self.layers.lock().expect("no panic while held").get(&id).cloned().unwrap_or_default()
+    }
+
+    pub fn round(&self, id: Uuid) -> Option<ActiveRound> {
+        self.rounds.lock().expect("no panic while held").get(&id).cloned()
+    }
+
+    pub fn set_round(&self, id: Uuid, round: ActiveRound) {
+        self.rounds.lock().expect("no panic while held").insert(id, round);
+    }
+
+    pub fn forget_round(&self, id: Uuid) {
+        self.rounds.lock().expect("no panic while held").remove(&id);
     }
 
     pub fn note_problem(&self, id: Uuid, problem: Option<String>) {

@@ -117,8 +117,12 @@ pub enum Verb {
         #[command(subcommand)]
         verb: FailoverVerb,
     },
-    /// Accepts the point that a machine failed over to.
+    /// Accepts the point that a machine failed over to, or its failback.
     Commit(MachineArgs),
+    /// Brings the home disks of a committed machine to its state while it runs, and keeps them there.
+    Reprotect(ReprotectArgs),
+    /// Takes a reprotected machine home.
+    Failback(FailbackArgs),
     /// Completes a migration: a committed machine stays where it is, and is not protected any more.
     Migrate(MachineArgs),
     /// Recovery points.
@@ -670,6 +674,77 @@ pub enum FailoverVerb {
         #[command(flatten)]
         wait: WaitArgs,
     },
+}
+
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct ReprotectArgs {
+    #[command(subcommand)]
+    pub verb: Option<ReprotectVerb>,
+    /// The machine.
+    #[arg(required = true)]
+    pub name: Option<String>,
+    /// What crosses: `delta` (what changed on either side), `compare` (what differs, by hashes), `full` (everything). Without it the
+    /// one that is recommended.
+    #[arg(long, value_parser = ["delta", "compare", "full"])]
+    pub method: Option<String>,
+    /// The host that it goes home to; without it the one that it came from.
+    #[arg(long, value_name = "HOST")]
+    pub to: Option<String>,
+    /// The process server that it runs at.
+    #[arg(long, value_name = "SERVER")]
+    pub process_server: Option<String>,
+    /// Say what is in the way and what is recommended, and do nothing.
+    #[arg(long)]
+    pub check: bool,
+    #[command(flatten)]
+    pub wait: WaitArgs,
+}
+
+#[derive(Subcommand)]
+pub enum ReprotectVerb {
+    /// Gives the home disks back what they had.
+    Cancel(MachineArgs),
+}
+
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct FailbackArgs {
+    #[command(subcommand)]
+    pub verb: Option<FailbackVerb>,
+    /// The machine.
+    #[arg(required = true)]
+    pub name: Option<String>,
+    /// Bring its home disks close while it runs, and wait for `failback complete`.
+    #[arg(long, alias = "minimize-downtime")]
+    pub minimise_downtime: bool,
+    /// Shut it down first and bring everything, without comparing.
+    #[arg(long, conflicts_with = "minimise_downtime")]
+    pub full_download: bool,
+    /// The host that it goes home to; without it the one that it was reprotected to.
+    #[arg(long, value_name = "HOST")]
+    pub to: Option<String>,
+    /// What the guest may take to shut down; then it is turned off.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub shutdown_limit: u64,
+    #[command(flatten)]
+    pub wait: WaitArgs,
+}
+
+#[derive(Subcommand)]
+pub enum FailbackVerb {
+    /// Shuts it down there, brings the last changes, and hands it to its home.
+    Complete {
+        /// The machine.
+        name: String,
+        /// What the guest may take to shut down; then it is turned off.
+        #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+        shutdown_limit: u64,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// It goes on where it ran.
+    Cancel(MachineArgs),
 }
 
 #[derive(Args)]

@@ -183,6 +183,13 @@ pub async fn commit(client: &Client, args: MachineArgs, output: &Output) -> Resu
     let Some(result) = finish(client, &args.name, "failover/commit", &json!({}), &args.wait, output).await? else {
         return Ok(());
     };
+    if result["home"] == true {
+        output.line("it is home, and replication from there goes on")?;
+        return match result["waiting"].as_str() {
+            None => Ok(()),
+            Some(waiting) => Ok(output.line(waiting)?),
+        };
+    }
     output.line(&format!("the point of {} is accepted", text(&result, "/time")))?;
     if result["promotion"] != "plain" {
         output.line(&format!("it still runs from its replica: tidemark failover promote {}", args.name))?;
@@ -199,7 +206,7 @@ pub async fn migrate(client: &Client, args: MachineArgs, output: &Output) -> Res
 }
 
 /// Starts a job and waits for it; `None`: everything was said.
-async fn finish(
+pub async fn finish(
     client: &Client,
     name: &str,
     what: &str,
@@ -263,6 +270,16 @@ fn shown(shown: &Value, output: &Output) -> Result<(), CliError> {
     }
     output.line(&format!("failover    {}, {}", text(shown, "/failover/kind"), text(shown, "/failover/phase")))?;
     output.line(&format!("point       {} of {}", text(shown, "/failover/point"), text(shown, "/failover/time")))?;
+    if let Some(stage) = shown["home"]["stage"].as_str() {
+        let behind = text(shown, "/home/behind_bytes");
+        let at = shown["home"]["consistent_at"].as_str().map_or_else(String::new, |at| format!(", as it was at {at}"));
+        output.line(&format!("home        {stage}{at}, {behind} bytes behind"))?;
+        if let Some(problem) = shown["home"]["problem"].as_str() {
+            output.line(&format!("            {problem}; {}", text(shown, "/home/help")))?;
+        }
+    } else if let Some(error) = shown["home"]["error"].as_str() {
+        output.line(&format!("home        {error}; {}", text(shown, "/home/help")))?;
+    }
     if let Some(error) = shown["unknown"]["error"].as_str() {
         return Ok(output.line(&format!("how it does is not known: {error}; {}", text(shown, "/unknown/help")))?);
     }
@@ -275,6 +292,6 @@ fn shown(shown: &Value, output: &Output) -> Result<(), CliError> {
     disks(&shown["running"], output)
 }
 
-fn seconds(value: &Value) -> String {
+pub fn seconds(value: &Value) -> String {
     value.as_f64().map_or_else(|| "–".to_owned(), |seconds| format!("{seconds:.2}"))
 }

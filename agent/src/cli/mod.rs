@@ -6,6 +6,7 @@ mod backup;
 mod channel;
 mod error;
 mod events;
+mod failback;
 mod failover;
 mod group;
 mod hrl;
@@ -104,6 +105,8 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Machine { verb } => client(failover::machine(&target.client()?, verb, output)),
         Verb::Failover { verb } => client(failover::run(&target.client()?, verb, output)),
         Verb::Commit(args) => client(failover::commit(&target.client()?, args, output)),
+        Verb::Reprotect(args) => client(failback::reprotect(&target.client()?, args, output)),
+        Verb::Failback(args) => client(failback::failback(&target.client()?, args, output)),
         Verb::Migrate(args) => client(failover::migrate(&target.client()?, args, output)),
         Verb::Point { verb } => client(point::run(&target.client()?, verb, output)),
         Verb::Policy { verb } => client(policy::run(&target.client()?, verb, output)),

@@ -3,10 +3,10 @@
 use std::sync::{Arc, Mutex};
 
 use prometheus_client::registry::Unit;
-use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_base::storage::{RealStorage, Storage, read_file, replace_file};
 use tidemark_base::{HostId, ServerId};
 use tidemark_host::events::Subscriber;
-use tidemark_host::{Host, HostConfig, HostError};
+use tidemark_host::{Host, HostConfig, HostError, MasterTargets, master_target};
 use tidemark_proto::control::{
     AgentCommand, DenyList, Failure, FailureKind, Peer, ProbedDisk, Register, Reply, Severity, SourceDisk, SourceState,
     Via,
@@ -24,9 +24,12 @@ use super::{RoleError, boot_id, host_name};
 
 /// A folder for each machine, with what makes its applications quiet.
 const FREEZE_FOLDER: &str = "freeze.d";
+/// A folder for each machine on its way home.
+const TARGET_FOLDER: &str = "master-target";
 
 pub struct RunningAgent {
     host: Arc<Host>,
+    targets: Arc<MasterTargets>,
     stop: CancellationToken,
     link: JoinHandle<()>,
     _place: Place,
@@ -49,25 +52,36 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
     .await
     .map_err(RoleError::from)?;
     let host = Arc::new(host);
+    let (folder, home) = (place.state.join(TARGET_FOLDER), host.clone());
+    let source = master_target::grpc(place.identity.clone(), tokio::runtime::Handle::current());
+    let targets = blocking(move || {
+        let opened = RealStorage::create(folder).and_then(|storage| MasterTargets::open(home, storage, source));
+        opened.map_err(|source| HostError::Io { what: "read which machines are on their way home", source })
+    });
+    let targets = targets.await.map_err(RoleError::from)?;
     let stop = CancellationToken::new();
     // Events of before this process began are in the outbox or lost.
     let heard = Mutex::new(host.events().subscribe(0));
     let denied = Denied::open(place.identity.clone(), place.storage());
-    let handler = Arc::new(AgentHandler { id, host: host.clone(), heard, denied });
+    let handler = Arc::new(AgentHandler { id, host: host.clone(), targets: targets.clone(), heard, denied });
     if let Some(listen) = place.metrics {
         metrics::serve(listen, handler.clone(), stop.clone()).await?;
     }
     let link = link::run(place.identity.clone(), place.config_server.clone(), handler, place.kept(), stop.clone());
     let link = tokio::spawn(link);
-    Ok(RunningAgent { host, stop, link, _place: place })
+    Ok(RunningAgent { host, targets, stop, link, _place: place })
 }
 
 impl RunningAgent {
     pub async fn stop(self) {
         self.stop.cancel();
         let _ = self.link.await;
-        let host = self.host;
-        if let Err(error) = tokio::task::spawn_blocking(move || host.stop()).await {
+        let (host, targets) = (self.host, self.targets);
+        let stopping = tokio::task::spawn_blocking(move || {
+            targets.stop();
+            host.stop();
+        });
+        if let Err(error) = stopping.await {
             tracing::error!(%error, "the agent did not stop cleanly");
         }
     }
@@ -76,6 +90,7 @@ impl RunningAgent {
 struct AgentHandler {
     id: HostId,
     host: Arc<Host>,
+    targets: Arc<MasterTargets>,
     heard: Mutex<Subscriber>,
     denied: Arc<Denied>,
 }
@@ -136,6 +151,11 @@ impl Handler for AgentHandler {
         if let AgentCommand::Deny(list) = command {
             let denied = self.denied.clone();
             return blocking(move || denied.set(&list).map(|()| Reply::Done)).await;
+        }
+        if let AgentCommand::MasterTarget(call) = command {
+            let targets = self.targets.clone();
+            let answer = tokio::task::spawn_blocking(move || targets.execute(&call)).await;
+            return answer.unwrap_or_else(|error| Err(abrupt(&error))).map(Reply::MasterTarget);
         }
         let host = self.host.clone();
         blocking(move || execute(&host, command)).await
@@ -229,8 +249,8 @@ fn execute(host: &Host, command: AgentCommand) -> Result<Reply, HostError> {
         AgentCommand::Status => Ok(Reply::Agent(host.report())),
         AgentCommand::HoldGroup(request) => host.hold_group(&request).map(|()| Reply::Done),
         AgentCommand::ReleaseGroup { round, verdict } => host.release_group(round, verdict).map(Reply::GroupReleased),
-        // Taken before: it is not the host's.
-        AgentCommand::Deny(_) => Ok(Reply::Done),
+        // Taken before: they are not the host's.
+        AgentCommand::Deny(_) | AgentCommand::MasterTarget(_) => Ok(Reply::Done),
     }
 }
 
@@ -260,10 +280,10 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, Failure> {
     match tokio::task::spawn_blocking(work).await {
         Ok(outcome) => outcome.map_err(|error| Failure::from(&error)),
-        Err(error) => Err(Failure::new(
-            FailureKind::Failed,
-            format!("the agent could not finish: {error}"),
-            "see the agent's log",
-        )),
+        Err(error) => Err(abrupt(&error)),
     }
+}
+
+fn abrupt(error: &tokio::task::JoinError) -> Failure {
+    Failure::new(FailureKind::Failed, format!("the agent could not finish: {error}"), "see the agent's log")
 }

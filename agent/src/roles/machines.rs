@@ -5,6 +5,7 @@
 //! `EndDrill`, or when it is too old. *Crash.* A drill's scratch layer ends with the process server, so a drill that an earlier
 //! process left is ended when the machines are opened again.
 
+mod failback;
 mod failover;
 
 use std::collections::HashMap;
@@ -143,6 +144,13 @@ impl Machines {
                 self.failover_shown(failover).await
             }
             Call::LetGo { failover } => self.let_go(failover).await.map(|()| "{}".to_owned()),
+            Call::Changed { failover } => self.changed(failover).await,
+            Call::Stop { failover, limit_seconds } => {
+                self.stop_machine(failover, Duration::from_secs(limit_seconds)).await
+            }
+            Call::Start(call) => self.start_machine(*call, began).await,
+            Call::StayAway { failover } => self.server.stay_away(failover).await.map(|()| "{}".to_owned()),
+            Call::Return { failover } => self.return_home(failover).await.map(|()| "{}".to_owned()),
             Call::Check | Call::Drill(_) | Call::EndDrill { .. } | Call::Loss { .. } | Call::Failover { .. } => {
                 Err(Failure::new(FailureKind::BadRequest, "that changes no failover", "ask for it alone"))
             }

@@ -265,6 +265,7 @@ impl From<&AgentCommand> for wire::AgentCommand {
                 }
                 .into(),
             }),
+            AgentCommand::MasterTarget(call) => Body::MasterTarget(wire::TargetCall { call: call.clone() }),
         };
         wire::AgentCommand { body: Some(body) }
     }
@@ -310,6 +311,7 @@ impl TryFrom<wire::AgentCommand> for AgentCommand {
                     wire::Verdict::Invalid => return Err(WireError::Invalid("verdict")),
                 },
             },
+            Body::MasterTarget(of) => AgentCommand::MasterTarget(named(of.call, "call")?),
         })
     }
 }
@@ -816,6 +818,7 @@ pub fn reply_to(request: u64, outcome: &Result<Reply, Failure>) -> wire::Reply {
                 })
                 .collect(),
         }),
+        Ok(Reply::MasterTarget(answer)) => Body::MasterTarget(wire::TargetAnswer { answer: answer.clone() }),
     };
     wire::Reply { request, body: Some(body) }
 }
@@ -865,6 +868,7 @@ impl TryFrom<wire::Reply> for (u64, Result<Reply, Failure>) {
                     })
                 })?,
             }),
+            Body::MasterTarget(of) => Reply::MasterTarget(named(of.answer, "answer")?),
         };
         Ok((from.request, Ok(reply)))
     }
@@ -1265,6 +1269,7 @@ mod tests {
             AgentCommand::ReleaseGroup { round: MarkId::random(), verdict: Verdict::Group },
             AgentCommand::ReleaseGroup { round: MarkId::random(), verdict: Verdict::Plain },
             AgentCommand::ReleaseGroup { round: MarkId::random(), verdict: Verdict::Nothing },
+            AgentCommand::MasterTarget("{}".into()),
         ] {
             assert_eq!(AgentCommand::try_from(wire::AgentCommand::from(&command)), Ok(command));
         }
@@ -1368,6 +1373,7 @@ mod tests {
                     },
                 ],
             })),
+            Ok(Reply::MasterTarget("{}".into())),
             Ok(Reply::Attached(vec![attached])),
             Ok(Reply::Marked { mark: point.id, time: Timestamp(1) }),
             Ok(Reply::Points(vec![point.clone()])),

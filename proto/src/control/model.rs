@@ -102,6 +102,8 @@ pub enum AgentCommand {
         round: MarkId,
         verdict: Verdict,
     },
+    /// What is asked of the master target: JSON, whose types are those of [`crate::failback`].
+    MasterTarget(String),
 }
 
 /// A barrier over machines of a group: the part of one host.
@@ -446,6 +448,8 @@ pub enum Reply {
     /// The answer to [`ServerCommand::Hypervisor`].
     Hypervisor(String),
     GroupReleased(GroupReleased),
+    /// The answer to [`AgentCommand::MasterTarget`].
+    MasterTarget(String),
 }
 
 impl Reply {
@@ -465,6 +469,7 @@ impl Reply {
             Reply::Server(_) => "server report",
             Reply::Hypervisor(_) => "a hypervisor's answer",
             Reply::GroupReleased(_) => "released",
+            Reply::MasterTarget(_) => "a master target's answer",
         }
     }
 }

@@ -120,6 +120,17 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.post("/machines/{name}/failover/commit", failover_commit, job("Accepts the point that it failed over to"));
     let one = job("Gives it plain disks while it runs").takes::<failover::after::PromoteRequest>();
     api.post("/machines/{name}/failover/promote", failover_promote, one);
+    let one = job("Brings the home disks of a committed machine to its state, and keeps them there");
+    let one = one.takes::<failover::reprotect::ReprotectRequest>();
+    api.post("/machines/{name}/reprotect", reprotect, one);
+    let one = job("Gives the home disks back what they had");
+    api.post("/machines/{name}/reprotect/cancel", reprotect_cancel, one);
+    let one = job("Takes a reprotected machine home").takes::<failover::failback::FailbackRequest>();
+    api.post("/machines/{name}/failback", failback, one);
+    let one = job("Shuts it down there, brings the last changes, and hands it to its home");
+    let one = one.takes::<failover::failback::CompleteRequest>();
+    api.post("/machines/{name}/failback/complete", failback_complete, one);
+    api.post("/machines/{name}/failback/cancel", failback_cancel, job("It goes on where it ran"));
     let one = job("Completes a migration: it stays there, and is not protected any more");
     api.post("/machines/{name}/migrate", migrate, one);
 
@@ -508,6 +519,26 @@ async fn failover_cancel(State(core): App, Path(name): Path<String>) -> Answer {
 
 async fn failover_commit(State(core): App, Path(name): Path<String>) -> Answer {
     accepted(failover::after::commit(&core, &name)?)
+}
+
+async fn reprotect(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(failover::reprotect::start(&core, &name, parse(&body)?)?)
+}
+
+async fn reprotect_cancel(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(failover::reprotect::cancel(&core, &name)?)
+}
+
+async fn failback(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(failover::failback::start(&core, &name, parse(&body)?)?)
+}
+
+async fn failback_complete(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(failover::failback::complete(&core, &name, parse(&body)?)?)
+}
+
+async fn failback_cancel(State(core): App, Path(name): Path<String>) -> Answer {
+    accepted(failover::failback::cancel(&core, &name)?)
 }
 
 async fn failover_promote(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {

@@ -10,7 +10,7 @@ use tidemark_proto::control::{Failure, FailureKind};
 
 use super::start::{call, note, settle_source};
 use super::state::{self, Failover, Phase};
-use super::{ask, not_understood};
+use super::{ask, failback, not_understood, reprotect};
 use crate::core::{Core, SETTLE};
 use crate::jobs::Job;
 use crate::machines::{settle_unprotected, vanished};
@@ -46,6 +46,12 @@ pub async fn show(core: &Core, name: &str) -> Result<Value, Failure> {
         Ok(answer) => shown["running"] = json!(answer),
         // One that is being started or ended need not be there.
         Err(failure) => shown["unknown"] = json!({ "error": failure.message, "help": failure.help }),
+    }
+    if failover.home.is_some() {
+        shown["home"] = match reprotect::report(core, &machine).await {
+            Ok(report) => json!(report),
+            Err(failure) => json!({ "error": failure.message, "help": failure.help }),
+        };
     }
     Ok(shown)
 }
@@ -93,11 +99,14 @@ pub fn cancel(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
     core.jobs.clone().start("failover_cancel", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;
         let failover = state::find(&core.machine(&name)?)?;
-        if failover.phase == Phase::Committed {
+        if !matches!(
+            failover.phase,
+            Phase::Draining | Phase::Starting | Phase::FailedOver | Phase::ChangingPoint | Phase::Cancelling
+        ) {
             return Err(Failure::new(
                 FailureKind::Conflict,
                 format!("the failover of machine {name:?} was committed"),
-                "it cannot be cancelled any more; protect the machine where it runs now to bring it back",
+                "it cannot be cancelled any more; bring the machine home: `tidemark reprotect NAME`, then `tidemark failback NAME`",
             ));
         }
         let machine = state::advance(&core, &name, failover.id, Phase::Cancelling, |_| {})?;
@@ -120,6 +129,15 @@ pub fn commit(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
         let _lock = core.lock(&name).await;
         let machine = core.machine(&name)?;
         let failover = state::find(&machine)?;
+        if matches!(failover.phase, Phase::FailedBack | Phase::Landing) {
+            return failback::land(&core, &progress, &machine, &failover).await;
+        }
+        if failover.phase == Phase::FailingBack {
+            let message = format!("machine {name:?} is failing back: there is nothing to commit yet");
+            let help =
+                "complete it first (`tidemark failback complete NAME`), or cancel it: `tidemark failback cancel NAME`";
+            return Err(Failure::new(FailureKind::Conflict, message, help));
+        }
         if !matches!(failover.phase, Phase::FailedOver | Phase::Committed) {
             let message = format!("machine {name:?} {}: there is nothing to commit yet", failover.phase.name());
             return Err(Failure::new(FailureKind::Conflict, message, "ask for the failover again, or cancel it"));

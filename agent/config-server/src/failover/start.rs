@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tidemark_base::{Clock, Timestamp};
+use tidemark_base::{Clock, MarkId, Timestamp};
 use tidemark_hypervisor::call::{Call, FailOverCall, FailedOver, Lost, decode};
 use tidemark_proto::control::{
     AgentCommand, Consistency, Failure, FailureKind, MarkRequest, Reply, ServerCommand, Severity,
@@ -117,6 +117,7 @@ async fn run(
         point: None,
         time: None,
         lost: None,
+        home: None,
     });
     let id = failover.id;
     let is_new = machine.failover.is_none();
@@ -215,17 +216,7 @@ async fn drain(core: &Core, progress: &Progress, machine: &Machine) -> Result<St
     progress.step("keep the workload from its disks");
     settle_agent(core, machine).await?;
     progress.step("send the last changes");
-    let label = "planned failover".to_owned();
-    let mark = MarkRequest { machine: machine.id, consistency: Consistency::Crash, label, keep: true };
-    let mark = match core.agent(machine.host, &AgentCommand::Mark(mark), SETTLE).await? {
-        Reply::Marked { mark, .. } => mark,
-        other => return Err(unexpected(PeerId::Agent(machine.host), &other)),
-    };
-    let command = ServerCommand::WaitPoint { machine: machine.id, mark, limit: DRAIN_LIMIT };
-    match core.server(machine.server, &command, DRAIN_LIMIT + QUICK).await? {
-        Reply::Point(_) => {}
-        other => return Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
-    }
+    let mark = send_all(core, machine, "planned failover", DRAIN_LIMIT).await?;
     progress.step("prove that nothing is lost");
     let proving = async {
         loop {
@@ -242,6 +233,21 @@ async fn drain(core: &Core, progress: &Progress, machine: &Machine) -> Result<St
             format!("machine {:?} still writes to its disks: its source is past the last point", machine.name),
             "shut the workload down, then try again",
         )),
+    }
+}
+
+/// Makes a point of what a source that is kept from its disks has, and waits until it is at the process server.
+pub async fn send_all(core: &Core, machine: &Machine, label: &str, limit: Duration) -> Result<MarkId, Failure> {
+    let label = label.to_owned();
+    let mark = MarkRequest { machine: machine.id, consistency: Consistency::Crash, label, keep: true };
+    let mark = match core.agent(machine.host, &AgentCommand::Mark(mark), SETTLE).await? {
+        Reply::Marked { mark, .. } => mark,
+        other => return Err(unexpected(PeerId::Agent(machine.host), &other)),
+    };
+    let command = ServerCommand::WaitPoint { machine: machine.id, mark, limit };
+    match core.server(machine.server, &command, limit + QUICK).await? {
+        Reply::Point(_) => Ok(mark),
+        other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
     }
 }
 

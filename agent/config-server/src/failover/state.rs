@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tidemark_base::{Generation, MarkId, Timestamp};
 use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_proto::failback::Method;
 use uuid::Uuid;
 
 use crate::core::Core;
@@ -22,6 +23,21 @@ pub struct Failover {
     pub point: Option<MarkId>,
     pub time: Option<Timestamp>,
     pub lost: Option<Loss>,
+    /// The way home, once somebody asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<Home>,
+}
+
+/// How the home disks are brought to the machine's state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Home {
+    pub method: Method,
+    pub began: Timestamp,
+    /// What only home has is still to be sent: nothing is overwritten before.
+    #[serde(default)]
+    pub keeps: bool,
+    /// The point that it became.
+    pub kept: Option<MarkId>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -56,11 +72,26 @@ pub enum Phase {
     Cancelling,
     /// The point was accepted.
     Committed,
+    /// The home disks are brought to its state, which goes on writing.
+    Reprotecting,
+    /// They follow it.
+    Reprotected,
+    /// They are given back what they had.
+    Withdrawing,
+    /// The last changes go home; from a moment on it is off.
+    FailingBack,
+    /// It is home.
+    FailedBack,
+    /// What it had elsewhere goes.
+    Landing,
 }
 
 impl Phase {
     fn may_become(self, next: Phase) -> bool {
-        use Phase::{Cancelling, ChangingPoint, Committed, Draining, FailedOver, Starting};
+        use Phase::{
+            Cancelling, ChangingPoint, Committed, Draining, FailedBack, FailedOver, FailingBack, Landing, Reprotected,
+            Reprotecting, Starting, Withdrawing,
+        };
         matches!(
             (self, next),
             (Draining, Starting)
@@ -72,6 +103,14 @@ impl Phase {
                 | (Starting, Starting)
                 | (ChangingPoint, ChangingPoint)
                 | (Committed, Committed)
+                // Home.
+                | (Committed | Reprotecting | FailingBack | FailedBack, Reprotecting)
+                | (Reprotecting | FailingBack, Reprotected)
+                | (Reprotecting | Reprotected | Withdrawing, Withdrawing)
+                | (Withdrawing, Committed)
+                | (Reprotected | FailingBack, FailingBack)
+                | (FailingBack | FailedBack, FailedBack)
+                | (FailedBack | Landing, Landing)
         )
     }
 
@@ -82,6 +121,11 @@ impl Phase {
             Phase::ChangingPoint => "goes to another point",
             Phase::Cancelling => "goes back to its source",
             Phase::Committed => "failed over for good",
+            Phase::Reprotecting => "is being reprotected",
+            Phase::Reprotected => "is reprotected",
+            Phase::Withdrawing => "gives its home disks back what they had",
+            Phase::FailingBack => "is failing back",
+            Phase::FailedBack | Phase::Landing => "failed back, and is not committed",
         }
     }
 }
@@ -89,13 +133,19 @@ impl Phase {
 impl Machine {
     /// Whether its source sends nothing.
     pub fn is_source_paused(&self) -> bool {
-        let drains = |failover: &Failover| failover.phase == Phase::Draining;
+        let drains = |failover: &Failover| match failover.phase {
+            Phase::Draining => true,
+            // What only home has is sent before it is overwritten.
+            Phase::Reprotecting => failover.home.as_ref().is_some_and(|home| home.keeps),
+            _ => false,
+        };
         self.wanted == Wanted::Paused || self.failover.as_ref().is_some_and(|failover| !drains(failover))
     }
 
     /// Whether nobody opens the source's disks.
     pub fn is_source_fenced(&self) -> bool {
-        self.failover.is_some()
+        let is_home = |failover: &Failover| matches!(failover.phase, Phase::FailedBack | Phase::Landing);
+        self.failover.as_ref().is_some_and(|failover| !is_home(failover))
     }
 }
 
@@ -174,7 +224,19 @@ fn none(name: &str) -> Failure {
 pub fn refuse_failed_over(machine: &Machine) -> Result<(), Failure> {
     let Some(failover) = &machine.failover else { return Ok(()) };
     let help = match failover.phase {
-        Phase::Committed => "see `tidemark failover show NAME`; `tidemark migrate NAME` completes the migration",
+        Phase::Committed => {
+            "bring it home (`tidemark reprotect NAME`, then `tidemark failback NAME`), or let it stay: `tidemark migrate NAME`"
+        }
+        Phase::Reprotecting | Phase::Reprotected => {
+            "fail it back first: `tidemark failback NAME`; `tidemark reprotect cancel NAME` takes the reprotect back"
+        }
+        Phase::Withdrawing => "wait until that is done: `tidemark reprotect cancel NAME`",
+        Phase::FailingBack => {
+            "complete the failback (`tidemark failback complete NAME`), or cancel it: `tidemark failback cancel NAME`"
+        }
+        Phase::FailedBack | Phase::Landing => {
+            "commit the failback (`tidemark commit NAME`), or cancel it: `tidemark failback cancel NAME`"
+        }
         _ => "cancel the failover first: `tidemark failover cancel NAME`, or commit it: `tidemark commit NAME`",
     };
     Err(Failure::new(FailureKind::Conflict, format!("machine {:?} {}", machine.name, failover.phase.name()), help))
@@ -186,14 +248,25 @@ mod tests {
 
     #[test]
     fn every_move_that_is_legal_is_written_down() {
-        use Phase::{Cancelling, ChangingPoint, Committed, Draining, FailedOver, Starting};
-        let all = [Draining, Starting, FailedOver, ChangingPoint, Cancelling, Committed];
-        let legal = |from: Phase| -> Vec<Phase> { all.into_iter().filter(|to| from.may_become(*to)).collect() };
+        use Phase::{
+            Cancelling, ChangingPoint, Committed, Draining, FailedBack, FailedOver, FailingBack, Landing, Reprotected,
+            Reprotecting, Starting, Withdrawing,
+        };
+        let there = [Draining, Starting, FailedOver, ChangingPoint, Cancelling, Committed];
+        let home = [Reprotecting, Reprotected, Withdrawing, FailingBack, FailedBack, Landing];
+        let all = [there, home].concat();
+        let legal = |from: Phase| -> Vec<Phase> { all.iter().copied().filter(|to| from.may_become(*to)).collect() };
         assert_eq!(legal(Draining), [Starting, Cancelling]);
         assert_eq!(legal(Starting), [Starting, FailedOver, Cancelling]);
         assert_eq!(legal(FailedOver), [ChangingPoint, Cancelling, Committed]);
         assert_eq!(legal(ChangingPoint), [FailedOver, ChangingPoint, Cancelling]);
         assert_eq!(legal(Cancelling), [Cancelling], "it ends");
-        assert_eq!(legal(Committed), [Committed], "there is no way back but by replication");
+        assert_eq!(legal(Committed), [Committed, Reprotecting], "there is no way back but by replication");
+        assert_eq!(legal(Reprotecting), [Reprotecting, Reprotected, Withdrawing]);
+        assert_eq!(legal(Reprotected), [Withdrawing, FailingBack]);
+        assert_eq!(legal(Withdrawing), [Committed, Withdrawing], "home disks are given back as a whole");
+        assert_eq!(legal(FailingBack), [Reprotecting, Reprotected, FailingBack, FailedBack]);
+        assert_eq!(legal(FailedBack), [Reprotecting, FailedBack, Landing]);
+        assert_eq!(legal(Landing), [Landing], "what it had elsewhere is going");
     }
 }

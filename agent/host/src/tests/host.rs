@@ -40,7 +40,7 @@ impl LinkStream for Closed {
     fn finish(&mut self) {}
 }
 
-fn config(folder: &Path) -> HostConfig {
+pub(super) fn config(folder: &Path) -> HostConfig {
     HostConfig {
         state_folder: folder.join("state"),
         run_folder: folder.join("run"),
@@ -54,7 +54,7 @@ fn config(folder: &Path) -> HostConfig {
     }
 }
 
-fn spec(folder: &Path, name: &str, disks: usize) -> MachineSpec {
+pub(super) fn spec(folder: &Path, name: &str, disks: usize) -> MachineSpec {
     let disks = (0..disks).map(|index| {
         let path = folder.join(format!("{name}-{index}.img"));
         std::fs::File::create(&path).unwrap().set_len(8 << 20).unwrap();

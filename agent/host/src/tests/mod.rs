@@ -8,6 +8,7 @@ mod host;
 mod hyperv;
 mod limits;
 mod marks;
+mod master_target;
 #[allow(dead_code, reason = "the tests of logs use the rest")]
 #[path = "../../../hrl/tests/support/memory.rs"]
 pub mod memory;

@@ -152,6 +152,27 @@ impl Journal {
         }
     }
 
+    /// What `cut` and the cuts after it changed, up to the end of their segment and to `last`, and the cut behind it. `None`: the
+    /// journal does not hold them.
+    pub fn changed_from(&self, cut: u64, last: u64) -> Result<Option<(Vec<Extent>, u64)>, ReadError> {
+        let start = |first: u64| -> Result<usize, ReadError> {
+            let before = if cut > first { self.commit_entry(cut - 1)? } else { None };
+            Ok(before.map_or(0, |entry| entry.log_end as usize))
+        };
+        let extents = |entries: &[Entry]| entries.iter().map(|entry| entry.extent).collect();
+        if let Some(active) = self.active.as_ref().filter(|active| active.header.first_cut <= cut) {
+            let Some(end) = self.commit_entry(last)? else { return Ok(None) };
+            let entries = active.entries.get(start(active.header.first_cut)?..end.log_end as usize);
+            return Ok(entries.map(|entries| (extents(entries), last + 1)));
+        }
+        let Some(part) = self.part_of(cut) else { return Ok(None) };
+        let Part::Sealed(sealed) = part else { return Ok(None) };
+        let until = part.last().min(last);
+        let entries = sealed.entries_up_to(until, &self.cache)?;
+        let entries = entries.get(start(sealed.first_cut())?..);
+        Ok(entries.map(|entries| (extents(entries), until + 1)))
+    }
+
     fn part_of(&self, cut: u64) -> Option<&Part> {
         let index = self.parts.partition_point(|part| part.first() <= cut);
         self.parts.get(index.checked_sub(1)?).filter(|part| cut <= part.last())

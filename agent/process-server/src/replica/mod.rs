@@ -34,6 +34,8 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_capture;
+#[cfg(test)]
 mod tests_faults;
 #[cfg(test)]
 mod tests_losses;

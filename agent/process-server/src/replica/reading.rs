@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tidemark_base::{Position, Timestamp};
+use tidemark_base::{Bits, Position, Timestamp};
 
 use super::{Replica, ReplicaError};
 use crate::journal::{Commit, Source};
@@ -85,6 +85,24 @@ impl Replica {
         }
         // A cut that cannot be read says so when it is opened.
         !matches!(state.position_of(held.cut), Ok((Some(position), _)) if position != held.position)
+    }
+
+    /// The parts of 4 KiB of a disk of this size that cuts after `cut` changed; `None` when the journal does not tell of each of
+    /// them any more.
+    pub fn changed_after(&self, cut: u64, disk_bytes: u64) -> Option<Bits> {
+        let (base, end) = {
+            let state = self.state();
+            (state.manifest.base.cut, state.journal.durable().cut)
+        };
+        let mut parts = Bits::new(disk_bytes);
+        let mut later = (base <= cut).then_some(cut + 1)?;
+        while later <= end {
+            // The lock is taken for one segment at a time: appends go on.
+            let (extents, next) = self.state().journal.changed_from(later, end).ok().flatten()?;
+            extents.into_iter().for_each(|extent| _ = parts.insert(extent));
+            later = next;
+        }
+        Some(parts)
     }
 
     /// The oldest cut that can still be viewed, unless it is not consistent.

@@ -177,8 +177,8 @@ proptest! {
 }
 
 /// What a run knew when the power went.
-struct Run {
-    host: TestHost,
+pub(super) struct Run {
+    pub(super) host: TestHost,
     acknowledged: u64,
     /// Kept points that were reported, and not dropped by retention since.
     points: Vec<MarkId>,
@@ -186,7 +186,7 @@ struct Run {
 }
 
 /// A fixed history with folds, on a storage that may lose its power at any step.
-fn scenario(storage: &SimStorage) -> Run {
+pub(super) fn scenario(storage: &SimStorage) -> Run {
     let mut run = Run { host: TestHost::new(DISK_BYTES), acknowledged: 0, points: Vec::new(), created: false };
     let _ = (|| -> Result<(), Box<dyn std::error::Error>> {
         let (set, _) = ReplicaSet::open(Arc::new(storage.clone()), small())?;

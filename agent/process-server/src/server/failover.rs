@@ -16,7 +16,7 @@ use std::time::Duration;
 use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
 use tidemark_base::{DiskId, MachineId, Timestamp};
-use tidemark_proto::control::{Failure, FailureKind, PointInfo, Selector, ServeId, Serving};
+use tidemark_proto::control::{Failure, FailureKind, PointInfo, Selector, ServeId};
 use uuid::Uuid;
 
 use super::{
@@ -272,11 +272,11 @@ impl Inner {
         Ok(())
     }
 
-    fn release(&self, machine: MachineId, holder: &str) -> Result<(), Failure> {
+    pub(super) fn release(&self, machine: MachineId, holder: &str) -> Result<(), Failure> {
         self.set.of_machine(machine).iter().try_for_each(|replica| replica.unpin(holder).map_err(replica_failed))
     }
 
-    fn open_failover(&self, id: Uuid, entry: &FailedOver) -> Result<Serving, Failure> {
+    pub(super) fn open_failover(&self, id: Uuid, entry: &FailedOver) -> Result<(), Failure> {
         let place = Place {
             machine: entry.machine,
             id: Some(entry.point),
@@ -288,7 +288,7 @@ impl Inner {
         self.serve_layers(id, entry, views.into_iter().map(|(disk, view)| (disk, Arc::new(view))).collect())
     }
 
-    fn serve_layers(&self, id: Uuid, entry: &FailedOver, views: Vec<(DiskId, Arc<View>)>) -> Result<Serving, Failure> {
+    fn serve_layers(&self, id: Uuid, entry: &FailedOver, views: Vec<(DiskId, Arc<View>)>) -> Result<(), Failure> {
         let mut layers = Vec::new();
         for (disk, view) in views {
             let folder = format!("{}/{disk}", entry.folder());
@@ -299,6 +299,15 @@ impl Inner {
             let scratch = ScratchDisk::open_lasting(view, &*self.storage.folder(&folder), &self.boot);
             layers.push(Layer { disk, scratch: Arc::new(scratch.map_err(|error| store_failed(&error))?) });
         }
+        // On its way home a machine that is off is read, and written by nobody.
+        if !entry.stopped {
+            self.serve_to_machine(entry, &layers)?;
+        }
+        self.failed_over.layers.lock().expect("no panic while held").insert(id, layers);
+        Ok(())
+    }
+
+    pub(super) fn serve_to_machine(&self, entry: &FailedOver, layers: &[Layer]) -> Result<(), Failure> {
         let point = ServedPoint {
             machine: entry.machine,
             point: entry.point,
@@ -306,19 +315,22 @@ impl Inner {
             writable: true,
             disks: layers.iter().map(|layer| (layer.disk, layer.scratch.clone() as Arc<dyn Disk>)).collect(),
             listen: None,
-            held: Some(Box::new(FlushLater(layers.clone()))),
+            held: Some(Box::new(FlushLater(layers.to_vec()))),
         };
-        let serving = self.serves.start(entry.serve, point, true)?;
-        self.failed_over.layers.lock().expect("no panic while held").insert(id, layers);
-        Ok(serving)
+        Ok(self.serves.start(entry.serve, point, true).map(drop)?)
     }
 
-    /// Ends the connections. The layers stay.
-    fn stop_serving(&self, id: Uuid, entry: &FailedOver) -> Result<(), Failure> {
+    /// Ends the connections.
+    pub(super) fn end_serve(&self, entry: &FailedOver) -> Result<(), Failure> {
         match self.serves.stop(entry.serve) {
-            Ok(_) | Err(ServeError::Unknown { .. }) => {}
-            Err(error) => return Err(error.into()),
+            Ok(_) | Err(ServeError::Unknown { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
         }
+    }
+
+    /// Ends the connections, and closes the layers, which stay on disk.
+    pub(super) fn stop_serving(&self, id: Uuid, entry: &FailedOver) -> Result<(), Failure> {
+        self.end_serve(entry)?;
         self.failed_over.layers.lock().expect("no panic while held").remove(&id);
         Ok(())
     }
@@ -362,6 +374,8 @@ impl Inner {
             since: now(),
             committed: false,
             promote: Promote::No,
+            captured: false,
+            stopped: false,
         };
         Ok((entry, views))
     }
@@ -372,7 +386,7 @@ impl Inner {
         let begun = self
             .pin(id, &entry)
             .and_then(|()| self.failed_over.put(id, entry.clone()).map_err(table_failed))
-            .and_then(|()| self.serve_layers(id, &entry, views).map(drop));
+            .and_then(|()| self.serve_layers(id, &entry, views));
         if let Err(failure) = begun {
             let undone = match &before {
                 Some(before) => self.failed_over.put(id, before.clone()),
@@ -393,7 +407,7 @@ impl Inner {
     }
 
     /// What an entry had, which is not there any more.
-    fn discard(&self, entry: &FailedOver) -> Result<(), Failure> {
+    pub(super) fn discard(&self, entry: &FailedOver) -> Result<(), Failure> {
         self.release(entry.machine, &entry.pin())?;
         let folder = entry.folder();
         if self.storage.exists(&folder).map_err(|error| store_failed(&error))? {
@@ -436,7 +450,7 @@ impl Inner {
         self.discard(&entry)
     }
 
-    fn failover_state(&self, id: Uuid) -> Result<FailoverState, Failure> {
+    pub(super) fn failover_state(&self, id: Uuid) -> Result<FailoverState, Failure> {
         let entry = self.failed_over.get(id).ok_or_else(|| unknown(id))?;
         let layers = self.failed_over.layers_of(id);
         let serving = self.serves.get(entry.serve);
@@ -583,7 +597,7 @@ impl FailedOver {
     }
 }
 
-fn unknown(id: Uuid) -> Failure {
+pub(super) fn unknown(id: Uuid) -> Failure {
     let message = format!("failover {id} is not known to this process server");
     Failure::new(FailureKind::NotFound, message, "see `tidemark failover show NAME`")
 }

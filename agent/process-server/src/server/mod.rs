@@ -8,6 +8,7 @@
 
 pub(crate) mod backups;
 mod directory;
+pub mod failback;
 pub mod failover;
 mod maintain;
 mod pins;
@@ -152,6 +153,7 @@ impl ProcessServer {
         let server = blocking(move || Self::open(config, address)).await?;
         let stop = server.0.stop.clone();
         let service = ByPath::new("/tidemark.control.v1.Directory/", directory, server.0.acceptor.service());
+        let service = ByPath::new("/tidemark.failback.v1.Failback/", failback::failback_server(&server), service);
         let health = health_server(server.0.health.subscribe());
         let service = ByPath::new("/grpc.health.v1.Health/", health, service);
         let task = tokio::spawn(serve(listener, service, stop.cancelled_owned()));

@@ -9,6 +9,7 @@
 //! *Cancellation.* A view can be dropped at any time. *Crash.* A view has no state on disk; its scratch layer has ([`scratch`]).
 
 pub mod cache;
+pub mod capture;
 pub mod scratch;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -5,6 +5,7 @@
 //! acknowledged may end with the process. Its files are `disk.raw`, `disk.map` and `disk.live`, the map as it is now: a header of 4 KiB (`TMLIVE01`, then
 //! the boot's id, then zeroes), then the bits. It counts in the boot that its header names, and only there: it is never synced, so after a power cut
 //! a bit of it may point at data that is not there. When every block was taken over ([`ScratchDisk::fill`]) `disk.raw` is a plain disk image.
+//! What its machine wrote is noted for the way home: [`super::capture`].
 //!
 //! *Consistency.* A block is taken over from the view before a part of it is written. Writes to one disk are serialised where they touch the map.
 //! *Crash.* FLUSH: 1. data synced, 2. map synced. The map is written at FLUSH only, after the data: a bit never points at data that is not there. What was written after the last
@@ -17,12 +18,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tidemark_base::Extent;
 use tidemark_base::disk::{Allocation, Disk, Durability, is_zero};
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
 use tidemark_base::sync::RwLock;
+use tidemark_base::{Bits, Extent};
 
 use super::View;
+use super::capture::{Capture, Claim, Frozen};
 
 const BLOCK: u64 = 4096;
 const LIVE_MAGIC: &[u8; 8] = b"TMLIVE01";
@@ -39,8 +41,14 @@ pub struct ScratchDisk {
     data: Arc<dyn StorageFile>,
     map_file: Arc<dyn StorageFile>,
     live: Option<Arc<dyn StorageFile>>,
-    map: RwLock<Bitmap>,
+    map: RwLock<Layered>,
     flush_failed: AtomicBool,
+}
+
+/// What one lock is over.
+struct Layered {
+    bitmap: Bitmap,
+    capture: Capture,
 }
 
 #[derive(Default)]
@@ -57,6 +65,14 @@ impl Bitmap {
         self.bits[(block / 8) as usize] & (1 << (block % 8)) != 0
     }
 
+    fn to_bits(&self, disk_bytes: u64) -> Bits {
+        let mut bits = Bits::new(disk_bytes);
+        for block in (0..disk_bytes.div_ceil(BLOCK)).filter(|block| self.get(*block)) {
+            bits.insert(Extent::new(block * BLOCK, 1));
+        }
+        bits
+    }
+
     fn set(&mut self, block: u64) {
         let byte = (block / 8) as usize;
         self.bits[byte] |= 1 << (block % 8);
@@ -64,6 +80,13 @@ impl Bitmap {
         let (first, last) = self.touched.unwrap_or((byte, byte));
         self.touched = Some((first.min(byte), last.max(byte)));
     }
+}
+
+/// A run of what a round is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ClaimedRun {
+    pub extent: Extent,
+    pub zeroes: bool,
 }
 
 /// What [`ScratchDisk::fill`] took over.
@@ -84,9 +107,31 @@ impl ScratchDisk {
     /// The same, for a disk whose machine outlives this process. `boot` is this boot's id.
     pub fn open_lasting(below: Arc<View>, storage: &dyn Storage, boot: &str) -> io::Result<Self> {
         let mut disk = Self::open_files(below, storage, PLAIN, "disk.map")?;
-        let map = disk.map.get_mut().expect("no panic while held");
-        let live = storage.open("disk.live", OpenMode::OpenOrCreate)?;
-        let bytes = LIVE_HEADER + map.bits.len() as u64;
+        let Layered { bitmap: map, capture } = disk.map.get_mut().expect("no panic while held");
+        let (live, found) = Self::open_live(storage, "disk.live", boot, &map.bits)?;
+        if let Some(bits) = found {
+            let pages = bits.chunks(4096).zip(map.bits.chunks(4096)).enumerate();
+            map.dirty = pages.filter(|(_, (live, durable))| live != durable).map(|(page, _)| page).collect();
+            map.bits = bits;
+        }
+        disk.live = Some(live);
+        let in_layer = map.to_bits(disk.below.bytes());
+        let (live, found) = Self::open_live(storage, "written.live", boot, &in_layer.to_bytes())?;
+        // Without a witness of this boot everything in the layer may have been written.
+        capture.written = found.and_then(|bytes| Bits::from_bytes(in_layer.disk_bytes(), &bytes)).unwrap_or(in_layer);
+        (capture.written_live, capture.live_at) = (Some(live), LIVE_HEADER);
+        Ok(disk)
+    }
+
+    /// A file of bits that count in this boot alone, and what it holds; one that does not count becomes `initial`.
+    fn open_live(
+        storage: &dyn Storage,
+        name: &str,
+        boot: &str,
+        initial: &[u8],
+    ) -> io::Result<(Arc<dyn StorageFile>, Option<Vec<u8>>)> {
+        let live = storage.open(name, OpenMode::OpenOrCreate)?;
+        let bytes = LIVE_HEADER + initial.len() as u64;
         let mut header = vec![0; LIVE_HEADER as usize];
         header[..LIVE_MAGIC.len()].copy_from_slice(LIVE_MAGIC);
         let id = &boot.as_bytes()[..boot.len().min(64)];
@@ -96,22 +141,18 @@ impl ScratchDisk {
             live.read_at(0, &mut found)?;
         }
         if found == header && !id.is_empty() {
-            let mut bits = vec![0; map.bits.len()];
+            let mut bits = vec![0; initial.len()];
             live.read_at(LIVE_HEADER, &mut bits)?;
-            let pages = bits.chunks(4096).zip(map.bits.chunks(4096)).enumerate();
-            map.dirty = pages.filter(|(_, (live, durable))| live != durable).map(|(page, _)| page).collect();
-            map.bits = bits;
-        } else {
-            live.set_bytes(bytes)?;
-            // Room that is there now cannot be missing when the guest writes.
-            live.reserve(0, bytes)?;
-            live.write_at(0, &vec![0; LIVE_HEADER as usize])?;
-            live.write_at(LIVE_HEADER, &map.bits)?;
-            live.write_at(0, &header)?;
-            storage.sync_folder("")?;
+            return Ok((live, Some(bits)));
         }
-        disk.live = Some(live);
-        Ok(disk)
+        live.set_bytes(bytes)?;
+        // Room that is there now cannot be missing when the guest writes.
+        live.reserve(0, bytes)?;
+        live.write_at(0, &vec![0; LIVE_HEADER as usize])?;
+        live.write_at(LIVE_HEADER, initial)?;
+        live.write_at(0, &header)?;
+        storage.sync_folder("")?;
+        Ok((live, None))
     }
 
     fn open_files(below: Arc<View>, storage: &dyn Storage, data: &str, map: &str) -> io::Result<Self> {
@@ -129,7 +170,8 @@ impl ScratchDisk {
         storage.sync_folder("")?;
         let mut bits = vec![0; map_bytes as usize];
         map_file.read_at(0, &mut bits)?;
-        let map = RwLock::new(Bitmap { bits, ..Bitmap::default() });
+        let bitmap = Bitmap { bits, ..Bitmap::default() };
+        let map = RwLock::new(Layered { bitmap, capture: Capture::new(below.bytes()) });
         Ok(Self { below, data, map_file, live: None, map, flush_failed: AtomicBool::new(false) })
     }
 
@@ -148,13 +190,13 @@ impl ScratchDisk {
             return Ok(None);
         }
         let start = {
-            let map = self.map.read().expect("no panic while held");
+            let map = &self.map.read().expect("no panic while held").bitmap;
             let mut at = from / BLOCK * BLOCK;
             loop {
                 if at >= end {
                     return Ok(None);
                 }
-                let (until, ours) = Self::run_end(&map, at, end);
+                let (until, ours) = Self::run_end(map, at, end);
                 if !ours {
                     break at;
                 }
@@ -169,11 +211,12 @@ impl ScratchDisk {
             true => (true, start + length.min(FILL_HOLE_BYTES)),
             false => (false, (start + length.clamp(BLOCK, FILL_BYTES)).next_multiple_of(BLOCK).min(end)),
         };
-        let mut map = self.map.write().expect("no panic while held");
+        let mut layered = self.map.write().expect("no panic while held");
+        let map = &mut layered.bitmap;
         let (mut at, mut bytes) = (start, 0);
         let mut content = Vec::new();
         while at < until {
-            let (to, ours) = Self::run_end(&map, at, until);
+            let (to, ours) = Self::run_end(map, at, until);
             if !ours {
                 let run = Extent::new(at, to - at);
                 content.clear();
@@ -188,17 +231,17 @@ impl ScratchDisk {
                     self.data.write_at(at, &content)?;
                     bytes += run.length;
                 }
-                Self::mark(&mut map, run);
+                Self::mark(map, run);
             }
             at = to;
         }
-        self.keep_live(&mut map)?;
+        self.keep_live(map)?;
         Ok(Some(Filled { next: until, bytes }))
     }
 
     /// Bytes of the disk that are in the layer.
     pub fn taken_bytes(&self) -> u64 {
-        let map = self.map.read().expect("no panic while held");
+        let map = &self.map.read().expect("no panic while held").bitmap;
         let blocks: u64 = map.bits.iter().map(|bits| u64::from(bits.count_ones())).sum();
         (blocks * BLOCK).min(self.bytes())
     }
@@ -207,7 +250,7 @@ impl ScratchDisk {
     pub fn missing_data_bytes(&self) -> io::Result<u64> {
         let (mut at, mut missing) = (0, 0);
         while at < self.bytes() {
-            let (until, ours) = Self::run_end(&self.map.read().expect("no panic while held"), at, self.bytes());
+            let (until, ours) = Self::run_end(&self.map.read().expect("no panic while held").bitmap, at, self.bytes());
             while !ours && at < until {
                 let (length, kind) = self.below.allocation(at)?;
                 let length = length.min(until - at);
@@ -222,6 +265,153 @@ impl ScratchDisk {
     /// Bytes that the layer occupies.
     pub fn allocated_bytes(&self) -> io::Result<u64> {
         self.data.allocated_bytes()
+    }
+
+    /// Bytes that the machine wrote since the failover; at least.
+    pub fn written(&self) -> Bits {
+        self.map.read().expect("no panic while held").capture.written.clone()
+    }
+
+    /// What home does not have, where that is known.
+    pub fn behind_bytes(&self) -> Option<u64> {
+        let layered = self.map.read().expect("no panic while held");
+        let claimed = layered.capture.claim.as_ref().map_or(0, |claim| claim.parts.bytes());
+        Some(layered.capture.behind.as_ref()?.bytes() + claimed)
+    }
+
+    /// Says what home does not have; whatever was known of it is forgotten.
+    pub fn set_behind(&self, parts: Bits) {
+        let capture = &mut self.map.write().expect("no panic while held").capture;
+        capture.claim = None;
+        capture.behind = Some(parts);
+    }
+
+    /// Begins a round over what home does not have, on all disks of a machine at one instant. With a file the disk is frozen:
+    /// what the round is about reads as it was now. A round that was not ended is given up.
+    pub fn claim(round: u64, disks: &[(&ScratchDisk, Option<Arc<dyn StorageFile>>)]) {
+        let mut all: Vec<_> = disks.iter().map(|(disk, _)| disk.map.write().expect("no panic while held")).collect();
+        for (layered, (disk, file)) in all.iter_mut().zip(disks) {
+            let capture = &mut layered.capture;
+            capture.end(false);
+            let nothing = Bits::new(disk.bytes());
+            let parts = capture.behind.replace(nothing.clone()).unwrap_or_else(|| Bits::all(disk.bytes()));
+            let frozen = file.clone().map(|file| Frozen { file, saved: nothing, failed: None });
+            capture.claim = Some(Claim { round, parts, frozen });
+        }
+    }
+
+    /// What a round is about; nothing once it is over.
+    pub fn claimed_bytes(&self, round: u64) -> u64 {
+        let layered = self.map.read().expect("no panic while held");
+        claim_of(&layered.capture, round).map_or(0, |claim| claim.parts.bytes())
+    }
+
+    /// Ends a round, unless another one began. What it was about is at home, or still missing there.
+    pub fn end_claim(&self, round: u64, is_durable: bool) {
+        let capture = &mut self.map.write().expect("no panic while held").capture;
+        if capture.claim.as_ref().is_some_and(|claim| claim.round == round) {
+            capture.end(is_durable);
+        }
+    }
+
+    /// Up to `most` runs of what a round is about, from `from` on, and where to go on.
+    pub fn claimed_runs(&self, round: u64, from: u64, most: usize) -> io::Result<(Vec<ClaimedRun>, Option<u64>)> {
+        let layered = self.map.read().expect("no panic while held");
+        let claim = claim_of(&layered.capture, round)?;
+        let (mut runs, mut at) = (Vec::<ClaimedRun>::new(), from);
+        while let Some(run) = claim.parts.next_run(at) {
+            at = run.offset;
+            while at < run.end() {
+                if runs.len() == most {
+                    return Ok((runs, Some(at)));
+                }
+                let saved = claim.frozen.as_ref().map(|frozen| &frozen.saved);
+                let (until, zeroes) = match saved.and_then(|saved| saved.next_run(at)) {
+                    Some(saved) if saved.offset == at => (saved.end().min(run.end()), false),
+                    next => {
+                        let end = next.map_or(run.end(), |next| next.offset.min(run.end()));
+                        let (length, kind) = self.allocation_in(&layered.bitmap, at)?;
+                        // Whole parts only: a part that begins as a hole may go on as data.
+                        let whole = if at + length >= end { end - at } else { length / BLOCK * BLOCK };
+                        match kind {
+                            Allocation::Hole if whole > 0 => (at + whole, true),
+                            Allocation::Hole => ((at + BLOCK).min(end), false),
+                            Allocation::Data => ((at + length).next_multiple_of(BLOCK).min(end), false),
+                        }
+                    }
+                };
+                let extent = Extent::new(at, until - at);
+                match runs.last_mut() {
+                    Some(last) if last.extent.end() == at && last.zeroes == zeroes => {
+                        last.extent.length += extent.length
+                    }
+                    _ => runs.push(ClaimedRun { extent, zeroes }),
+                }
+                at = until;
+            }
+        }
+        Ok((runs, None))
+    }
+
+    /// Reads what a round is about: as it was when the round began, where it is frozen.
+    pub fn read_claimed(&self, round: u64, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.check_range(offset, buffer.len() as u64)?;
+        let layered = self.map.read().expect("no panic while held");
+        let claim = claim_of(&layered.capture, round)?;
+        let Some(frozen) = &claim.frozen else { return self.read_in(&layered.bitmap, offset, buffer) };
+        if let Some(failed) = &frozen.failed {
+            return Err(io::Error::other(format!("what the machine overwrote could not be kept: {failed}")));
+        }
+        let (mut at, end) = (offset, offset + buffer.len() as u64);
+        while at < end {
+            let saved = frozen.saved.next_run(at).unwrap_or(Extent::new(end, 0));
+            let (until, is_saved) =
+                if saved.offset <= at { (saved.end().min(end), true) } else { (saved.offset.min(end), false) };
+            let part = &mut buffer[(at - offset) as usize..(until - offset) as usize];
+            if is_saved {
+                frozen.file.read_at(at, part)?;
+            } else {
+                self.read_in(&layered.bitmap, at, part)?;
+            }
+            at = until;
+        }
+        Ok(())
+    }
+
+    fn read_in(&self, map: &Bitmap, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let end = offset + buffer.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let (until, ours) = Self::run_end(map, at, end);
+            let part = &mut buffer[(at - offset) as usize..(until - offset) as usize];
+            if ours {
+                self.data.read_at(at, part)?;
+            } else {
+                self.below.read_at(at, part)?;
+            }
+            at = until;
+        }
+        Ok(())
+    }
+
+    fn allocation_in(&self, map: &Bitmap, offset: u64) -> io::Result<(u64, Allocation)> {
+        let (until, ours) = Self::run_end(map, offset, self.bytes());
+        if ours {
+            return Ok((until - offset, Allocation::Data));
+        }
+        let (length, kind) = self.below.allocation(offset)?;
+        Ok((length.min(until - offset), kind))
+    }
+
+    /// Everything that is done before the machine's bytes reach the layer.
+    fn before_write(&self, layered: &mut Layered, extent: Extent) -> io::Result<()> {
+        for part in layered.capture.unsaved(extent) {
+            let mut content = vec![0; part.length as usize];
+            let content = self.read_in(&layered.bitmap, part.offset, &mut content).map(|()| content);
+            layered.capture.saved(part, content);
+        }
+        layered.capture.note(extent)?;
+        self.prepare(&mut layered.bitmap, extent)
     }
 
     fn check_range(&self, offset: u64, length: u64) -> io::Result<()> {
@@ -287,31 +477,18 @@ impl Disk for ScratchDisk {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.check_range(offset, buffer.len() as u64)?;
-        let end = offset + buffer.len() as u64;
-        let map = self.map.read().expect("no panic while held");
-        let mut at = offset;
-        while at < end {
-            let (until, ours) = Self::run_end(&map, at, end);
-            let part = &mut buffer[(at - offset) as usize..(until - offset) as usize];
-            if ours {
-                self.data.read_at(at, part)?;
-            } else {
-                self.below.read_at(at, part)?;
-            }
-            at = until;
-        }
-        Ok(())
+        self.read_in(&self.map.read().expect("no panic while held").bitmap, offset, buffer)
     }
 
     fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> io::Result<()> {
         self.check_range(offset, data.len() as u64)?;
         if !data.is_empty() {
             let extent = Extent::new(offset, data.len() as u64);
-            let mut map = self.map.write().expect("no panic while held");
-            self.prepare(&mut map, extent)?;
+            let mut layered = self.map.write().expect("no panic while held");
+            self.before_write(&mut layered, extent)?;
             self.data.write_at(offset, data)?;
-            Self::mark(&mut map, extent);
-            self.keep_live(&mut map)?;
+            Self::mark(&mut layered.bitmap, extent);
+            self.keep_live(&mut layered.bitmap)?;
         }
         self.make_durable(durability)
     }
@@ -319,14 +496,14 @@ impl Disk for ScratchDisk {
     fn zero(&self, extent: Extent, discard: bool, durability: Durability) -> io::Result<()> {
         self.check_range(extent.offset, extent.length)?;
         if !extent.is_empty() {
-            let mut map = self.map.write().expect("no panic while held");
-            self.prepare(&mut map, extent)?;
+            let mut layered = self.map.write().expect("no panic while held");
+            self.before_write(&mut layered, extent)?;
             self.data.punch_hole(extent.offset, extent.length)?;
             if !discard {
                 self.data.reserve(extent.offset, extent.length)?;
             }
-            Self::mark(&mut map, extent);
-            self.keep_live(&mut map)?;
+            Self::mark(&mut layered.bitmap, extent);
+            self.keep_live(&mut layered.bitmap)?;
         }
         self.make_durable(durability)
     }
@@ -336,7 +513,7 @@ impl Disk for ScratchDisk {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         // Writers wait: a bit set after the data was synced must not reach the map file with this flush.
-        let mut map = self.map.write().expect("no panic while held");
+        let map = &mut self.map.write().expect("no panic while held").bitmap;
         let result = self.data.sync().and_then(|()| {
             for page in std::mem::take(&mut map.dirty) {
                 let from = page * 4096;
@@ -353,12 +530,11 @@ impl Disk for ScratchDisk {
 
     fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)> {
         self.check_range(offset, 1)?;
-        let map = self.map.read().expect("no panic while held");
-        let (until, ours) = Self::run_end(&map, offset, self.bytes());
-        if ours {
-            return Ok((until - offset, Allocation::Data));
-        }
-        let (length, kind) = self.below.allocation(offset)?;
-        Ok((length.min(until - offset), kind))
+        self.allocation_in(&self.map.read().expect("no panic while held").bitmap, offset)
     }
+}
+
+fn claim_of(capture: &Capture, round: u64) -> io::Result<&Claim> {
+    let claim = capture.claim.as_ref().filter(|claim| claim.round == round);
+    claim.ok_or_else(|| io::Error::other(format!("round {round} is over")))
 }

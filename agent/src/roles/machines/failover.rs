@@ -65,7 +65,12 @@ impl Machines {
     }
 
     /// Defines and starts the machine, unless it runs. How long that took since the command.
-    async fn run(&self, call: &FailOverCall, state: &FailoverState, began: Instant) -> Result<Option<f64>, Failure> {
+    pub(super) async fn run(
+        &self,
+        call: &FailOverCall,
+        state: &FailoverState,
+        began: Instant,
+    ) -> Result<Option<f64>, Failure> {
         let Some(description) = &call.run else { return Ok(None) };
         self.check_kernel(description.hardware.kernel.as_ref())?;
         let qemu = self.hypervisor().await?;
@@ -103,7 +108,7 @@ impl Machines {
         self.shown(state, None).await
     }
 
-    async fn shown(&self, state: FailoverState, seconds: Option<f64>) -> Result<String, Failure> {
+    pub(super) async fn shown(&self, state: FailoverState, seconds: Option<f64>) -> Result<String, Failure> {
         let qemu = self.hypervisor().await?;
         let (hypervisor, power) = match qemu.power(state.id).await {
             Ok(power) => (qemu.name(), power),
@@ -120,6 +125,7 @@ impl Machines {
             power,
             first_instruction_seconds: seconds,
             committed: state.entry.committed,
+            stopped: state.entry.stopped,
             promotion: match state.entry.promote {
                 Promote::No => Promotion::No,
                 Promote::Wanted { .. } => Promotion::Running,
@@ -181,7 +187,9 @@ impl Machines {
                 _ = tokio::time::timeout(LOOK_AGAIN, changes.changed()) => {}
             }
             for (id, entry) in self.server.failovers() {
+                // On its way home what it writes must be seen.
                 if entry.promote == Promote::Filled
+                    && !entry.captured
                     && let Err(failure) = self.switch(id).await
                 {
                     tracing::warn!(failover = %id, %failure, "a machine cannot be moved onto its plain disks yet");
