@@ -20,6 +20,7 @@ mod logs;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -122,7 +123,8 @@ impl CaptureProvider for HrlImporter {
             let storage = RealStorage::create(self.folder.clone()).map_err(failed)?;
             // Whatever an earlier copy was is not what an empty one is.
             cursor::forget(&*storage, disk).map_err(failed)?;
-            let file = std::fs::File::create_new(&copy).map_err(failed)?;
+            let mut options = std::fs::OpenOptions::new();
+            let file = options.write(true).create_new(true).mode(0o600).open(&copy).map_err(failed)?;
             file.set_len(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
             storage.sync_folder("").map_err(failed)?;
         }
