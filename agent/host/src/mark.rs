@@ -272,10 +272,6 @@ impl Marker {
         for attempt in 0..HOLD_ATTEMPTS {
             match hold_all(disks) {
                 Ok(holds) => {
-                    // Looked at while nothing can be written: a replay that begins now says so first and writes then.
-                    if let Some(disk) = disks.iter().find(|disk| disk.is_importing()) {
-                        return Err(HostError::Replaying { disk: disk.identity.disk });
-                    }
                     quiet()?;
                     let outcome = self.append(disks, consistency, label, keep)?;
                     held(&outcome);
@@ -403,6 +399,10 @@ impl Marker {
     }
 
     fn append_mark(&self, disks: &[Arc<ProtectedDisk>], mark: Mark) -> Result<MarkOutcome, HostError> {
+        // Looked at while nothing can be written: a replay that begins now says so first and writes then.
+        if let Some(disk) = disks.iter().find(|disk| disk.is_importing()) {
+            return Err(HostError::Replaying { disk: disk.identity.disk });
+        }
         let time = mark.time;
         let body = mark.to_bytes();
         // What nobody can read back must not get into a log: its history would end there.
