@@ -271,14 +271,14 @@ fn shown(shown: &Value, output: &Output) -> Result<(), CliError> {
     output.line(&format!("failover    {}, {}", text(shown, "/failover/kind"), text(shown, "/failover/phase")))?;
     output.line(&format!("point       {} of {}", text(shown, "/failover/point"), text(shown, "/failover/time")))?;
     if let Some(stage) = shown["home"]["stage"].as_str() {
-        let behind = text(shown, "/home/behind_bytes");
+        let behind = text(&shown["home"], "/behind_bytes");
         let at = shown["home"]["consistent_at"].as_str().map_or_else(String::new, |at| format!(", as it was at {at}"));
         output.line(&format!("home        {stage}{at}, {behind} bytes behind"))?;
         if let Some(problem) = shown["home"]["problem"].as_str() {
-            output.line(&format!("            {problem}; {}", text(shown, "/home/help")))?;
+            output.line(&format!("            {problem}; {}", text(&shown["home"], "/help")))?;
         }
     } else if let Some(error) = shown["home"]["error"].as_str() {
-        output.line(&format!("home        {error}; {}", text(shown, "/home/help")))?;
+        output.line(&format!("home        {error}; {}", text(&shown["home"], "/help")))?;
     }
     if let Some(error) = shown["unknown"]["error"].as_str() {
         return Ok(output.line(&format!("how it does is not known: {error}; {}", text(shown, "/unknown/help")))?);
