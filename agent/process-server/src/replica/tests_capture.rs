@@ -132,30 +132,3 @@ fn what_was_written_since_the_failover_is_known_over_a_kill_and_never_too_little
         assert!(is_within(&differing(&read(&disk), &point), &disk.written()), "seed {seed}");
     }
 }
-
-#[test]
-fn what_the_replica_got_after_a_point_covers_every_block_that_differs_from_it() {
-    let storage = SimStorage::default();
-    let run = scenario(&storage);
-    let set = open(&storage);
-    let replica = set.get(run.host.info.disk).unwrap();
-    let now = &run.host.contents[&run.host.cut];
-    let mut some = 0;
-    for (cut, content) in &run.host.contents {
-        let Some(changed) = replica.changed_after(*cut, DISK_BYTES) else {
-            assert!(*cut < replica.floor(), "cut {cut}");
-            continue;
-        };
-        let differs = differing(content, now);
-        assert!(is_within(&differs, &changed), "cut {cut}");
-        // And no more than each cut says for itself.
-        let mut each = Bits::new(DISK_BYTES);
-        for later in cut + 1..=run.host.cut {
-            replica.cut_extents(later).unwrap().into_iter().for_each(|extent| _ = each.insert(extent));
-        }
-        assert!(changed == each, "cut {cut}");
-        some += u64::from(!differs.is_empty());
-    }
-    assert!(some > 0, "some cuts differ from the last");
-    assert!(replica.changed_after(run.host.cut, DISK_BYTES).unwrap().is_empty());
-}
