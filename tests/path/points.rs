@@ -119,6 +119,11 @@ fn exports_are_images_that_qemu_reads() {
             tools::run("qemu-img", &["check", "-f", format, exported]);
         }
     }
+    // What the name says, where nothing else is said.
+    let named = site.path("named.vhdx");
+    let named = named.to_str().unwrap();
+    site.json(&["point", "export", "web", "latest", "--to", named]);
+    tools::run("qemu-img", &["check", "-f", "vhdx", named]);
     let raw = site.export("web", "latest", "web.raw", "raw");
     image::assert_same(&machine.disks[0].path, &raw);
     // Zeroes are holes: a plain disk image costs what its data costs.

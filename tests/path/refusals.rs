@@ -40,6 +40,19 @@ fn disks_that_cannot_be_protected_are_named() {
     site.protect("absent", &[&disk], &[]);
 }
 
+/// What is written through the loop device would go past the agent.
+#[test]
+fn a_file_that_a_loop_device_shows_is_refused() {
+    need_root!("loop devices");
+    let site = Site::start();
+    let disk = site.path("disk.img");
+    image::make_mixed(&disk, 4 * MIB, 1);
+    let device = tidemark_tests::block::Loop::attach(&disk);
+    protect(&site, "web", &disk).assert_refused(&["disk.img", "in use"]);
+    drop(device);
+    site.protect("web", &[&disk], &[]);
+}
+
 #[test]
 fn a_disk_in_use_is_refused_and_a_protected_one_is_locked() {
     need!("qemu-io");

@@ -172,6 +172,9 @@ impl FileDisk {
         {
             return Err(DiskError::ReadOnly { path: named() });
         }
+        if access == Access::Exclusive && !is_block_device && is_behind_loop(path) {
+            return Err(DiskError::InUse { path: named() });
+        }
         if access == Access::Exclusive && !is_block_device {
             lock_image(&file).map_err(|source| match source.raw_os_error() {
                 Some(libc::EAGAIN | libc::EACCES) => DiskError::InUse { path: named() },
@@ -330,6 +333,18 @@ mod qemu_locks {
 
 /// Open-file-description locks: taken as QEMU takes them, plus one exclusive lock of our own kind on byte 0… of the
 /// range that QEMU leaves free (300), because shared locks alone would let two of us in.
+/// Whether a loop device shows the file: what is written there goes past everybody who has the file open.
+fn is_behind_loop(path: &Path) -> bool {
+    let Ok(devices) = std::fs::read_dir("/sys/block") else { return false };
+    let Ok(path) = crate::storage::canonical(path) else { return false };
+    devices.filter_map(Result::ok).filter(|device| device.file_name().to_string_lossy().starts_with("loop")).any(
+        |device| {
+            std::fs::read_to_string(device.path().join("loop/backing_file"))
+                .is_ok_and(|behind| Path::new(behind.trim_end_matches('\n')) == path)
+        },
+    )
+}
+
 fn lock_image(file: &File) -> io::Result<()> {
     use qemu_locks::*;
     let lock = |kind: i32, start: i64, command: fn(&libc::flock) -> nix::fcntl::FcntlArg<'_>| -> io::Result<()> {

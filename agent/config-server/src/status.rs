@@ -453,9 +453,9 @@ fn disk_status(disk: &MachineDisk, source: Option<&SourceDisk>, replica: Option<
     }
 }
 
-/// None where nothing of the disk is durable yet.
+/// None where nothing of the disk is durable yet, or nobody knows what is written to it.
 fn rpo(source: &SourceDisk) -> Option<Duration> {
-    (source.rpo < NO_RPO).then_some(source.rpo)
+    (source.rpo < NO_RPO && source.state != SourceState::Failed).then_some(source.rpo)
 }
 
 fn progress(done_bytes: u64, total_bytes: u64) -> Progress {

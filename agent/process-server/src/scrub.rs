@@ -125,6 +125,19 @@ impl ScrubReport {
         }
     }
 
+    /// What goes on where another finding ended, for the same reason, is the same finding.
+    fn join_findings(&mut self) {
+        self.findings.dedup_by(|next, last| {
+            let (Some(extent), Some(before)) = (next.extent, &mut last.extent) else { return false };
+            let is_same = (&last.file, &last.what, last.from_cut) == (&next.file, &next.what, next.from_cut);
+            let goes_on = is_same && before.end() == extent.offset;
+            if goes_on {
+                before.length += extent.length;
+            }
+            goes_on
+        });
+    }
+
     /// Takes the findings out, so that something is done about them.
     pub fn take_findings(&mut self) -> (Vec<Finding>, Vec<u64>) {
         (std::mem::take(&mut self.findings), std::mem::take(&mut self.indexes))
@@ -227,6 +240,7 @@ pub fn verify(replica: &Replica, cut: u64, stop: &Stop, reached: &dyn Fn(u64)) -
         }
         reached(at);
     }
+    report.join_findings();
     Ok(report.finish(true))
 }
 

@@ -826,9 +826,9 @@ pub enum PointVerb {
         /// A new file; for machines of several disks a folder.
         #[arg(long)]
         to: PathBuf,
-        /// Of the images.
-        #[arg(long, default_value = "raw")]
-        format: ImageFormat,
+        /// Of the images; without it what the name's ending says, and raw where that says nothing.
+        #[arg(long)]
+        format: Option<ImageFormat>,
         #[command(flatten)]
         wait: WaitArgs,
     },

@@ -14,6 +14,8 @@ use super::{Backend, DatabaseError, Row, Statement, Value};
 /// `tidemark` in ASCII: held as long as a configuration server uses the database.
 const LOCK: i64 = 0x7469_6465_6d61_726b;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long another session may take to end.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 pub struct Postgres {
     runtime: tokio::runtime::Runtime,
@@ -46,10 +48,16 @@ impl Postgres {
             let (client, connection) = config.connect(NoTls).await.map_err(|error| named(&name, &error))?;
             // Ends with its client.
             tokio::spawn(connection);
-            let sql = "SELECT pg_try_advisory_lock($1)";
-            let locked: bool = client.query_one(sql, &[&LOCK]).await.map_err(|error| named(&name, &error))?.get(0);
+            // The session of a server that just ended, or was killed, goes when PostgreSQL notices.
+            let patience = format!("SET lock_timeout = '{}s'", LOCK_PATIENCE.as_secs());
+            client.batch_execute(&patience).await.map_err(|error| named(&name, &error))?;
+            let locked = match client.query_one("SELECT pg_advisory_lock($1)", &[&LOCK]).await {
+                Ok(_) => true,
+                Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => false,
+                Err(error) => return Err(named(&name, &error)),
+            };
             client
-                .batch_execute("SET synchronous_commit = on; SET statement_timeout = '60s'")
+                .batch_execute("SET synchronous_commit = on; SET statement_timeout = '60s'; SET lock_timeout = 0")
                 .await
                 .map_err(|error| named(&name, &error))?;
             if locked { Ok(client) } else { Err(DatabaseError::Locked { name: name.clone() }) }

@@ -210,12 +210,17 @@ impl Active {
 
     /// Forgets the cut that was not committed.
     pub fn discard_open(&mut self) -> io::Result<()> {
-        if self.write_at != self.data_end || self.open.is_some() {
+        if self.is_in_a_cut() {
             self.open = None;
             self.write_at = self.data_end;
             self.segment.file.set_bytes(self.data_end)?;
         }
         Ok(())
+    }
+
+    /// Something of a cut is here that is not committed.
+    pub fn is_in_a_cut(&self) -> bool {
+        self.write_at != self.data_end || self.open.is_some()
     }
 
     /// Appends index and footer, syncs, renames. The caller opens the sealed segment.

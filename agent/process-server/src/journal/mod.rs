@@ -141,6 +141,8 @@ pub struct Journal {
     failed: Option<String>,
     /// What was free when the volume last had no room for what came; none since something was appended again.
     no_room: Option<u64>,
+    /// The active segment ends with the cut that is open.
+    end_soon: bool,
     /// Counts openings: a sync that began before the last one says nothing about it.
     opened: u64,
 }
@@ -372,7 +374,7 @@ impl Journal {
             self.history.apply(boundary);
         }
         self.tip = Tip { cut: end.cut.0, position: Some(end.to), time: end.time, commit };
-        if self.active.as_ref().is_some_and(|active| active.is_full(&self.limits)) {
+        if self.end_soon || self.active.as_ref().is_some_and(|active| active.is_full(&self.limits)) {
             // The cut is committed whatever happens here: a full volume only postpones sealing.
             if let Err(SealError::Failed(error)) = self.seal() {
                 return Err(self.store_failed(error));
@@ -455,6 +457,7 @@ impl Journal {
         let sealed =
             Sealed::open(&*self.storage, first, last).map_err(|error| SealError::Failed(io::Error::other(error)))?;
         self.active = None;
+        self.end_soon = false;
         self.parts.push_back(Part::Sealed(Arc::new(sealed)));
         self.durable = self.tip.clone();
         self.no_room = None;
@@ -489,6 +492,21 @@ impl Journal {
             }
             Err(error) => Err(self.store_failed(error)),
         }
+    }
+
+    /// Ends the active segment here, or behind the cut that is open: its index, which is made from memory, says what it holds. Of one
+    /// that is not sealed a start knows only what its frames prove, and after damage nothing of which blocks it may have touched.
+    pub fn end_segment(&mut self) -> Result<(), JournalError> {
+        self.check_usable()?;
+        match &self.active {
+            Some(active) if active.is_in_a_cut() => self.end_soon = true,
+            Some(active) if !active.commits.is_empty() => match self.seal() {
+                Ok(()) | Err(SealError::Unsealed(_)) => {}
+                Err(SealError::Failed(error)) => return Err(self.store_failed(error)),
+            },
+            _ => {}
+        }
+        Ok(())
     }
 
     /// From here on chunks are sealed for another generation.

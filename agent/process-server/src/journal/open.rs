@@ -105,6 +105,7 @@ impl Journal {
             mended: Vec::new(),
             failed: None,
             no_room: None,
+            end_soon: false,
             opened: 0,
         };
         let report = OpenReport::default();

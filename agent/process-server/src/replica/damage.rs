@@ -83,6 +83,23 @@ impl Replica {
         self.state().need.iter().collect()
     }
 
+    /// The active segment ends when damage was found in it: after a restart its index tells which blocks that touched.
+    pub(crate) fn end_segment_of(&self, findings: &[Finding]) {
+        let mut state = self.state();
+        let Some(name) = state.journal.active_file().map(|(segment, ..)| segment.name.clone()) else { return };
+        if findings.iter().any(|finding| finding.file == name)
+            && let Err(error) = state.journal.end_segment()
+        {
+            tracing::warn!(disk = %self.disk, %error, "the active segment stays as it is");
+        }
+    }
+
+    pub(crate) fn end_segment(&self) -> Result<(), crate::journal::JournalError> {
+        let mut state = self.state();
+        state.journal.discard_open()?;
+        state.journal.end_segment()
+    }
+
     /// What is known to be damaged, healed or not.
     pub fn damages(&self) -> Vec<Damage> {
         self.damage.read(|known| known.damages.clone())

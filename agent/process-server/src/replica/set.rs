@@ -554,7 +554,17 @@ impl ReplicaSet {
             let needed_bytes = replica.statistics().needed_bytes;
             tracing::error!(%disk, file = damage.file, what = damage.what, points = kept.len(), times, needed_bytes, "damaged data is quarantined");
         }
+        replica.end_segment_of(findings);
         Ok(Some(Quarantined { new: new.len(), points: kept.iter().map(|point| point.id).collect() }))
+    }
+
+    /// At the end of the process: what is unfinished goes, and every segment says what it holds.
+    pub fn end_segments(&self) {
+        for replica in self.replicas() {
+            if let Err(error) = replica.end_segment() {
+                tracing::warn!(disk = %replica.disk(), %error, "the active segment stays as it is");
+            }
+        }
     }
 
     /// Looks after every replica: indexes are merged and repaired, what reads found to be damaged is looked into. Cheap when

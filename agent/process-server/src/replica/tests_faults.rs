@@ -396,6 +396,66 @@ fn damaged_data_is_quarantined_named_asked_for_and_healed() {
     assert!(healed_in_need > 1, "{healed_in_need}");
 }
 
+/// A bit of the last data in the active segment, which is open.
+fn turn_in_active(storage: &SimStorage, replica: &Replica) {
+    let active = replica.active().unwrap();
+    let entry = active.entries.iter().rfind(|entry| !entry.place.is_zeroes()).unwrap();
+    let (name, content) =
+        storage.files().into_iter().find(|(name, _)| active.segment.name.ends_with(name.as_str())).unwrap();
+    let at = entry.place.chunk_at + u64::from(entry.place.sealed_bytes) - 2;
+    storage.write(&name, at, &[content[at as usize] ^ 1]);
+}
+
+#[test]
+fn damage_in_an_active_segment_costs_no_history_at_a_restart() {
+    for noticed in [true, false] {
+        let storage = SimStorage::default();
+        let (set, replica, mut host, stream, mut chance) = scanned(&storage, 40);
+        // A segment that was just begun, so that what follows does not end it.
+        let is_new = || {
+            let is_data = |entry: &crate::journal::Entry| !entry.place.is_zeroes();
+            replica.active().is_some_and(|it| it.ends.len() == 1 && it.entries.iter().any(is_data))
+        };
+        while !is_new() {
+            host.send(&stream, CutKind::Records, None, &mut chance).unwrap();
+            set.sync(&replica).unwrap();
+        }
+        turn_in_active(&storage, &replica);
+        let mut healed = None;
+        if noticed {
+            let report = scrub::scrub(&replica, &Stop::new()).unwrap();
+            set.quarantine(&replica, &report.findings, &Stop::new()).unwrap().unwrap();
+            let (need, mark) = (replica.need(), host.mark(true));
+            assert!(!need.is_empty());
+            host.send_at(&stream, &need, Some(mark.clone())).unwrap();
+            set.sync(&replica).unwrap();
+            healed = Some(mark.id);
+        } else {
+            drop(stream);
+            set.end_segments();
+        }
+        drop((replica, set));
+        let set = open(&storage);
+        let replica = set.get(host.info.disk).unwrap();
+        assert!(!replica.durable().needs_scan, "noticed: {noticed}");
+        let points = set.points(host.info.machine).unwrap();
+        if let Some(healed) = healed {
+            assert!(!points.get(healed).unwrap().damaged);
+            assert!(whole(&replica, host.cut) == host.content);
+        }
+        let mut read = vec![0; DISK_BYTES as usize];
+        let listed = points.list();
+        let shown = listed.iter().filter(|point| {
+            let cut = point.cut_of(host.info.disk).unwrap();
+            let is_read = replica.view(cut).unwrap().read_at(0, &mut read).is_ok();
+            assert!(!is_read || read == host.contents[&cut], "cut {cut}");
+            is_read
+        });
+        assert!(shown.count() > 30, "what is before the damage can be shown");
+        assert!(!scrub::scrub(&replica, &Stop::new()).unwrap().sound, "it is found");
+    }
+}
+
 #[test]
 fn a_damaged_base_block_is_named_asked_for_and_healed_by_a_fold() {
     let storage = SimStorage::default();

@@ -264,6 +264,7 @@ impl ProcessServer {
             inner.tender.stop();
             inner.failed_over.stop_promotions();
             inner.serves.stop_all();
+            inner.set.end_segments();
             drop(inner.lock.lock().expect("no panic while held").take());
         });
         if let Err(error) = finishing.await {
