@@ -97,7 +97,15 @@ fn others(options: &Options, folder: &Path, file: &Path, server: &str) -> Result
     let _server = Owned::start(server, command, None);
     wait::until("the server listens", START_LIMIT, || socket.exists().then_some(()));
     let uri = format!("nbd+unix:///?socket={}", socket.display());
-    LOADS.iter().map(|(_, load)| fio(options, &over_nbd(&uri), load)).collect()
+    loads(options, folder, &uri)
+}
+
+fn loads(options: &Options, folder: &Path, uri: &str) -> Result<Vec<Load>, Failure> {
+    let run = |(_, load): &(_, [&str; 3])| {
+        options.before_a_turn(folder)?;
+        fio(options, &over_nbd(uri), load)
+    };
+    LOADS.iter().map(run).collect()
 }
 
 fn over_nbd(uri: &str) -> [String; 2] {
@@ -112,7 +120,7 @@ fn ours(options: &Options, folder: &Path, file: &Path, paused: bool) -> Result<V
     if paused {
         ours.pause();
     }
-    let results = LOADS.iter().map(|(_, load)| fio(options, &over_nbd(machine.nbd()), load)).collect();
+    let results = loads(options, folder, machine.nbd());
     let status = ours.status();
     if status["mode"] != "data" {
         return Err(

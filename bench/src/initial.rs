@@ -20,6 +20,7 @@ pub fn measure(options: &Options, folder: &Path, source: &Path, report: &mut Rep
     for round in 0..options.rounds {
         for peer in &tools {
             let target = peers::target(folder)?;
+            options.before_a_turn(folder)?;
             let cost = peer.initial(source, &target)?;
             peers::check(source, &target)?;
             std::fs::remove_file(target)?;
@@ -28,6 +29,7 @@ pub fn measure(options: &Options, folder: &Path, source: &Path, report: &mut Rep
         for compression in [Compression::Off, Compression::Default] {
             if options.takes(compression.name()) {
                 let mut ours = Ours::start(folder, compression);
+                options.before_a_turn(folder)?;
                 let cost = meter::measure(&[ours.site.pid()], || {
                     ours.protect(source);
                     ours.wait_protected();

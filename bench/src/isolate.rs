@@ -58,6 +58,9 @@ pub fn loopback_bytes() -> u64 {
     line.and_then(|line| line.split_whitespace().next()).and_then(|bytes| bytes.parse().ok()).unwrap_or(0)
 }
 
+/// More than one turn of any tool takes.
+const TOUCHED_BYTES_MAX: u64 = 6 << 30;
+
 /// Whether something listens on a TCP port. Looks it up and does not connect: some servers take one client only.
 pub fn listens(port: u16) -> bool {
     let ending = format!(":{port:04X}");
@@ -75,17 +78,19 @@ pub fn free_port() -> io::Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-/// Lets the machine hand out its memory once, for all alike: in a virtual machine the first touch of a page costs a
-/// fault in the host, many times what writing it costs, and who comes first would pay for everybody.
+/// Lets the machine hand out its memory before something is measured, for all alike: in a virtual machine the first touch
+/// of a page costs a fault in the host, many times what writing it costs, and who needs new pages would be measured by
+/// that. Again before each turn, because free pages go back to the host after seconds where the balloon reports them.
 pub fn touch_memory(folder: &std::path::Path) -> io::Result<()> {
     const PIECE_BYTES: usize = 4 << 20;
     let text = fs::read_to_string("/proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or_default();
     let available = line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10;
+    let bytes = (available / 4 * 3).min(TOUCHED_BYTES_MAX);
     let path = folder.join("touched");
     let mut file = fs::File::create(&path)?;
     let piece = vec![0x55; PIECE_BYTES];
-    for _ in 0..available / 4 * 3 / PIECE_BYTES as u64 {
+    for _ in 0..bytes / PIECE_BYTES as u64 {
         // A smaller tmpfs is touched as far as it goes.
         if io::Write::write_all(&mut file, &piece).is_err() {
             break;

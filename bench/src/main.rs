@@ -67,10 +67,6 @@ fn measure(options: &Options) -> Result<(), Failure> {
     let isolated = isolate::enter();
     let mut report = Report::new(options, isolated);
     let folder = tempfile::Builder::new().prefix("tidemark-bench-").tempdir_in(&options.dir)?;
-    if !options.quick {
-        eprintln!("touching the machine's memory");
-        isolate::touch_memory(folder.path())?;
-    }
     if ["initial", "delta", "append", "resync"].iter().any(|kind| options.wants(kind)) {
         let source = folder.path().join("source.img");
         eprintln!("making the disk: {} MiB", options.bytes >> 20);

@@ -1,6 +1,6 @@
 //! The command line of the bench.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub const USAGE: &str = "\
 usage: tidemark-bench WHAT… [--size 4G] [--rounds 3] [--seconds 3] [--working-set 8G] [--dir /dev/shm] [--json FILE] [--only TOOL,TOOL…] [--quick]
@@ -12,7 +12,7 @@ WHAT: all, initial, delta, append, resync, frontend, files, intent, rpo, serve
 --working-set  that the write-intent bitmap is measured on
 --dir      where the disks lie: a tmpfs, so that the media is not the limit
 --only     tools to measure, by the beginnings of their names; goals that need others are not judged
---quick    does not touch the machine's memory beforehand: for a try, not for numbers";
+--quick    does not touch the machine's memory before each turn: for a try, not for numbers";
 
 /// What can be measured, in the order it is.
 const KINDS: [&str; 9] = ["initial", "delta", "append", "resync", "frontend", "files", "intent", "rpo", "serve"];
@@ -70,6 +70,11 @@ impl Options {
 
     pub fn wants(&self, kind: &str) -> bool {
         self.what.iter().any(|what| what == kind)
+    }
+
+    /// Before each turn of a tool.
+    pub fn before_a_turn(&self, folder: &Path) -> std::io::Result<()> {
+        if self.quick { Ok(()) } else { crate::isolate::touch_memory(folder) }
     }
 
     /// Whether a tool is to be measured.
