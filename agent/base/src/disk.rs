@@ -331,8 +331,6 @@ mod qemu_locks {
     pub const RESIZE: i64 = 3;
 }
 
-/// Open-file-description locks: taken as QEMU takes them, plus one exclusive lock of our own kind on byte 0… of the
-/// range that QEMU leaves free (300), because shared locks alone would let two of us in.
 /// Whether a loop device shows the file: what is written there goes past everybody who has the file open.
 fn is_behind_loop(path: &Path) -> bool {
     let Ok(devices) = std::fs::read_dir("/sys/block") else { return false };
@@ -345,6 +343,8 @@ fn is_behind_loop(path: &Path) -> bool {
     )
 }
 
+/// Open-file-description locks: taken as QEMU takes them, plus one exclusive lock of our own kind on byte 0… of the
+/// range that QEMU leaves free (300), because shared locks alone would let two of us in.
 fn lock_image(file: &File) -> io::Result<()> {
     use qemu_locks::*;
     let lock = |kind: i32, start: i64, command: fn(&libc::flock) -> nix::fcntl::FcntlArg<'_>| -> io::Result<()> {

@@ -21,6 +21,7 @@ pub mod storage;
 pub mod sync;
 pub mod thread;
 pub mod time;
+pub mod trust;
 
 pub use bits::Bits;
 pub use extent::{Extent, ExtentMap, ExtentSet};

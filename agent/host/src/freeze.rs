@@ -8,9 +8,10 @@ pub mod guard;
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use tidemark_base::trust::distrust;
 
 use guard::{Commands, Guard, Limits};
 
@@ -128,13 +129,15 @@ impl ScriptFreezer {
         Self { folder: folder.into() }
     }
 
+    /// Where what a machine has lies; `None`: its name is not a plain file name.
+    pub fn folder_of(&self, machine: &str) -> Option<PathBuf> {
+        let is_plain = !machine.is_empty() && !machine.starts_with('.') && !machine.contains(['/', '\0']);
+        is_plain.then(|| self.folder.join(machine))
+    }
+
     fn script(&self, machine: &str, name: &str) -> Result<PathBuf, FreezeError> {
         let not_configured = || FreezeError::NotConfigured { machine: machine.to_owned() };
-        let is_plain = !machine.is_empty() && !machine.starts_with('.') && !machine.contains(['/', '\0']);
-        if !is_plain {
-            return Err(not_configured());
-        }
-        let folder = self.folder.join(machine);
+        let folder = self.folder_of(machine).ok_or_else(not_configured)?;
         let path = folder.join(name);
         if !path.exists() {
             return Err(not_configured());
@@ -148,15 +151,10 @@ impl ScriptFreezer {
 
 /// Whoever can change a script (or swap it) can run what they like as the agent.
 pub fn check_owner(path: &Path) -> Result<(), FreezeError> {
-    let metadata = path.metadata().map_err(|source| FreezeError::Run { path: path.to_owned(), source })?;
-    let refuse = |reason| Err(FreezeError::Unsafe { path: path.to_owned(), reason });
-    if metadata.uid() != 0 && metadata.uid() != nix::unistd::geteuid().as_raw() {
-        return refuse("it belongs to another user");
+    match distrust(path).map_err(|source| FreezeError::Run { path: path.to_owned(), source })? {
+        None => Ok(()),
+        Some(reason) => Err(FreezeError::Unsafe { path: path.to_owned(), reason }),
     }
-    if metadata.mode() & 0o022 != 0 {
-        return refuse("others may write it");
-    }
-    Ok(())
 }
 
 impl Freezer for ScriptFreezer {

@@ -5,12 +5,12 @@
 //! to its error output says why. They are installed by an administrator: a program that others than root and this user may
 //! change is not run, and nothing that came over the network names one.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
+use tidemark_base::trust::distrust;
 use tokio::process::Command;
 use tokio::sync::broadcast;
 use uuid::Uuid;
@@ -66,16 +66,13 @@ impl Scripts {
 
 /// Nobody but root and this user may change it.
 fn trusted(path: &Path) -> Result<()> {
-    let metadata = std::fs::metadata(path).map_err(store(path.display().to_string()))?;
-    let owner = metadata.uid();
-    let ours = owner == 0 || owner == nix::unistd::Uid::effective().as_raw();
-    if ours && metadata.mode() & 0o022 == 0 {
-        return Ok(());
+    match distrust(path).map_err(store(path.display().to_string()))? {
+        None => Ok(()),
+        Some(reason) => Err(HypervisorError::Refused {
+            what: format!("{}", path.display()),
+            reason: format!("{reason}: it must belong to root, and only its owner may write it"),
+        }),
     }
-    Err(HypervisorError::Refused {
-        what: format!("{}", path.display()),
-        reason: "others may change it: it must belong to root, and only its owner may write it".to_owned(),
-    })
 }
 
 fn power_of(answer: &Value) -> Result<Power> {
@@ -246,7 +243,7 @@ mod tests {
         let path = script(folder.path(), "delete", &format!("touch {}", ran.display()));
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777)).unwrap();
         let refused = Scripts::new(folder.path()).delete(Uuid::new_v4()).await.unwrap_err();
-        assert!(refused.to_string().contains("others may change it"), "{refused}");
+        assert!(refused.to_string().contains("others may write it"), "{refused}");
         assert!(!ran.exists());
     }
 }

@@ -201,14 +201,11 @@ pub fn export_raw(disk: &dyn Disk, path: &Path, stop: &Stop) -> Result<Image, Ex
     Ok(Image { path: path.to_owned(), bytes })
 }
 
-/// As QEMU calls it. A VHD's geometry would round the size up; its host takes any size.
-fn qemu_format(format: ImageFormat) -> &'static [&'static str] {
+/// A VHD's geometry would round the size up; its host takes any size.
+fn qemu_options(format: ImageFormat) -> &'static [&'static str] {
     match format {
-        ImageFormat::Raw => &["raw"],
-        ImageFormat::Qcow2 => &["qcow2"],
-        ImageFormat::Vhdx => &["vhdx"],
-        ImageFormat::Vhd => &["vpc", "-o", "force_size=on"],
-        ImageFormat::Vmdk => &["vmdk"],
+        ImageFormat::Vhd => &["-o", "force_size=on"],
+        _ => &[],
     }
 }
 
@@ -221,8 +218,8 @@ pub async fn export_with_qemu(
 ) -> Result<Image, ExportError> {
     let partial = Partial::new(path)?;
     let output = Command::new(qemu_img)
-        .args(["convert", "-f", "raw", "-t", "writeback", "-O"])
-        .args(qemu_format(format))
+        .args(["convert", "-f", "raw", "-t", "writeback", "-O", format.qemu_name()])
+        .args(qemu_options(format))
         .arg(nbd)
         .arg(partial.partial_path())
         .env("LC_ALL", "C")

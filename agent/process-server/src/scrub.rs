@@ -231,13 +231,14 @@ pub fn verify(replica: &Replica, cut: u64, stop: &Stop, reached: &dyn Fn(u64)) -
                 break;
             }
         };
+        let length = match kind {
+            Allocation::Data => length.min(PIECE_BYTES),
+            Allocation::Hole => length,
+        };
         if kind == Allocation::Data {
-            let length = length.min(PIECE_BYTES);
             read_piece(&mut report, Extent::new(at, length), &mut buffer, |offset, part| view.read(offset, part));
-            at += length;
-        } else {
-            at += length;
         }
+        at += length;
         reached(at);
     }
     report.join_findings();

@@ -4,11 +4,17 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tidemark_proto::control::ImageFormat;
 
 use crate::client::{Client, ClientError};
 use crate::demo::DemoArgs;
+
+/// Takes the name of a format, and lists them in the help.
+pub fn image_format() -> impl TypedValueParser<Value = ImageFormat> {
+    PossibleValuesParser::new(ImageFormat::ALL.map(ImageFormat::name)).try_map(|name| name.parse())
+}
 
 const LOGS: &str =
     "Logs go to standard error. TIDEMARK_LOG says what of them, by level and module: info,tidemark_host=debug.
@@ -638,8 +644,8 @@ pub enum FailoverVerb {
     Planned(StartArgs),
     /// Runs a machine from a point, where its replica is; its source is refused from then on.
     Unplanned {
-        /// An id, `latest`, `latest-app`, or a time.
-        #[arg(long, default_value = "latest")]
+        /// `lowest-rpo` (the last consistent state that arrived), an id, `latest`, `latest-app`, or a time.
+        #[arg(long, default_value = "lowest-rpo")]
         point: String,
         #[command(flatten)]
         start: StartArgs,
@@ -827,7 +833,7 @@ pub enum PointVerb {
         #[arg(long)]
         to: PathBuf,
         /// Of the images; without it what the name's ending says, and raw where that says nothing.
-        #[arg(long)]
+        #[arg(long, value_parser = image_format())]
         format: Option<ImageFormat>,
         #[command(flatten)]
         wait: WaitArgs,
@@ -1054,7 +1060,7 @@ pub enum PlanVerb {
         /// From points, where the sources are gone; else they are stopped, and nothing is lost.
         #[arg(long)]
         unplanned: bool,
-        /// With --unplanned: `latest`, `latest-app`, `latest-group` (one instant of all machines of a group), or a time.
+        /// With --unplanned: `lowest-rpo` (the default), `latest`, `latest-app`, `latest-group` (one instant of all machines of a group), or a time.
         #[arg(long, requires = "unplanned")]
         point: Option<String>,
         /// Make the disks ready, and start nothing.
@@ -1246,8 +1252,8 @@ pub struct FailoverArgs {
     /// The machine, by name or id; needed where there is more than one.
     #[arg(long)]
     pub machine: Option<String>,
-    /// An id, `latest`, `latest-app`, or a time.
-    #[arg(long, default_value = "latest")]
+    /// `lowest-rpo` (the last consistent state that arrived), an id, `latest`, `latest-app`, or a time.
+    #[arg(long, default_value = "lowest-rpo")]
     pub point: String,
     /// Go on without a disk of the machine: one whose replica cannot be opened is refused otherwise.
     #[arg(long = "without-disk", value_name = "ID")]

@@ -12,8 +12,7 @@ use tidemark_hrl::tools::ToolError;
 use tidemark_hrl::tools::apply::{ApplyPlan, ApplyReport};
 use tidemark_hrl::tools::inspect::{EntryView, HeaderView, Inspection};
 use tidemark_hrl::tools::verify::{Companion, FileReport, LISTED_MAX, VerifyReport, verify};
-
-pub use image::ImageFormat;
+use tidemark_proto::control::ImageFormat;
 
 #[derive(Args, Debug)]
 pub struct HrlArgs {
@@ -44,7 +43,7 @@ enum HrlCommand {
         #[arg(long, value_name = "DISK")]
         to: PathBuf,
         /// Format of the image; by default the file name's ending says it
-        #[arg(long, value_enum, value_name = "FORMAT")]
+        #[arg(long, value_name = "FORMAT", value_parser = super::args::image_format())]
         format: Option<ImageFormat>,
     },
 }

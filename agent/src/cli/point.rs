@@ -36,7 +36,7 @@ pub async fn run(client: &Client, verb: PointVerb, output: &Output) -> Result<()
             serve(client, &name, &point, request, output).await
         }
         PointVerb::Export { name, point, to, format, wait } => {
-            let format = format.unwrap_or_else(|| format_of(&to));
+            let format = format.unwrap_or_else(|| ImageFormat::of_name(&to));
             let request = json!({ "to": full_path(&to)?, "format": format });
             let started = client.post(&format!("{}/export", at(&name, &point)), &request).await?;
             let Some(result) = job::finish(client, started, &wait, output).await? else { return Ok(()) };
@@ -53,13 +53,6 @@ pub async fn run(client: &Client, verb: PointVerb, output: &Output) -> Result<()
         }
         PointVerb::Verify { name, point, wait } => verify(client, &name, &point, &wait, output).await,
     }
-}
-
-/// What a name ends with.
-fn format_of(to: &std::path::Path) -> ImageFormat {
-    let ending = to.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
-    let is_it = |format: &ImageFormat| ending.eq_ignore_ascii_case(format.name());
-    ImageFormat::ALL.into_iter().find(is_it).unwrap_or(ImageFormat::Raw)
 }
 
 fn at(name: &str, point: &str) -> String {

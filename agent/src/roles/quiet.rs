@@ -79,14 +79,12 @@ impl Applications {
 
 impl Freezer for Applications {
     fn freeze(&self, machine: &str, limit: Duration) -> Result<Box<dyn Frozen>, FreezeError> {
-        // Names of machines are plain words: the configuration server and the scripts' freezer see to that.
-        let is_plain = !machine.is_empty() && !machine.starts_with('.') && !machine.contains(['/', '\0']);
-        let folder = self.folder.join(machine);
-        if is_plain && !folder.exists() {
+        let Some(folder) = self.scripts.folder_of(machine) else { return self.scripts.freeze(machine, limit) };
+        if !folder.exists() {
             return Ok(Box::new(FrozenByCaller));
         }
         let path = folder.join(SETTINGS);
-        let settings = if is_plain && path.exists() { Some(settings(&self.folder, &folder, &path)?) } else { None };
+        let settings = if path.exists() { Some(settings(&self.folder, &folder, &path)?) } else { None };
         let mut frozen = AllFrozen::default();
         if settings.is_none() || folder.join("freeze").exists() || folder.join("thaw").exists() {
             frozen.push(self.scripts.freeze(machine, limit)?);

@@ -661,6 +661,7 @@ impl From<Selector> for wire::Selector {
         let body = match from {
             Selector::Latest => Body::Latest(empty()),
             Selector::LatestApp => Body::LatestApp(empty()),
+            Selector::LowestRpo => Body::LowestRpo(empty()),
             Selector::Point(id) => Body::Point(id.to_vec()),
             Selector::Time(time) => Body::TimeNs(time.0),
         };
@@ -673,6 +674,7 @@ fn selector(from: Option<wire::Selector>) -> Checked<Selector> {
     Ok(match need(from.and_then(|selector| selector.body), "selector")? {
         Body::Latest(_) => Selector::Latest,
         Body::LatestApp(_) => Selector::LatestApp,
+        Body::LowestRpo(_) => Selector::LowestRpo,
         Body::Point(id) => Selector::Point(mark(&id)?),
         Body::TimeNs(time) => Selector::Time(Timestamp(time)),
     })
@@ -1467,6 +1469,7 @@ mod tests {
         for (name, selector) in [
             ("latest".to_owned(), Selector::Latest),
             ("latest-app".to_owned(), Selector::LatestApp),
+            ("lowest-rpo".to_owned(), Selector::LowestRpo),
             (id.to_string(), Selector::Point(id)),
         ] {
             assert_eq!(name.parse(), Ok(selector));

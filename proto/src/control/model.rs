@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -325,17 +326,21 @@ pub struct Retention {
     pub grid: Grid,
 }
 
-/// Which point is meant: `latest`, `latest-app`, an id, or a time (the last position before it).
+/// Which point is meant: `latest`, `latest-app`, `lowest-rpo`, an id, or a time (the last position before it).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Selector {
     Latest,
     LatestApp,
+    /// The last consistent state that arrived, kept as a point or not.
+    LowestRpo,
     Point(MarkId),
     Time(Timestamp),
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{0:?} names no recovery point: it is no point's id, no time, and neither `latest` nor `latest-app`")]
+#[error(
+    "{0:?} names no recovery point: it is no point's id, no time, and none of `latest`, `latest-app` and `lowest-rpo`"
+)]
 pub struct SelectorError(pub String);
 
 impl FromStr for Selector {
@@ -345,6 +350,7 @@ impl FromStr for Selector {
         match text {
             "latest" => Ok(Selector::Latest),
             "latest-app" => Ok(Selector::LatestApp),
+            "lowest-rpo" => Ok(Selector::LowestRpo),
             _ => text
                 .parse()
                 .ok()
@@ -362,6 +368,7 @@ impl fmt::Display for Selector {
         match self {
             Selector::Latest => f.write_str("latest"),
             Selector::LatestApp => f.write_str("latest-app"),
+            Selector::LowestRpo => f.write_str("lowest-rpo"),
             Selector::Point(id) => id.fmt(f),
             Selector::Time(time) => time.fmt(f),
         }
@@ -414,6 +421,26 @@ impl ImageFormat {
             ImageFormat::Vhdx => "vhdx",
             ImageFormat::Vhd => "vhd",
             ImageFormat::Vmdk => "vmdk",
+        }
+    }
+
+    /// As QEMU's programs call it.
+    pub fn qemu_name(self) -> &'static str {
+        match self {
+            ImageFormat::Vhd => "vpc",
+            other => other.name(),
+        }
+    }
+
+    /// What a file's name says. Its content never decides: a guest writes the beginning of a raw image.
+    pub fn of_name(path: &Path) -> Self {
+        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_ascii_lowercase();
+        match ending.as_str() {
+            "vhdx" | "avhdx" => ImageFormat::Vhdx,
+            "vhd" | "avhd" | "vpc" => ImageFormat::Vhd,
+            "qcow2" => ImageFormat::Qcow2,
+            "vmdk" => ImageFormat::Vmdk,
+            _ => ImageFormat::Raw,
         }
     }
 }

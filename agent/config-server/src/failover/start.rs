@@ -32,12 +32,14 @@ use crate::status::{self, Health};
 /// How long the last changes may take to be sent.
 const DRAIN_LIMIT: Duration = Duration::from_secs(900);
 /// How often it is looked whether both sides are at the same position.
+/// What an unplanned failover goes to where nothing else is said: whoever lost a site wants what there is.
+pub const LOWEST_RPO: &str = "lowest-rpo";
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct StartRequest {
-    /// An id, `latest`, `latest-app`, or a time; absent: `latest`. A planned failover goes to the last change.
+    /// `lowest-rpo`, an id, `latest`, `latest-app`, or a time; absent: `lowest-rpo`, the last consistent state that arrived. A planned failover goes to the last change.
     pub point: Option<String>,
     /// The disks are made ready, and a person attaches them to a machine and starts it.
     pub disks_only: bool,
@@ -55,7 +57,7 @@ pub fn start(core: &Arc<Core>, name: &str, kind: Kind, request: StartRequest) ->
             "leave the point out, or choose it with `tidemark failover unplanned NAME --point P`",
         ));
     }
-    selector(request.point.as_deref().unwrap_or("latest"))?;
+    selector(request.point.as_deref().unwrap_or(LOWEST_RPO))?;
     if !request.disks_only && machine.description.is_none() {
         let failure = no_description(name);
         return Err(Failure {
@@ -95,7 +97,7 @@ async fn run(
     if kind == Kind::Planned && begun.is_none() {
         refuse_unfit(core, name).await?;
     }
-    let point = request.point.clone().unwrap_or_else(|| "latest".to_owned());
+    let point = request.point.clone().unwrap_or_else(|| LOWEST_RPO.to_owned());
     let lost = lost(core, &machine, &point).await?;
     let loss = match kind {
         Kind::Planned => Loss { seconds: 0.0, bytes: 0, source_last_seen: None },

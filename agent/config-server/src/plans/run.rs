@@ -31,7 +31,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 pub struct RunRequest {
     /// From points, instead of stopping the sources; where these are gone.
     pub unplanned: bool,
-    /// `latest`, `latest-app`, `latest-group` (the newest that all machines of a machine's group have), or a time; absent: `latest`.
+    /// `latest`, `latest-app`, `latest-group` (the newest that all machines of a machine's group have), `lowest-rpo`, or a time; absent:
+    /// `lowest-rpo`, and `latest` for a test.
     pub point: Option<String>,
     /// The disks are made ready, and a person attaches them.
     pub disks_only: bool,
@@ -58,7 +59,8 @@ pub fn test(core: &Arc<Core>, name: &str, request: RunRequest) -> Result<Job, Fa
 
 fn begin(core: &Arc<Core>, name: &str, kind: RunKind, request: RunRequest) -> Result<Job, Failure> {
     let began = core.clock.wall_now();
-    let point = request.point.unwrap_or_else(|| "latest".to_owned());
+    let default = if kind == RunKind::Unplanned { crate::failover::start::LOWEST_RPO } else { "latest" };
+    let point = request.point.unwrap_or_else(|| default.to_owned());
     if point != crate::groups::points::LATEST {
         crate::points::selector(&point)?;
     }

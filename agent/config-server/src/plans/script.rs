@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use tidemark_base::trust::distrust;
 use tidemark_proto::control::{Failure, FailureKind};
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
@@ -31,12 +32,8 @@ pub fn find(folder: &Path, name: &str) -> Result<PathBuf, Failure> {
         ));
     }
     for path in [folder, &path] {
-        let metadata = path.metadata().map_err(|error| refused(path, &error.to_string()))?;
-        if metadata.uid() != 0 && metadata.uid() != nix::unistd::geteuid().as_raw() {
-            return Err(refused(path, "it belongs to another user"));
-        }
-        if metadata.mode() & 0o022 != 0 {
-            return Err(refused(path, "others may write it"));
+        if let Some(reason) = distrust(path).map_err(|error| refused(path, &error.to_string()))? {
+            return Err(refused(path, reason));
         }
     }
     match path.metadata() {

@@ -121,6 +121,8 @@ pub enum PointSelector {
     Id(MarkId),
     Latest,
     LatestApp,
+    /// The last consistent state that arrived, kept as a point or not.
+    LowestRpo,
     /// The last position at or before.
     Time(Timestamp),
 }
@@ -132,6 +134,7 @@ impl FromStr for PointSelector {
         match text {
             "latest" => Ok(PointSelector::Latest),
             "latest-app" => Ok(PointSelector::LatestApp),
+            "lowest-rpo" => Ok(PointSelector::LowestRpo),
             _ => (text.parse().map(PointSelector::Id))
                 .or_else(|_| Timestamp::parse(text).map(PointSelector::Time))
                 .map_err(|_| PointError::Selector { text: text.to_owned() }),
@@ -145,6 +148,7 @@ impl fmt::Display for PointSelector {
             PointSelector::Id(id) => id.fmt(f),
             PointSelector::Latest => f.write_str("latest"),
             PointSelector::LatestApp => f.write_str("latest-app"),
+            PointSelector::LowestRpo => f.write_str("lowest-rpo"),
             PointSelector::Time(time) => time.fmt(f),
         }
     }
@@ -279,6 +283,7 @@ impl PointStore {
             PointSelector::Latest => newest_first.find(|point| point.keep && !point.damaged),
             PointSelector::LatestApp => newest_first
                 .find(|point| point.keep && !point.damaged && point.consistency == PointConsistency::Application),
+            PointSelector::LowestRpo => newest_first.find(|point| !point.damaged),
             PointSelector::Time(time) => newest_first.find(|point| point.time <= time && !point.damaged),
         };
         found.cloned().ok_or(PointError::Absent { machine: self.machine, selector })

@@ -365,15 +365,22 @@ impl ReplicaSet {
         Ok((synced.durable, points))
     }
 
-    /// What a selector names. A machine of one disk recovers to any consistent cut; one of several to their marks.
+    /// What a selector names. A machine of one disk recovers to any consistent cut; one of several to their marks. Where the last state
+    /// shows damage, the lowest RPO is that of a point before it.
     pub fn resolve(&self, machine: MachineId, selector: PointSelector) -> Result<Place, SetError> {
         let points = self.points(machine)?;
-        if let (PointSelector::Time(time), [replica]) = (selector, &self.of_machine(machine)[..])
+        let until = match selector {
+            PointSelector::Time(time) => Some(time),
+            PointSelector::LowestRpo => Some(Timestamp(u64::MAX)),
+            _ => None,
+        };
+        if let (Some(time), [replica]) = (until, &self.of_machine(machine)[..])
             // One that cannot be opened still is a disk of the machine: its points tell.
             && let marks = points.all()
             && marks.iter().all(|point| point.disks.len() == 1)
+            && let cut = replica.cut_at(time)?.ok_or(PointError::Absent { machine, selector })?
+            && (selector != PointSelector::LowestRpo || !replica.is_touched(cut))
         {
-            let cut = replica.cut_at(time)?.ok_or(PointError::Absent { machine, selector })?;
             let marked = marks.into_iter().find(|point| point.cut_of(replica.disk()) == Some(cut));
             if let Some(point) = marked {
                 return Ok(point.into());

@@ -582,6 +582,26 @@ fn times_pins_and_locks() {
 }
 
 #[test]
+fn the_lowest_rpo_is_the_last_consistent_state() {
+    let storage = SimStorage::default();
+    let set = open(&storage);
+    let mut host = TestHost::new(DISK_BYTES);
+    let mut chance = Chance(5);
+    let replica = set.create(host.info).unwrap();
+    let stream = session(&replica);
+    host.send(&stream, CutKind::ScanStart, None, &mut chance).unwrap();
+    let machine = host.info.machine;
+    let lowest = || set.resolve(machine, PointSelector::LowestRpo).map(|place| (place.cuts[0].1, place.id));
+    assert!(lowest().is_err(), "inside the scan");
+    let mark = host.mark(true);
+    host.send(&stream, CutKind::ScanEnd, Some(mark.clone()), &mut chance).unwrap();
+    host.send(&stream, CutKind::Records, None, &mut chance).unwrap();
+    set.sync(&replica).unwrap();
+    assert_eq!(lowest().unwrap(), (3, None), "what arrived after the last mark counts");
+    assert_eq!(set.resolve(machine, PointSelector::Latest).unwrap().id, Some(mark.id));
+}
+
+#[test]
 fn a_terabyte_opens_at_once() {
     const TERABYTE: u64 = 1 << 40;
     let folder = tempfile::tempdir().unwrap();

@@ -357,6 +357,12 @@ fn damaged_data_is_quarantined_named_asked_for_and_healed() {
         let newest_is_whole = replica.view(host.cut).unwrap().read_at(0, &mut read).is_ok();
         assert_eq!(need.is_empty(), newest_is_whole);
         assert_eq!(replica.needs().is_empty(), need.is_empty(), "the host is asked");
+        // A failover goes to the last state that is whole, where there is one.
+        match set.resolve(host.info.machine, PointSelector::LowestRpo) {
+            Ok(place) if newest_is_whole => assert_eq!(place.cuts[0].1, host.cut),
+            Ok(place) => assert!(replica.view(place.cuts[0].1).unwrap().read_at(0, &mut read).is_ok()),
+            Err(_) => assert!(!newest_is_whole && points.iter().all(|point| point.damaged)),
+        }
         if need.is_empty() {
             continue;
         }

@@ -145,6 +145,7 @@ impl Inner {
         let wanted = match selector {
             Selector::Latest => PointSelector::Latest,
             Selector::LatestApp => PointSelector::LatestApp,
+            Selector::LowestRpo => PointSelector::LowestRpo,
             Selector::Point(id) => PointSelector::Id(id),
             Selector::Time(time) => PointSelector::Time(time),
         };

@@ -1,81 +1,39 @@
 //! The disk that logs are applied to: a raw image or block device directly, other formats through `qemu-nbd`.
 
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
-use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
 use tidemark_base::Extent;
 use tidemark_base::disk::{Access, Allocation, Disk, Durability, FileDisk};
-use tidemark_base::stop::Stop;
-use tidemark_base::storage::create_private_folder;
 use tidemark_nbd::client::Client;
+use tidemark_nbd::qemu::{QemuAccess, QemuNbd, QemuNbdError};
+use tidemark_proto::control::ImageFormat;
 
 use super::HrlError;
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum ImageFormat {
-    Raw,
-    Vhdx,
-    Vhd,
-    Qcow2,
-    Vmdk,
-}
-
-impl ImageFormat {
-    /// By the name. The content never decides: a guest writes the beginning of a raw image.
-    fn of(path: &Path) -> Self {
-        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_ascii_lowercase();
-        match ending.as_str() {
-            "vhdx" | "avhdx" => Self::Vhdx,
-            "vhd" | "avhd" | "vpc" => Self::Vhd,
-            "qcow2" => Self::Qcow2,
-            "vmdk" => Self::Vmdk,
-            _ => Self::Raw,
-        }
-    }
-
-    fn qemu_name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Vhdx => "vhdx",
-            Self::Vhd => "vpc",
-            Self::Qcow2 => "qcow2",
-            Self::Vmdk => "vmdk",
-        }
-    }
-}
 
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     #[error("{path} is not named as a {format} image, but begins like one")]
     Ambiguous { path: PathBuf, format: &'static str },
-    #[error("cannot run qemu-nbd")]
-    Run { source: io::Error },
-    #[error("qemu-nbd cannot open {path}: {message}")]
-    Refused { path: PathBuf, message: String },
-    #[error("qemu-nbd, which opens {path}, did not get ready within {SERVER_TIME_MAX:?}")]
-    NotReady { path: PathBuf },
-    #[error("qemu-nbd did not finish {path}")]
-    Finish { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Qemu(#[from] QemuNbdError),
 }
 
 impl ImageError {
     pub fn help(&self) -> &'static str {
         match self {
             Self::Ambiguous { .. } => "say which it is with --format",
-            Self::Run { .. } => "install QEMU's tools (Debian: qemu-utils)",
-            Self::Refused { .. } => "check that it is an image of that format and that no other program has it open",
-            Self::NotReady { .. } | Self::Finish { .. } => "check the image with `qemu-img check`, then apply again",
+            Self::Qemu(QemuNbdError::Run { .. }) => "install QEMU's tools (Debian: qemu-utils)",
+            Self::Qemu(QemuNbdError::Refused { .. }) => {
+                "check that it is an image of that format and that no other program has it open"
+            }
+            Self::Qemu(QemuNbdError::NotReady { .. } | QemuNbdError::Finish { .. }) => {
+                "check the image with `qemu-img check`, then apply again"
+            }
         }
     }
 }
-
-/// How long qemu-nbd may take to open an image, and to close it.
-const SERVER_TIME_MAX: Duration = Duration::from_secs(30);
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Opens the disk, hands it to `work`, and closes it.
 pub(super) fn with_disk<T>(
@@ -83,7 +41,7 @@ pub(super) fn with_disk<T>(
     format: Option<ImageFormat>,
     work: impl FnOnce(&dyn Disk) -> Result<T, HrlError>,
 ) -> Result<T, HrlError> {
-    match format.unwrap_or(ImageFormat::of(path)) {
+    match format.unwrap_or(ImageFormat::of_name(path)) {
         ImageFormat::Raw => {
             let disk = FileDisk::open(path, Access::Exclusive)?;
             if format.is_none() {
@@ -92,14 +50,14 @@ pub(super) fn with_disk<T>(
             work(&disk)
         }
         other => {
-            let mut server = QemuNbd::start(path, other)?;
-            let disk = QemuDisk { client: Mutex::new(server.connect(path)?) };
+            let mut server = QemuNbd::start(path, other.qemu_name(), QemuAccess::Write).map_err(ImageError::from)?;
+            let disk = QemuDisk { client: Mutex::new(server.connect().map_err(ImageError::from)?) };
             let result = work(&disk);
             drop(disk);
             // The first failure is the one to tell.
-            let finished = server.finish(path);
+            let finished = server.finish();
             let result = result?;
-            finished?;
+            finished.map_err(ImageError::from)?;
             Ok(result)
         }
     }
@@ -118,83 +76,6 @@ fn refuse_other_format(disk: &FileDisk, path: &Path) -> Result<(), HrlError> {
         _ => return Ok(()),
     };
     Err(ImageError::Ambiguous { path: path.to_owned(), format }.into())
-}
-
-/// A child that serves one image to one client and ends when that has gone.
-struct QemuNbd {
-    child: Child,
-    folder: PathBuf,
-}
-
-impl QemuNbd {
-    fn start(path: &Path, format: ImageFormat) -> Result<Self, ImageError> {
-        let folder = std::env::temp_dir().join(format!("tidemark-{}", uuid::Uuid::new_v4()));
-        create_private_folder(&folder).map_err(|source| ImageError::Run { source })?;
-        // An absolute path cannot be taken for an option or a protocol such as `nbd:`.
-        let absolute = std::path::absolute(path).map_err(|source| ImageError::Run { source })?;
-        let child = Command::new("qemu-nbd")
-            .args(["--format", format.qemu_name(), "--cache", "writeback", "--discard", "unmap", "--socket"])
-            .arg(folder.join("socket"))
-            .arg("--")
-            .arg(absolute)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn();
-        match child {
-            Ok(child) => Ok(Self { child, folder }),
-            Err(source) => {
-                let _ = std::fs::remove_dir_all(&folder);
-                Err(ImageError::Run { source })
-            }
-        }
-    }
-
-    /// Waits until it listens.
-    fn connect(&mut self, path: &Path) -> Result<Client, ImageError> {
-        let deadline = Instant::now() + SERVER_TIME_MAX;
-        let never = Stop::new();
-        loop {
-            if let Ok(client) = Client::connect_unix(&self.folder.join("socket"), "") {
-                return Ok(client);
-            }
-            if let Ok(Some(_)) = self.child.try_wait() {
-                let mut message = String::new();
-                if let Some(stderr) = &mut self.child.stderr {
-                    let _ = stderr.take(4096).read_to_string(&mut message);
-                }
-                return Err(ImageError::Refused { path: path.to_owned(), message: message.trim().to_owned() });
-            }
-            if Instant::now() > deadline {
-                return Err(ImageError::NotReady { path: path.to_owned() });
-            }
-            never.wait_for(LOOK_AGAIN);
-        }
-    }
-
-    /// It closes the image and ends by itself once its client has gone.
-    fn finish(mut self, path: &Path) -> Result<(), ImageError> {
-        let failed = |source| ImageError::Finish { path: path.to_owned(), source };
-        let deadline = Instant::now() + SERVER_TIME_MAX;
-        let never = Stop::new();
-        loop {
-            match self.child.try_wait().map_err(failed)? {
-                Some(status) if status.success() => return Ok(()),
-                Some(status) => return Err(failed(io::Error::other(status.to_string()))),
-                None if Instant::now() > deadline => return Err(failed(io::ErrorKind::TimedOut.into())),
-                None => never.wait_for(LOOK_AGAIN),
-            };
-        }
-    }
-}
-
-impl Drop for QemuNbd {
-    fn drop(&mut self) {
-        // Does nothing to a child that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let _ = std::fs::remove_dir_all(&self.folder);
-    }
 }
 
 struct QemuDisk {
@@ -246,6 +127,10 @@ impl Disk for QemuDisk {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
+    use tidemark_base::storage::create_private_folder;
+
     use super::*;
 
     struct Folder(PathBuf);
@@ -304,7 +189,7 @@ mod tests {
         std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
         let error = with_disk(&path, None, |_| Ok(())).unwrap_err();
         assert!(
-            matches!(&error, HrlError::Image(ImageError::Refused { message, .. }) if !message.is_empty()),
+            matches!(&error, HrlError::Image(ImageError::Qemu(QemuNbdError::Refused { message, .. })) if !message.is_empty()),
             "{error}"
         );
     }

@@ -1,0 +1,35 @@
+//! Programs and settings that an administrator installs: whoever can change one, or swap it, has it run as this user.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// Why a file or folder must not be trusted, if so.
+pub fn distrust(path: &Path) -> io::Result<Option<&'static str>> {
+    let metadata = path.metadata()?;
+    if metadata.uid() != 0 && metadata.uid() != nix::unistd::geteuid().as_raw() {
+        return Ok(Some("it belongs to another user"));
+    }
+    if metadata.mode() & 0o022 != 0 {
+        return Ok(Some("others may write it"));
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn what_others_may_change_is_not_trusted() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (mode, trusted) in [(0o700, true), (0o755, true), (0o720, false), (0o702, false)] {
+            file.as_file().set_permissions(Permissions::from_mode(mode)).unwrap();
+            assert_eq!(distrust(file.path()).unwrap().is_none(), trusted, "{mode:o}");
+        }
+        assert!(distrust(&file.path().join("absent")).is_err());
+    }
+}
