@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use tidemark_tests::block::Loop;
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::nbd::Client;
 use tidemark_tests::process::Owned;
@@ -47,7 +48,7 @@ fn a_file_that_a_loop_device_shows_is_refused() {
     let site = Site::start();
     let disk = site.path("disk.img");
     image::make_mixed(&disk, 4 * MIB, 1);
-    let device = tidemark_tests::block::Loop::attach(&disk);
+    let device = Loop::attach(&disk);
     protect(&site, "web", &disk).assert_refused(&["disk.img", "in use"]);
     drop(device);
     site.protect("web", &[&disk], &[]);
@@ -86,21 +87,22 @@ fn a_read_only_disk_is_refused() {
     let site = Site::start();
     let file = site.path("disk.img");
     image::make_mixed(&file, 4 * MIB, 1);
-    let output = tools::outcome("losetup", &["--read-only", "--find", "--show", file.to_str().unwrap()]);
-    if !output.status.success() {
+    let Some(device) = Loop::attach_read_only(&file) else {
         tools::skipped("a_read_only_disk_is_refused", "no loop device can be made here");
         return;
-    }
-    let device = Loop(String::from_utf8_lossy(&output.stdout).trim().to_owned());
-    protect(&site, "web", Path::new(&device.0)).assert_refused(&[&device.0]);
+    };
+    protect(&site, "web", device.path()).assert_refused(&[device.path().to_str().unwrap()]);
 }
 
-struct Loop(String);
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = tools::command("losetup").args(["--detach", &self.0]).status();
-    }
+#[test]
+fn a_file_that_a_program_writes_is_refused() {
+    let site = Site::start();
+    let disk = site.path("disk.img");
+    image::make_mixed(&disk, 4 * MIB, 1);
+    let writer = std::fs::File::options().append(true).open(&disk).unwrap();
+    protect(&site, "web", &disk).assert_refused(&["disk.img", "in use"]);
+    drop(writer);
+    site.protect("web", &[&disk], &[]);
 }
 
 #[test]

@@ -145,6 +145,12 @@ impl Loop {
         Self { path: device.to_owned() }
     }
 
+    /// `None`: no loop device can be made here.
+    pub fn attach_read_only(image: &Path) -> Option<Self> {
+        let output = tools::outcome("losetup", &["--read-only", "--find", "--show", text(image)]);
+        output.status.success().then(|| Self { path: String::from_utf8_lossy(&output.stdout).trim().into() })
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -150,6 +150,10 @@ impl FileDisk {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(DiskError::Absent { path: named() }),
             Err(source) => return Err(DiskError::Open { path: named(), source }),
         };
+        // Before we are a writer ourselves.
+        if access == Access::Exclusive && !is_block_device && (is_behind_loop(path) || is_open_for_writing(path)) {
+            return Err(DiskError::InUse { path: named() });
+        }
         let mut options = OpenOptions::new();
         options.read(true).write(access == Access::Exclusive);
         if is_block_device && access == Access::Exclusive {
@@ -171,9 +175,6 @@ impl FileDisk {
             && is_read_only_device(&file).map_err(|source| DiskError::Open { path: named(), source })?
         {
             return Err(DiskError::ReadOnly { path: named() });
-        }
-        if access == Access::Exclusive && !is_block_device && is_behind_loop(path) {
-            return Err(DiskError::InUse { path: named() });
         }
         if access == Access::Exclusive && !is_block_device {
             lock_image(&file).map_err(|source| match source.raw_os_error() {
@@ -341,6 +342,28 @@ fn is_behind_loop(path: &Path) -> bool {
                 .is_ok_and(|behind| Path::new(behind.trim_end_matches('\n')) == path)
         },
     )
+}
+
+/// Whether any program has the file open for writing, lock or not: the system gives out a lease for reading only where none has.
+/// Where there are no leases (network file systems, another user's file) nobody can tell.
+fn is_open_for_writing(path: &Path) -> bool {
+    /// As Linux has it.
+    const F_SETSIG: libc::c_int = 10;
+    let Ok(file) = File::open(path) else { return false };
+    let lease = |kind: libc::c_int| {
+        // SAFETY: the descriptor is open, and the argument is a number.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) }
+    };
+    // Who opens the file while we hold the lease has us told by a signal: one that nobody dies of.
+    // SAFETY: as above.
+    if unsafe { libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG) } != 0 {
+        return false;
+    }
+    if lease(libc::F_RDLCK as libc::c_int) == 0 {
+        lease(libc::F_UNLCK as libc::c_int);
+        return false;
+    }
+    io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock
 }
 
 /// Open-file-description locks: taken as QEMU takes them, plus one exclusive lock of our own kind on byte 0… of the
@@ -541,6 +564,18 @@ mod tests {
         assert!(matches!(FileDisk::open(&path, Access::Exclusive), Err(DiskError::InUse { .. })));
         drop(first);
         FileDisk::open(&path, Access::Exclusive).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_another_has_open_for_writing_is_in_use() {
+        let (_folder, path) = image(4096);
+        let writer = OpenOptions::new().append(true).open(&path).unwrap();
+        assert!(matches!(FileDisk::open(&path, Access::Exclusive), Err(DiskError::InUse { .. })));
+        FileDisk::open(&path, Access::Read).unwrap();
+        drop(writer);
+        let reader = File::open(&path).unwrap();
+        FileDisk::open(&path, Access::Exclusive).unwrap();
+        drop(reader);
     }
 
     #[test]

@@ -54,9 +54,7 @@ fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Alert> {
                 help: reason.help.clone(),
                 since: now,
             };
-            // Problems of one kind are told apart by their text without its figures, which change all the time.
-            let plain: String = reason.message.chars().filter(|letter| !letter.is_ascii_digit()).collect();
-            let told = blake3::hash(plain.as_bytes()).to_hex();
+            let told = blake3::hash(without_figures(&reason.message).as_bytes()).to_hex();
             found.entry(format!("{}/{}/{}", machine.id, reason.kind, &told[..16])).or_insert(alert);
         }
     }
@@ -64,6 +62,11 @@ fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Alert> {
         found.insert("configuration/backup".to_owned(), alert);
     }
     found
+}
+
+/// Problems of one kind are told apart by their text without its figures, which change all the time.
+pub fn without_figures(message: &str) -> String {
+    message.chars().filter(|letter| !letter.is_ascii_digit()).collect()
 }
 
 fn take(core: &Core, found: BTreeMap<String, Alert>) -> Result<(), tidemark_proto::control::Failure> {

@@ -1,5 +1,6 @@
 //! Recovery points: made at an instant of the host, kept at the process server.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use tidemark_proto::control::{
 
 use crate::core::{Core, QUICK, SETTLE, WHOLE_DISK};
 use crate::hub::{PeerId, unexpected};
-use crate::jobs::Job;
+use crate::jobs::{Job, Progress};
 use crate::kept;
 use crate::machines::{listen_address, refuse_without_source};
 use crate::model::{Machine, Wanted};
@@ -21,6 +22,8 @@ use crate::names::{bad_request, check_label, check_path};
 /// How long a mark may take to become durable at the process server on every disk. Long: a slow link may have much to
 /// send before it.
 const POINT_LIMIT: Duration = Duration::from_secs(900);
+/// How often it is looked at what keeps a point from being made.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -65,11 +68,32 @@ pub fn create(core: &Arc<Core>, name: &str, request: CreateRequest) -> Result<Jo
             Reply::Marked { mark, .. } => mark,
             other => return Err(unexpected(PeerId::Agent(machine.host), &other)),
         };
-        progress.step("wait until it is durable at the process server");
         let command = ServerCommand::WaitPoint { machine: machine.id, mark, limit: POINT_LIMIT };
-        let point = point_of(&core, &machine, &command, POINT_LIMIT + QUICK).await?;
+        let made = point_of(&core, &machine, &command, POINT_LIMIT + QUICK);
+        let point = tokio::select! {
+            made = made => made?,
+            never = say_what_it_waits_for(&core, &machine, &progress) => match never {},
+        };
         Ok(serde_json::to_value(point).expect("a point is plain data"))
     })
+}
+
+/// What is in the way of a point is said while it is waited for, not when the time is over.
+async fn say_what_it_waits_for(core: &Core, machine: &Machine, progress: &Progress) -> Infallible {
+    const STEP: &str = "wait until it is durable at the process server";
+    progress.step(STEP);
+    let mut said = String::new();
+    loop {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        let problems = crate::status::reported(core, machine).problems;
+        let Some(problem) = problems.iter().max_by_key(|problem| problem.critical) else { continue };
+        // Its figures change all the time.
+        let kind = crate::alerts::without_figures(&problem.message);
+        if kind != said {
+            progress.step(format!("{STEP}: {}", problem.message));
+            said = kind;
+        }
+    }
 }
 
 pub async fn list(core: &Core, name: &str) -> Result<Vec<PointInfo>, Failure> {

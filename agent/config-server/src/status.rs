@@ -187,22 +187,19 @@ pub async fn all(core: &Core) -> Vec<MachineStatus> {
 
 /// From what was reported last, without asking.
 pub fn all_reported(core: &Core) -> Vec<MachineStatus> {
-    let state = core.store.state();
-    state
-        .machines
-        .values()
-        .map(|machine| {
-            let agent = match core.hub.report(PeerId::Agent(machine.host)) {
-                Some(Report::Agent(report)) => Some(report),
-                _ => None,
-            };
-            let server = match core.hub.report(PeerId::ProcessServer(machine.server)) {
-                Some(Report::Server(report)) => Some(report),
-                _ => None,
-            };
-            compose(core, machine, &Reports { agent, server })
-        })
-        .collect()
+    core.store.state().machines.values().map(|machine| reported(core, machine)).collect()
+}
+
+pub fn reported(core: &Core, machine: &Machine) -> MachineStatus {
+    let agent = match core.hub.report(PeerId::Agent(machine.host)) {
+        Some(Report::Agent(report)) => Some(report),
+        _ => None,
+    };
+    let server = match core.hub.report(PeerId::ProcessServer(machine.server)) {
+        Some(Report::Server(report)) => Some(report),
+        _ => None,
+    };
+    compose(core, machine, &Reports { agent, server })
 }
 
 async fn fresh(core: &Core, machine: &Machine) -> MachineStatus {

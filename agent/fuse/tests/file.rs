@@ -50,6 +50,12 @@ impl Memory {
         }
     }
 
+    fn wait_for_a_request(&self) {
+        while self.waiting.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+    }
+
     fn hold(&self, held: bool) {
         *self.held.lock().unwrap() = held;
         self.changed.notify_all();
@@ -367,9 +373,7 @@ fn closing_lets_requests_finish_and_ends_who_has_it_open() {
     mounted.disk.hold(true);
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| file.write_all_at(&[5; 4096], 0));
-        while mounted.disk.waiting.load(Ordering::SeqCst) == 0 {
-            std::thread::yield_now();
-        }
+        mounted.disk.wait_for_a_request();
         let closing = scope.spawn(|| mounted.file.close());
         while !is_closing(&path) {
             std::thread::yield_now();
@@ -443,9 +447,7 @@ fn a_medium_that_hangs_is_named_and_left() {
     mounted.disk.hold(true);
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| file.write_all_at(&[5; 4096], 0));
-        while mounted.disk.waiting.load(Ordering::SeqCst) == 0 {
-            std::thread::yield_now();
-        }
+        mounted.disk.wait_for_a_request();
         let begin = std::time::Instant::now();
         let busy = mounted.file.close().unwrap_err();
         assert!(matches!(busy, FuseError::Busy { .. }) && begin.elapsed() < Duration::from_secs(60), "{busy}");

@@ -63,6 +63,12 @@ impl FreezeError {
 pub trait Freezer: Send + Sync {
     /// Returns once everything is quiet. What it returns thaws on drop.
     fn freeze(&self, machine: &str, limit: Duration) -> Result<Box<dyn Frozen>, FreezeError>;
+
+    /// Whether somebody set it up for this machine. Where nobody did, no app-consistent point is made unasked: it would be called
+    /// what it is not.
+    fn is_set_up(&self, _machine: &str) -> bool {
+        true
+    }
 }
 
 /// Writers that keep still.

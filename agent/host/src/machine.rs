@@ -279,7 +279,7 @@ impl Machine {
             return;
         }
         *tried = Instant::now();
-        match self.marker.mark(Consistency::Application, "", true) {
+        match self.marker.mark_app_unasked() {
             Ok(_) => self.opened().iter().for_each(|disk| drop(disk.disk.alarms().remove("app-points"))),
             Err(error) => {
                 let message = format!("no app-consistent point was made: {error}");

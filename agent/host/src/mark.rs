@@ -212,6 +212,15 @@ impl Marker {
         self.mark_of(&Self::ready, consistency, label, keep, held)
     }
 
+    /// By a policy: nobody vouches for applications that nothing makes quiet.
+    pub fn mark_app_unasked(&self) -> Result<MarkOutcome, HostError> {
+        if self.freezer.as_ref().is_some_and(|freezer| freezer.is_set_up(&self.name)) {
+            return self.mark(Consistency::Application, "", true);
+        }
+        let source = crate::freeze::FreezeError::NotConfigured { machine: self.name.clone() };
+        Err(HostError::Freeze { machine: self.name.clone(), source })
+    }
+
     fn mark_of(
         &self,
         which: &dyn Fn(&Self) -> Vec<Arc<ProtectedDisk>>,

@@ -78,6 +78,10 @@ impl Applications {
 }
 
 impl Freezer for Applications {
+    fn is_set_up(&self, machine: &str) -> bool {
+        self.scripts.folder_of(machine).is_some_and(|folder| folder.exists())
+    }
+
     fn freeze(&self, machine: &str, limit: Duration) -> Result<Box<dyn Frozen>, FreezeError> {
         let Some(folder) = self.scripts.folder_of(machine) else { return self.scripts.freeze(machine, limit) };
         if !folder.exists() {

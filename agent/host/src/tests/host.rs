@@ -1,5 +1,6 @@
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tidemark_base::{DiskId, Generation, MachineId, ServerId, SystemClock};
@@ -97,7 +98,11 @@ impl Link for Somewhere {
 /// What should come by itself has come by then, whatever else the machine does.
 const LIMIT: Duration = Duration::from_secs(60);
 
-struct Telling(std::sync::mpsc::Sender<()>);
+#[derive(Clone)]
+struct Telling {
+    frozen: std::sync::mpsc::Sender<()>,
+    is_set_up: Arc<AtomicBool>,
+}
 
 struct Thawed;
 
@@ -109,8 +114,12 @@ impl Frozen for Thawed {
 
 impl Freezer for Telling {
     fn freeze(&self, _machine: &str, _limit: Duration) -> Result<Box<dyn Frozen>, FreezeError> {
-        let _ = self.0.send(());
+        let _ = self.frozen.send(());
         Ok(Box::new(Thawed))
+    }
+
+    fn is_set_up(&self, _machine: &str) -> bool {
+        self.is_set_up.load(Ordering::Acquire)
     }
 }
 
@@ -203,11 +212,17 @@ fn app_consistent_points_are_made_by_the_policy_when_something_was_written() {
     let mut spec = spec(folder.path(), "web", 1);
     spec.policy.app_point_interval = Some(Duration::from_secs(1));
     let (frozen, told) = std::sync::mpsc::channel();
-    let host = Host::start(HostConfig { freezer: Some(Arc::new(Telling(frozen))), ..config(folder.path()) }).unwrap();
+    let freezer = Telling { frozen, is_set_up: Arc::new(AtomicBool::new(true)) };
+    let config = HostConfig { freezer: Some(Arc::new(freezer.clone())), ..config(folder.path()) };
+    let host = Host::start(config).unwrap();
     host.protect(spec.clone()).unwrap();
     assert!(told.recv_timeout(Duration::from_millis(2500)).is_err(), "nothing was written yet");
     let machine = host.machine(spec.machine).unwrap();
     let splitter = Splitter::new(machine.disks().next().unwrap().clone()).unwrap();
+    freezer.is_set_up.store(false, Ordering::Release);
+    super::write(&splitter, 0, &[7; 4096]).unwrap();
+    assert!(told.recv_timeout(Duration::from_millis(2500)).is_err(), "nothing makes it quiet");
+    freezer.is_set_up.store(true, Ordering::Release);
     for round in 1..3 {
         super::write(&splitter, 0, &[round; 4096]).unwrap();
         told.recv_timeout(LIMIT).unwrap();

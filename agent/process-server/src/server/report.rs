@@ -115,6 +115,15 @@ impl ProcessServer {
                         Vec::new()
                     }
                 };
+                let damaged = points.iter().filter(|point| point.damaged).count();
+                if damaged > 0
+                    && let Some(disk) = disks.iter_mut().find(|disk| inner.is_of(disk.disk, machine))
+                {
+                    let message = format!("{damaged} recovery points show damage; the others are whole");
+                    let help = "choose another one: `tidemark point list NAME` flags them until retention takes them"
+                        .to_owned();
+                    disk.problems.push(Problem { critical: false, message, help });
+                }
                 let latest = points.last().map(point_info);
                 let (group_candidate, group_point) = of_group(&points);
                 let points = points.len() as u64;
