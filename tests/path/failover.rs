@@ -2,44 +2,13 @@
 
 use std::path::Path;
 
-use serde_json::Value;
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::nbd::Client;
 use tidemark_tests::site::{LIMIT, text};
-use tidemark_tests::{Machine, Site, wait};
+use tidemark_tests::workload::{content, nbd, protected, write};
+use tidemark_tests::{Site, wait};
 
 const BYTES: u64 = 32 * MIB;
-
-fn protected(site: &Site, seed: u64) -> Machine {
-    let disk = site.path("disk.img");
-    image::make_mixed(&disk, BYTES, seed);
-    let machine = site.protect("web", &[&disk], &[]);
-    site.wait_protected("web");
-    machine
-}
-
-fn write(nbd: &str, at: u64, byte: u8) {
-    let mut client = Client::connect(nbd).expect("the disk can be opened");
-    client.write(at, &[byte; 64 << 10]).expect("it can be written");
-    client.disconnect().expect("it can be left");
-}
-
-/// What an NBD client reads of a disk, in a file.
-fn content(site: &Site, nbd: &str, name: &str) -> std::path::PathBuf {
-    let mut client = Client::connect(nbd).expect("the disk can be opened");
-    let mut content = vec![0; BYTES as usize];
-    for (index, part) in content.chunks_mut(MIB as usize).enumerate() {
-        client.read(index as u64 * MIB, part).expect("it can be read");
-    }
-    let path = site.path(name);
-    let file = std::fs::File::create(&path).expect("a file can be made");
-    std::os::unix::fs::FileExt::write_all_at(&file, &content, 0).expect("it can be written");
-    path
-}
-
-fn nbd(result: &Value) -> String {
-    text(&result["disks"][0]["nbd"])
-}
 
 fn sent(site: &Site) -> u64 {
     site.status("web")["sent_bytes"].as_u64().expect("it is a number")
@@ -49,9 +18,9 @@ fn sent(site: &Site) -> u64 {
 #[test]
 fn f21_a_planned_failover_loses_nothing_and_its_source_goes_on_when_it_is_cancelled() {
     let site = Site::start();
-    let machine = protected(&site, 1);
+    let machine = protected(&site, "web", "disk.img", BYTES, 1);
     let point = site.json(&["point", "create", "web", "--label", "before"]);
-    write(machine.nbd(), MIB, 7);
+    write(machine.nbd(), MIB, 65_536, 7);
 
     let checked = site.run(&["failover", "planned", "web", "--disks-only", "--check"]);
     assert_eq!(checked.code, 0, "{}", checked.describe());
@@ -65,7 +34,7 @@ fn f21_a_planned_failover_loses_nothing_and_its_source_goes_on_when_it_is_cancel
     assert_eq!(site.status("web")["state"], "failed_over");
     assert!(Client::connect(machine.nbd()).is_err(), "the workload is kept from its disks");
     image::assert_same(&machine.disks[0].path, &content(&site, &nbd(&result), "there.img"));
-    write(&nbd(&result), 0, 9);
+    write(&nbd(&result), 0, 65_536, 9);
 
     let (new_disk, old_disk) = (site.path("new.img"), machine.disks[0].path.clone());
     let [new_disk, old_disk] = [new_disk, old_disk].map(|disk| disk.to_str().expect("UTF-8").to_owned());
@@ -88,7 +57,7 @@ fn f21_a_planned_failover_loses_nothing_and_its_source_goes_on_when_it_is_cancel
     assert_eq!(site.json(&["failover", "cancel", "web"])["source"], "goes on");
     assert!(Client::connect(&nbd(&result)).is_err(), "the disks there are gone");
     site.wait_protected("web");
-    write(machine.nbd(), 2 * MIB, 8);
+    write(machine.nbd(), 2 * MIB, 65_536, 8);
     site.point("web");
     image::assert_same(&machine.disks[0].path, &site.export("web", "latest", "latest.raw", "raw"));
     let status = site.status("web");
@@ -105,12 +74,12 @@ fn f21_a_planned_failover_loses_nothing_and_its_source_goes_on_when_it_is_cancel
 #[test]
 fn f21_an_unplanned_failover_says_what_it_loses_and_keeps_a_source_that_comes_back_out() {
     let mut site = Site::start_roles();
-    let machine = protected(&site, 2);
+    let machine = protected(&site, "web", "disk.img", BYTES, 2);
     let early = site.json(&["point", "create", "web", "--label", "early"]);
     let reference = site.path("early.img");
     image::copy(&machine.disks[0].path, &reference);
     site.json(&["point", "lock", "web", &text(&early["id"])]);
-    write(machine.nbd(), MIB, 7);
+    write(machine.nbd(), MIB, 65_536, 7);
     let late = site.point("web");
     let last = site.path("late.img");
     image::copy(&machine.disks[0].path, &last);
@@ -130,7 +99,7 @@ fn f21_an_unplanned_failover_says_what_it_loses_and_keeps_a_source_that_comes_ba
     let result = site.json(&["failover", "unplanned", "web", "--disks-only"]);
     assert_eq!(result["point"], late["id"]);
     image::assert_same(&last, &content(&site, &nbd(&result), "there.img"));
-    write(&nbd(&result), 3 * MIB, 9);
+    write(&nbd(&result), 3 * MIB, 65_536, 9);
 
     // A source that comes back belongs to a time that is over.
     site.start_role("agent");
@@ -160,7 +129,7 @@ fn f21_an_unplanned_failover_says_what_it_loses_and_keeps_a_source_that_comes_ba
     wait::until("the source goes on", LIMIT, || Client::connect(machine.nbd()).ok().map(drop));
     site.wait_protected("web");
     image::assert_same(&machine.disks[0].path, &last);
-    write(machine.nbd(), 4 * MIB, 5);
+    write(machine.nbd(), 4 * MIB, 65_536, 5);
     site.point("web");
     image::assert_same(&machine.disks[0].path, &site.export("web", "latest", "latest.raw", "raw"));
     assert_eq!(site.status("web")["compare"]["compared_bytes"], 0, "no resync");
@@ -175,10 +144,10 @@ fn patch(path: &Path, at: u64, byte: u8) {
 #[test]
 fn f5_a_migrated_machine_keeps_its_plain_disks_and_has_no_way_back() {
     let site = Site::start();
-    let machine = protected(&site, 3);
-    write(machine.nbd(), MIB, 7);
+    let machine = protected(&site, "web", "disk.img", BYTES, 3);
+    write(machine.nbd(), MIB, 65_536, 7);
     let result = site.json(&["failover", "planned", "web", "--disks-only"]);
-    write(&nbd(&result), 5 * MIB, 4);
+    write(&nbd(&result), 5 * MIB, 65_536, 4);
     site.run(&["failover", "promote", "web", "--throttle", "0"]).assert_refused(&["no bytes a second"]);
     // So slow that it is not done before it is stopped.
     let slow = site.run(&["failover", "promote", "web", "--throttle", "1K", "--no-wait"]);

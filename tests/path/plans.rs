@@ -9,19 +9,15 @@ use serde_json::Value;
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::nbd::Client;
 use tidemark_tests::site::{LIMIT, text};
+use tidemark_tests::workload::{self, content, nbd};
 use tidemark_tests::{Machine, Site, wait};
 
 const BYTES: u64 = 8 * MIB;
 const NAMES: [&str; 3] = ["db", "app", "web"];
 
 fn protected(site: &Site) -> Vec<Machine> {
-    let protect = |(seed, name): (usize, &&str)| {
-        let disk = site.path(&format!("{name}.img"));
-        image::make_mixed(&disk, BYTES, seed as u64);
-        let machine = site.protect(name, &[&disk], &[]);
-        site.wait_protected(name);
-        machine
-    };
+    let protect =
+        |(seed, name): (usize, &&str)| workload::protected(site, name, &format!("{name}.img"), BYTES, seed as u64);
     NAMES.iter().enumerate().map(protect).collect()
 }
 
@@ -50,19 +46,10 @@ fn step_states(run: &Value) -> Vec<String> {
     run["steps"].as_array().expect("it is a list").iter().map(|step| text(&step["state"])).collect()
 }
 
-/// What an NBD client reads of a disk, in a file.
-fn content(site: &Site, nbd: &str, name: &str) -> PathBuf {
-    let mut content = vec![0; BYTES as usize];
-    Client::connect(nbd).expect("the disk can be opened").read(0, &mut content).expect("it can be read");
-    let path = site.path(name);
-    File::create(&path).and_then(|mut file| file.write_all(&content)).expect("it can be written");
-    path
-}
-
 fn assert_there(site: &Site, machines: &[Machine]) {
     for machine in machines {
         let shown = site.json(&["failover", "show", &machine.name]);
-        let there = content(site, &text(&shown["running"]["disks"][0]["nbd"]), &format!("{}-there.img", machine.name));
+        let there = content(site, &nbd(&shown["running"]), &format!("{}-there.img", machine.name));
         image::assert_same(&machine.disks[0].path, &there);
     }
 }

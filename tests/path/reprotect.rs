@@ -7,46 +7,16 @@ use serde_json::Value;
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::nbd::Client;
 use tidemark_tests::site::{LIMIT, number, text};
-use tidemark_tests::{Machine, Site, wait};
+use tidemark_tests::workload::{content, nbd, protected, write};
+use tidemark_tests::{Site, wait};
 
 const BYTES: u64 = 32 * MIB;
 const BLOCK: u64 = 4096;
-
-fn protected(site: &Site, seed: u64) -> Machine {
-    let disk = site.path("disk.img");
-    image::make_mixed(&disk, BYTES, seed);
-    let machine = site.protect("web", &[&disk], &[]);
-    site.wait_protected("web");
-    machine
-}
-
-fn write(nbd: &str, at: u64, length: u64, byte: u8) {
-    let mut client = Client::connect(nbd).expect("the disk can be opened");
-    client.write(at, &vec![byte; length as usize]).expect("it can be written");
-    client.disconnect().expect("it can be left");
-}
-
-/// What an NBD client reads of a disk, in a file.
-fn content(site: &Site, nbd: &str, name: &str) -> PathBuf {
-    let mut client = Client::connect(nbd).expect("the disk can be opened");
-    let path = site.path(name);
-    let file = std::fs::File::create(&path).expect("a file can be made");
-    let mut part = vec![0; MIB as usize];
-    for at in (0..BYTES).step_by(MIB as usize) {
-        client.read(at, &mut part).expect("it can be read");
-        file.write_all_at(&part, at).expect("it can be written");
-    }
-    path
-}
 
 fn copy(site: &Site, from: &Path, name: &str) -> PathBuf {
     let to = site.path(name);
     image::copy(from, &to);
     to
-}
-
-fn nbd(result: &Value) -> String {
-    text(&result["disks"][0]["nbd"])
 }
 
 fn are_same(one: &Path, other: &Path) -> bool {
@@ -68,7 +38,7 @@ fn wait_level(home: &Path, there: &Path) {
 #[test]
 fn f1_a_machine_goes_there_and_home_and_there_again() {
     let site = Site::start();
-    let machine = protected(&site, 1);
+    let machine = protected(&site, "web", "disk.img", BYTES, 1);
     let home = machine.disks[0].path.clone();
     write(machine.nbd(), MIB, 65_536, 7);
     site.run(&["reprotect", "web"]).assert_refused(&["has not failed over"]);
@@ -146,7 +116,7 @@ fn f1_a_machine_goes_there_and_home_and_there_again() {
 #[test]
 fn f1_home_from_a_point_that_is_not_the_latest() {
     let mut site = Site::start_roles();
-    let machine = protected(&site, 2);
+    let machine = protected(&site, "web", "disk.img", BYTES, 2);
     let home = machine.disks[0].path.clone();
     let early = site.json(&["point", "create", "web", "--label", "early"]);
     write(machine.nbd(), MIB, 65_536, 7);
@@ -207,7 +177,7 @@ fn f1_home_from_a_point_that_is_not_the_latest() {
 #[test]
 fn each_role_is_killed_on_the_way_home() {
     let mut site = Site::start_roles();
-    let machine = protected(&site, 3);
+    let machine = protected(&site, "web", "disk.img", BYTES, 3);
     let home = machine.disks[0].path.clone();
     let there = fail_over(&site);
     write(&there, MIB, 4 * MIB, 9);
@@ -247,7 +217,7 @@ fn each_role_is_killed_on_the_way_home() {
 #[test]
 fn h40_a_failback_is_cancelled_at_every_step() {
     let site = Site::start();
-    let machine = protected(&site, 4);
+    let machine = protected(&site, "web", "disk.img", BYTES, 4);
     let home = machine.disks[0].path.clone();
     let there = fail_over(&site);
     write(&there, MIB, 65_536, 9);
@@ -292,7 +262,7 @@ fn h40_a_failback_is_cancelled_at_every_step() {
 #[test]
 fn f8_a_machine_whose_home_disks_are_gone_goes_home_to_new_ones() {
     let mut site = Site::start_roles();
-    let machine = protected(&site, 6);
+    let machine = protected(&site, "web", "disk.img", BYTES, 6);
     let home = machine.disks[0].path.clone();
     site.point("web");
     site.kill_role("agent");
@@ -321,7 +291,7 @@ fn f8_a_machine_whose_home_disks_are_gone_goes_home_to_new_ones() {
 #[test]
 fn f20_a_home_disk_with_a_snapshot_is_left_alone() {
     let site = Site::start();
-    let machine = protected(&site, 5);
+    let machine = protected(&site, "web", "disk.img", BYTES, 5);
     let home = machine.disks[0].path.clone();
     let there = fail_over(&site);
     write(&there, MIB, 65_536, 9);

@@ -14,6 +14,7 @@
 //! * [`tools`]: programs that a test needs; a test without them says `SKIPPED` and why.
 //! * [`trace`]: system calls that fail, or that a process does not survive.
 //! * [`wait`]: waiting for a condition with a limit.
+//! * [`workload`]: what a workload does with its protected disk.
 //! * [`writelog`]: what a block device may hold after a power cut.
 
 pub mod api;
@@ -29,6 +30,7 @@ pub mod site;
 pub mod tools;
 pub mod trace;
 pub mod wait;
+pub mod workload;
 pub mod writelog;
 
 pub use site::{Machine, Site};

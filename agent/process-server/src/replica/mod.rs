@@ -36,6 +36,8 @@ mod tests;
 #[cfg(test)]
 mod tests_capture;
 #[cfg(test)]
+mod tests_changed;
+#[cfg(test)]
 mod tests_faults;
 #[cfg(test)]
 mod tests_losses;
