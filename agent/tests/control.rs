@@ -116,6 +116,7 @@ impl Fake {
             })),
             AgentCommand::Mark(_) => Ok(Reply::Marked { mark: MarkId::random(), time: Timestamp(1) }),
             AgentCommand::MasterTarget(_) => Ok(Reply::MasterTarget("{}".into())),
+            AgentCommand::Owner(_) => Ok(Reply::Owner("{}".into())),
             AgentCommand::Deny(list) => {
                 *self.denied.lock().unwrap() = list;
                 Ok(Reply::Done)

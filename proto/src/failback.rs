@@ -66,6 +66,11 @@ pub enum TargetCall {
         failover: Uuid,
         method: Method,
     },
+    /// Where the machine ran is lost: disks that show it at one instant are finished as they are.
+    TakeOver {
+        machine: MachineId,
+        failover: Uuid,
+    },
     /// Gives the home disks back what they had before the first round.
     Undo {
         machine: MachineId,
@@ -86,6 +91,9 @@ pub enum TargetCall {
 pub struct NewDisk {
     pub path: String,
     pub bytes: u64,
+    /// Nothing may be there: it is another place than the original's. Otherwise what is there stays as it is.
+    #[serde(default)]
+    pub fresh: bool,
 }
 
 /// Where a master target is.

@@ -66,6 +66,12 @@ fn initramfs(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
     archive
 }
 
+fn nbd_disk(nbd: &str) -> String {
+    let address = nbd.strip_prefix("nbd+unix:///").and_then(|rest| rest.split_once("?socket="));
+    let (export, socket) = address.expect("the address of a socket");
+    format!("driver=nbd,node-name=disk,server.type=unix,server.path={socket},export={export},discard=unmap")
+}
+
 /// A running guest.
 pub struct Guest {
     pub process: Owned,
@@ -76,26 +82,30 @@ pub struct Guest {
 impl Guest {
     /// Boots a kernel whose disk, an NVMe one, is an NBD export.
     pub fn boot(site: &Site, kernel: &Path, initrd: &Path, nbd: &str) -> Self {
-        let (export, socket) = nbd
-            .strip_prefix("nbd+unix:///")
-            .and_then(|rest| rest.split_once("?socket="))
-            .expect("the address of a socket");
-        let disk =
-            format!("driver=nbd,node-name=disk,server.type=unix,server.path={socket},export={export},discard=unmap");
-        Self::boot_from(site, kernel, initrd, &disk)
+        Self::boot_from(site, kernel, initrd, &nbd_disk(nbd), &[])
+    }
+
+    /// The same for whoever is to shut it down: QMP at `qmp.sock`, and the guest's second serial line, where its agent listens, at
+    /// `agent.sock`, both in `folder`.
+    pub fn boot_owned(site: &Site, kernel: &Path, initrd: &Path, nbd: &str, folder: &Path) -> Self {
+        let socket = |name: &str| format!("unix:{},server=on,wait=off", folder.join(name).display());
+        let (qmp, agent) = (socket("qmp.sock"), socket("agent.sock"));
+        Self::boot_from(site, kernel, initrd, &nbd_disk(nbd), &["-qmp", &qmp, "-serial", &agent])
     }
 
     /// The same from a plain image.
     pub fn boot_file(site: &Site, kernel: &Path, initrd: &Path, disk: &Path) -> Self {
-        Self::boot_from(site, kernel, initrd, &format!("driver=file,node-name=disk,filename={}", disk.display()))
+        let disk = format!("driver=file,node-name=disk,filename={}", disk.display());
+        Self::boot_from(site, kernel, initrd, &disk, &[])
     }
 
-    fn boot_from(site: &Site, kernel: &Path, initrd: &Path, disk: &str) -> Self {
+    fn boot_from(site: &Site, kernel: &Path, initrd: &Path, disk: &str, extra: &[&str]) -> Self {
         let mut command = tools::command("qemu-system-x86_64");
         command.args(["-accel", "tcg", "-M", "pc", "-nodefaults", "-serial", "stdio", "-display", "none", "-m", "256"]);
         command.args(["-no-reboot", "-append", COMMAND_LINE]);
         command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
         command.arg("-blockdev").arg(disk);
+        command.args(extra);
         command.args(["-device", "nvme,drive=disk,serial=tidemark"]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Owned::start("guest", command, Some(&site.path("guest.log")));
         let stdin = process.child().stdin.take().expect("stdin is piped");

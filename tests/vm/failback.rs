@@ -62,3 +62,38 @@ fn f1_a_machine_goes_home_and_fails_over_again() {
         });
     }
 }
+
+/// F1, F8: promoted to plain disks, which nobody sees it write to, and home from there all the same: it is moved back without a stop.
+#[test]
+fn f1_a_machine_on_plain_disks_goes_home() {
+    need!("qemu-system-x86_64", "busybox", "mke2fs");
+    let mut site = Site::start_roles();
+    let Some(parts) = Parts::make(&site, "failback::f1_a_machine_on_plain_disks_goes_home") else { return };
+    let machine = protect(&site, "web", GIB);
+    parts.describe(&site, "web", &["--no-sign"]);
+    site.json(&["failover", "planned", "web"]);
+    let there = There::find(&site);
+    there.goes_on();
+    site.json(&["commit", "web"]);
+    assert_eq!(site.json(&["failover", "promote", "web"])["promotion"], "plain");
+    there.goes_on();
+    let pid = there.pid();
+    let reprotected = site.json(&["reprotect", "web", "--method", "delta"]);
+    assert_eq!(reprotected["method"], "compare", "what it wrote is not known: {reprotected}");
+    there.goes_on();
+    assert_eq!(there.pid(), pid, "it was never stopped");
+    // What home does not have is not forgotten with the process server.
+    site.kill_role("process-server");
+    site.start_role("process-server");
+    site.wait_connected();
+    let synced = there.goes_on();
+    site.json(&["failback", "web", AT_ONCE[0], AT_ONCE[1]]);
+    assert!(there.pid().is_none(), "it is off there");
+    let home = Guest::boot(&site, &parts.kernel, &parts.initrd, machine.nbd());
+    assert!(home.says_number(ALIVE, synced) >= synced);
+    drop(home);
+    site.json(&["commit", "web"]);
+    site.wait_protected("web");
+    site.point("web");
+    image::assert_same(&machine.disks[0].path, &site.export("web", "latest", "latest.raw", "raw"));
+}

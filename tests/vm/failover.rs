@@ -19,12 +19,24 @@ impl There {
     /// The only one.
     #[track_caller]
     pub fn find(site: &Site) -> Self {
-        let folder = site.state().join("process-server/hypervisor");
-        let all = std::fs::read_dir(folder).expect("machines have a folder").flatten().map(|entry| entry.path());
-        let mut all = all.filter(|path| path.is_dir());
-        let found = Self(all.next().expect("a machine"));
+        let mut all = Self::all(site).into_iter();
+        let found = all.next().expect("a machine");
         assert!(all.next().is_none(), "one machine");
         found
+    }
+
+    /// All of them.
+    pub fn all(site: &Site) -> Vec<Self> {
+        let folder = site.state().join("process-server/hypervisor");
+        let all = std::fs::read_dir(folder).expect("machines have a folder").flatten().map(|entry| entry.path());
+        all.filter(|path| path.is_dir()).map(Self).collect()
+    }
+
+    /// As it is called there.
+    pub fn name(&self) -> String {
+        let kept = std::fs::read(self.0.join("machine.json")).expect("it was defined");
+        let kept: serde_json::Value = serde_json::from_slice(&kept).expect("it is JSON");
+        text(&kept["machine"]["name"])
     }
 
     pub fn pid(&self) -> Option<i32> {

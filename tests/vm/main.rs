@@ -6,4 +6,6 @@
 mod drill;
 mod failback;
 mod failover;
+mod group;
+mod shutdown;
 mod stream;

@@ -9,12 +9,25 @@ use tidemark_tests::{Machine, Site, guest, tools};
 pub const ALIVE: &str = "ALIVE ";
 /// Before the number of a record that is on the disk.
 pub const SYNCED: &str = "SYNCED ";
+/// Before the number of its last record, when it was asked to shut down.
+pub const SHUT_DOWN: &str = "SHUT DOWN ";
 const FILE_SYSTEM_BYTES: u64 = 48 * MIB;
 
 /// The guest's first program.
 fn init() -> String {
     format!(
-        r#"digest() {{ echo "$1" | md5sum | cut -c1-32; }}
+        r#"# As much of a guest agent as shutting down takes, on the second serial line where there is one.
+listen() {{
+    stty -F /dev/ttyS1 raw -echo
+    while read -r line; do
+        case "$line" in
+            *guest-sync-delimited*) printf '\377{{"return": %s}}\n' "$(echo "$line" | tr -dc 0-9)" > /dev/ttyS1 ;;
+            *guest-shutdown*) touch /stop ;;
+        esac
+    done < /dev/ttyS1
+}}
+if [ -c /dev/ttyS1 ]; then listen & fi 2>/dev/null
+digest() {{ echo "$1" | md5sum | cut -c1-32; }}
 mount -t ext4 $disk /mnt || fail "mount"
 touch /mnt/chain
 last="begin"; number=0
@@ -30,6 +43,11 @@ while true; do
     echo "$last" >> /mnt/chain || fail "write of record $number"
     sync
     echo "{SYNCED}$number"
+    if [ -e /stop ]; then
+        umount /mnt || fail "umount"
+        echo "{SHUT_DOWN}$number"
+        poweroff -f
+    fi
 done
 "#
     )
@@ -79,12 +97,26 @@ fn text(path: &Path) -> String {
 
 /// Protects a disk with an empty file system at its beginning and nothing behind it.
 pub fn protect(site: &Site, name: &str, bytes: u64) -> Machine {
-    let (disk, empty) = (site.path(&format!("{name}.img")), site.path("empty"));
+    protect_with(site, name, bytes, &[])
+}
+
+/// The same on one of several hosts.
+pub fn protect_on(site: &Site, name: &str, bytes: u64, host: &str) -> Machine {
+    protect_with(site, name, bytes, &["--host", host])
+}
+
+/// Where its disk is.
+pub fn disk(site: &Site, name: &str) -> PathBuf {
+    site.path(&format!("{name}.img"))
+}
+
+fn protect_with(site: &Site, name: &str, bytes: u64, extra: &[&str]) -> Machine {
+    let (disk, empty) = (disk(site, name), site.path("empty"));
     std::fs::create_dir_all(&empty).expect("a folder can be made");
     image::make_ext4(&disk, FILE_SYSTEM_BYTES, &empty);
     let file = std::fs::File::options().write(true).open(&disk).expect("the disk is there");
     file.set_len(bytes).expect("a sparse disk costs nothing");
-    let machine = site.protect(name, &[&disk], &[]);
+    let machine = site.protect(name, &[&disk], extra);
     site.wait_protected(name);
     machine
 }

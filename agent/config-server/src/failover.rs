@@ -12,8 +12,9 @@
 //!                                  └←────────────────────── cancel ─────────────────────────────┘
 //! ```
 //!
-//! [`state`] has what is stored of it and its moves, [`start`] begins it, [`after`] is what follows; [`reprotect`] and [`failback`]
-//! are the way home. What they promise is in `host/src/master_target/FORMAT.md`.
+//! [`state`] has what is stored of it and its moves, [`start`] begins it, [`source`] is the machine where it was protected, [`after`] is what follows; [`reprotect`] and [`failback`]
+//! are the way home, [`elsewhere`] is one that is not the original, and [`taken`] one
+//! without where it ran. What they promise is in `host/src/master_target/FORMAT.md`.
 //!
 //! *Consistency.* What is to be done is durable, with raised generations, before a process server is asked: whatever else stops,
 //! the source's old generation is refused from then on. *Retries.* Each step may be repeated: the same failover is gone on
@@ -22,10 +23,13 @@
 
 pub mod after;
 pub mod drill;
+pub mod elsewhere;
 pub mod failback;
 pub mod reprotect;
+pub mod source;
 pub mod start;
 pub mod state;
+pub mod taken;
 
 use std::time::Duration;
 

@@ -17,6 +17,7 @@ use tidemark_proto::control::{
 
 use crate::core::{Core, QUICK, SETTLE, Side};
 use crate::failover::drill::refuse_drilled;
+use crate::failover::elsewhere::leave_one;
 use crate::failover::state::refuse_failed_over;
 use crate::groups;
 use crate::hub::{PeerId, unexpected};
@@ -170,6 +171,8 @@ async fn run_protect(
         listen: request.listen()?.flatten(),
         description: None,
         drills: Vec::new(),
+        left: Vec::new(),
+        ended: Vec::new(),
         failover: None,
         group: request.group.clone().filter(|group| group != NO_GROUP),
         via: request.via()?.unwrap_or_default(),
@@ -445,7 +448,20 @@ pub async fn settle_server(core: &Core, machine: &Machine) -> Result<(), Failure
 }
 
 pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<AttachedDisk>, Failure> {
-    let outcome = async {
+    let (paused, fenced) = (machine.is_source_paused(), machine.is_source_fenced());
+    let outcome = settle_agent_as(core, machine, paused, fenced).await;
+    core.settled(machine.id, Side::Agent, outcome.as_ref().err());
+    outcome
+}
+
+/// Tells the machine's host what it is to do with it.
+pub async fn settle_agent_as(
+    core: &Core,
+    machine: &Machine,
+    paused: bool,
+    fenced: bool,
+) -> Result<Vec<AttachedDisk>, Failure> {
+    async {
         let state = core.store.state();
         let server = state.servers.get(&machine.server).ok_or_else(|| {
             Failure::new(
@@ -460,9 +476,9 @@ pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<Attached
             disks: machine.disks.iter().map(MachineDisk::spec).collect(),
             policy: find_policy(&state, &machine.policy)?.replication(),
             server: Endpoint { server: machine.server, address: server.address.clone() },
-            paused: machine.is_source_paused(),
+            paused,
             listen: machine.listen,
-            fenced: machine.is_source_fenced(),
+            fenced,
             via: machine.via,
         };
         match core.agent(machine.host, &AgentCommand::Protect(Box::new(spec)), SETTLE).await? {
@@ -470,9 +486,7 @@ pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<Attached
             other => Err(unexpected(PeerId::Agent(machine.host), &other)),
         }
     }
-    .await;
-    core.settled(machine.id, Side::Agent, outcome.as_ref().err());
-    outcome
+    .await
 }
 
 /// What `protect` answers.
@@ -543,6 +557,11 @@ pub async fn settle_unprotected(core: &Core, progress: Option<&Progress>, name: 
         }
         let told = core.agent_does(machine.host, &AgentCommand::Unprotect(machine.id), SETTLE).await;
         note_let_go(core, &machine, Side::Agent, told, &mut failed)?;
+    }
+    for host in machine.left.clone() {
+        if let Err(failure) = leave_one(core, &machine, host).await {
+            failed.get_or_insert(failure);
+        }
     }
     if !server_done {
         if let Some(progress) = progress {

@@ -11,6 +11,7 @@ use tidemark_proto::control::{
     Compression, DAY_MINUTES, DiskSpec, Grid, GridStep, Network, ReplicationPolicy, Retention, Severity, Throttle,
     ThrottleRule, Via,
 };
+use uuid::Uuid;
 
 use crate::deliver::Channel;
 use crate::failover::drill::DrillNote;
@@ -241,6 +242,12 @@ pub struct Machine {
     /// How its changes are captured.
     #[serde(default)]
     pub via: Via,
+    /// Hosts that it went away from, and that were not told yet.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left: Vec<HostId>,
+    /// Failovers that came to their end while the process server was away: it ends them when it is back.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ended: Vec<Uuid>,
 }
 
 /// Machines that belong together: those that name it.

@@ -14,6 +14,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::core::{Core, Side};
 use crate::denials;
+use crate::failover::elsewhere::{leave_one, original, settle_original};
+use crate::failover::taken;
 use crate::history::News;
 use crate::hub::{Event, PeerId, Presence, kind};
 use crate::machines::{settle_agent, settle_server, settle_unprotected};
@@ -192,9 +194,12 @@ async fn settle_machine(core: &Core, peer: PeerId, moved: bool, name: &str) -> R
         };
     }
     match peer {
+        PeerId::Agent(id) if machine.host != id && machine.left.contains(&id) => leave_one(core, &machine, id).await,
+        PeerId::Agent(id) if machine.host != id => settle_original(core, &machine).await,
         PeerId::Agent(_) => settle_agent(core, &machine).await.map(drop),
         PeerId::ProcessServer(_) => {
             settle_server(core, &machine).await?;
+            taken::settle(core, &machine).await?;
             if moved {
                 // Its agent must dial the new address; when it is away it is told on coming back.
                 if let Err(failure) = settle_agent(core, &machine).await {
@@ -208,7 +213,10 @@ async fn settle_machine(core: &Core, peer: PeerId, moved: bool, name: &str) -> R
 
 fn concerns(peer: PeerId, machine: &Machine) -> bool {
     match peer {
-        PeerId::Agent(id) => machine.host == id,
+        PeerId::Agent(id) => {
+            let is_original = original(machine).is_some_and(|from| from.host == id);
+            machine.host == id || is_original || machine.left.contains(&id)
+        }
         PeerId::ProcessServer(id) => machine.server == id,
     }
 }

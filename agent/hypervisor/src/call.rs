@@ -9,7 +9,7 @@ use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
 use uuid::Uuid;
 
 use crate::drill::{Report, Sign};
-use crate::hypervisor::Power;
+use crate::hypervisor::{Power, Stopped};
 use crate::machine::Hardware;
 
 /// Longer ones are not ours.
@@ -87,6 +87,10 @@ pub enum Call {
     },
     /// Runs it again: it does not go home.
     Start(Box<FailOverCall>),
+    /// A machine on plain disks goes home: what it writes is seen again. Of any other: nothing.
+    SeeAgain {
+        failover: Uuid,
+    },
     /// Its home does not follow it any more.
     StayAway {
         failover: Uuid,
@@ -189,6 +193,37 @@ pub enum Promotion {
     Filled,
     /// The machine has its plain disks.
     Plain,
+}
+
+/// What the control plane asks of whoever runs a machine at its home ([`crate::owner`]).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwnerCall {
+    pub machine: MachineId,
+    /// Under which its owner is written down there.
+    pub name: String,
+    pub what: Asked,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Asked {
+    /// Whether it is on. Changes nothing.
+    Power,
+    /// Asks the guest to shut down. One that does not within the limit is turned off, or left on: that is refused.
+    ShutDown { limit_seconds: u64, turn_off: bool },
+    /// Of one that is on: nothing.
+    Start,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnerAnswer {
+    /// `QEMU`, `libvirt`, `scripts`. None: nobody is written down for the machine.
+    pub owner: Option<String>,
+    pub power: Power,
+    /// How it was shut down.
+    #[serde(default)]
+    pub stopped: Option<Stopped>,
 }
 
 /// How a drill went.

@@ -20,6 +20,8 @@ use crate::hypervisor::{Hypervisor, Question};
 pub const FREEZE_MAX: Duration = Duration::from_secs(10);
 const THAW_LIMIT: Duration = Duration::from_secs(5);
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
+/// How long an agent that cannot shut its guest down may take to say so.
+const SHUTDOWN_ERROR_LIMIT: Duration = Duration::from_secs(3);
 /// How often the end of a program in the guest is asked for.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -48,9 +50,12 @@ pub async fn ask(
         channel.sync().await?;
         let (command, arguments) = command_of(question);
         if *question == Question::Shutdown {
-            // It answers with its end.
+            // It answers with its end, or with an error. What it did not read yet would be lost with the connection.
             channel.send(command, &arguments).await?;
-            return Ok(Value::Null);
+            return match tokio::time::timeout(SHUTDOWN_ERROR_LIMIT, channel.answer(command)).await {
+                Ok(Err(refused @ HypervisorError::Refused { .. })) => Err(refused),
+                _ => Ok(Value::Null),
+            };
         }
         let answer = channel.command(command, &arguments).await?;
         if !matches!(question, Question::Run { .. }) {
@@ -100,6 +105,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Channel<S> {
 
     async fn command(&mut self, command: &str, arguments: &Value) -> Result<Value, HypervisorError> {
         self.send(command, arguments).await?;
+        self.answer(command).await
+    }
+
+    async fn answer(&mut self, command: &str) -> Result<Value, HypervisorError> {
         let mut answer = self.line().await?;
         if let Some(error) = answer.get("error") {
             let reason = error["desc"].as_str().unwrap_or("it gave no reason").to_owned();
@@ -210,6 +219,24 @@ mod tests {
         let (ours, theirs) = tokio::io::duplex(4096);
         tokio::spawn(agent(theirs, |_| Some(json!({ "return": {} }))));
         assert_eq!(ask(ours, &Question::Ping, Duration::from_secs(5)).await.unwrap(), json!({}));
+    }
+
+    #[tokio::test]
+    async fn a_shutdown_is_read_to_its_end_before_the_connection_goes_and_its_refusal_is_heard() {
+        let (ours, theirs) = tokio::io::duplex(16);
+        let (tell, told) = oneshot::channel();
+        let mut tell = Some(tell);
+        // It reads a little at a time, and ends.
+        tokio::spawn(agent(theirs, move |question| {
+            assert_eq!(question["execute"], "guest-shutdown");
+            tell.take().map(|tell| tell.send(())).and(None)
+        }));
+        ask(ours, &Question::Shutdown, Duration::from_secs(60)).await.unwrap();
+        told.await.unwrap();
+        let (ours, theirs) = tokio::io::duplex(4096);
+        tokio::spawn(agent(theirs, |_| Some(json!({ "error": { "desc": "not allowed" } }))));
+        let refused = ask(ours, &Question::Shutdown, Duration::from_secs(60)).await.unwrap_err();
+        assert!(refused.to_string().contains("not allowed"), "{refused}");
     }
 
     #[tokio::test]

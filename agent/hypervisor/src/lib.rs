@@ -13,6 +13,7 @@
 //! * [`hypervisor`]: the trait, and what its answers look like.
 //! * [`guest`]: the guest agent's protocol: ping, freeze with a limit, thaw, exec, shutdown.
 //! * [`call`]: what the control plane asks, as it goes over the wire.
+//! * [`owner`]: who runs a machine at its home, and shuts it down before a planned failover.
 //! * [`drill`]: boot a served point in isolation, wait for a sign of life, keep the evidence, clean up.
 //!
 //! A machine is known by its id, which we make; its name is for people and becomes no path. Where its disks are is a
@@ -32,6 +33,7 @@ pub mod guest;
 pub mod hypervisor;
 pub mod libvirt;
 pub mod machine;
+pub mod owner;
 pub mod qemu;
 pub mod run;
 pub mod scripts;

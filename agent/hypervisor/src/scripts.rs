@@ -2,8 +2,9 @@
 //!
 //! A program is called by its verb's name (`define`, `start`, `stop`, `delete`, `power`, `inventory`, `networks`), gets one
 //! JSON document on its input and may answer with one on its output. Exit 0 is done; anything else failed, and what it wrote
-//! to its error output says why. They are installed by an administrator: a program that others than root and this user may
-//! change is not run, and nothing that came over the network names one.
+//! to its error output says why. `stop` is told `shutdown_seconds`, and with `"turn_off": false` it only asks the guest; it answers
+//! `{"stopped": …}` with `was_off`, `by_guest`, `turned_off` or `no`. They are installed by an administrator: a program that others
+//! than root and this user may change is not run, and nothing that came over the network names one.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -61,6 +62,19 @@ impl Scripts {
                 reason: error.to_string(),
             }),
         }
+    }
+}
+
+impl Scripts {
+    /// Asks the guest to shut down, and turns nothing off. `None`: it is still on, as far as the program says.
+    pub async fn shut_down(&self, id: Uuid, limit: Duration) -> Result<Option<Stopped>> {
+        let input = json!({ "id": id, "shutdown_seconds": limit.as_secs_f64(), "turn_off": false });
+        let answer = self.call("stop", input).await?;
+        Ok(match answer["stopped"].as_str() {
+            Some("was_off") => Some(Stopped::WasOff),
+            Some("by_guest") => Some(Stopped::ByGuest),
+            _ => None,
+        })
     }
 }
 

@@ -639,9 +639,19 @@ pub enum FailoverVerb {
     },
     /// Ends a machine's test failovers; what they wrote is gone.
     Cleanup(MachineArgs),
-    /// Keeps the workload from its disks, sends the last changes, and runs the machine where its replica is. Nothing is lost.
-    /// Shut the workload down first: what it holds in memory is not on its disks.
-    Planned(StartArgs),
+    /// Shuts the machine down, keeps it from its disks, sends the last changes, and runs it where its replica is. Nothing is lost.
+    /// Where its host has nothing in `owner.d/NAME` that says who runs it, shut it down yourself first: what it holds in memory is
+    /// not on its disks.
+    Planned {
+        #[command(flatten)]
+        start: StartArgs,
+        /// What its guest may take to shut down. [default: 300]
+        #[arg(long, value_name = "SECONDS", conflicts_with = "disks_only")]
+        shutdown_limit: Option<u64>,
+        /// Turn it off when it did not shut down by then; without this nothing is begun.
+        #[arg(long, conflicts_with = "disks_only")]
+        turn_off: bool,
+    },
     /// Runs a machine from a point, where its replica is; its source is refused from then on.
     Unplanned {
         /// `lowest-rpo` (the last consistent state that arrived), an id, `latest`, `latest-app`, or a time.
@@ -694,9 +704,13 @@ pub struct ReprotectArgs {
     /// one that is recommended.
     #[arg(long, value_parser = ["delta", "compare", "full"])]
     pub method: Option<String>,
-    /// The host that it goes home to; without it the one that it came from.
+    /// The host that it goes home to; without it the one that it came from. At another one new disks are made, and everything
+    /// crosses.
     #[arg(long, value_name = "HOST")]
     pub to: Option<String>,
+    /// A folder of that host where new disks are made; without it the one of the original disks.
+    #[arg(long, value_name = "FOLDER")]
+    pub store: Option<String>,
     /// The process server that it runs at.
     #[arg(long, value_name = "SERVER")]
     pub process_server: Option<String>,
@@ -727,6 +741,9 @@ pub struct FailbackArgs {
     /// Shut it down first and bring everything, without comparing.
     #[arg(long, conflicts_with = "minimise_downtime")]
     pub full_download: bool,
+    /// Where it runs is lost: go on at home with what is there. What home does not have yet is lost.
+    #[arg(long, conflicts_with_all = ["minimise_downtime", "full_download"])]
+    pub unplanned: bool,
     /// The host that it goes home to; without it the one that it was reprotected to.
     #[arg(long, value_name = "HOST")]
     pub to: Option<String>,

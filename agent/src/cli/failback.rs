@@ -19,7 +19,8 @@ pub async fn reprotect(client: &Client, args: ReprotectArgs, output: &Output) ->
         return Ok(());
     }
     let name = args.name.unwrap_or_default();
-    let request = json!({ "method": args.method, "to": args.to, "process_server": args.process_server, "check_only": args.check });
+    let request = json!({ "method": args.method, "to": args.to, "store": args.store,
+        "process_server": args.process_server, "check_only": args.check });
     let Some(result) = finish(client, &name, "reprotect", &request, &args.wait, output).await? else { return Ok(()) };
     if args.check {
         let recommended = text(&result, "/recommended");
@@ -55,7 +56,7 @@ pub async fn failback(client: &Client, args: FailbackArgs, output: &Output) -> R
     }
     let name = args.name.unwrap_or_default();
     let request = json!({ "minimise_downtime": args.minimise_downtime, "full_download": args.full_download,
-        "to": args.to, "shutdown_limit_seconds": args.shutdown_limit });
+        "unplanned": args.unplanned, "to": args.to, "shutdown_limit_seconds": args.shutdown_limit });
     let Some(result) = finish(client, &name, "failback", &request, &args.wait, output).await? else { return Ok(()) };
     if result["ready"] == true {
         output.line(&format!("its home disks are {} bytes behind", text(&result, "/behind_bytes")))?;
@@ -68,6 +69,10 @@ fn home(name: &str, result: &serde_json::Value, output: &Output) -> Result<(), C
     output.line("it is home: its workload opens its disks at")?;
     for disk in result["disks"].as_array().into_iter().flatten() {
         output.line(&format!("  disk {}: {}", text(disk, "/path"), text(disk, "/attach/nbd")))?;
+    }
+    if result["consistent_at"].is_string() {
+        let (seconds, at) = (seconds(&result["lost_seconds"]), text(result, "/consistent_at"));
+        output.line(&format!("it is as it was at {at}: what it wrote in the {seconds} s since then is lost"))?;
     }
     if result["downtime_seconds"].is_number() {
         let (delta, stop) = (seconds(&result["delta_seconds"]), seconds(&result["stop_seconds"]));

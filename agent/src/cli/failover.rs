@@ -141,8 +141,13 @@ pub async fn run(client: &Client, verb: FailoverVerb, output: &Output) -> Result
             }
             Ok(output.line(&format!("{} test failovers were ended", text(&result, "/ended")))?)
         }
-        FailoverVerb::Planned(args) => start(client, "planned", args, None, output).await,
-        FailoverVerb::Unplanned { point, start: args } => start(client, "unplanned", args, Some(point), output).await,
+        FailoverVerb::Planned { start: args, shutdown_limit, turn_off } => {
+            let how = json!({ "shutdown_limit_seconds": shutdown_limit, "turn_off": turn_off });
+            start(client, "planned", args, how, output).await
+        }
+        FailoverVerb::Unplanned { point, start: args } => {
+            start(client, "unplanned", args, json!({ "point": point }), output).await
+        }
         FailoverVerb::Show { name } => {
             shown(&client.get(&format!("/machines/{}/failover", escape(&name))).await?, output)
         }
@@ -227,10 +232,11 @@ async fn start(
     client: &Client,
     how: &str,
     args: StartArgs,
-    point: Option<String>,
+    mut request: Value,
     output: &Output,
 ) -> Result<(), CliError> {
-    let request = json!({ "point": point, "disks_only": args.disks_only, "check_only": args.check });
+    request["disks_only"] = json!(args.disks_only);
+    request["check_only"] = json!(args.check);
     let Some(result) = finish(client, &args.name, &format!("failover/{how}"), &request, &args.wait, output).await?
     else {
         return Ok(());
@@ -243,8 +249,9 @@ async fn start(
         Some(at) => format!("{lost}, and what the source wrote since it was last seen {at}"),
     })?;
     if args.check {
-        return Ok(());
+        return source(&result, "the machine at the source is", "/source/power", output);
     }
+    source(&result, "the machine at the source was shut down:", "/source/stopped", output)?;
     if result["rto_seconds"].is_number() {
         output.line(&format!("first instruction after {} s", seconds(&result["rto_seconds"])))?;
     }
@@ -254,6 +261,13 @@ async fn start(
         args.name
     ))?;
     Ok(())
+}
+
+fn source(result: &Value, said: &str, at: &str, output: &Output) -> Result<(), CliError> {
+    match result["source"]["owner"].as_str() {
+        Some(owner) => Ok(output.line(&format!("{said} {} ({owner})", text(result, at)))?),
+        None => Ok(()),
+    }
 }
 
 fn disks(result: &Value, output: &Output) -> Result<(), CliError> {

@@ -18,12 +18,15 @@ use tokio_util::sync::CancellationToken;
 use super::link::{self, Command, Handler, not_mine};
 use super::metrics::{self, Figures, Sheet};
 use super::outbox::Draft;
+use super::owner::Owners;
 use super::place::Place;
 use super::quiet::Applications;
 use super::{RoleError, boot_id, host_name};
 
 /// A folder for each machine, with what makes its applications quiet.
 const FREEZE_FOLDER: &str = "freeze.d";
+/// A folder for each machine, with who runs it.
+const OWNER_FOLDER: &str = "owner.d";
 /// A folder for each machine on its way home.
 const TARGET_FOLDER: &str = "master-target";
 
@@ -63,7 +66,8 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
     // Events of before this process began are in the outbox or lost.
     let heard = Mutex::new(host.events().subscribe(0));
     let denied = Denied::open(place.identity.clone(), place.storage());
-    let handler = Arc::new(AgentHandler { id, host: host.clone(), targets: targets.clone(), heard, denied });
+    let owners = Owners::new(place.state.join(OWNER_FOLDER));
+    let handler = Arc::new(AgentHandler { id, host: host.clone(), targets: targets.clone(), owners, heard, denied });
     if let Some(listen) = place.metrics {
         metrics::serve(listen, handler.clone(), stop.clone()).await?;
     }
@@ -91,6 +95,7 @@ struct AgentHandler {
     id: HostId,
     host: Arc<Host>,
     targets: Arc<MasterTargets>,
+    owners: Owners,
     heard: Mutex<Subscriber>,
     denied: Arc<Denied>,
 }
@@ -156,6 +161,9 @@ impl Handler for AgentHandler {
             let targets = self.targets.clone();
             let answer = tokio::task::spawn_blocking(move || targets.execute(&call)).await;
             return answer.unwrap_or_else(|error| Err(abrupt(&error))).map(Reply::MasterTarget);
+        }
+        if let AgentCommand::Owner(call) = command {
+            return self.owners.execute(&call).await.map(Reply::Owner);
         }
         let host = self.host.clone();
         blocking(move || execute(&host, command)).await
@@ -250,7 +258,7 @@ fn execute(host: &Host, command: AgentCommand) -> Result<Reply, HostError> {
         AgentCommand::HoldGroup(request) => host.hold_group(&request).map(|()| Reply::Done),
         AgentCommand::ReleaseGroup { round, verdict } => host.release_group(round, verdict).map(Reply::GroupReleased),
         // Taken before: they are not the host's.
-        AgentCommand::Deny(_) | AgentCommand::MasterTarget(_) => Ok(Reply::Done),
+        AgentCommand::Deny(_) | AgentCommand::MasterTarget(_) | AgentCommand::Owner(_) => Ok(Reply::Done),
     }
 }
 

@@ -149,6 +149,7 @@ impl Machines {
                 self.stop_machine(failover, Duration::from_secs(limit_seconds)).await
             }
             Call::Start(call) => self.start_machine(*call, began).await,
+            Call::SeeAgain { failover } => self.see_again(failover).await,
             Call::StayAway { failover } => self.server.stay_away(failover).await.map(|()| "{}".to_owned()),
             Call::Return { failover } => self.return_home(failover).await.map(|()| "{}".to_owned()),
             Call::Check | Call::Drill(_) | Call::EndDrill { .. } | Call::Loss { .. } | Call::Failover { .. } => {
@@ -271,7 +272,7 @@ fn places(call: &DrillCall, serving: &Serving) -> Result<Vec<Place>, Failure> {
     call.disks.iter().map(|disk| place(*disk)).collect()
 }
 
-fn failed(error: HypervisorError) -> Failure {
+pub(super) fn failed(error: HypervisorError) -> Failure {
     let kind = match &error {
         HypervisorError::Unreachable { .. } | HypervisorError::Missing { .. } => FailureKind::Unavailable,
         HypervisorError::Unknown { .. } => FailureKind::NotFound,

@@ -8,6 +8,7 @@ pub mod machines;
 pub mod metrics;
 pub mod notify;
 pub mod outbox;
+pub mod owner;
 pub mod place;
 pub mod process_server;
 pub mod quiet;

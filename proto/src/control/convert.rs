@@ -266,6 +266,7 @@ impl From<&AgentCommand> for wire::AgentCommand {
                 .into(),
             }),
             AgentCommand::MasterTarget(call) => Body::MasterTarget(wire::TargetCall { call: call.clone() }),
+            AgentCommand::Owner(call) => Body::Owner(wire::OwnerCall { call: call.clone() }),
         };
         wire::AgentCommand { body: Some(body) }
     }
@@ -312,6 +313,7 @@ impl TryFrom<wire::AgentCommand> for AgentCommand {
                 },
             },
             Body::MasterTarget(of) => AgentCommand::MasterTarget(named(of.call, "call")?),
+            Body::Owner(of) => AgentCommand::Owner(named(of.call, "call")?),
         })
     }
 }
@@ -821,6 +823,7 @@ pub fn reply_to(request: u64, outcome: &Result<Reply, Failure>) -> wire::Reply {
                 .collect(),
         }),
         Ok(Reply::MasterTarget(answer)) => Body::MasterTarget(wire::TargetAnswer { answer: answer.clone() }),
+        Ok(Reply::Owner(answer)) => Body::Owner(wire::OwnerAnswer { answer: answer.clone() }),
     };
     wire::Reply { request, body: Some(body) }
 }
@@ -871,6 +874,7 @@ impl TryFrom<wire::Reply> for (u64, Result<Reply, Failure>) {
                 })?,
             }),
             Body::MasterTarget(of) => Reply::MasterTarget(named(of.answer, "answer")?),
+            Body::Owner(of) => Reply::Owner(named(of.answer, "answer")?),
         };
         Ok((from.request, Ok(reply)))
     }
@@ -1272,6 +1276,7 @@ mod tests {
             AgentCommand::ReleaseGroup { round: MarkId::random(), verdict: Verdict::Plain },
             AgentCommand::ReleaseGroup { round: MarkId::random(), verdict: Verdict::Nothing },
             AgentCommand::MasterTarget("{}".into()),
+            AgentCommand::Owner("{}".into()),
         ] {
             assert_eq!(AgentCommand::try_from(wire::AgentCommand::from(&command)), Ok(command));
         }
@@ -1376,6 +1381,7 @@ mod tests {
                 ],
             })),
             Ok(Reply::MasterTarget("{}".into())),
+            Ok(Reply::Owner("{}".into())),
             Ok(Reply::Attached(vec![attached])),
             Ok(Reply::Marked { mark: point.id, time: Timestamp(1) }),
             Ok(Reply::Points(vec![point.clone()])),

@@ -105,6 +105,8 @@ pub enum AgentCommand {
     },
     /// What is asked of the master target: JSON, whose types are those of [`crate::failback`].
     MasterTarget(String),
+    /// What is asked of whoever runs a machine at its home: JSON, whose types are those of `tidemark_hypervisor::call`.
+    Owner(String),
 }
 
 /// A barrier over machines of a group: the part of one host.
@@ -477,6 +479,8 @@ pub enum Reply {
     GroupReleased(GroupReleased),
     /// The answer to [`AgentCommand::MasterTarget`].
     MasterTarget(String),
+    /// The answer to [`AgentCommand::Owner`].
+    Owner(String),
 }
 
 impl Reply {
@@ -497,6 +501,7 @@ impl Reply {
             Reply::Hypervisor(_) => "a hypervisor's answer",
             Reply::GroupReleased(_) => "released",
             Reply::MasterTarget(_) => "a master target's answer",
+            Reply::Owner(_) => "an answer of who runs a machine",
         }
     }
 }

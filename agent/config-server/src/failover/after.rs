@@ -10,7 +10,7 @@ use tidemark_proto::control::{Failure, FailureKind};
 
 use super::start::{call, note, settle_source};
 use super::state::{self, Failover, Phase};
-use super::{ask, failback, not_understood, reprotect};
+use super::{ask, elsewhere, failback, not_understood, reprotect, source};
 use crate::core::{Core, SETTLE};
 use crate::jobs::Job;
 use crate::machines::{settle_unprotected, vanished};
@@ -116,8 +116,13 @@ pub fn cancel(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
         progress.step("let the source go on");
         let told = settle_source(&core, &machine).await;
         note(&core, &name, "goes on at its source: the failover was cancelled");
+        let started = match told.is_ok() && failover.source_stopped {
+            true => source::start_again(&core, &progress, &machine).await,
+            false => Value::Null,
+        };
         let waiting = told.err().map(|failure| format!("{}; it goes on when it can be told", failure.message));
-        Ok(json!({ "machine": name, "source": if waiting.is_none() { "goes on" } else { "is away" }, "waiting": waiting }))
+        Ok(json!({ "machine": name, "source": if waiting.is_none() { "goes on" } else { "is away" }, "waiting": waiting,
+            "started": started }))
     })
 }
 
@@ -126,11 +131,16 @@ pub fn commit(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
     state::find(&core.machine(name)?)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("commit", Some(&name.clone()), |progress| async move {
-        let _lock = core.lock(&name).await;
+        let lock = core.lock(&name).await;
         let machine = core.machine(&name)?;
         let failover = state::find(&machine)?;
         if matches!(failover.phase, Phase::FailedBack | Phase::Landing) {
-            return failback::land(&core, &progress, &machine, &failover).await;
+            let landed = failback::land(&core, &progress, &machine, &failover).await?;
+            drop(lock);
+            if failover.home.as_ref().is_some_and(|home| home.from.is_some()) && landed["waiting"].is_null() {
+                elsewhere::settle_in(&core, &progress, &name).await?;
+            }
+            return Ok(landed);
         }
         if failover.phase == Phase::FailingBack {
             let message = format!("machine {name:?} is failing back: there is nothing to commit yet");

@@ -21,10 +21,10 @@ use tidemark_hypervisor::call::Call;
 use tidemark_proto::control::{AttachedDisk, Failure, FailureKind};
 use tidemark_proto::failback::{Method, Stage, TargetCall, TargetReport};
 
-use super::ask;
 use super::reprotect::{self, bring, follow, wait_for_agent};
 use super::start::{call as machine_call, note, settle_source};
 use super::state::{self, Failover, Home, Phase};
+use super::{ask, elsewhere, source, taken};
 use crate::core::{Core, SETTLE};
 use crate::jobs::{Job, Progress};
 use crate::machines::{protected, settle_agent, vanished};
@@ -42,6 +42,8 @@ pub struct FailbackRequest {
     pub minimise_downtime: bool,
     /// Shuts it down first, and brings everything, without comparing.
     pub full_download: bool,
+    /// Where it runs is lost: home goes on as its disks are, and what they do not have yet is lost.
+    pub unplanned: bool,
     /// The host that it goes home to; absent: the one that it was reprotected to.
     pub to: Option<String>,
     /// What the guest may take to shut down, in seconds; then it is turned off. Absent: 300.
@@ -63,7 +65,9 @@ pub fn start(core: &Arc<Core>, name: &str, request: FailbackRequest) -> Result<J
         ));
     }
     let machine = core.machine(name)?;
-    refuse_unready(name, &state::find(&machine)?)?;
+    if !request.unplanned {
+        refuse_unready(name, &state::find(&machine)?)?;
+    }
     shutdown_limit(request.shutdown_limit_seconds)?;
     if let Some(to) = &request.to {
         let state = core.store.state();
@@ -76,12 +80,20 @@ pub fn start(core: &Arc<Core>, name: &str, request: FailbackRequest) -> Result<J
         }
     }
     let (core, name) = (core.clone(), name.to_owned());
+    if request.unplanned {
+        if request.minimise_downtime || request.full_download {
+            return Err(bad_request("nothing crosses from where it ran", "name --unplanned alone"));
+        }
+        return core.jobs.clone().start("failback_unplanned", Some(&name.clone()), |progress| async move {
+            taken::run(&core, &progress, &name).await
+        });
+    }
     core.jobs
         .clone()
         .start("failback", Some(&name.clone()), |progress| async move { run(&core, &progress, &name, request).await })
 }
 
-fn shutdown_limit(seconds: Option<u64>) -> Result<Duration, Failure> {
+pub fn shutdown_limit(seconds: Option<u64>) -> Result<Duration, Failure> {
     let seconds = seconds.unwrap_or(SHUTDOWN_SECONDS);
     if !(1..=SHUTDOWN_SECONDS_MAX).contains(&seconds) {
         return Err(bad_request(
@@ -202,7 +214,7 @@ async fn complete_run(
 }
 
 /// It is home: its workload may open its disks.
-async fn hand_over(
+pub async fn hand_over(
     core: &Core,
     progress: &Progress,
     machine: &Machine,
@@ -214,6 +226,9 @@ async fn hand_over(
     reprotect::call(core, machine, &TargetCall::LetGo { machine: machine.id, failover: failover.id }).await?;
     let attached: Vec<AttachedDisk> = settle_agent(core, machine).await?;
     let mut result = protected(machine, &attached);
+    if !failover.disks_only {
+        result["source"] = source::start_again(core, progress, machine).await;
+    }
     if let Some((began, stopped, delta)) = took {
         note(core, &machine.name, "failed back: it is home");
         result["downtime_seconds"] = json!(began.elapsed().as_secs_f64());
@@ -285,8 +300,16 @@ async fn leave(core: &Core, progress: &Progress, machine: &Machine, failover: &F
     reprotect::report(core, machine).await?;
     let began = core.clock.wall_now();
     let machine = state::advance(core, name, failover.id, Phase::Reprotecting, |failover| {
-        failover.home = Some(Home { method: Method::Delta, began, keeps: true, kept: None });
+        let from = failover.home.take().and_then(|home| home.from);
+        failover.home = Some(Home { method: Method::Delta, began, keeps: true, kept: None, taken: false, from });
     })?;
+    if !failover.disks_only {
+        // Its disks are taken from it whatever it does.
+        let limit = shutdown_limit(None)?;
+        if let Err(failure) = source::shut_down(core, progress, &machine, limit, true).await {
+            tracing::warn!(machine = name, %failure, "the machine at home cannot be shut down; its disks are closed");
+        }
+    }
     settle_agent(core, &machine).await?;
     progress.step("let it go on where it ran");
     let start = Call::Start(Box::new(machine_call(&machine, failover, "latest".to_owned())));
@@ -300,12 +323,25 @@ pub async fn land(core: &Core, progress: &Progress, machine: &Machine, failover:
     let name = &machine.name;
     state::advance(core, name, failover.id, Phase::Landing, |_| {})?;
     progress.step("delete what it had elsewhere");
-    ask(core, machine, &Call::Return { failover: failover.id }, SETTLE).await?;
+    let is_taken = failover.home.as_ref().is_some_and(|home| home.taken);
+    let gone = match is_taken {
+        true => taken::end(core, machine, failover.id).await,
+        false => ask(core, machine, &Call::Return { failover: failover.id }, SETTLE).await.map(drop),
+    };
+    let waits = match gone {
+        Err(failure) if is_taken && matches!(failure.kind, FailureKind::Unavailable | FailureKind::TimedOut) => true,
+        other => other.map(|()| false)?,
+    };
     let machine = core.store.change(|state| {
         let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
+        // The disks that it left are nobody's from now on.
+        let left = elsewhere::original(machine).map(|from| from.host);
+        machine.left.extend(left);
         machine.failover = None;
+        machine.ended.extend(waits.then_some(failover.id));
         Ok(machine.clone())
     })?;
+    elsewhere::leave(core, &machine).await;
     progress.step("let replication from home go on");
     let told = settle_source(core, &machine).await;
     note(core, name, "is home: the failback was committed");

@@ -19,7 +19,9 @@ use tidemark_base::{Clock, HostId, MarkId};
 use tidemark_hypervisor::call::{Call, Difference, decode};
 use tidemark_proto::control::{AgentCommand, Failure, FailureKind, Reply, Selector, ServerCommand};
 use tidemark_proto::failback::{Method, NewDisk, Stage, TargetCall, TargetReport};
+use tokio::sync::OwnedMutexGuard;
 
+use super::elsewhere;
 use super::start::{note, send_all};
 use super::state::{self, Failover, Home, Phase};
 use super::{ask, not_understood};
@@ -42,8 +44,10 @@ const AGENT_LIMIT: Duration = Duration::from_secs(3600);
 pub struct ReprotectRequest {
     /// `delta`, `compare` or `full`; absent: the one that is recommended.
     pub method: Option<String>,
-    /// The host that it goes home to; absent: the one that it came from.
+    /// The host that it goes home to; absent: the one that it came from. At another one new disks are made.
     pub to: Option<String>,
+    /// A folder of that host where new disks are made; absent: where the original ones are.
+    pub store: Option<String>,
     /// The process server that it runs at; absent: that one.
     pub process_server: Option<String>,
     /// Says what is in the way and what is recommended, and does nothing.
@@ -96,7 +100,8 @@ async fn run(
     let machine = core.machine(name)?;
     let failover = state::find(&machine)?;
     refuse_phase(name, &failover)?;
-    refuse_places(core, &machine, &request)?;
+    refuse_server(core, &machine, &request)?;
+    let place = elsewhere::wanted(core, &machine, &request)?;
     if failover.phase == Phase::Reprotected {
         return Ok(shown(name, &failover, &report(core, &machine).await?, None));
     }
@@ -105,19 +110,23 @@ async fn run(
     let difference: Difference = decode(&answer).map_err(not_understood)?;
     let recommended = recommend(&difference);
     if !request.check_only {
-        wait_for_agent(core, progress, machine.host).await?;
+        wait_for_agent(core, progress, place.as_ref().map_or(machine.host, |place| place.host)).await?;
     }
     let lock = core.lock(name).await;
     let machine = core.machine(name)?;
     let failover = state::find(&machine)?;
     refuse_phase(name, &failover)?;
+    let place = elsewhere::wanted(core, &machine, &request)?;
+    if let Some(place) = place {
+        return to_new_disks(core, progress, lock, (&machine, &failover), method, &place, request.check_only).await;
+    }
     settle_server(core, &machine).await?;
     let may_make = method == Some(Method::Full) && failover.home.is_none() && !request.check_only;
     let is_new = match settle_agent(core, &machine).await {
         Ok(_) => false,
         Err(failure) if failure.kind == FailureKind::NotFound && may_make => {
             progress.step("make new disks");
-            let new = |disk: &MachineDisk| NewDisk { path: disk.path.clone(), bytes: disk.bytes };
+            let new = |disk: &MachineDisk| NewDisk { path: disk.path.clone(), bytes: disk.bytes, fresh: false };
             let make = TargetCall::Make { disks: machine.disks.iter().map(new).collect() };
             call(core, &machine, &make).await?;
             settle_agent(core, &machine).await?;
@@ -149,19 +158,12 @@ async fn run(
     // One that was begun is gone on with, by its own method.
     let began = core.clock.wall_now();
     let machine = state::advance(core, name, failover.id, Phase::Reprotecting, |failover| {
-        failover.home.get_or_insert(Home { method: wanted, began, keeps, kept: None });
+        failover.home.get_or_insert(Home { method: wanted, began, keeps, kept: None, taken: false, from: None });
     })?;
     note(core, name, &format!("is being reprotected by {}: {why}", wanted.name()));
     let failover = bring(core, progress, &machine).await?;
     drop(lock);
-    let report = follow(core, progress, &machine, "bring what differs home", |report| {
-        matches!(report.stage, Stage::Consistent | Stage::Finished)
-    });
-    let report = report.await?;
-    let _lock = core.lock(name).await;
-    state::advance(core, name, failover.id, Phase::Reprotected, |_| {})?;
-    note(core, name, "is reprotected: its home disks follow it");
-    Ok(shown(name, &failover, &report, Some(&recommended)))
+    arrive(core, progress, &machine, &failover, Some(&recommended)).await
 }
 
 /// What only home has is kept as a point, then the master target begins.
@@ -181,6 +183,7 @@ pub async fn bring(core: &Core, progress: &Progress, machine: &Machine) -> Resul
     // From here on home sends nothing: what is written there is the machine's own.
     settle_agent(core, &machine).await?;
     let failover = state::find(&machine)?;
+    ask(core, &machine, &Call::SeeAgain { failover: failover.id }, 2 * SETTLE).await?;
     let sync = TargetCall::Sync { machine: machine.id, failover: failover.id, method: home(&machine)?.method };
     call(core, &machine, &sync).await?;
     Ok(failover)
@@ -221,28 +224,79 @@ fn recommend(difference: &Difference) -> Recommendation {
     }
 }
 
-/// Home is where it came from, and the data comes from where it runs.
-fn refuse_places(core: &Core, machine: &Machine, request: &ReprotectRequest) -> Result<(), Failure> {
+/// The data comes from where it runs.
+fn refuse_server(core: &Core, machine: &Machine, request: &ReprotectRequest) -> Result<(), Failure> {
+    let Some(wanted) = &request.process_server else { return Ok(()) };
     let state = core.store.state();
-    if let Some(to) = &request.to {
-        let host = state.hosts.get(&machine.host).map_or("", |host| host.name.as_str());
-        if *to != host && *to != machine.host.to_string() {
-            return Err(bad_request(
-                format!("the home of machine {:?} is host {host}, not {to}", machine.name),
-                "leave --to out; to run it elsewhere, complete the migration and protect it there",
-            ));
-        }
-    }
-    if let Some(wanted) = &request.process_server {
-        let server = state.servers.get(&machine.server).map_or("", |server| server.name.as_str());
-        if *wanted != server && *wanted != machine.server.to_string() {
-            return Err(bad_request(
-                format!("machine {:?} runs at process server {server}, not at {wanted}", machine.name),
-                "leave --process-server out: what it writes is only there",
-            ));
-        }
+    let server = state.servers.get(&machine.server).map_or("", |server| server.name.as_str());
+    if *wanted != server && *wanted != machine.server.to_string() {
+        return Err(bad_request(
+            format!("machine {:?} runs at process server {server}, not at {wanted}", machine.name),
+            "leave --process-server out: what it writes is only there",
+        ));
     }
     Ok(())
+}
+
+/// Its home is another place from now on: everything crosses once, and the original disks stay as they are.
+async fn to_new_disks(
+    core: &Core,
+    progress: &Progress,
+    lock: OwnedMutexGuard<()>,
+    (machine, failover): (&Machine, &Failover),
+    method: Option<Method>,
+    place: &elsewhere::Place,
+    check_only: bool,
+) -> Result<Value, Failure> {
+    let name = &machine.name;
+    let why = "there is nothing to compare with where new disks are made".to_owned();
+    if method.is_some_and(|method| method != Method::Full) {
+        let message = format!("machine {name:?} goes home to new disks: everything crosses");
+        return Err(bad_request(message, "leave --method out, or name `full`"));
+    }
+    if !matches!(core.hub.presence(PeerId::Agent(place.host)), Presence::Connected { .. }) {
+        let host = core.store.state().host_name(place.host);
+        return Err(Failure::new(FailureKind::Unavailable, format!("host {host} is not connected"), "start its agent"));
+    }
+    let recommended = Recommendation { method: Method::Full, why };
+    if check_only {
+        return Ok(json!({ "machine": name, "recommended": recommended.method, "why": recommended.why,
+            "host": place.host, "paths": place.paths }));
+    }
+    progress.step("make new disks");
+    let home =
+        Home { method: Method::Full, began: core.clock.wall_now(), keeps: false, kept: None, taken: false, from: None };
+    let machine = elsewhere::go(core, machine, failover.id, place, home).await?;
+    let host = core.store.state().host_name(place.host);
+    note(core, name, &format!("is being reprotected to new disks at host {host}"));
+    settle_server(core, &machine).await?;
+    if let Err(failure) = elsewhere::settle_original(core, &machine).await {
+        tracing::info!(machine = name, %failure, "the host of the original disks is told when it connects");
+    }
+    settle_agent(core, &machine).await?;
+    let found = call(core, &machine, &TargetCall::Check { machine: machine.id }).await?;
+    refuse_obstacles(&found)?;
+    let failover = bring(core, progress, &machine).await?;
+    drop(lock);
+    arrive(core, progress, &machine, &failover, Some(&recommended)).await
+}
+
+/// Until the home disks follow it.
+async fn arrive(
+    core: &Core,
+    progress: &Progress,
+    machine: &Machine,
+    failover: &Failover,
+    recommended: Option<&Recommendation>,
+) -> Result<Value, Failure> {
+    let report = follow(core, progress, machine, "bring what differs home", |report| {
+        matches!(report.stage, Stage::Consistent | Stage::Finished)
+    });
+    let report = report.await?;
+    let _lock = core.lock(&machine.name).await;
+    state::advance(core, &machine.name, failover.id, Phase::Reprotected, |_| {})?;
+    note(core, &machine.name, "is reprotected: its home disks follow it");
+    Ok(shown(&machine.name, failover, &report, recommended))
 }
 
 pub fn refuse_obstacles(report: &TargetReport) -> Result<(), Failure> {
@@ -369,6 +423,15 @@ pub fn cancel(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("reprotect_cancel", Some(&name.clone()), |progress| async move {
         let machine = core.machine(&name)?;
+        let is_new = failover.home.as_ref().is_some_and(|home| home.from.is_some());
+        let is_there = matches!(core.hub.presence(PeerId::Agent(machine.host)), Presence::Connected { .. });
+        if is_new && !is_there {
+            // New disks that nobody reaches have nothing to be given back.
+            let _lock = core.lock(&name).await;
+            let failover = state::find(&core.machine(&name)?)?;
+            let machine = state::advance(&core, &name, failover.id, Phase::Withdrawing, |_| {})?;
+            return withdraw(&core, &machine, &failover, 0).await;
+        }
         wait_for_agent(&core, &progress, machine.host).await?;
         let _lock = core.lock(&name).await;
         let failover = state::find(&core.machine(&name)?)?;
@@ -386,10 +449,18 @@ pub fn cancel(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
             other => other?,
         };
         call(&core, &machine, &TargetCall::LetGo { machine: machine.id, failover: failover.id }).await?;
-        ask(&core, &machine, &Call::StayAway { failover: failover.id }, SETTLE).await?;
-        state::advance(&core, &name, failover.id, Phase::Committed, |failover| failover.home = None)?;
-        note(&core, &name, "is not reprotected: its home disks have what they had");
-        Ok(json!({ "machine": name, "given_back_bytes": report.kept_bytes,
-            "kept_point": failover.home.and_then(|home| home.kept) }))
+        withdraw(&core, &machine, &failover, report.kept_bytes).await
     })
+}
+
+async fn withdraw(core: &Core, machine: &Machine, failover: &Failover, given_back: u64) -> Result<Value, Failure> {
+    let name = &machine.name;
+    ask(core, machine, &Call::StayAway { failover: failover.id }, SETTLE).await?;
+    let new = failover.home.as_ref().is_some_and(|home| home.from.is_some()).then(|| elsewhere::Place::of(machine));
+    let machine = elsewhere::go_back(core, machine, failover).await?;
+    state::advance(core, name, failover.id, Phase::Committed, |failover| failover.home = None)?;
+    settle_server(core, &machine).await?;
+    note(core, name, "is not reprotected: its home disks have what they had");
+    Ok(json!({ "machine": name, "given_back_bytes": given_back, "left_disks": new,
+        "kept_point": failover.home.as_ref().and_then(|home| home.kept) }))
 }

@@ -1,6 +1,6 @@
 //! The beginning of a failover: what is needed, what is lost, and the machine at its new place.
 //!
-//! Planned: 1. the workload is kept from its disks, durably  2. a mark at their end  3. it is durable at the process server
+//! Planned: 0. its machine is shut down, where somebody is known to run it ([`source`])  1. the workload is kept from its disks, durably  2. a mark at their end  3. it is durable at the process server
 //! 4. both sides say the same position: nothing is lost. Both: 5. the generations are raised, durably  6. the process server
 //! refuses the old ones  7. the machine runs. What fails before 7 is undone; an answer that did not come leaves it at 7, to be
 //! asked for again or cancelled.
@@ -11,14 +11,15 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tidemark_base::{Clock, MarkId, Timestamp};
-use tidemark_hypervisor::call::{Call, FailOverCall, FailedOver, Lost, decode};
+use tidemark_hypervisor::call::{Asked, Call, FailOverCall, FailedOver, Lost, decode};
 use tidemark_proto::control::{
     AgentCommand, Consistency, Failure, FailureKind, MarkRequest, Reply, ServerCommand, Severity,
 };
 use uuid::Uuid;
 
+use super::failback::shutdown_limit;
 use super::state::{self, Failover, Kind, Loss, Phase};
-use super::{ask, no_description, not_understood};
+use super::{ask, no_description, not_understood, source};
 use crate::core::{Core, QUICK, SETTLE};
 use crate::history::News;
 use crate::hub::{PeerId, Presence, Report, unexpected};
@@ -45,6 +46,10 @@ pub struct StartRequest {
     pub disks_only: bool,
     /// Says what would be lost and what is in the way, and does nothing.
     pub check_only: bool,
+    /// Of a planned failover: what the guest at the source may take to shut down, in seconds. Absent: 300.
+    pub shutdown_limit_seconds: Option<u64>,
+    /// Turns a machine off that did not shut down by then; otherwise nothing is begun.
+    pub turn_off: bool,
 }
 
 pub fn start(core: &Arc<Core>, name: &str, kind: Kind, request: StartRequest) -> Result<Job, Failure> {
@@ -57,6 +62,13 @@ pub fn start(core: &Arc<Core>, name: &str, kind: Kind, request: StartRequest) ->
             "leave the point out, or choose it with `tidemark failover unplanned NAME --point P`",
         ));
     }
+    if kind == Kind::Unplanned && (request.shutdown_limit_seconds.is_some() || request.turn_off) {
+        return Err(bad_request(
+            "an unplanned failover shuts nothing down: its source may be gone",
+            "leave the limit out; where the source is there, fail over by plan: `tidemark failover planned NAME`",
+        ));
+    }
+    shutdown_limit(request.shutdown_limit_seconds)?;
     selector(request.point.as_deref().unwrap_or(LOWEST_RPO))?;
     if !request.disks_only && machine.description.is_none() {
         let failure = no_description(name);
@@ -106,10 +118,19 @@ async fn run(
     let direction = direction(core, &machine);
     let said = format!("{direction}; {}", said(kind, &lost, &loss));
     progress.step(said.clone());
+    let shuts_down = kind == Kind::Planned && begun.is_none() && !request.disks_only;
     if request.check_only {
+        let source = if shuts_down { Some(source::ask(core, &machine, Asked::Power, QUICK).await?) } else { None };
         return Ok(json!({ "machine": name, "direction": direction, "point": lost.point, "time": lost.time,
-            "lost_seconds": loss.seconds, "lost_bytes": loss.bytes, "source_last_seen": loss.source_last_seen }));
+            "lost_seconds": loss.seconds, "lost_bytes": loss.bytes, "source_last_seen": loss.source_last_seen,
+            "source": source }));
     }
+    let limit = shutdown_limit(request.shutdown_limit_seconds)?;
+    let shut = match shuts_down {
+        true => Some(source::shut_down(core, progress, &machine, limit, request.turn_off).await?),
+        false => None,
+    };
+    let source_stopped = shut.as_ref().is_some_and(source::was_on);
     let failover = begun.unwrap_or_else(|| Failover {
         id: Uuid::new_v4(),
         kind,
@@ -119,9 +140,10 @@ async fn run(
         point: None,
         time: None,
         lost: None,
+        source_stopped,
         home: None,
     });
-    let id = failover.id;
+    let (id, source_stopped) = (failover.id, failover.source_stopped);
     let is_new = machine.failover.is_none();
     let machine = if is_new { state::begin(core, name, failover)? } else { machine };
     let taken = take_over(core, progress, &machine, id, &point, asked).await;
@@ -137,8 +159,12 @@ async fn run(
         Err(failure) => {
             progress.step("undo");
             let machine = state::end(core, name, id)?;
-            if let Err(left) = settle_source(core, &machine).await {
-                tracing::warn!(machine = name, %left, "the source is told when it can be reached");
+            match settle_source(core, &machine).await {
+                Ok(()) if source_stopped => {
+                    source::start_again(core, progress, &machine).await;
+                }
+                Ok(()) => {}
+                Err(left) => tracing::warn!(machine = name, %left, "the source is told when it can be reached"),
             }
             return Err(failure);
         }
@@ -159,6 +185,7 @@ async fn run(
         "lost_seconds": loss.seconds,
         "lost_bytes": loss.bytes,
         "source_last_seen": loss.source_last_seen,
+        "source": shut,
         "rto_seconds": first.map(|seconds| seconds + downtime.as_secs_f64()),
         "hypervisor": answer.hypervisor,
         "power": answer.power,

@@ -6,6 +6,7 @@ use tidemark_proto::control::{Failure, FailureKind};
 use tidemark_proto::failback::Method;
 use uuid::Uuid;
 
+use super::elsewhere::Place;
 use crate::core::Core;
 use crate::machines::vanished;
 use crate::model::{Machine, Wanted};
@@ -23,6 +24,9 @@ pub struct Failover {
     pub point: Option<MarkId>,
     pub time: Option<Timestamp>,
     pub lost: Option<Loss>,
+    /// Its machine was on at the source, and was shut down for it: it is started again where the failover is taken back.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub source_stopped: bool,
     /// The way home, once somebody asked for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub home: Option<Home>,
@@ -38,6 +42,12 @@ pub struct Home {
     pub keeps: bool,
     /// The point that it became.
     pub kept: Option<MarkId>,
+    /// It went on at home without where it ran, which was lost.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub taken: bool,
+    /// Where its original disks are, when it goes home to new ones elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Place>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -204,7 +214,7 @@ pub fn end(core: &Core, name: &str, id: Uuid) -> Result<Machine, Failure> {
 }
 
 /// What the source sealed with its generation is refused from now on, wherever it is.
-fn raise(machine: &mut Machine) {
+pub fn raise(machine: &mut Machine) {
     machine.disks.iter_mut().for_each(|disk| disk.generation = Generation(disk.generation.0 + 1));
 }
 

@@ -88,7 +88,8 @@ async fn begin(core: &Arc<Core>, name: &str, asked: &Asked, check_only: bool) ->
         RunKind::Planned => (Kind::Planned, None),
         _ => (Kind::Unplanned, Some(groups::points::named(core, name, asked.point.clone()).await?)),
     };
-    start::start(core, name, kind, start::StartRequest { point, disks_only: asked.disks_only, check_only })
+    let request = start::StartRequest { point, disks_only: asked.disks_only, check_only, ..Default::default() };
+    start::start(core, name, kind, request)
 }
 
 /// Whether it could, and what would be lost; nothing is begun.

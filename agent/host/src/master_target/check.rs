@@ -80,7 +80,7 @@ pub fn make(disk: &NewDisk) -> Result<(), Failure> {
     let path = Path::new(&disk.path);
     let refuse = |message: String, help: &str| Failure::new(FailureKind::Conflict, message, help);
     if path.exists() {
-        return Ok(());
+        return if disk.fresh { refuse_filled(path, disk.bytes) } else { Ok(()) };
     }
     let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
         return Err(refuse(format!("{} is no place for a disk", disk.path), "name a file in a folder"));
@@ -96,6 +96,20 @@ pub fn make(disk: &NewDisk) -> Result<(), Failure> {
         storage.sync_folder("")
     });
     made.map_err(|error| refuse(format!("disk {} cannot be made: {error}", disk.path), "see the system's message"))
+}
+
+/// An empty file of the disk's size is what an attempt that was cut off left.
+fn refuse_filled(path: &Path, bytes: u64) -> Result<(), Failure> {
+    use std::os::unix::fs::MetadataExt;
+    let is_empty = path.metadata().is_ok_and(|of| of.is_file() && of.len() == bytes && of.blocks() == 0);
+    if is_empty {
+        return Ok(());
+    }
+    Err(Failure::new(
+        FailureKind::Conflict,
+        format!("{} is there already: no new disk is made over it", path.display()),
+        "move it away, or choose another folder with --store",
+    ))
 }
 
 /// Whatever shows the disk's content through itself, and would show nonsense when that changes below it.

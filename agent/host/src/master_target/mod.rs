@@ -68,6 +68,8 @@ struct Spool {
 enum Wanted {
     Sync,
     Finish,
+    /// As they are, without where the machine ran.
+    TakeOver,
     Undo,
 }
 
@@ -136,6 +138,7 @@ impl MasterTargets {
             TargetCall::Report { machine } => self.report(machine),
             TargetCall::Sync { machine, failover, method } => self.want(machine, failover, method, Wanted::Sync)?,
             TargetCall::Finish { machine, failover, method } => self.want(machine, failover, method, Wanted::Finish)?,
+            TargetCall::TakeOver { machine, failover } => self.take_over(machine, failover)?,
             TargetCall::Undo { machine, failover } => self.undo(machine, failover)?,
             TargetCall::LetGo { machine, failover } => self.let_go(machine, failover)?,
         };
@@ -240,6 +243,22 @@ impl MasterTargets {
             self.run(machine, folder, state)
         });
         Ok(begun.map_err(|error| state_failed(&error))?.report())
+    }
+
+    fn take_over(&self, machine: MachineId, failover: Uuid) -> Result<TargetReport, Failure> {
+        let target = self.get(machine).filter(|target| target.state().failover == failover);
+        let is_whole =
+            target.as_ref().is_some_and(|target| matches!(target.state().stage, Stage::Consistent | Stage::Finished));
+        let Some(target) = target.filter(|_| is_whole) else {
+            return Err(Failure::new(
+                FailureKind::Conflict,
+                format!("the home disks of machine {machine} do not show it at one instant"),
+                "they can be finished when where it runs is back, or be given back what they had: `tidemark reprotect cancel NAME`",
+            ));
+        };
+        target.change(|state| state.wanted = Wanted::TakeOver)?;
+        target.wake.ring();
+        Ok(target.report())
     }
 
     fn undo(&self, machine: MachineId, failover: Uuid) -> Result<TargetReport, Failure> {

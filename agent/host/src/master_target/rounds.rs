@@ -177,6 +177,10 @@ impl Worker {
             self.apply_spool(spool)?;
             return Ok(Next::Again);
         }
+        if (state.stage, state.wanted) == (Stage::Consistent, Wanted::TakeOver) {
+            self.change(|state| state.stage = Stage::Finished)?;
+            return Ok(Next::Again);
+        }
         self.round()?;
         let state = self.target.state();
         Ok(match (state.stage, state.wanted) {
@@ -234,7 +238,9 @@ impl Worker {
     }
 
     fn check_wanted(&self) -> Result<(), StepError> {
-        match self.target.wake.is_stopped() || self.target.state().stage == Stage::Undoing {
+        let state = self.target.state();
+        let is_over = state.stage == Stage::Undoing || state.wanted == Wanted::TakeOver;
+        match self.target.wake.is_stopped() || is_over {
             true => Err(StepError::Interrupted),
             false => Ok(()),
         }

@@ -35,6 +35,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 const ASK_AGAIN: Duration = Duration::from_millis(300);
 const CONSOLE_READ_MAX: u64 = 1 << 20;
 
+#[derive(Clone)]
 pub struct LibvirtSettings {
     /// `qemu:///system`, or one with a socket.
     pub uri: String,
@@ -59,7 +60,12 @@ pub struct Libvirt {
 impl Libvirt {
     pub fn open(settings: LibvirtSettings) -> Result<Self> {
         create_private_folder(&settings.folder).map_err(store("the folder of consoles"))?;
-        Ok(Self { settings, virt: OnceCell::new() })
+        Ok(Self::of_others(settings))
+    }
+
+    /// For machines of others, whose consoles are not ours: makes no folder.
+    pub fn of_others(settings: LibvirtSettings) -> Self {
+        Self { settings, virt: OnceCell::new() }
     }
 
     async fn virsh(&self, arguments: &[&str], input: &str, limit: Duration) -> Result<Output> {
@@ -105,6 +111,21 @@ impl Libvirt {
             Ok(if offered.code == 0 { "kvm" } else { "qemu" }.to_owned())
         });
         found.await.map(String::as_str)
+    }
+
+    /// The id of a domain that is known by its name, or by its id.
+    pub async fn id_of(&self, domain: &str) -> Result<Uuid> {
+        let said = self.ask(&["domuuid", "--domain", domain], "").await?;
+        said.trim().parse().map_err(|_| HypervisorError::Refused {
+            what: format!("the id of domain {domain:?}"),
+            reason: format!("libvirt says {:?}", said.trim()),
+        })
+    }
+
+    /// Asks the guest to shut down; whether it is off within the limit. Nothing is turned off.
+    pub async fn shut_down(&self, id: Uuid, limit: Duration) -> Result<bool> {
+        self.of(id, "shutdown", &[]).await?;
+        self.wait_off(id, limit).await
     }
 
     fn console_file(&self, id: Uuid) -> PathBuf {

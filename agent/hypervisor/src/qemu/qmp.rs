@@ -43,6 +43,11 @@ impl Qmp {
     pub async fn connect(folder: &Path, name: &str) -> Result<Self, HypervisorError> {
         let unreachable = |reason: String| HypervisorError::Unreachable { hypervisor: "the machine's QEMU", reason };
         let stream = connect_in(folder, name).await.map_err(|error| unreachable(error.to_string()))?;
+        Self::over(stream).await
+    }
+
+    pub async fn over(stream: UnixStream) -> Result<Self, HypervisorError> {
+        let unreachable = |reason: String| HypervisorError::Unreachable { hypervisor: "the machine's QEMU", reason };
         let (read, write) = stream.into_split();
         let mut read = BufReader::new(read);
         let mut line = Vec::new();

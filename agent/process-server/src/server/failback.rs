@@ -27,7 +27,7 @@ use uuid::Uuid;
 use super::failover::{FailoverState, unknown};
 use super::{Inner, ProcessServer, blocking, now, replica_failed, store_failed, table_failed};
 use crate::failed_over::{FailedOver, Layer, Promote, pin_of_all};
-use crate::view::scratch::{ClaimedRun, ScratchDisk};
+use crate::view::scratch::{ClaimedRun, ScratchDisk, WITNESS};
 
 /// The content of frozen blocks that the machine wrote since.
 const FROZEN: &str = "round.raw";
@@ -106,6 +106,32 @@ impl ProcessServer {
                     // They know what home does not have.
                     layers => inner.serve_to_machine(&entry, layers)?,
                 }
+            }
+            inner.failover_state(id)
+        })
+        .await
+    }
+
+    /// A machine on plain disks comes through here again, so that what it writes is seen: it goes home. Whoever runs it moves it
+    /// onto what is served then, which shows the same.
+    pub async fn see_again(&self, id: Uuid) -> Result<FailoverState, Failure> {
+        let inner = self.0.clone();
+        blocking(move || {
+            let _one = inner.failed_over.changing.lock().expect("no panic while held");
+            let entry = inner.failed_over.get(id).ok_or_else(|| unknown(id))?;
+            if entry.promote == Promote::Plain {
+                // Nobody saw what it wrote meanwhile: without the witness everything counts as written.
+                for held in &entry.disks {
+                    let folder = inner.storage.folder(&format!("{}/{}", entry.folder(), held.disk));
+                    let forgotten = match folder.exists(WITNESS) {
+                        Ok(true) => folder.remove(WITNESS).and_then(|()| folder.sync_folder("")),
+                        other => other.map(drop),
+                    };
+                    forgotten.map_err(|error| store_failed(&error))?;
+                }
+                let change = |entry: &mut FailedOver| (entry.promote, entry.captured) = (Promote::Filled, true);
+                inner.failed_over.change(id, change).map_err(table_failed)?;
+                inner.open_failover(id, &FailedOver { promote: Promote::Filled, captured: true, ..entry })?;
             }
             inner.failover_state(id)
         })

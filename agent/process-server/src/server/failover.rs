@@ -118,9 +118,6 @@ impl ProcessServer {
             let entry = inner.failed_over.get(id).ok_or_else(|| unknown(id))?;
             inner.failed_over.change(id, |entry| entry.committed = true).map_err(table_failed)?;
             inner.release(entry.machine, &pin_of_all(id))?;
-            if entry.promote == Promote::Plain {
-                inner.release(entry.machine, &entry.pin())?;
-            }
             inner.failover_state(id)
         })
         .await
@@ -181,11 +178,8 @@ impl ProcessServer {
                 }
             }
             inner.failed_over.change(id, |entry| entry.promote = Promote::Plain).map_err(table_failed)?;
-            inner.stop_serving(id, &entry)?;
-            if entry.committed {
-                inner.release(entry.machine, &entry.pin())?;
-            }
-            Ok(())
+            // Its point stays pinned until the machine lets go of its replica: it may go home. Nothing is replicated meanwhile.
+            inner.stop_serving(id, &entry)
         })
         .await
     }

@@ -35,6 +35,8 @@ const FILL_BYTES: u64 = 256 << 10;
 const FILL_HOLE_BYTES: u64 = 256 << 20;
 /// The plain image that a layer that lasts becomes.
 pub const PLAIN: &str = "disk.raw";
+/// What the machine of a layer that lasts wrote.
+pub const WITNESS: &str = "written.live";
 
 pub struct ScratchDisk {
     below: Arc<View>,
@@ -116,7 +118,7 @@ impl ScratchDisk {
         }
         disk.live = Some(live);
         let in_layer = map.to_bits(disk.below.bytes());
-        let (live, found) = Self::open_live(storage, "written.live", boot, &in_layer.to_bytes())?;
+        let (live, found) = Self::open_live(storage, WITNESS, boot, &in_layer.to_bytes())?;
         // Without a witness of this boot everything in the layer may have been written.
         capture.written = found.and_then(|bytes| Bits::from_bytes(in_layer.disk_bytes(), &bytes)).unwrap_or(in_layer);
         (capture.written_live, capture.live_at) = (Some(live), LIVE_HEADER);

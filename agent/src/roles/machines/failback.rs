@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use tidemark_hypervisor::call::{Difference, FailOverCall, encode};
 use tidemark_hypervisor::hypervisor::Power;
-use tidemark_hypervisor::{Hypervisor, HypervisorError, drill};
+use tidemark_hypervisor::{Hypervisor, HypervisorError, Place, drill};
 use tidemark_proto::control::Failure;
 use uuid::Uuid;
 
+use super::failover::{SWITCH_LIMIT, not_served};
 use super::{Machines, failed};
 
 impl Machines {
@@ -38,6 +39,32 @@ impl Machines {
         let state = self.server.start_failed_over(call.failover).await?;
         let seconds = self.run(&call, &state, began).await?;
         self.shown(state, seconds).await
+    }
+
+    /// Asked each time before home follows it: a crash may have left it on its plain disks, with its writes unseen.
+    pub(super) async fn see_again(&self, id: Uuid) -> Result<String, Failure> {
+        let state = self.server.see_again(id).await?;
+        let qemu = self.hypervisor().await?;
+        let power = match qemu.power(id).await {
+            // Whoever attached the disks has those that are served.
+            Err(HypervisorError::Unknown { .. }) => return self.shown(state, None).await,
+            other => other.map_err(failed)?,
+        };
+        let mut machine = qemu.describe(id).await.map_err(failed)?;
+        for index in 0..machine.disks.len() {
+            let Place::Raw { path } = &machine.disks[index] else { continue };
+            let Some(disk) = state.disks.iter().find(|disk| disk.plain == *path) else { continue };
+            let uri = disk.nbd.as_deref().ok_or_else(|| not_served(&state))?;
+            let place = Place::from_nbd_uri(uri).map_err(|error| failed(error.into()))?;
+            if power != Power::Off {
+                qemu.switch_disk(id, index, &place, SWITCH_LIMIT).await.map_err(failed)?;
+            }
+            machine.disks[index] = place;
+        }
+        if power == Power::Off {
+            qemu.define(&machine).await.map_err(failed)?;
+        }
+        self.shown(state, None).await
     }
 
     pub(super) async fn return_home(&self, id: Uuid) -> Result<(), Failure> {

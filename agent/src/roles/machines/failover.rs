@@ -23,7 +23,7 @@ use uuid::Uuid;
 use super::{Machines, failed};
 
 /// Nothing is copied: the plain disk shows everything already.
-const SWITCH_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const SWITCH_LIMIT: Duration = Duration::from_secs(60);
 /// How often what was left is tried again, and machines are looked after.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// Kernels that machines may be started with.
@@ -267,7 +267,7 @@ fn selector(point: &str) -> Result<Selector, Failure> {
     })
 }
 
-fn not_served(state: &FailoverState) -> Failure {
+pub(super) fn not_served(state: &FailoverState) -> Failure {
     let reason = state.problem.clone().unwrap_or_else(|| "the process server does not say why".to_owned());
     let message = format!("the disks of the failover to the point of {} are not served: {reason}", state.entry.time);
     Failure::new(FailureKind::Unavailable, message, "see the process server's log, then try again")
