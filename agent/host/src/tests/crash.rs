@@ -49,6 +49,7 @@ fn whoever_writes_to_a_detached_disk_causes_a_whole_scan() {
     drop(disk);
     let file = std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[1], 5).unwrap();
+    drop(file);
     let attached = fixture.attach();
     assert_eq!(attached.decision, Decision::ScanWhole(Why::WrittenMeanwhile));
     assert!(covers(&fixture.pending(&attached.disk), Extent::new(0, DISK_BYTES)));
@@ -258,8 +259,8 @@ fn another_writer_between_a_power_loss_and_this_boot_is_noticed() {
     drop(disk);
     let hour = 3_600_000_000_000;
     let edited = std::time::SystemTime::now() + std::time::Duration::from_nanos(hour);
-    let file = std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap();
-    file.set_times(std::fs::FileTimes::new().set_modified(edited)).unwrap();
+    let times = std::fs::FileTimes::new().set_modified(edited);
+    std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap().set_times(times).unwrap();
     reboot(&mut fixture);
     fixture.boot.started = Timestamp(fixture.boot.started.0 + 2 * hour);
     assert_eq!(fixture.attach().decision, Decision::ScanWhole(Why::WrittenMeanwhile));
@@ -277,6 +278,7 @@ fn a_consumer_that_got_records_is_not_taken_for_an_empty_one() {
     drop(disk);
     let file = std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0; 4096], 4096).unwrap();
+    drop(file);
     let attached = fixture.attach();
     assert_eq!(attached.decision, Decision::ScanWhole(Why::WrittenMeanwhile));
     let pending = attached.disk.pending_scan(fixture.server, ScanRevision(0)).unwrap();

@@ -111,8 +111,7 @@ fn disks_that_cannot_be_used_say_why() {
     let Err(HostError::Disk(error @ DiskError::InUse { .. })) = fixture.try_attach() else { panic!("attached twice") };
     assert!(!error.help().is_empty());
     drop(first);
-    let file = std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap();
-    file.set_len(1000).unwrap();
+    std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap().set_len(1000).unwrap();
     assert!(matches!(fixture.try_attach(), Err(HostError::Disk(DiskError::OddSize { bytes: 1000, .. }))));
     std::fs::remove_file(fixture.path()).unwrap();
     assert!(matches!(fixture.try_attach(), Err(HostError::Disk(DiskError::Absent { .. }))));
