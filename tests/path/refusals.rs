@@ -141,6 +141,7 @@ fn full_log_folder(test: &str) -> Option<(Site, Mounted, std::path::PathBuf)> {
     let file = std::fs::File::create(&disk).unwrap();
     // All of the disk is allocated, so that only the log runs out of room.
     file.write_all_at(&vec![1; 32 << 20], 0).unwrap();
+    drop(file);
     site.json(&["policy", "create", "roomy", "--log-limit", "8G"]);
     let machine = site.protect("web", &[&disk], &["--policy", "roomy"]);
     site.wait_protected("web");
