@@ -116,6 +116,7 @@ fn protect_with(site: &Site, name: &str, bytes: u64, extra: &[&str]) -> Machine 
     image::make_ext4(&disk, FILE_SYSTEM_BYTES, &empty);
     let file = std::fs::File::options().write(true).open(&disk).expect("the disk is there");
     file.set_len(bytes).expect("a sparse disk costs nothing");
+    drop(file);
     let machine = site.protect(name, &[&disk], extra);
     site.wait_protected(name);
     machine
