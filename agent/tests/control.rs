@@ -240,6 +240,7 @@ impl Fake {
 fn source_disk(disk: DiskId) -> SourceDisk {
     SourceDisk {
         disk,
+        server: None,
         state: SourceState::Replicating,
         mode: SourceMode::Data,
         mode_reason: String::new(),
@@ -467,6 +468,7 @@ async fn a_machine_is_protected_marked_served_and_let_go() {
     let point = site.job("/machines/web/points", json!({ "label": "x" })).await.unwrap();
     assert_eq!(point["consistency"], "crash");
     assert_eq!(client.get("/machines/web/points").await.unwrap()[0], point);
+    assert_eq!(point["process_servers"], json!(["fake-process-server"]), "who has it");
     let id = point["id"].as_str().unwrap();
     let lock = format!("/machines/web/points/{id}/lock");
     assert_eq!(client.request(hyper::Method::PUT, &lock, None).await.unwrap()["locked"], true);

@@ -3,6 +3,7 @@
 mod access;
 mod applications;
 mod compare;
+mod consumers;
 mod demo;
 mod disks;
 mod document;

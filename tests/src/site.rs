@@ -99,7 +99,18 @@ impl Site {
     /// of this name.
     #[track_caller]
     pub fn start_host(&mut self, name: &str) -> String {
-        let before = self.host_ids();
+        self.start_one_more("agent", name)
+    }
+
+    /// The same, a process server.
+    #[track_caller]
+    pub fn start_process_server(&mut self, name: &str) -> String {
+        self.start_one_more("process-server", name)
+    }
+
+    #[track_caller]
+    fn start_one_more(&mut self, role: &str, name: &str) -> String {
+        let before = self.peer_ids(role);
         let folder = self.path(name);
         for part in ["authority", "run"] {
             let private = std::os::unix::fs::DirBuilderExt::mode(std::fs::DirBuilder::new().recursive(true), 0o700)
@@ -109,26 +120,44 @@ impl Site {
         for file in std::fs::read_dir(self.state().join("authority")).expect("the site has an authority").flatten() {
             std::fs::copy(file.path(), folder.join("authority").join(file.file_name())).expect("it can be copied");
         }
-        self.start_host_again(name);
-        let new = || self.host_ids().into_iter().find(|id| !before.contains(id));
+        self.start_again(role, name);
+        let new = || self.peer_ids(role).into_iter().find(|id| !before.contains(id));
         wait::until(&format!("{name} is connected"), LIMIT, new)
     }
 
     /// Starts the agent of such a host again, and does not wait for it.
     pub fn start_host_again(&mut self, name: &str) {
+        self.start_again("agent", name);
+    }
+
+    /// The same, a process server.
+    pub fn start_process_server_again(&mut self, name: &str) {
+        self.start_again("process-server", name);
+    }
+
+    fn start_again(&mut self, role: &str, name: &str) {
         let (address, folder) = ("run/config-server.json", self.path(name));
         std::fs::copy(self.state().join(address), folder.join(address)).expect("the site's address is known");
         let mut command = Command::new(binary::tidemark());
-        command.args(["agent", "run", "--dir"]).arg(folder).stdin(Stdio::null()).stdout(Stdio::null());
+        command.args([role, "run", "--dir"]).arg(folder).stdin(Stdio::null()).stdout(Stdio::null());
         self.processes.push(Owned::start(name, command, Some(&self.path("site.log"))));
     }
 
     /// The hosts whose agents are connected.
     pub fn host_ids(&self) -> Vec<String> {
+        self.peer_ids("agent")
+    }
+
+    /// Whoever of that role is connected.
+    pub fn peer_ids(&self, role: &str) -> Vec<String> {
         let ready = self.api_address().expect("the site is up");
         let peers = crate::api::Api::connect(&ready).get("peers");
         let connected = peers["connected"].as_array().expect("it is a list");
-        connected.iter().filter(|peer| peer["role"] == "agent").map(|peer| text(&peer["id"])).collect()
+        connected
+            .iter()
+            .filter(|peer| peer["role"].as_str().is_some_and(|of| of.replace(' ', "-") == role))
+            .map(|peer| text(&peer["id"]))
+            .collect()
     }
 
     fn api_address(&self) -> Option<Value> {

@@ -55,7 +55,8 @@ fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Alert> {
                 since: now,
             };
             let told = blake3::hash(without_figures(&reason.message).as_bytes()).to_hex();
-            found.entry(format!("{}/{}/{}", machine.id, reason.kind, &told[..16])).or_insert(alert);
+            let of = reason.of.map_or_else(String::new, |server| format!("/{server}"));
+            found.entry(format!("{}/{}/{}{of}", machine.id, reason.kind, &told[..16])).or_insert(alert);
         }
     }
     if let Some(alert) = core.backups.alert(&state) {

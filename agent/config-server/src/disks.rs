@@ -63,19 +63,8 @@ async fn run_add(core: &Core, progress: &Progress, name: &str, paths: Vec<String
         ));
     }
     progress.step("check what is needed");
-    let request = ProtectRequest {
-        name: name.to_owned(),
-        disks: paths,
-        host: None,
-        process_server: None,
-        policy: None,
-        group: None,
-        listen: None,
-        via: None,
-        exclude: Vec::new(),
-        check_only: false,
-    };
-    let found = preflight(core, &request, machine.host, machine.server).await;
+    let request = ProtectRequest::again(name, paths);
+    let found = preflight(core, &request, machine.host, &[machine.server]).await;
     refuse_failing(&found.checks)?;
     if let Some(known) = found.disks.iter().find(|disk| machine.disks.iter().any(|known| known.path == disk.path)) {
         return Err(Failure::new(

@@ -12,7 +12,8 @@ use tidemark_base::{Clock, MachineId, Timestamp};
 use tidemark_proto::control::{Failure, FailureKind, PointInfo, Reply, ServerCommand};
 use utoipa::ToSchema;
 
-use crate::core::{Core, QUICK, SETTLE};
+use crate::consumers;
+use crate::core::{Core, QUICK};
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::Job;
 use crate::model::{Machine, State};
@@ -65,7 +66,7 @@ pub fn list(core: &Core) -> Vec<KeptReplica> {
     let shown = |kept: &Kept| KeptReplica {
         id: kept.machine.id,
         name: kept.machine.name.clone(),
-        process_server: state.server_name(kept.machine.server),
+        process_server: kept.machine.servers().map(|server| state.server_name(server)).collect::<Vec<_>>().join(", "),
         disks: kept
             .machine
             .disks
@@ -93,16 +94,18 @@ pub fn delete(core: &Arc<Core>, id: &str, force: bool) -> Result<Job, Failure> {
         let machine = kept.machine;
         if !force {
             progress.step("see whether a point of it is locked or served");
-            refuse_needed(&core, &machine).await?;
+            for server in machine.servers() {
+                refuse_needed(&core, &machine.clone().about(server)).await?;
+            }
         }
         progress.step("delete it at the process server");
-        let command = ServerCommand::Deauthorise { machine: machine.id, delete_replica: true };
-        match core.server_does(machine.server, &command, SETTLE).await {
-            Err(failure) if force && failure.kind == FailureKind::Unavailable => {
-                tracing::warn!(machine = machine.name, %failure, "a replica is forgotten and not deleted");
+        for server in machine.servers() {
+            match consumers::let_go(&core, &machine, server, true).await {
+                Err(failure) if force && failure.kind == FailureKind::Unavailable => {
+                    tracing::warn!(machine = machine.name, %failure, "a replica is forgotten and not deleted");
+                }
+                told => told?,
             }
-            Err(failure) if failure.kind != FailureKind::NotFound => return Err(failure),
-            _ => {}
         }
         core.store.change(|state| {
             state.kept.remove(&machine.id);

@@ -14,6 +14,7 @@ pub mod api;
 pub mod backup;
 pub mod barrier;
 mod console;
+mod consumers;
 mod core;
 mod cycles;
 pub mod database;

@@ -15,6 +15,7 @@ use tidemark_proto::control::{
     Reply, ServerCommand, Via,
 };
 
+use crate::consumers;
 use crate::core::{Core, QUICK, SETTLE, Side};
 use crate::failover::drill::refuse_drilled;
 use crate::failover::elsewhere::leave_one;
@@ -24,7 +25,7 @@ use crate::hub::{PeerId, unexpected};
 use crate::jobs::{Job, Progress};
 use crate::model::{DEFAULT_POLICY, Encryption, Machine, MachineDisk, State, Wanted};
 use crate::names::{bad_request, check_name, check_path};
-use crate::status::CLOCK_OFF_SECONDS_MAX;
+use crate::status::{self, CLOCK_OFF_SECONDS_MAX, ProcessServerStatus};
 
 /// As a request says that a machine is in no group.
 /// Between two looks at how far a resync is.
@@ -43,6 +44,10 @@ pub struct ProtectRequest {
     pub host: Option<String>,
     #[serde(default)]
     pub process_server: Option<String>,
+    /// Instead of `process_server`: all that get its changes, each with a replica of its own. The first is the one that others stand in
+    /// for.
+    #[serde(default)]
+    pub process_servers: Vec<String>,
     #[serde(default)]
     pub policy: Option<String>,
     /// The group that it comes into; absent: as before, and `none`: no group.
@@ -64,6 +69,23 @@ pub struct ProtectRequest {
 }
 
 impl ProtectRequest {
+    /// About a machine that is protected.
+    pub fn again(name: &str, disks: Vec<String>) -> Self {
+        Self {
+            name: name.to_owned(),
+            disks,
+            host: None,
+            process_server: None,
+            process_servers: Vec::new(),
+            policy: None,
+            group: None,
+            listen: None,
+            via: None,
+            exclude: Vec::new(),
+            check_only: false,
+        }
+    }
+
     fn via(&self) -> Result<Option<Via>, Failure> {
         let Some(name) = self.via.as_deref() else { return Ok(None) };
         let unknown = || {
@@ -117,15 +139,24 @@ pub fn protect(core: &Arc<Core>, mut request: ProtectRequest) -> Result<Job, Fai
     if let Some(group) = request.group.as_deref().filter(|group| *group != NO_GROUP) {
         groups::find(&state, group)?;
     }
-    let (host, server) = match state.machines.get(&request.name) {
-        // Its places are known, also while they are not connected.
-        Some(machine) if request.host.is_none() && request.process_server.is_none() => (machine.host, machine.server),
-        _ => (pick_host(core, request.host.as_deref())?, pick_server(core, request.process_server.as_deref())?),
+    if request.process_server.is_some() && !request.process_servers.is_empty() {
+        return Err(bad_request("process servers are named in two ways", "name all of them in `process_servers`"));
+    }
+    let named: Vec<&String> = request.process_server.iter().chain(&request.process_servers).collect();
+    // Its places are known, also while they are not connected.
+    let known = state.machines.get(&request.name);
+    let host = match known {
+        Some(machine) if request.host.is_none() => machine.host,
+        _ => pick_host(core, request.host.as_deref())?,
+    };
+    let servers = match known {
+        Some(machine) if named.is_empty() => machine.servers().collect(),
+        _ => consumers::pick(core, &named)?,
     };
     let (core, name) = (core.clone(), request.name.clone());
     core.jobs.clone().start("protect", Some(&name), |progress| async move {
         let _lock = core.lock(&request.name).await;
-        run_protect(&core, &progress, request, host, server).await
+        run_protect(&core, &progress, request, host, servers).await
     })
 }
 
@@ -134,10 +165,10 @@ async fn run_protect(
     progress: &Progress,
     request: ProtectRequest,
     host: HostId,
-    server: ServerId,
+    servers: Vec<ServerId>,
 ) -> Result<Value, Failure> {
     progress.step("check what is needed");
-    let Preflight { checks, disks: probed } = preflight(core, &request, host, server).await;
+    let Preflight { checks, disks: probed } = preflight(core, &request, host, &servers).await;
     if request.check_only {
         return Ok(json!({ "machine": request.name, "checks": checks }));
     }
@@ -146,13 +177,16 @@ async fn run_protect(
 
     let existing = core.store.state().machines.get(&request.name).cloned();
     if let Some(machine) = existing {
+        consumers::refuse_others(&machine, &servers)?;
         return protect_again(core, progress, &request, &paths, machine, host).await;
     }
     let machine = Machine {
         id: MachineId::random(),
         name: request.name.clone(),
         host,
-        server,
+        server: servers[0],
+        others: servers[1..].to_vec(),
+        leaving: Vec::new(),
         policy: request.policy.clone().unwrap_or_else(|| DEFAULT_POLICY.to_owned()),
         disks: probed
             .iter()
@@ -233,29 +267,32 @@ pub struct Preflight {
 }
 
 /// Looks at everything that a protection needs, and touches nothing.
-pub async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, server: ServerId) -> Preflight {
+pub async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, servers: &[ServerId]) -> Preflight {
     let mut checks = Vec::new();
     let connected = core.hub.connected();
     let present = |peer: PeerId| connected.iter().any(|(known, _)| *known == peer);
-    let (agent, keeper) = (PeerId::Agent(host), PeerId::ProcessServer(server));
-    // Asking who is away would only wait for the same answer.
-    let asked = core.agent(host, &AgentCommand::Status, QUICK).await.map(drop);
-    checks.push(Check::new("host", host.to_string(), asked));
-    let asked = core.server(server, &ServerCommand::Status, QUICK).await;
-    let encrypted = match &asked {
-        Ok(Reply::Server(report)) => Some(report.storage_encrypted),
-        _ => None,
-    };
-    checks.push(Check::new("process_server", server.to_string(), asked.map(drop)));
+    let agent = PeerId::Agent(host);
     let state = core.store.state();
     let policy = request.policy.as_deref().or(state.machines.get(&request.name).map(|known| known.policy.as_str()));
     let policy = state.policies.get(policy.unwrap_or(DEFAULT_POLICY));
-    if let Some(encrypted) = encrypted
-        && policy.is_some_and(|policy| policy.encryption == Encryption::AtRest)
-    {
-        checks.push(Check::new("encryption", server.to_string(), is_encrypted(&server.to_string(), encrypted)));
+    // Asking who is away would only wait for the same answer.
+    let asked = core.agent(host, &AgentCommand::Status, QUICK).await.map(drop);
+    checks.push(Check::new("host", host.to_string(), asked));
+    for server in servers {
+        let asked = core.server(*server, &ServerCommand::Status, QUICK).await;
+        let encrypted = match &asked {
+            Ok(Reply::Server(report)) => Some(report.storage_encrypted),
+            _ => None,
+        };
+        checks.push(Check::new("process_server", server.to_string(), asked.map(drop)));
+        if let Some(encrypted) = encrypted
+            && policy.is_some_and(|policy| policy.encryption == Encryption::AtRest)
+        {
+            checks.push(Check::new("encryption", server.to_string(), is_encrypted(&server.to_string(), encrypted)));
+        }
     }
-    for peer in [agent, keeper].into_iter().filter(|peer| present(*peer)) {
+    let peers = [agent].into_iter().chain(servers.iter().map(|server| PeerId::ProcessServer(*server)));
+    for peer in peers.filter(|peer| present(*peer)) {
         let software = core.hub.software(peer).unwrap_or_default();
         checks.push(Check::new("version", peer.to_string(), version_fits(peer, &software)));
         let ahead = core.hub.clock_ahead_seconds(peer);
@@ -430,6 +467,8 @@ pub async fn settle_protected(
     settle_agent(core, machine).await
 }
 
+/// Tells every process server of the machine. One of several that cannot be reached is told when it comes back: the others, and the
+/// source, do not wait for it.
 pub async fn settle_server(core: &Core, machine: &Machine) -> Result<(), Failure> {
     let outcome = async {
         let state = core.store.state();
@@ -440,11 +479,19 @@ pub async fn settle_server(core: &Core, machine: &Machine) -> Result<(), Failure
             disks: machine.disks.iter().map(MachineDisk::spec).collect(),
             retention: find_policy(&state, &machine.policy)?.retention(),
         };
-        core.server_does(machine.server, &ServerCommand::Authorise(grant), SETTLE).await
+        let command = ServerCommand::Authorise(grant);
+        let told = machine.servers().map(|server| core.server_does(server, &command, SETTLE));
+        let mut told = futures_util::future::join_all(told).await.into_iter();
+        let first = told.next().unwrap_or(Ok(()));
+        first.and(told.filter(|told| !matches!(told, Err(failure) if is_away(failure))).collect())
     }
     .await;
     core.settled(machine.id, Side::Server, outcome.as_ref().err());
     outcome
+}
+
+fn is_away(failure: &Failure) -> bool {
+    matches!(failure.kind, FailureKind::Unavailable | FailureKind::TimedOut)
 }
 
 pub async fn settle_agent(core: &Core, machine: &Machine) -> Result<Vec<AttachedDisk>, Failure> {
@@ -463,19 +510,23 @@ pub async fn settle_agent_as(
 ) -> Result<Vec<AttachedDisk>, Failure> {
     async {
         let state = core.store.state();
-        let server = state.servers.get(&machine.server).ok_or_else(|| {
-            Failure::new(
-                FailureKind::Unavailable,
-                format!("process server {} has never connected", machine.server),
-                "start it; the machine is attached as soon as it connects",
-            )
-        })?;
+        let endpoint = |server: ServerId| {
+            let known = state.servers.get(&server).ok_or_else(|| {
+                Failure::new(
+                    FailureKind::Unavailable,
+                    format!("process server {server} has never connected"),
+                    "start it; the machine is attached as soon as it connects",
+                )
+            })?;
+            Ok::<_, Failure>(Endpoint { server, address: known.address.clone() })
+        };
         let spec = MachineSpec {
             machine: machine.id,
             name: machine.name.clone(),
             disks: machine.disks.iter().map(MachineDisk::spec).collect(),
             policy: find_policy(&state, &machine.policy)?.replication(),
-            server: Endpoint { server: machine.server, address: server.address.clone() },
+            server: endpoint(machine.server)?,
+            others: machine.others.iter().map(|server| endpoint(*server)).collect::<Result<_, _>>()?,
             paused,
             listen: machine.listen,
             fenced,
@@ -521,7 +572,10 @@ pub fn unprotect(core: &Arc<Core>, name: &str, delete_replica: bool, force: bool
         let _lock = core.lock(&name).await;
         if delete_replica && !force {
             progress.step("see whether a point of it is locked or served");
-            crate::kept::refuse_needed(&core, &core.machine(&name)?).await?;
+            let machine = core.machine(&name)?;
+            for server in machine.servers() {
+                crate::kept::refuse_needed(&core, &machine.clone().about(server)).await?;
+            }
         }
         unprotect_and_settle(&core, Some(&progress), &name, delete_replica).await?;
         Ok(json!({ "machine": name }))
@@ -567,8 +621,14 @@ pub async fn settle_unprotected(core: &Core, progress: Option<&Progress>, name: 
         if let Some(progress) = progress {
             progress.step("close the replica at the process server");
         }
-        let command = ServerCommand::Deauthorise { machine: machine.id, delete_replica };
-        let told = core.server_does(machine.server, &command, SETTLE).await;
+        // Those that were left before are not waited for: one may be gone for good.
+        if let Err(failure) = consumers::settle_leaving(core, &machine).await {
+            tracing::warn!(machine = name, %failure, "a process server that was left does not know it");
+        }
+        let mut told = Ok(());
+        for server in machine.servers() {
+            told = told.and(consumers::let_go(core, &machine, server, delete_replica).await);
+        }
         note_let_go(core, &machine, Side::Server, told, &mut failed)?;
     }
     if let Some(failure) = failed {
@@ -653,20 +713,23 @@ pub fn resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
         let mut looks = tokio::time::interval(LOOK);
         loop {
             looks.tick().await;
-            let status = crate::status::of(&core, &name).await?;
+            let status = status::of(&core, &name).await?;
             let machine = core.machine(&name)?;
             if machine.id != id {
                 return Err(vanished());
             }
             // Else it would wait for a source that is fenced.
             refuse_failed_over(&machine)?;
-            match status.progress {
-                None if status.state == crate::status::State::Protected => {
-                    unfinished.machine = None;
-                    return Ok(json!({ "machine": name, "compare": status.compare }));
-                }
-                Some(scan) => progress.done(scan.done_bytes, scan.total_bytes),
-                None => {}
+            // One that is away beside others is compared when it comes back.
+            let there = || status.process_servers.iter().filter(|server| server.state != status::State::Disconnected);
+            let is_done =
+                |server: &ProcessServerStatus| server.progress.is_none() && server.state == status::State::Protected;
+            if there().all(is_done) && there().next().is_some() {
+                unfinished.machine = None;
+                return Ok(json!({ "machine": name, "compare": status.compare }));
+            }
+            if let Some(scan) = there().find_map(|server| server.progress) {
+                progress.done(scan.done_bytes, scan.total_bytes);
             }
         }
     })
@@ -769,7 +832,7 @@ fn pick_host(core: &Core, wanted: Option<&str>) -> Result<HostId, Failure> {
     pick("host", "--host", hosts, wanted, |id: &HostId| id.to_string())
 }
 
-fn pick_server(core: &Core, wanted: Option<&str>) -> Result<ServerId, Failure> {
+pub fn pick_server(core: &Core, wanted: Option<&str>) -> Result<ServerId, Failure> {
     let servers = core.store.state().servers.iter().map(|(id, server)| (*id, server.name.clone())).collect();
     pick("process server", "--process-server", servers, wanted, |id: &ServerId| id.to_string())
 }

@@ -220,7 +220,14 @@ pub struct Machine {
     pub id: MachineId,
     pub name: String,
     pub host: HostId,
+    /// The process server that it is about where one must be chosen: whose points are a group's, and where it runs once it failed over.
     pub server: ServerId,
+    /// Process servers that get the same changes besides.
+    #[serde(default)]
+    pub others: Vec<ServerId>,
+    /// Process servers that it feeds no longer, and that do not know it yet.
+    #[serde(default)]
+    pub leaving: Vec<Leaving>,
     pub policy: String,
     pub disks: Vec<MachineDisk>,
     pub wanted: Wanted,
@@ -248,6 +255,27 @@ pub struct Machine {
     /// Failovers that came to their end while the process server was away: it ends them when it is back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ended: Vec<Uuid>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leaving {
+    pub server: ServerId,
+    pub delete_replica: bool,
+}
+
+impl Machine {
+    /// All process servers that it feeds.
+    pub fn servers(&self) -> impl Iterator<Item = ServerId> {
+        std::iter::once(self.server).chain(self.others.iter().copied())
+    }
+
+    /// The same machine, with another one of its process servers in the first place.
+    pub fn about(mut self, server: ServerId) -> Self {
+        if let Some(other) = self.others.iter_mut().find(|other| **other == server) {
+            *other = std::mem::replace(&mut self.server, server);
+        }
+        self
+    }
 }
 
 /// Machines that belong together: those that name it.

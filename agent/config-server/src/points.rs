@@ -11,6 +11,7 @@ use tidemark_proto::control::{
     ServerCommand,
 };
 
+use crate::consumers::{self, HeldPoint};
 use crate::core::{Core, QUICK, SETTLE, WHOLE_DISK};
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::{Job, Progress};
@@ -40,6 +41,9 @@ pub struct ExportRequest {
     #[serde(default = "raw")]
     #[schema(value_type = String)]
     pub format: ImageFormat,
+    /// Where the machine has several, the one that writes; absent: one that has the point.
+    #[serde(default)]
+    pub process_server: Option<String>,
 }
 
 fn raw() -> ImageFormat {
@@ -68,8 +72,7 @@ pub fn create(core: &Arc<Core>, name: &str, request: CreateRequest) -> Result<Jo
             Reply::Marked { mark, .. } => mark,
             other => return Err(unexpected(PeerId::Agent(machine.host), &other)),
         };
-        let command = ServerCommand::WaitPoint { machine: machine.id, mark, limit: POINT_LIMIT };
-        let made = point_of(&core, &machine, &command, POINT_LIMIT + QUICK);
+        let made = consumers::wait_point(&core, &machine, mark, POINT_LIMIT);
         let point = tokio::select! {
             made = made => made?,
             never = say_what_it_waits_for(&core, &machine, &progress) => match never {},
@@ -83,8 +86,11 @@ async fn say_what_it_waits_for(core: &Core, machine: &Machine, progress: &Progre
     const STEP: &str = "wait until it is durable at the process server";
     progress.step(STEP);
     let mut said = String::new();
+    let mut looks = tokio::time::interval(LOOK_AGAIN);
+    // The first comes at once.
+    looks.tick().await;
     loop {
-        tokio::time::sleep(LOOK_AGAIN).await;
+        looks.tick().await;
         let problems = crate::status::reported(core, machine).problems;
         let Some(problem) = problems.iter().max_by_key(|problem| problem.critical) else { continue };
         // Its figures change all the time.
@@ -96,32 +102,40 @@ async fn say_what_it_waits_for(core: &Core, machine: &Machine, progress: &Progre
     }
 }
 
-pub async fn list(core: &Core, name: &str) -> Result<Vec<PointInfo>, Failure> {
-    let machine = kept::machine(core, name)?;
-    match core.server(machine.server, &ServerCommand::Points(machine.id), QUICK).await? {
-        Reply::Points(points) => Ok(points),
-        other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
-    }
+pub async fn list(core: &Core, name: &str) -> Result<Vec<HeldPoint>, Failure> {
+    consumers::points(core, &kept::machine(core, name)?).await
 }
 
 /// The point or position that `point` names.
 pub async fn resolve(core: &Core, name: &str, point: &str) -> Result<PointInfo, Failure> {
-    let machine = kept::machine(core, name)?;
-    let command = ServerCommand::Resolve { machine: machine.id, point: selector(point)? };
+    let point = selector(point)?;
+    let machine = consumers::at(core, kept::machine(core, name)?, None, &point).await?;
+    let command = ServerCommand::Resolve { machine: machine.id, point };
     point_of(core, &machine, &command, QUICK).await
 }
 
+/// Everywhere where it is, as far as one can be asked.
 pub async fn lock(core: &Core, name: &str, point: &str, locked: bool) -> Result<PointInfo, Failure> {
-    let machine = kept::machine(core, name)?;
-    let command = ServerCommand::Lock { machine: machine.id, point: selector(point)?, locked };
-    point_of(core, &machine, &command, QUICK).await
+    let point = selector(point)?;
+    let machine = consumers::at(core, kept::machine(core, name)?, None, &point).await?;
+    let command = ServerCommand::Lock { machine: machine.id, point, locked };
+    let info = point_of(core, &machine, &command, QUICK).await?;
+    let command = ServerCommand::Lock { machine: machine.id, point: Selector::Point(info.id), locked };
+    for other in &machine.others {
+        if let Err(failure) = point_of(core, &machine.clone().about(*other), &command, QUICK).await {
+            tracing::info!(machine = name, process_server = %other, %failure, "a point is not locked or unlocked there");
+        }
+    }
+    Ok(info)
 }
 
 pub fn verify(core: &Arc<Core>, name: &str, point: &str) -> Result<Job, Failure> {
     let machine = kept::machine(core, name)?;
-    let command = ServerCommand::Verify { machine: machine.id, point: selector(point)? };
+    let point = selector(point)?;
     let core = core.clone();
     core.jobs.clone().start("point_verify", Some(name), |progress| async move {
+        let machine = consumers::at(&core, machine, None, &point).await?;
+        let command = ServerCommand::Verify { machine: machine.id, point };
         progress.step("check every byte that the point needs");
         let tell = |done, total| progress.done(done, total);
         match core.hub.server_telling(machine.server, &command, WHOLE_DISK, &tell).await? {
@@ -134,10 +148,11 @@ pub fn verify(core: &Arc<Core>, name: &str, point: &str) -> Result<Job, Failure>
 pub fn export(core: &Arc<Core>, name: &str, point: &str, request: ExportRequest) -> Result<Job, Failure> {
     check_path(&request.to)?;
     let machine = kept::machine(core, name)?;
-    let command =
-        ServerCommand::Export { machine: machine.id, point: selector(point)?, to: request.to, format: request.format };
+    let point = selector(point)?;
     let core = core.clone();
     core.jobs.clone().start("point_export", Some(name), |progress| async move {
+        let machine = consumers::at(&core, machine, request.process_server.as_deref(), &point).await?;
+        let command = ServerCommand::Export { machine: machine.id, point, to: request.to, format: request.format };
         progress.step("write the images");
         let tell = |done, total| progress.done(done, total);
         match core.hub.server_telling(machine.server, &command, WHOLE_DISK, &tell).await? {
@@ -153,6 +168,8 @@ pub struct ServeRequest {
     pub writable: bool,
     /// Where the process server serves the disks over TLS as well: IP:PORT.
     pub listen: Option<String>,
+    /// Where the machine has several, the one that serves; absent: one that has the point.
+    pub process_server: Option<String>,
 }
 
 /// Serves a point until it is stopped, or nobody renews it.
@@ -160,8 +177,9 @@ pub async fn serve(core: &Core, name: &str, point: &str, request: ServeRequest) 
     let machine = kept::machine(core, name)?;
     let listen = request.listen.as_deref();
     let listen = listen.map(|text| listen_address(text, "give IP:PORT; port 0 takes any")).transpose()?;
-    let command =
-        ServerCommand::Serve { machine: machine.id, point: selector(point)?, writable: request.writable, listen };
+    let point = selector(point)?;
+    let machine = consumers::at(core, machine, request.process_server.as_deref(), &point).await?;
+    let command = ServerCommand::Serve { machine: machine.id, point, writable: request.writable, listen };
     match core.server(machine.server, &command, SETTLE).await? {
         Reply::Serving(serving) => {
             core.serves.add(serving.serve, machine.server, &core.clock);

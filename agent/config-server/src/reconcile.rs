@@ -12,6 +12,7 @@ use tidemark_proto::control::{Failure, FailureKind, Severity};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::consumers;
 use crate::core::{Core, Side};
 use crate::denials;
 use crate::failover::elsewhere::{leave_one, original, settle_original};
@@ -198,13 +199,15 @@ async fn settle_machine(core: &Core, peer: PeerId, moved: bool, name: &str) -> R
         PeerId::Agent(id) if machine.host != id => settle_original(core, &machine).await,
         PeerId::Agent(_) => settle_agent(core, &machine).await.map(drop),
         PeerId::ProcessServer(_) => {
+            consumers::settle_leaving(core, &machine).await?;
             settle_server(core, &machine).await?;
             taken::settle(core, &machine).await?;
-            if moved {
-                // Its agent must dial the new address; when it is away it is told on coming back.
-                if let Err(failure) = settle_agent(core, &machine).await {
-                    tracing::info!(machine = name, %failure, "the agent does not know the new address yet");
-                }
+            // Its agent must dial the new address. One of several may have missed a new generation, and refused the agent for it, while
+            // the others took it: the agent tries again. When it is away it is told on coming back.
+            if (moved || !machine.others.is_empty())
+                && let Err(failure) = settle_agent(core, &machine).await
+            {
+                tracing::info!(machine = name, %failure, "the agent does not know yet that a process server is back");
             }
             Ok(())
         }
@@ -217,6 +220,8 @@ fn concerns(peer: PeerId, machine: &Machine) -> bool {
             let is_original = original(machine).is_some_and(|from| from.host == id);
             machine.host == id || is_original || machine.left.contains(&id)
         }
-        PeerId::ProcessServer(id) => machine.server == id,
+        PeerId::ProcessServer(id) => {
+            machine.servers().chain(machine.leaving.iter().map(|leaving| leaving.server)).any(|server| server == id)
+        }
     }
 }

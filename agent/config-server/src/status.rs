@@ -1,9 +1,11 @@
 //! How a machine does, put together from what is wanted and what both sides say now.
 
+mod view;
+
 use std::time::Duration;
 
 use serde::Serialize;
-use tidemark_base::{Clock, DiskId, MachineId, Timestamp};
+use tidemark_base::{Clock, DiskId, MachineId, ServerId, Timestamp};
 use tidemark_proto::control::{
     AgentCommand, AgentReport, Compared, NO_RPO, PointInfo, Problem, ReplicaDisk, Reply, ServerCommand, ServerReport,
     SourceDisk, SourceMode, SourceState,
@@ -16,6 +18,7 @@ use crate::core::Core;
 use crate::failover::state::Phase;
 use crate::hub::{PeerId, Presence, Report};
 use crate::model::{Encryption, Machine, MachineDisk, Wanted};
+use view::{View, best};
 
 /// A clock that is off by more is told.
 pub const CLOCK_OFF_SECONDS_MAX: u64 = 60;
@@ -38,7 +41,12 @@ pub struct MachineStatus {
     pub policy: String,
     pub group: Option<String>,
     pub host: PeerStatus,
+    /// The one that the figures here are about: the first that keeps up, where there are several.
     pub process_server: PeerStatus,
+    #[serde(skip)]
+    pub server: ServerId,
+    /// Each that gets the machine's changes.
+    pub process_servers: Vec<ProcessServerStatus>,
     /// Age of the oldest write that is not durable at the process server; absent when the agent does not say.
     pub rpo_seconds: Option<f64>,
     pub pending_bytes: u64,
@@ -66,13 +74,16 @@ pub struct MachineStatus {
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Reason {
     pub health: Health,
-    /// For programs: `problem`, `rpo`, `log`, `missed_cycles`, `encryption`, `no_contact`, `clock`, `failed`, `disconnected`.
+    /// For programs: `problem`, `rpo`, `stepped_down`, `log`, `missed_cycles`, `encryption`, `no_contact`, `clock`, `failed`, `disconnected`.
     pub kind: &'static str,
     pub message: String,
     pub help: String,
     /// Only that nobody is connected: no alarm right after a start.
     #[serde(skip)]
     pub is_absence: bool,
+    /// The process server that it is about, where that is not the one that the machine is judged by.
+    #[serde(skip)]
+    pub of: Option<ServerId>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, ToSchema)]
@@ -130,6 +141,29 @@ pub struct PeerStatus {
     pub since: Option<Timestamp>,
 }
 
+/// How a machine does at one of its process servers.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ProcessServerStatus {
+    #[serde(flatten)]
+    pub peer: PeerStatus,
+    pub state: State,
+    /// How changes are kept for it.
+    #[schema(value_type = Option<String>)]
+    pub mode: Option<SourceMode>,
+    /// Why that is not `data`.
+    pub mode_reason: Option<String>,
+    /// Age of the oldest write that is not durable there.
+    pub rpo_seconds: Option<f64>,
+    /// What is left to send.
+    pub pending_bytes: u64,
+    pub sent_bytes: u64,
+    pub stored_bytes: u64,
+    pub points: u64,
+    #[schema(value_type = Option<PointSchema>)]
+    pub last_point: Option<PointInfo>,
+    pub progress: Option<Progress>,
+}
+
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[schema(as = ScanProgress)]
 pub struct Progress {
@@ -169,10 +203,10 @@ pub struct Positions {
     pub folded: String,
 }
 
-/// What both sides said last.
+/// What all sides said last.
 struct Reports {
     agent: Option<AgentReport>,
-    server: Option<ServerReport>,
+    servers: Vec<(ServerId, Option<ServerReport>)>,
 }
 
 pub async fn of(core: &Core, name: &str) -> Result<MachineStatus, tidemark_proto::control::Failure> {
@@ -191,103 +225,101 @@ pub fn all_reported(core: &Core) -> Vec<MachineStatus> {
 }
 
 pub fn reported(core: &Core, machine: &Machine) -> MachineStatus {
-    let agent = match core.hub.report(PeerId::Agent(machine.host)) {
+    let servers = machine.servers().map(|server| (server, reported_by_server(core, server))).collect();
+    compose(core, machine, &Reports { agent: reported_by_agent(core, machine), servers })
+}
+
+fn reported_by_agent(core: &Core, machine: &Machine) -> Option<AgentReport> {
+    match core.hub.report(PeerId::Agent(machine.host)) {
         Some(Report::Agent(report)) => Some(report),
         _ => None,
-    };
-    let server = match core.hub.report(PeerId::ProcessServer(machine.server)) {
+    }
+}
+
+fn reported_by_server(core: &Core, server: ServerId) -> Option<ServerReport> {
+    match core.hub.report(PeerId::ProcessServer(server)) {
         Some(Report::Server(report)) => Some(report),
         _ => None,
-    };
-    compose(core, machine, &Reports { agent, server })
+    }
 }
 
 async fn fresh(core: &Core, machine: &Machine) -> MachineStatus {
-    let (agent, server) = futures_util::future::join(
-        core.agent(machine.host, &AgentCommand::Status, FRESH),
-        core.server(machine.server, &ServerCommand::Status, FRESH),
-    )
-    .await;
+    let of_servers = machine.servers().map(|server| async move {
+        match core.server(server, &ServerCommand::Status, FRESH).await {
+            Ok(Reply::Server(report)) => (server, Some(report)),
+            _ => (server, reported_by_server(core, server)),
+        }
+    });
+    let of_agent = core.agent(machine.host, &AgentCommand::Status, FRESH);
+    let (agent, servers) = futures_util::future::join(of_agent, futures_util::future::join_all(of_servers)).await;
     let agent = match agent {
         Ok(Reply::Agent(report)) => Some(report),
-        _ => match core.hub.report(PeerId::Agent(machine.host)) {
-            Some(Report::Agent(report)) => Some(report),
-            _ => None,
-        },
+        _ => reported_by_agent(core, machine),
     };
-    let server = match server {
-        Ok(Reply::Server(report)) => Some(report),
-        _ => match core.hub.report(PeerId::ProcessServer(machine.server)) {
-            Some(Report::Server(report)) => Some(report),
-            _ => None,
-        },
-    };
-    compose(core, machine, &Reports { agent, server })
+    compose(core, machine, &Reports { agent, servers })
 }
 
 fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
     let state = core.store.state();
     let host = peer_status(core, PeerId::Agent(machine.host), machine.host.to_string(), state.host_name(machine.host));
-    let process_server = peer_status(
-        core,
-        PeerId::ProcessServer(machine.server),
-        machine.server.to_string(),
-        state.server_name(machine.server),
-    );
-
-    let sources: Vec<Option<&SourceDisk>> = machine.disks.iter().map(|disk| source(reports, disk)).collect();
-    let replicas: Vec<Option<&ReplicaDisk>> = machine.disks.iter().map(|disk| replica(reports, disk)).collect();
+    let is_agent_connected = host.connected;
+    let views: Vec<View<'_>> =
+        reports.servers.iter().map(|server| View::of(core, machine, reports.agent.as_ref(), server)).collect();
+    let best = best(machine, &views);
+    let (sources, replicas) = (&best.sources, &best.replicas);
     let disks: Vec<DiskStatus> = machine
         .disks
         .iter()
-        .zip(sources.iter().zip(&replicas))
+        .zip(sources.iter().zip(replicas))
         .map(|(disk, (source, replica))| disk_status(disk, *source, *replica))
         .collect();
-    let on_server =
-        reports.server.iter().flat_map(|report| &report.machines).find(|replicated| replicated.machine == machine.id);
+    let on_server = best.replicated(machine);
 
     let mut problems: Vec<Problem> = core
         .unsettled(machine.id)
         .into_iter()
         .map(|failure| Problem { critical: false, message: failure.message, help: failure.help })
         .collect();
-    for (peer, what) in [(&host, "agent"), (&process_server, "process server")] {
+    let servers = views.iter().map(|view| (&view.peer, "process server"));
+    for (peer, what) in [(&host, "agent")].into_iter().chain(servers) {
         if !peer.connected {
             problems.push(away(core, peer, what));
         }
     }
-    problems.extend(sources.iter().flatten().flat_map(|disk| disk.problems.clone()));
-    problems.extend(replicas.iter().flatten().flat_map(|disk| disk.problems.clone()));
-    problems.dedup();
+    for view in &views {
+        let of_sources = view.sources.iter().flatten().flat_map(|disk| &disk.problems);
+        let of_replicas = view.replicas.iter().flatten().flat_map(|disk| &disk.problems);
+        for problem in of_sources.chain(of_replicas) {
+            // What all say of a disk is said once.
+            if !problems.contains(problem) {
+                problems.push(problem.clone());
+            }
+        }
+    }
 
-    let machine_state = state_of(machine, &sources, host.connected);
-    let reasons =
-        reasons(core, machine, machine_state, &sources, &problems, [&host, &process_server], reports.server.as_ref());
+    let machine_state = state_of(machine, sources, host.connected);
+    let reasons = reasons(core, machine, machine_state, &problems, &host, best, &views);
     let health = reasons.iter().map(|reason| reason.health).max().unwrap_or(Health::Ok);
-    let sum = |figure: fn(&SourceDisk) -> u64| sources.iter().flatten().map(|disk| figure(disk)).sum();
-    let scans: Vec<(u64, u64)> = sources.iter().flatten().filter_map(|disk| disk.scan).collect();
     MachineStatus {
         name: machine.name.clone(),
         id: machine.id,
         state: machine_state,
         health,
         reasons,
-        mode: sources.iter().flatten().map(|disk| disk.mode).max_by_key(|mode| *mode as u8),
-        mode_reason: sources.iter().flatten().map(|disk| &disk.mode_reason).find(|reason| !reason.is_empty()).cloned(),
+        mode: best.mode(),
+        mode_reason: best.mode_reason(),
         policy: machine.policy.clone(),
         group: machine.group.clone(),
         host,
-        process_server,
-        rpo_seconds: sources
-            .iter()
-            .map(|disk| rpo((*disk)?))
-            .collect::<Option<Vec<_>>>()
-            .map(|all| all.into_iter().max().unwrap_or_default().as_secs_f64()),
-        pending_bytes: sum(|disk| disk.pending_bytes),
-        written_bytes: sum(|disk| disk.written_bytes),
-        sent_bytes: sum(|disk| disk.sent_bytes),
-        log_bytes: sum(|disk| disk.log_bytes),
-        stored_bytes: replicas.iter().flatten().map(|disk| disk.stored_bytes).sum(),
+        process_server: best.peer.clone(),
+        server: best.server,
+        process_servers: views.iter().map(|view| view.status(machine, is_agent_connected)).collect(),
+        rpo_seconds: best.rpo().map(|rpo| rpo.as_secs_f64()),
+        pending_bytes: best.sum(|disk| disk.pending_bytes),
+        written_bytes: best.sum(|disk| disk.written_bytes),
+        sent_bytes: best.sum(|disk| disk.sent_bytes),
+        log_bytes: best.sum(|disk| disk.log_bytes),
+        stored_bytes: best.stored_bytes(),
         points: on_server.map_or(0, |replicated| replicated.points),
         last_point: on_server.and_then(|replicated| replicated.latest.clone()),
         compare: sources.iter().flatten().fold(Compared::default(), |sum, disk| Compared {
@@ -295,8 +327,7 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
             differing_bytes: sum.differing_bytes.saturating_add(disk.compare.differing_bytes),
             left_bytes: sum.left_bytes.saturating_add(disk.compare.left_bytes),
         }),
-        progress: (!scans.is_empty())
-            .then(|| progress(scans.iter().map(|(done, _)| done).sum(), scans.iter().map(|(_, total)| total).sum())),
+        progress: best.progress(),
         disks,
         problems,
         reported: reports.agent.as_ref().map(|report| report.time),
@@ -308,11 +339,13 @@ fn reasons(
     core: &Core,
     machine: &Machine,
     state: State,
-    sources: &[Option<&SourceDisk>],
     problems: &[Problem],
-    peers: [&PeerStatus; 2],
-    server: Option<&ServerReport>,
+    host: &PeerStatus,
+    best: &View<'_>,
+    views: &[View<'_>],
 ) -> Vec<Reason> {
+    let sources = &best.sources;
+    let peers = || [host].into_iter().chain(views.iter().map(|view| &view.peer));
     let store = core.store.state();
     let policy = store.policies.get(&machine.policy).cloned().unwrap_or_default();
     let is_active = machine.wanted == Wanted::Protected;
@@ -323,11 +356,12 @@ fn reasons(
             kind: "problem",
             message: problem.message.clone(),
             help: problem.help.clone(),
-            is_absence: peers.iter().any(|peer| !peer.connected && problem.message.contains("is not connected")),
+            is_absence: peers().any(|peer| !peer.connected && problem.message.contains("is not connected")),
+            of: None,
         })
         .collect();
     let mut add = |health, kind, message: String, help: &str, is_absence| {
-        reasons.push(Reason { health, kind, message, help: help.to_owned(), is_absence });
+        reasons.push(Reason { health, kind, message, help: help.to_owned(), is_absence, of: None });
     };
     if state == State::Failed {
         let help = "see the problems; `tidemark resync` begins again where nothing else helps";
@@ -339,7 +373,7 @@ fn reasons(
     }
     let now = core.clock.wall_now();
     let limit = Duration::from_secs(policy.alarm_no_contact_seconds);
-    for (peer, what) in peers.into_iter().zip(["agent", "process server"]) {
+    for (peer, what) in peers().zip(["agent"].into_iter().chain(std::iter::repeat("process server"))) {
         let away = peer.since.filter(|_| !peer.connected).map(|since| now.saturating_since(since));
         if away.is_some_and(|away| away > limit) {
             let message = format!("nothing was heard of {what} {} for longer than {} s", peer.name, limit.as_secs());
@@ -347,7 +381,7 @@ fn reasons(
             add(Health::Critical, "no_contact", message, help, true);
         }
     }
-    for peer in [PeerId::Agent(machine.host), PeerId::ProcessServer(machine.server)] {
+    for peer in [PeerId::Agent(machine.host)].into_iter().chain(machine.servers().map(PeerId::ProcessServer)) {
         let ahead = core.hub.clock_ahead_seconds(peer);
         if ahead.unsigned_abs() > CLOCK_OFF_SECONDS_MAX {
             let side = if ahead > 0 { "ahead of" } else { "behind" };
@@ -359,11 +393,12 @@ fn reasons(
     if !is_active {
         return reasons;
     }
-    if policy.encryption == Encryption::AtRest
-        && let Some(report) = server
-        && let Err(failure) = crate::machines::is_encrypted(&machine.server.to_string(), report.storage_encrypted)
-    {
-        add(Health::Critical, "encryption", failure.message, &failure.help, false);
+    for view in views.iter().filter(|_| policy.encryption == Encryption::AtRest) {
+        if let Some(report) = view.report
+            && let Err(failure) = crate::machines::is_encrypted(&view.server.to_string(), report.storage_encrypted)
+        {
+            add(Health::Critical, "encryption", failure.message, &failure.help, false);
+        }
     }
     let limit = u64::from(policy.alarm_missed_percent);
     if let Some(missed) = core.cycles.missed(machine.id).filter(|missed| missed.percent() > limit) {
@@ -388,6 +423,10 @@ fn reasons(
                 add(Health::Warning, "log", message, help, false);
             }
         }
+    }
+    if machine.failover.is_none() {
+        let others = views.iter().filter(|view| view.server != best.server);
+        others.for_each(|view| reasons.extend(view.reasons(rpo_limit, best)));
     }
     reasons
 }
@@ -460,12 +499,14 @@ fn progress(done_bytes: u64, total_bytes: u64) -> Progress {
     Progress { done_bytes, total_bytes, fraction }
 }
 
-fn source<'a>(reports: &'a Reports, disk: &MachineDisk) -> Option<&'a SourceDisk> {
-    reports.agent.as_ref()?.disks.iter().find(|source| source.disk == disk.id)
+/// As it is about that process server.
+fn source<'a>(report: Option<&'a AgentReport>, server: ServerId, disk: &MachineDisk) -> Option<&'a SourceDisk> {
+    let is_about = |source: &&SourceDisk| source.server.is_none_or(|about| about == server);
+    report?.disks.iter().filter(is_about).find(|source| source.disk == disk.id)
 }
 
-fn replica<'a>(reports: &'a Reports, disk: &MachineDisk) -> Option<&'a ReplicaDisk> {
-    reports.server.as_ref()?.disks.iter().find(|replica| replica.disk == disk.id)
+fn replica<'a>(report: Option<&'a ServerReport>, disk: &MachineDisk) -> Option<&'a ReplicaDisk> {
+    report?.disks.iter().find(|replica| replica.disk == disk.id)
 }
 
 fn peer_status(core: &Core, peer: PeerId, id: String, stored_name: String) -> PeerStatus {

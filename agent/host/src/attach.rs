@@ -246,6 +246,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         identity: source,
         path: request.path,
         disk,
+        state: places.state.clone(),
         lost: Mutex::new(lost_file),
         owed: Mutex::default(),
         log: Arc::new(log),
@@ -490,7 +491,7 @@ pub fn remove_state(path: &Path, device_folder: &Path, elsewhere: &dyn Storage, 
 /// it is scanned whole then.
 fn forget_other_consumers(state: &dyn Storage, consumers: &[ServerId]) -> io::Result<()> {
     for name in state.list("")? {
-        let of = name.strip_prefix("consumer-").or_else(|| name.strip_prefix("scan-"));
+        let of = ["consumer-", "scan-", "kept-"].iter().find_map(|kind| name.strip_prefix(kind));
         if of.is_some_and(|of| consumers.iter().all(|consumer| of != consumer.to_string())) {
             state.remove(&name)?;
         }

@@ -213,6 +213,10 @@ impl Consumer {
         !state.is_paused && (state.is_connected || state.asked.is_some_and(|asked| asked.elapsed() < within))
     }
 
+    pub fn is_connected(&self) -> bool {
+        self.state().is_connected
+    }
+
     /// Whether a stream to it is open, as its sender says.
     pub fn set_connected(&self, is_connected: bool) {
         self.state().is_connected = is_connected;

@@ -266,17 +266,19 @@ impl Host {
         }
         if let Some(Entry::Running(machine)) = machines.get(&spec.machine) {
             let before = machine.spec();
-            if before.server == spec.server && is_same_or_grown(&before, &spec) {
-                self.shared.change_disks(machine, &before, &spec)?;
-                spec.listen = self.shared.provider(spec.via).listen(spec.machine, spec.listen)?;
-                self.shared.store(&spec)?;
-                let (machine, fenced) = (machine.clone(), spec.fenced);
+            if is_same_or_grown(&before, &spec) {
+                let changed = self.shared.change(machine, &before, &mut spec);
+                let machine = machine.clone();
+                // As stored: the workload goes on with its disks in any case.
+                machine.drop_servers(if changed.is_ok() { &spec } else { &before });
+                changed?;
+                let fenced = spec.fenced;
                 machine.adjust(spec);
                 machine.set_fenced(fenced)?;
                 return Ok(machine.attachments());
             }
-            // Another process server: attached anew, for a consumer that holds nothing. Another generation: the same history,
-            // sealed with another key. Stored first: what does not start now is tried again.
+            // Another generation: the same history, sealed with another key. Stored first: what does not start now is tried
+            // again.
             self.shared.store(&spec)?;
             machine.stop();
             machines.remove(&spec.machine);
@@ -486,14 +488,14 @@ impl Shared {
 
     fn start(&self, spec: MachineSpec) -> Result<Arc<Machine>, HostError> {
         let provider = self.provider(spec.via).clone();
-        Machine::start(spec, &self.config, provider, &|spec| self.sender(spec))
+        Machine::start(spec, &self.config, provider, &|spec, server| self.sender(spec, server))
     }
 
-    fn sender(&self, spec: &MachineSpec) -> SenderConfig {
+    fn sender(&self, spec: &MachineSpec, server: &Endpoint) -> SenderConfig {
         SenderConfig {
-            consumer: spec.server.server,
+            consumer: server.server,
             session: self.session,
-            link: (self.config.link)(&spec.server),
+            link: (self.config.link)(server),
             workers: self.workers.clone(),
             clock: self.config.clock.clone(),
             policy: send_policy(&spec.policy, self.config.clock.wall_now(), None),
@@ -508,6 +510,15 @@ impl Shared {
             Via::Fuse => &self.files,
             Via::Hrl => &self.importer,
         }
+    }
+
+    /// Feeds whoever else is named now, changes the disks, and stores what is wanted. Whoever is not named any more is fed still.
+    fn change(&self, machine: &Machine, before: &MachineSpec, spec: &mut MachineSpec) -> Result<(), HostError> {
+        let added = machine.add_servers(spec, &|spec, server| self.sender(spec, server));
+        added.map_err(|source| HostError::Io { what: "feed another process server", source })?;
+        self.change_disks(machine, before, spec)?;
+        spec.listen = self.provider(spec.via).listen(spec.machine, spec.listen)?;
+        self.store(spec)
     }
 
     /// Adds, leaves and attaches anew whatever differs from what is attached; the other disks go on.
@@ -543,11 +554,12 @@ impl Shared {
         }
         for disk in remaining.disks.iter().filter(|disk| !is_attached(disk)) {
             machine.remove_disk(disk.disk);
-            machine.add_disk(disk, spec, &self.config, &|spec| self.sender(spec))?;
+            machine.add_disk(disk, spec, &self.config, &|spec, server| self.sender(spec, server))?;
         }
         let mut added: Vec<&DiskSpec> = Vec::new();
         for disk in spec.disks.iter().filter(|disk| before.disks.iter().all(|known| known.disk != disk.disk)) {
-            if let Err(error) = machine.add_disk(disk, spec, &self.config, &|spec| self.sender(spec)) {
+            let sender = |spec: &MachineSpec, server: &Endpoint| self.sender(spec, server);
+            if let Err(error) = machine.add_disk(disk, spec, &self.config, &sender) {
                 for disk in added {
                     machine.remove_disk(disk.disk);
                     self.remove_state(spec.via, disk);
@@ -601,7 +613,8 @@ impl Shared {
                     machine.listen();
                     for disk in machine.unattached() {
                         let spec = machine.spec();
-                        if let Err(error) = machine.add_disk(&disk, &spec, &self.config, &|spec| self.sender(spec)) {
+                        let sender = |spec: &MachineSpec, server: &Endpoint| self.sender(spec, server);
+                        if let Err(error) = machine.add_disk(&disk, &spec, &self.config, &sender) {
                             tracing::warn!(machine = %spec.name, path = %disk.path, %error, "disk cannot be attached");
                         }
                     }
@@ -723,6 +736,7 @@ fn gone<'a>(before: &'a MachineSpec, wanted: &'a MachineSpec) -> impl Iterator<I
 pub(crate) fn failed_disk(disk: DiskId, failure: &Failure) -> SourceDisk {
     SourceDisk {
         disk,
+        server: None,
         state: SourceState::Failed,
         mode: SourceMode::Compare,
         mode_reason: failure.message.clone(),

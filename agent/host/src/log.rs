@@ -400,6 +400,11 @@ impl DiskLog {
         self.allocated_bytes() > self.limits().limit_bytes / 4 * 3
     }
 
+    /// Whether so much was logged after `cursor` that others, who have it, should not be made to wait for whoever has not.
+    pub fn is_far_behind(self: &Arc<Self>, cursor: Option<&Position>) -> bool {
+        self.bytes_after(cursor).map_or(true, |bytes| bytes > self.limits().limit_bytes / 2)
+    }
+
     /// Whether a new log may begin, or else how much must be free for it. The logs of the old epoch go when it begins, so
     /// what they occupy is room.
     pub fn has_room(&self) -> Result<(), u64> {

@@ -4,6 +4,8 @@
 //! be made are tried again a second later. *Cancellation.* [`Machine::stop`] ends exports, marks and senders, then leaves
 //! each disk cleanly. *Crash.* Dropping a machine without stopping it is what a crash is: the next attach finds out.
 
+mod feed;
+mod status;
 mod watch;
 
 use std::net::IpAddr;
@@ -17,30 +19,29 @@ use tidemark_base::thread::JoinHandle;
 use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId, Generation, Timestamp};
 use tidemark_proto::control::{
-    AttachedDisk, Compared, Compression, DiskSpec, Failure, FailureKind, MachineSpec, NO_RPO, Problem,
-    ReplicationPolicy, SourceDisk, SourceMode, SourceState, Via,
+    AttachedDisk, Compression, DiskSpec, Endpoint, Failure, MachineSpec, ReplicationPolicy, Via,
 };
 use tidemark_proto::replication::Consistency;
 
 use crate::attach::{AttachRequest, attach};
 use crate::capture::{Address, CaptureProvider};
 use crate::error::HostError;
-use crate::host::failed_disk;
 use crate::log::LogLimits;
 use crate::mark::{Joining, Marker};
 use crate::pack::CompressionPolicy;
 use crate::protected::{Barrier, ProtectedDisk};
-use crate::send::{Phase, SendPolicy, Sender, SenderConfig, SenderStatus, ShipMode};
-use crate::source::ScanReason;
-use crate::state::session::Mode;
+use crate::send::{SendPolicy, SenderConfig, ShipMode};
 use crate::{HostConfig, HostLimits};
-use watch::SenderSeen;
+use feed::Feed;
 
 const KEEPER_INTERVAL: Duration = Duration::from_secs(1);
 /// The places of any-time recovery are so far apart in continuous mode.
 const MARK_INTERVAL: Duration = Duration::from_secs(1);
 /// How often it is looked whether a scan ended.
 const SCAN_POLL: Duration = Duration::from_millis(20);
+
+/// How a disk of a machine is sent to a process server.
+pub(crate) type Senders<'a> = &'a dyn Fn(&MachineSpec, &Endpoint) -> SenderConfig;
 
 pub struct Machine {
     spec: Mutex<MachineSpec>,
@@ -58,8 +59,8 @@ struct MachineDisk {
     disk: Arc<ProtectedDisk>,
     export: String,
     address: Address,
-    sender: Mutex<Option<Sender>>,
-    seen: Mutex<SenderSeen>,
+    /// In the order of the specification. None once it is left.
+    feeds: Mutex<Vec<Feed>>,
     stop: Stop,
     keeper: Mutex<Option<JoinHandle<()>>>,
 }
@@ -70,7 +71,7 @@ impl Machine {
         spec: MachineSpec,
         config: &HostConfig,
         provider: Arc<dyn CaptureProvider>,
-        sender: &dyn Fn(&MachineSpec) -> SenderConfig,
+        sender: Senders<'_>,
     ) -> Result<Arc<Self>, HostError> {
         let mut attached: Vec<Arc<ProtectedDisk>> = Vec::new();
         for disk in &spec.disks {
@@ -124,23 +125,18 @@ impl Machine {
         disk: &Arc<ProtectedDisk>,
         named: &DiskSpec,
         spec: &MachineSpec,
-        sender: &dyn Fn(&MachineSpec) -> SenderConfig,
+        sender: Senders<'_>,
     ) -> std::io::Result<Arc<MachineDisk>> {
         let barrier: Weak<dyn Barrier> = Arc::downgrade(&(self.marker.clone() as Arc<dyn Barrier>));
         let _ = disk.barrier.set(barrier);
         self.provider.fence(&named.export, spec.fenced)?;
         let address = self.provider.attach(&named.export, disk)?;
-        let sender = Sender::start(disk.clone(), sender(spec))?;
-        if spec.paused {
-            sender.pause();
-        }
-        disk.consumers().iter().for_each(|consumer| consumer.set_paused(spec.paused));
+        let feeds = spec.servers().map(|server| Feed::start(disk, server, spec, sender)).collect::<Result<_, _>>()?;
         let opened = Arc::new(MachineDisk {
             disk: disk.clone(),
             export: named.export.clone(),
             address,
-            sender: Mutex::new(Some(sender)),
-            seen: Mutex::default(),
+            feeds: Mutex::new(feeds),
             stop: Stop::new(),
             keeper: Mutex::default(),
         });
@@ -169,7 +165,7 @@ impl Machine {
         named: &DiskSpec,
         spec: &MachineSpec,
         config: &HostConfig,
-        sender: &dyn Fn(&MachineSpec) -> SenderConfig,
+        sender: Senders<'_>,
     ) -> Result<(), HostError> {
         let disk = attach_disk(spec, named, config, &*self.provider)?;
         // Before anything is sent: the end of its scan is a mark of all disks.
@@ -201,9 +197,7 @@ impl Machine {
             tracing::warn!(export = %removed.export, %error, "export is still in use");
         }
         removed.stop_keeper();
-        if let Some(sender) = removed.sender.lock().expect("no panic while held").take() {
-            sender.stop();
-        }
+        removed.stop_feeds();
         leave(std::slice::from_ref(&removed.disk));
     }
 
@@ -219,7 +213,7 @@ impl Machine {
             let mut app_tried = marked;
             while !stop.wait_for(MARK_INTERVAL) {
                 let Some(machine) = machine.upgrade() else { break };
-                machine.opened().iter().for_each(|disk| disk.watch_sender());
+                machine.opened().iter().for_each(|disk| disk.watch_feeds());
                 machine.follow_throttle();
                 machine.mark_by_policy(&mut marked);
                 machine.mark_app_by_policy(&mut app_tried);
@@ -298,18 +292,17 @@ impl Machine {
         }
         let now = self.clock.wall_now();
         for disk in &self.opened() {
-            if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
+            for Feed { sender, .. } in &*disk.feeds() {
                 sender.set_policy(send_policy(&policy, now, sender.remote()));
             }
         }
     }
 
-    /// The limit of each disk's sender.
+    /// The limit of each disk's first sender.
     #[cfg(test)]
     pub(crate) fn throttled_to(&self) -> Vec<Option<u64>> {
-        let limit = |disk: &Arc<MachineDisk>| {
-            disk.sender.lock().unwrap().as_ref().and_then(|sender| sender.policy().bytes_per_second_max)
-        };
+        let limit =
+            |disk: &Arc<MachineDisk>| disk.feeds().first().and_then(|feed| feed.sender.policy().bytes_per_second_max);
         self.opened().iter().map(limit).collect()
     }
 
@@ -355,7 +348,7 @@ impl Machine {
         self.marker.set_point_interval(spec.policy.point_interval);
         for disk in &self.opened() {
             disk.disk.set_log_limits(log_limits(&self.limits, &spec.policy, disk.disk.identity.disk_bytes));
-            if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
+            for Feed { sender, .. } in &*disk.feeds() {
                 sender.set_policy(send_policy(&spec.policy, self.clock.wall_now(), sender.remote()));
             }
         }
@@ -375,7 +368,7 @@ impl Machine {
         spec.paused = is_paused;
         for disk in &self.opened() {
             disk.disk.consumers().iter().for_each(|consumer| consumer.set_paused(is_paused));
-            if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
+            for Feed { sender, .. } in &*disk.feeds() {
                 if is_paused { sender.pause() } else { sender.resume() }
             }
         }
@@ -399,31 +392,18 @@ impl Machine {
         for disk in &self.opened() {
             if disk.disk.cancel_resync()? {
                 ran = true;
-                if let Some(sender) = &*disk.sender.lock().expect("no panic while held") {
-                    sender.restart_stream();
-                }
+                disk.feeds().iter().for_each(|feed| feed.sender.restart_stream());
             }
         }
         Ok(ran)
     }
 
-    /// Waits until no disk that marks cover is being scanned: a mark inside a scan never becomes a recovery point. When `limit`
-    /// passed first, says of which disk how much is done.
+    /// Waits until no disk that marks cover is being scanned, for one process server at least: a mark inside a scan never becomes
+    /// a recovery point there. When `limit` passed first, says of which disk how much is done.
     pub fn wait_scanned(&self, limit: Duration) -> Result<(), (DiskId, u64, u64)> {
         let deadline = Instant::now() + limit;
         loop {
-            let covered = self.marker.covered();
-            let scanned =
-                self.opened().iter().filter(|disk| covered.contains(&disk.disk.identity.disk)).find_map(|disk| {
-                    let is_open = disk.sender.lock().expect("no panic while held").as_ref().is_some_and(|sender| {
-                        let status = sender.status();
-                        status.scan_open || status.phase == Phase::Scanning
-                    });
-                    let progress = disk.disk.consumers().iter().find_map(|consumer| consumer.progress());
-                    let (done, total) = progress.map_or((0, 0), |(done, total, _)| (done, total));
-                    (is_open || progress.is_some()).then_some((disk.disk.identity.disk, done, total))
-                });
-            match scanned {
+            match self.scanned() {
                 None => return Ok(()),
                 Some(scanned) if Instant::now() >= deadline || self.stop.wait_for(SCAN_POLL) => return Err(scanned),
                 Some(_) => {}
@@ -450,12 +430,6 @@ impl Machine {
         self.opened().into_iter().map(|disk| disk.disk.clone())
     }
 
-    /// What the sender of a disk says.
-    pub fn sender_status(&self, disk: DiskId) -> Option<SenderStatus> {
-        let disk = self.opened().into_iter().find(|found| found.disk.identity.disk == disk)?;
-        Some(disk.sender.lock().expect("no panic while held").as_ref()?.status())
-    }
-
     /// The disks that are attached, and at which generation.
     pub(crate) fn attached(&self) -> Vec<(DiskId, Generation)> {
         let disks = self.opened();
@@ -472,89 +446,6 @@ impl Machine {
         *self.spec.lock().expect("no panic while held") = spec;
     }
 
-    pub fn status(&self) -> Vec<SourceDisk> {
-        let failed = self.unattached().into_iter().map(|disk| {
-            let message = format!("disk {} is not attached", disk.path);
-            let help = "see the agent's log; it is tried again every few seconds";
-            failed_disk(disk.disk, &Failure::new(FailureKind::Unavailable, message, help))
-        });
-        self.opened().iter().map(|disk| self.disk_status(disk)).chain(failed).collect()
-    }
-
-    fn disk_status(&self, disk: &MachineDisk) -> SourceDisk {
-        let sender = disk.sender.lock().expect("no panic while held").as_ref().map(Sender::status);
-        let disk = &*disk.disk;
-        let logged = disk.log.published();
-        let consumer = disk.consumers().into_iter().next();
-        let progress = consumer.as_ref().and_then(|consumer| consumer.progress());
-        let durable = sender.as_ref().and_then(|sender| sender.durable).or(consumer.and_then(|found| found.cursor()));
-        let mut problems: Vec<Problem> = disk.alarms().values().cloned().collect();
-        if let Some(sender) = &sender {
-            let stops = matches!(sender.phase, Phase::Halted);
-            problems.extend(sender.problem.iter().map(|problem| Problem {
-                critical: stops,
-                message: problem.message.clone(),
-                help: problem.help.clone(),
-            }));
-            problems.extend(sender.alarm.iter().map(|alarm| Problem {
-                critical: true,
-                message: alarm.message().to_owned(),
-                help: alarm.help().to_owned(),
-            }));
-        }
-        let scan_left = progress.map_or(0, |(done, total, _)| total - done);
-        let durable_time = sender.as_ref().and_then(|sender| sender.durable_time);
-        let since = durable_time.unwrap_or_else(|| disk.session.lock().expect("no panic while held").current().newest);
-        SourceDisk {
-            disk: disk.identity.disk,
-            state: state_of(sender.as_ref(), progress.map(|(_, _, reason)| reason)),
-            mode: match disk.mode() {
-                _ if disk.alarms().contains_key("size") => SourceMode::Compare,
-                // What is being compared is told before how changes are kept meanwhile, but for what a tracker has compared all day.
-                Mode::Data
-                    if sender.as_ref().is_some_and(|sender| sender.compares())
-                        && progress.is_none_or(|(_, _, reason)| reason != ScanReason::Tracked) =>
-                {
-                    SourceMode::Compare
-                }
-                Mode::Data if disk.tracker().is_some() => SourceMode::Bitmap,
-                Mode::Data => SourceMode::Data,
-                Mode::Bitmap { .. } => SourceMode::Bitmap,
-            },
-            mode_reason: match (disk.mode().reason(), disk.tracker()) {
-                (Some(reason), _) => reason.to_owned(),
-                (None, Some(_)) => "changed blocks are tracked, and read when a point is made".to_owned(),
-                (None, None) => String::new(),
-            },
-            logged: logged.logged.to_string(),
-            sent: sender.as_ref().and_then(|sender| sender.sent).map(|at| at.to_string()).unwrap_or_default(),
-            durable: durable.map(|at| at.to_string()).unwrap_or_default(),
-            pending_bytes: scan_left + disk.pending_bytes(durable.as_ref()),
-            written_bytes: disk.written_bytes(),
-            sent_bytes: sender.as_ref().map_or(0, |sender| sender.chunk_bytes_sent + sender.question_bytes_sent),
-            log_bytes: disk.log.allocated_bytes(),
-            rpo: match since {
-                Timestamp(0) => NO_RPO,
-                since => self.clock.wall_now().saturating_since(since),
-            },
-            scan: sender
-                .as_ref()
-                .and_then(|sender| sender.scan.as_ref())
-                .map(|scan| (scan.durable_bytes, scan.total_bytes))
-                .or(progress.map(|(done, total, _)| (done, total))),
-            compare: sender.as_ref().map_or_else(Compared::default, |sender| Compared {
-                compared_bytes: sender.compared_bytes,
-                differing_bytes: sender.differing_bytes,
-                left_bytes: sender
-                    .scan
-                    .filter(|scan| scan.compares)
-                    .map_or(0, |scan| scan.total_bytes.saturating_sub(scan.durable_bytes)),
-            }),
-            current_bytes: disk.disk.current_bytes().unwrap_or(0),
-            problems,
-        }
-    }
-
     /// Ends exports, marks and senders, then leaves each disk cleanly.
     pub fn stop(&self) {
         for disk in &self.opened() {
@@ -563,11 +454,7 @@ impl Machine {
             }
         }
         self.stop_threads();
-        for disk in &self.opened() {
-            if let Some(sender) = disk.sender.lock().expect("no panic while held").take() {
-                sender.stop();
-            }
-        }
+        self.opened().iter().for_each(|disk| disk.stop_feeds());
         let disks: Vec<Arc<ProtectedDisk>> = self.disks().collect();
         leave(&disks);
     }
@@ -622,7 +509,7 @@ fn attach_disk(
         tracker: provider.track(disk.path.as_ref(), disk.disk, &config.state_folder)?,
         device_folder: config.state_folder.join("devices"),
         elsewhere: config.storage()?,
-        consumers: vec![spec.server.server],
+        consumers: spec.servers().map(|endpoint| endpoint.server).collect(),
         // The disk's size is not known yet; the limits follow below.
         limits: log_limits(&config.limits, &spec.policy, u64::MAX),
         boot: config.boot.clone(),
@@ -652,20 +539,6 @@ fn report(disk: &ProtectedDisk, lost_marks: usize) {
             format!("{lost_marks} marks that were made shortly before the machine went down are lost"),
             "recovery points of that time may be missing; later ones are not affected",
         );
-    }
-}
-
-fn state_of(sender: Option<&SenderStatus>, scan: Option<ScanReason>) -> SourceState {
-    match sender.map(|sender| sender.phase) {
-        None | Some(Phase::Paused | Phase::Stopped) => SourceState::Paused,
-        Some(Phase::Halted) => SourceState::Failed,
-        Some(Phase::Connecting | Phase::Retrying) => SourceState::Connecting,
-        Some(Phase::Live) => SourceState::Replicating,
-        Some(Phase::Scanning) => match scan {
-            Some(ScanReason::Initial) => SourceState::InitialReplication,
-            Some(ScanReason::Tracked) => SourceState::Replicating,
-            _ => SourceState::Resynchronising,
-        },
     }
 }
 

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::disk::{Disk, FileDisk};
+use tidemark_base::storage::Storage;
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId, Epoch, Extent, ExtentSet, Position, ServerId, Timestamp};
@@ -56,6 +57,8 @@ pub struct ProtectedDisk {
     pub(crate) identity: SourceIdentity,
     pub(crate) path: PathBuf,
     pub(crate) disk: Arc<FileDisk>,
+    /// The folder beside the disk.
+    pub(crate) state: Arc<dyn Storage>,
     /// On another volume, for what must be stored when the state folder fails.
     pub(crate) lost: Mutex<SealedFile<Lost>>,
     /// What it was to hold, and nobody took.
@@ -148,9 +151,33 @@ impl ProtectedDisk {
         self.consumers().into_iter().find(|consumer| consumer.server() == server)
     }
 
-    /// Whether a process server that it feeds still gets it for the first time.
+    /// Feeds one process server more, while the others go on: the whole disk is to be scanned for it. Durable when it returns.
+    pub(crate) fn add_consumer(&self, server: ServerId) -> io::Result<()> {
+        // A new epoch asks each consumer what it lacks.
+        let _changing = self.changing_epoch.lock().expect("no panic while held");
+        if self.consumer(server).is_none() {
+            let consumer = Consumer::create(self.state.clone(), server, self.identity.disk_bytes)?;
+            self.consumers.lock().expect("no panic while held").push(Arc::new(consumer));
+        }
+        Ok(())
+    }
+
+    /// Feeds a process server no longer: the log does not wait for it, and what is known of it goes.
+    pub(crate) fn remove_consumer(&self, server: ServerId) -> io::Result<()> {
+        let _changing = self.changing_epoch.lock().expect("no panic while held");
+        let removed = {
+            let mut consumers = self.consumers.lock().expect("no panic while held");
+            let at = consumers.iter().position(|consumer| consumer.server() == server);
+            at.map(|at| consumers.remove(at))
+        };
+        removed.map_or(Ok(()), |consumer| consumer.remove())
+    }
+
+    /// Whether every process server that it feeds still gets it for the first time.
     pub(crate) fn is_first_scanned(&self) -> bool {
-        self.consumers().iter().any(|consumer| matches!(consumer.progress(), Some((_, _, ScanReason::Initial))))
+        let consumers = self.consumers();
+        !consumers.is_empty()
+            && consumers.iter().all(|consumer| matches!(consumer.progress(), Some((_, _, ScanReason::Initial))))
     }
 
     fn known_consumer(&self, server: ServerId, what: &'static str) -> Result<Arc<Consumer>, SourceError> {

@@ -461,9 +461,10 @@ pub struct ProtectArgs {
     /// The host that has the disks; needed where there is more than one.
     #[arg(long)]
     pub host: Option<String>,
-    /// The process server that keeps the replica; needed where there is more than one.
-    #[arg(long)]
-    pub process_server: Option<String>,
+    /// The process server that keeps the replica; needed where there is more than one. Named several times: each keeps one, with
+    /// recovery points of its own.
+    #[arg(long = "process-server", value_name = "SERVER")]
+    pub process_servers: Vec<String>,
     /// How it is protected; without it by the default policy.
     #[arg(long)]
     pub policy: Option<String>,
@@ -549,6 +550,41 @@ pub enum MachineVerb {
     Disk {
         #[command(subcommand)]
         verb: MachineDiskVerb,
+    },
+    /// The process servers that a machine is replicated to; each keeps a replica, and one that is away holds up no other.
+    ProcessServer {
+        #[command(subcommand)]
+        verb: ProcessServerOfVerb,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum ProcessServerOfVerb {
+    /// Replicates the machine there as well, while its workload goes on.
+    Add {
+        /// The machine.
+        name: String,
+        /// Names or ids.
+        #[arg(required = true, value_name = "SERVER")]
+        servers: Vec<String>,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Replicates the machine there no longer; the host keeps nothing more for it.
+    Remove {
+        /// The machine.
+        name: String,
+        /// Its name or id.
+        #[arg(value_name = "SERVER")]
+        process_server: String,
+        /// Delete the replica that it has, with its recovery points.
+        #[arg(long)]
+        delete_replica: bool,
+        /// Delete locked points and served ones too.
+        #[arg(long, requires = "delete_replica")]
+        force: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
     },
 }
 
@@ -774,6 +810,9 @@ pub enum FailbackVerb {
 pub struct StartArgs {
     /// The machine.
     pub name: String,
+    /// Of several process servers, the one that runs it; without it the one where least is lost.
+    #[arg(long, value_name = "SERVER")]
+    pub process_server: Option<String>,
     /// Make the disks ready only: you attach them to a machine and start it.
     #[arg(long)]
     pub disks_only: bool,
@@ -839,6 +878,9 @@ pub enum PointVerb {
         /// Serve the disks over NBD with mutual TLS as well, at IP:PORT of the process server; port 0 takes any free one.
         #[arg(long, value_name = "ADDRESS")]
         listen: Option<String>,
+        /// Of several process servers, the one that serves; without it one that has the point.
+        #[arg(long, value_name = "SERVER")]
+        process_server: Option<String>,
     },
     /// Writes a point as plain disk images.
     Export {
@@ -852,6 +894,9 @@ pub enum PointVerb {
         /// Of the images; without it what the name's ending says, and raw where that says nothing.
         #[arg(long, value_parser = image_format())]
         format: Option<ImageFormat>,
+        /// Of several process servers, the one that writes; without it one that has the point.
+        #[arg(long, value_name = "SERVER")]
+        process_server: Option<String>,
         #[command(flatten)]
         wait: WaitArgs,
     },

@@ -11,6 +11,7 @@ use crate::client::{Client, escape};
 pub async fn machine(client: &Client, verb: MachineVerb, output: &Output) -> Result<(), CliError> {
     match verb {
         MachineVerb::Disk { verb } => super::protect::disk(client, verb, output).await,
+        MachineVerb::ProcessServer { verb } => super::protect::process_server(client, verb, output).await,
         MachineVerb::Show { name } => {
             let shown = client.get(&address(&name)).await?;
             show(&shown, output)
@@ -237,6 +238,7 @@ async fn start(
 ) -> Result<(), CliError> {
     request["disks_only"] = json!(args.disks_only);
     request["check_only"] = json!(args.check);
+    request["process_server"] = json!(args.process_server);
     let Some(result) = finish(client, &args.name, &format!("failover/{how}"), &request, &args.wait, output).await?
     else {
         return Ok(());

@@ -31,13 +31,13 @@ pub async fn run(client: &Client, verb: PointVerb, output: &Output) -> Result<()
         }
         PointVerb::Lock { name, point } => lock(client, Method::PUT, &name, &point, output).await,
         PointVerb::Unlock { name, point } => lock(client, Method::DELETE, &name, &point, output).await,
-        PointVerb::Serve { name, point, writable, listen } => {
-            let request = json!({ "writable": writable, "listen": listen });
+        PointVerb::Serve { name, point, writable, listen, process_server } => {
+            let request = json!({ "writable": writable, "listen": listen, "process_server": process_server });
             serve(client, &name, &point, request, output).await
         }
-        PointVerb::Export { name, point, to, format, wait } => {
+        PointVerb::Export { name, point, to, format, process_server, wait } => {
             let format = format.unwrap_or_else(|| ImageFormat::of_name(&to));
-            let request = json!({ "to": full_path(&to)?, "format": format });
+            let request = json!({ "to": full_path(&to)?, "format": format, "process_server": process_server });
             let started = client.post(&format!("{}/export", at(&name, &point)), &request).await?;
             let Some(result) = job::finish(client, started, &wait, output).await? else { return Ok(()) };
             if output.is_json() {
@@ -63,11 +63,18 @@ fn print_points(whole: &Value, points: &[Value], output: &Output) -> Result<(), 
     if output.is_json() {
         return Ok(output.json(whole)?);
     }
+    let held = |point: &Value| -> Vec<String> {
+        let names = point["process_servers"].as_array().into_iter().flatten();
+        names.filter_map(|name| Some(name.as_str()?.to_owned())).collect()
+    };
+    // Where there is one, it needs no column.
+    let first = points.first().map(held).unwrap_or_default();
+    let is_split = points.iter().any(|point| held(point) != first) || first.len() > 1;
     let rows: Vec<Vec<String>> = points
         .iter()
         .map(|point| {
             let flags: Vec<&str> = point["flags"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-            vec![
+            let mut row = vec![
                 text(point, "/id"),
                 text(point, "/time"),
                 text(point, "/consistency"),
@@ -75,10 +82,14 @@ fn print_points(whole: &Value, points: &[Value], output: &Output) -> Result<(), 
                 bytes_at(point, "/change_bytes"),
                 if point["locked"] == true { "locked" } else { "–" }.to_owned(),
                 if flags.is_empty() { "–".to_owned() } else { flags.join(", ") },
-            ]
+            ];
+            row.extend(is_split.then(|| held(point).join(", ")));
+            row
         })
         .collect();
-    Ok(output.table(&["POINT", "TIME", "CONSISTENCY", "LABEL", "CHANGES", "LOCK", "FLAGS"], &rows)?)
+    let mut header = vec!["POINT", "TIME", "CONSISTENCY", "LABEL", "CHANGES", "LOCK", "FLAGS"];
+    header.extend(is_split.then_some("PROCESS SERVERS"));
+    Ok(output.table(&header, &rows)?)
 }
 
 async fn lock(client: &Client, method: Method, name: &str, point: &str, output: &Output) -> Result<(), CliError> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use hyper::Method;
 use serde_json::{Value, json};
 
-use super::args::{MachineArgs, MachineDiskVerb, ProtectArgs, UnprotectArgs, Via};
+use super::args::{MachineArgs, MachineDiskVerb, ProcessServerOfVerb, ProtectArgs, UnprotectArgs, Via};
 use super::output::{Output, text};
 use super::{CliError, job};
 use crate::client::{Client, escape};
@@ -17,7 +17,7 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
         "name": args.name,
         "disks": disks,
         "host": args.host,
-        "process_server": args.process_server,
+        "process_servers": args.process_servers,
         "policy": args.policy,
         "group": args.group,
         "listen": args.listen,
@@ -130,6 +130,32 @@ pub async fn disk(client: &Client, verb: MachineDiskVerb, output: &Output) -> Re
             output.table(&["DISK", "BYTES", "ADDRESS"], &disks.iter().map(row).collect::<Vec<_>>())?;
         }
         None => output.line(&format!("{name}: the disk is not protected any more"))?,
+    }
+    Ok(())
+}
+
+/// machine process-server.
+pub async fn process_server(client: &Client, verb: ProcessServerOfVerb, output: &Output) -> Result<(), CliError> {
+    let (started, wait) = match verb {
+        ProcessServerOfVerb::Add { name, servers, wait } => {
+            let path = format!("/machines/{}/process-servers", escape(&name));
+            (client.post(&path, &json!({ "process_servers": servers })).await?, wait)
+        }
+        ProcessServerOfVerb::Remove { name, process_server, delete_replica, force, wait } => {
+            let path = format!("/machines/{}/process-servers/{}", escape(&name), escape(&process_server));
+            let path = format!("{path}?delete_replica={delete_replica}&force={force}");
+            (client.request(Method::DELETE, &path, None).await?, wait)
+        }
+    };
+    let Some(result) = job::finish(client, started, &wait, output).await? else { return Ok(()) };
+    if output.is_json() {
+        return Ok(output.json(&result)?);
+    }
+    let names: Vec<&str> =
+        result["process_servers"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    output.line(&format!("{} is replicated to {}", text(&result, "/machine"), names.join(", ")))?;
+    if result["complete"] == false {
+        output.line("not everyone could be told of it yet; that is done as soon as it is possible")?;
     }
     Ok(())
 }

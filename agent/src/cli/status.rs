@@ -48,7 +48,7 @@ fn show(status: &Value, output: &Output) -> Result<(), CliError> {
                 state(machine),
                 text(machine, "/health"),
                 text(machine, "/mode"),
-                machine["rpo_seconds"].as_f64().map_or_else(|| "–".to_owned(), |seconds| format!("{seconds:.2} s")),
+                rpo(machine),
                 bytes_at(machine, "/pending_bytes"),
                 bytes_at(machine, "/written_bytes"),
                 bytes_at(machine, "/sent_bytes"),
@@ -60,6 +60,7 @@ fn show(status: &Value, output: &Output) -> Result<(), CliError> {
     let header = ["MACHINE", "STATE", "HEALTH", "MODE", "RPO", "WAITING", "WRITTEN", "SENT", "POINTS", "LAST POINT"];
     output.table(&header, &rows)?;
     for machine in machines {
+        show_servers(machine, output)?;
         if machine.pointer("/compare/left_bytes").and_then(Value::as_u64).is_some_and(|left| left > 0) {
             output.line(&format!(
                 "{}: {} compared with the replica, {} differ, {} left to compare",
@@ -75,6 +76,37 @@ fn show(status: &Value, output: &Output) -> Result<(), CliError> {
         }
     }
     Ok(())
+}
+
+/// Where there are several: how the machine does at each.
+fn show_servers(machine: &Value, output: &Output) -> Result<(), CliError> {
+    let servers = machine["process_servers"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if servers.len() < 2 {
+        return Ok(());
+    }
+    let row = |server: &Value| {
+        vec![
+            text(server, "/name"),
+            state(server),
+            text(server, "/mode"),
+            rpo(server),
+            bytes_at(server, "/pending_bytes"),
+            bytes_at(server, "/sent_bytes"),
+            text(server, "/points"),
+            text(server, "/last_point/time"),
+        ]
+    };
+    output.line(&format!("{}:", text(machine, "/name")))?;
+    let rows: Vec<Vec<String>> = servers.iter().map(row).collect();
+    output.table(&["PROCESS SERVER", "STATE", "MODE", "RPO", "WAITING", "SENT", "POINTS", "LAST POINT"], &rows)?;
+    for server in servers.iter().filter(|server| server["mode_reason"].is_string()) {
+        output.line(&format!("  {}: {}", text(server, "/name"), text(server, "/mode_reason")))?;
+    }
+    Ok(())
+}
+
+fn rpo(of: &Value) -> String {
+    of["rpo_seconds"].as_f64().map_or_else(|| "–".to_owned(), |seconds| format!("{seconds:.2} s"))
 }
 
 fn state(machine: &Value) -> String {

@@ -171,8 +171,8 @@ impl Handler for AgentHandler {
 
     fn neighbours(&self) -> Vec<(ServerId, String)> {
         let machines = self.host.status().into_iter().filter_map(|status| self.host.machine(status.machine).ok());
-        let mut servers: Vec<(ServerId, String)> =
-            machines.map(|machine| machine.spec().server).map(|of| (of.server, of.address)).collect();
+        let endpoints = machines.flat_map(|machine| machine.spec().servers().cloned().collect::<Vec<_>>());
+        let mut servers: Vec<(ServerId, String)> = endpoints.map(|of| (of.server, of.address)).collect();
         servers.sort();
         servers.dedup();
         servers
@@ -195,10 +195,15 @@ impl Figures for AgentHandler {
             let seconds = machine.disks.iter().map(|disk| disk.rpo.as_secs_f64()).fold(0.0, f64::max);
             sheet.gauge("rpo", "Age of the oldest write that is not durable", Some(Unit::Seconds), &labels, seconds);
             let sum = |of: fn(&SourceDisk) -> u64| machine.disks.iter().map(of).sum::<u64>();
+            // A disk that feeds several process servers is there once for each; it is written, and logged, once.
+            let first = machine.disks.first().and_then(|disk| disk.server);
+            let once = |of: fn(&SourceDisk) -> u64| {
+                machine.disks.iter().filter(|disk| disk.server.is_none() || disk.server == first).map(of).sum::<u64>()
+            };
             let bytes = Some(Unit::Bytes);
             let pending = sum(|disk| disk.pending_bytes) as f64;
             sheet.gauge("pending", "Written and not durable yet", bytes.clone(), &labels, pending);
-            sheet.gauge("log", "What the logs take", bytes, &labels, sum(|disk| disk.log_bytes) as f64);
+            sheet.gauge("log", "What the logs take", bytes, &labels, once(|disk| disk.log_bytes) as f64);
             let errors = machine.disks.iter().flat_map(|disk| &disk.problems);
             for (name, critical) in [("warning", false), ("critical", true)] {
                 let count = errors.clone().filter(|problem| problem.critical == critical).count() as f64;
@@ -208,10 +213,11 @@ impl Figures for AgentHandler {
             for disk in &machine.disks {
                 let mode = serde_json::to_value(disk.mode).ok().and_then(|mode| Some(mode.as_str()?.to_owned()));
                 let labels = [("machine", machine.name.clone()), ("disk", disk.disk.to_string())];
-                let labels = labels.into_iter().chain([("mode", mode.unwrap_or_default())]).collect();
+                let server = disk.server.map(|server| ("process_server", server.to_string()));
+                let labels = labels.into_iter().chain(server).chain([("mode", mode.unwrap_or_default())]).collect();
                 sheet.gauge("mode", "1 for the mode of a disk", None, &labels, 1.0);
             }
-            sheet.counter("written", "Written since the agent started", &labels, sum(|disk| disk.written_bytes));
+            sheet.counter("written", "Written since the agent started", &labels, once(|disk| disk.written_bytes));
             sheet.counter("sent", "Sent since the agent started", &labels, sum(|disk| disk.sent_bytes));
         }
         Ok(())

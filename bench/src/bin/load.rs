@@ -96,6 +96,7 @@ impl Simulated {
         let disks = self.disks.lock().expect("no panic while held");
         let disk = |disk: &DiskId| SourceDisk {
             disk: *disk,
+            server: None,
             state: SourceState::Replicating,
             mode: SourceMode::Data,
             mode_reason: String::new(),

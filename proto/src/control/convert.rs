@@ -8,7 +8,10 @@ use uuid::Uuid;
 
 use super::model::*;
 use super::policy::*;
-use super::{ADDRESSES_MAX, DISKS_MAX, EVENTS_MAX, GROUP_MACHINES_MAX, HOLD_LIMIT_MAX, TEXT_BYTES_MAX, VERSION, wire};
+use super::{
+    ADDRESSES_MAX, DISKS_MAX, EVENTS_MAX, GROUP_MACHINES_MAX, HOLD_LIMIT_MAX, SERVERS_MAX, TEXT_BYTES_MAX, VERSION,
+    wire,
+};
 
 /// Why a message cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -364,7 +367,8 @@ impl From<&MachineSpec> for wire::MachineSpec {
             name: from.name.clone(),
             disks: from.disks.iter().map(Into::into).collect(),
             policy: Some(from.policy.clone().into()),
-            server: Some(wire::Endpoint { server: from.server.server.to_vec(), address: from.server.address.clone() }),
+            server: Some((&from.server).into()),
+            others: from.others.iter().map(Into::into).collect(),
             paused: from.paused,
             listen: address_text(from.listen),
             fenced: from.fenced,
@@ -377,20 +381,40 @@ impl TryFrom<wire::MachineSpec> for MachineSpec {
     type Error = WireError;
 
     fn try_from(from: wire::MachineSpec) -> Checked<Self> {
-        let server = need(from.server, "server")?;
+        let server = Endpoint::try_from(need(from.server, "server")?)?;
+        let others = list(from.others, "others", SERVERS_MAX - 1, Endpoint::try_from)?;
+        let all = std::iter::once(&server).chain(&others).map(|endpoint| endpoint.server);
+        if all.collect::<std::collections::BTreeSet<_>>().len() != others.len() + 1 {
+            return Err(WireError::Invalid("others"));
+        }
         Ok(MachineSpec {
             machine: machine(&from.machine)?,
             name: named(from.name, "name")?,
             disks: disks(from.disks)?,
             policy: need(from.policy, "policy")?.try_into()?,
-            server: Endpoint {
-                server: need(ServerId::from_slice(&server.server), "server")?,
-                address: named(server.address, "address")?,
-            },
+            server,
+            others,
             paused: from.paused,
             listen: optional_address(&from.listen)?,
             fenced: from.fenced,
             via: via(&from.via)?,
+        })
+    }
+}
+
+impl From<&Endpoint> for wire::Endpoint {
+    fn from(from: &Endpoint) -> Self {
+        wire::Endpoint { server: from.server.to_vec(), address: from.address.clone() }
+    }
+}
+
+impl TryFrom<wire::Endpoint> for Endpoint {
+    type Error = WireError;
+
+    fn try_from(from: wire::Endpoint) -> Checked<Self> {
+        Ok(Endpoint {
+            server: need(ServerId::from_slice(&from.server), "server")?,
+            address: named(from.address, "address")?,
         })
     }
 }
@@ -1039,6 +1063,7 @@ impl From<&SourceDisk> for wire::SourceDisk {
             differing_bytes: from.compare.differing_bytes,
             compare_left_bytes: from.compare.left_bytes,
             current_bytes: from.current_bytes,
+            server: from.server.map_or_else(Vec::new, |server| server.to_vec()),
         }
     }
 }
@@ -1062,8 +1087,13 @@ impl TryFrom<wire::SourceDisk> for SourceDisk {
             wire::SourceMode::Bitmap => SourceMode::Bitmap,
             wire::SourceMode::Compare => SourceMode::Compare,
         };
+        let server = match from.server.is_empty() {
+            true => None,
+            false => Some(need(ServerId::from_slice(&from.server), "server")?),
+        };
         Ok(SourceDisk {
             disk: disk(&from.disk)?,
+            server,
             state,
             mode,
             mode_reason: text(from.mode_reason, "mode_reason")?,
@@ -1204,6 +1234,7 @@ mod tests {
                 },
             },
             server: Endpoint { server: ServerId::random(), address: "127.0.0.1:1".into() },
+            others: vec![Endpoint { server: ServerId::random(), address: "127.0.0.1:2".into() }],
             paused: true,
             listen: Some("127.0.0.1:10809".parse().unwrap()),
             fenced: true,
@@ -1391,6 +1422,7 @@ mod tests {
                 time: Timestamp(5),
                 disks: vec![SourceDisk {
                     disk: DiskId::random(),
+                    server: Some(ServerId::random()),
                     state: SourceState::InitialReplication,
                     mode: SourceMode::Bitmap,
                     mode_reason: "the log is full".into(),

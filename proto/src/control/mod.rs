@@ -21,6 +21,8 @@ pub const VERSION: u32 = 1;
 pub const TEXT_BYTES_MAX: usize = 8192;
 /// The most disks of one machine.
 pub const DISKS_MAX: usize = 256;
+/// The most process servers that one machine feeds: each costs its host a sender a disk.
+pub const SERVERS_MAX: usize = 4;
 /// The most machines of one group.
 pub const GROUP_MACHINES_MAX: usize = 64;
 /// Flag of a point that every machine of its group has, and of one that was made behind the barrier and that they may have.

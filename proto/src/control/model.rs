@@ -159,12 +159,21 @@ pub struct MachineSpec {
     pub disks: Vec<DiskSpec>,
     pub policy: ReplicationPolicy,
     pub server: Endpoint,
+    /// Process servers that get the same changes besides. None twice.
+    pub others: Vec<Endpoint>,
     pub paused: bool,
     /// Where its disks are served over TLS as well. Port 0: any, which stays the same from then on.
     pub listen: Option<SocketAddr>,
     /// Nobody opens its disks: it runs elsewhere, or is about to.
     pub fenced: bool,
     pub via: Via,
+}
+
+impl MachineSpec {
+    /// All process servers that its disks feed.
+    pub fn servers(&self) -> impl Iterator<Item = &Endpoint> {
+        std::iter::once(&self.server).chain(&self.others)
+    }
 }
 
 /// How the changes of a machine's disks are captured.
@@ -646,9 +655,12 @@ pub enum SourceMode {
 /// The RPO of a disk of which nothing is durable at the process server yet.
 pub const NO_RPO: Duration = Duration::from_nanos(u64::MAX);
 
+/// A disk, as it is about one process server: one that feeds several is listed once for each.
 #[derive(Clone, PartialEq, Debug)]
 pub struct SourceDisk {
     pub disk: DiskId,
+    /// `None`: the same for all, or an agent that feeds only one.
+    pub server: Option<ServerId>,
     pub state: SourceState,
     pub mode: SourceMode,
     /// Why it is not [`SourceMode::Data`]; empty when it is.

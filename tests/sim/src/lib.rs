@@ -176,6 +176,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
             ..ReplicationPolicy::default()
         },
         server: Endpoint { server: ServerId::from_bytes(random.bytes16()), address: "sim:1".to_owned() },
+        others: Vec::new(),
         paused: false,
         listen: None,
         fenced: false,

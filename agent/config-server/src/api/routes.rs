@@ -21,8 +21,8 @@ use uuid::Uuid;
 use super::accounts::{self, ControlPort, RegistrationInfo, RevokeBody, RoleBody, TokenInfo, TokenRequest, UserBody};
 use super::operations::{Operation, Operations};
 use super::schema::{
-    CreatePolicySchema, DescriptionSchema, EmptySchema, NamedPolicySchema, PointSchema, PolicySettingsSchema,
-    ServingSchema,
+    CreatePolicySchema, DescriptionSchema, EmptySchema, HeldPointSchema, NamedPolicySchema, PointSchema,
+    PolicySettingsSchema, ServingSchema,
 };
 use super::{Access, Answer, ApiError, accepted, events, ok, versioned};
 use crate::backup::{self, BackupInfo};
@@ -39,7 +39,9 @@ use crate::model::UserRole;
 use crate::names::{Expected, bad_request};
 use crate::plans::{CreatePlan, ShownPlan};
 use crate::status::MachineStatus;
-use crate::{console, deliver, disks, failover, groups, history, machines, plans, points, policies, serves, status};
+use crate::{
+    console, consumers, deliver, disks, failover, groups, history, machines, plans, points, policies, serves, status,
+};
 
 type App = State<Arc<Core>>;
 
@@ -70,6 +72,13 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let job = |summary| Operation::new(Operator, summary).starts_job();
     api.post("/machines/{name}/disks", add_disks, job("Adds disks to a machine").takes::<disks::AddRequest>());
     api.delete("/machines/{name}/disks/{disk}", remove_disk, job("Takes a disk, by its id or path, out of a machine"));
+    let one = job("Feeds process servers besides those that are fed").takes::<consumers::AddRequest>();
+    api.post("/machines/{name}/process-servers", add_process_servers, one);
+    let one = job("Feeds one of several process servers, by its name or id, no longer");
+    let one =
+        one.query("delete_replica", Type::Boolean, "Whether the replica that it has, and its points, go as well.");
+    let one = one.query("force", Type::Boolean, "Whether locked and served points go as well.");
+    api.delete("/machines/{name}/process-servers/{server}", remove_process_server, one);
     api.post("/machines/{name}/resize", resize_disks, job("Takes over disks that grew"));
     api.post("/machines/{name}/pause", pause, job("Sends nothing for now"));
     api.post("/machines/{name}/resume", resume, job("Sends again"));
@@ -81,7 +90,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let one = Operation::new(Operator, "Deletes such a replica").starts_job();
     let one = one.query("force", Type::Boolean, "Whether locked and served points go as well.");
     api.delete("/replicas/{id}", delete_replica, one);
-    let list = Operation::new(Reader, "The recovery points of a machine").answers_list::<PointSchema>();
+    let list = Operation::new(Reader, "The recovery points of a machine").answers_list::<HeldPointSchema>();
     api.get("/machines/{name}/points", list_points, list);
     let one = job("Makes a recovery point").takes::<points::CreateRequest>();
     api.post("/machines/{name}/points", create_point, one);
@@ -396,6 +405,18 @@ async fn add_disks(State(core): App, Path(name): Path<String>, body: Bytes) -> A
 
 async fn remove_disk(State(core): App, Path((name, disk)): Path<(String, String)>) -> Answer {
     accepted(disks::remove(&core, &name, &disk)?)
+}
+
+async fn add_process_servers(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+    accepted(consumers::add(&core, &name, parse(&body)?)?)
+}
+
+async fn remove_process_server(
+    State(core): App,
+    Path((name, server)): Path<(String, String)>,
+    query: Query<UnprotectQuery>,
+) -> Answer {
+    accepted(consumers::remove(&core, &name, &server, query.delete_replica, query.force)?)
 }
 
 async fn resize_disks(State(core): App, Path(name): Path<String>) -> Answer {

@@ -21,6 +21,17 @@ pub struct PointSchema {
     flags: Vec<String>,
 }
 
+/// A recovery point, and who has it.
+#[derive(ToSchema)]
+#[schema(as = HeldPoint)]
+#[allow(dead_code)]
+pub struct HeldPointSchema {
+    #[serde(flatten)]
+    point: PointSchema,
+    /// The names of the process servers that have it, of those that can be asked.
+    process_servers: Vec<String>,
+}
+
 #[derive(ToSchema)]
 #[schema(as = Problem)]
 #[allow(dead_code)]

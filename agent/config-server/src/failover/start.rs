@@ -13,13 +13,15 @@ use serde_json::{Value, json};
 use tidemark_base::{Clock, MarkId, Timestamp};
 use tidemark_hypervisor::call::{Asked, Call, FailOverCall, FailedOver, Lost, decode};
 use tidemark_proto::control::{
-    AgentCommand, Consistency, Failure, FailureKind, MarkRequest, Reply, ServerCommand, Severity,
+    AgentCommand, Consistency, Failure, FailureKind, MarkRequest, Reply, ServerCommand, Severity, SourceDisk,
 };
 use uuid::Uuid;
 
+use super::drill::refuse_drilled;
 use super::failback::shutdown_limit;
 use super::state::{self, Failover, Kind, Loss, Phase};
 use super::{ask, no_description, not_understood, source};
+use crate::consumers;
 use crate::core::{Core, QUICK, SETTLE};
 use crate::history::News;
 use crate::hub::{PeerId, Presence, Report, unexpected};
@@ -42,6 +44,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 pub struct StartRequest {
     /// `lowest-rpo`, an id, `latest`, `latest-app`, or a time; absent: `lowest-rpo`, the last consistent state that arrived. A planned failover goes to the last change.
     pub point: Option<String>,
+    /// Where the machine has several, the one that runs it; absent: the one where least is lost.
+    pub process_server: Option<String>,
     /// The disks are made ready, and a person attaches them to a machine and starts it.
     pub disks_only: bool,
     /// Says what would be lost and what is in the way, and does nothing.
@@ -100,9 +104,13 @@ async fn run(
     let machine = core.machine(name)?;
     // One that was begun and did not come to its end is gone on with.
     let begun = machine.failover.clone().filter(|begun| begun.kind == kind && begun.phase == Phase::Starting);
-    if begun.is_none() {
-        state::refuse_failed_over(&machine)?;
-    }
+    let machine = match begun.is_none() {
+        true => {
+            state::refuse_failed_over(&machine)?;
+            choose(core, machine, kind, &request).await?
+        }
+        false => machine,
+    };
     if !request.disks_only {
         ask(core, &machine, &Call::Check, SETTLE).await?;
     }
@@ -145,7 +153,7 @@ async fn run(
     });
     let (id, source_stopped) = (failover.id, failover.source_stopped);
     let is_new = machine.failover.is_none();
-    let machine = if is_new { state::begin(core, name, failover)? } else { machine };
+    let machine = if is_new { state::begin(core, name, machine.server, failover)? } else { machine };
     let taken = take_over(core, progress, &machine, id, &point, asked).await;
     let (answer, downtime) = match taken {
         Ok(answer) => answer,
@@ -191,6 +199,27 @@ async fn run(
         "power": answer.power,
         "disks": answer.disks,
     }))
+}
+
+/// Where it is to run: at the process server that is named, or where least is lost.
+async fn choose(core: &Core, machine: Machine, kind: Kind, request: &StartRequest) -> Result<Machine, Failure> {
+    let before = machine.server;
+    let chosen = match (kind, &request.process_server) {
+        // Nothing is lost at any: one that keeps up.
+        (Kind::Planned, None) => {
+            let server = status::of(core, &machine.name).await?.server;
+            machine.about(server)
+        }
+        (_, wanted) => {
+            let point = selector(request.point.as_deref().unwrap_or(LOWEST_RPO))?;
+            consumers::at(core, machine, wanted.as_deref(), &point).await?
+        }
+    };
+    if chosen.server != before {
+        // They run where the first one is.
+        refuse_drilled(core, &chosen.clone().about(before))?;
+    }
+    Ok(chosen)
 }
 
 fn has_begun(core: &Core, name: &str) -> bool {
@@ -343,8 +372,11 @@ fn loss(core: &Core, machine: &Machine, lost: &Lost) -> Loss {
     let peer = PeerId::Agent(machine.host);
     let pending: u64 = match core.hub.report(peer) {
         Some(Report::Agent(report)) => {
-            let ours = |id| machine.disks.iter().any(|disk| disk.id == id);
-            report.disks.iter().filter(|source| ours(source.disk)).map(|source| source.pending_bytes).sum()
+            let ours = |source: &&SourceDisk| {
+                machine.disks.iter().any(|disk| disk.id == source.disk)
+                    && source.server.is_none_or(|server| server == machine.server)
+            };
+            report.disks.iter().filter(ours).map(|source| source.pending_bytes).sum()
         }
         _ => 0,
     };

@@ -1,7 +1,7 @@
 //! What is stored of a machine that runs, or is about to run, where its replica is.
 
 use serde::{Deserialize, Serialize};
-use tidemark_base::{Generation, MarkId, Timestamp};
+use tidemark_base::{Generation, MarkId, ServerId, Timestamp};
 use tidemark_proto::control::{Failure, FailureKind};
 use tidemark_proto::failback::Method;
 use uuid::Uuid;
@@ -159,8 +159,8 @@ impl Machine {
     }
 }
 
-/// Begins a failover, or goes on with the one that was begun.
-pub fn begin(core: &Core, name: &str, failover: Failover) -> Result<Machine, Failure> {
+/// Begins a failover to one of its process servers, or goes on with the one that was begun.
+pub fn begin(core: &Core, name: &str, server: ServerId, failover: Failover) -> Result<Machine, Failure> {
     core.store.change(|state| {
         let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
         if machine.failover.as_ref().is_none_or(|known| known.id != failover.id) {
@@ -170,6 +170,7 @@ pub fn begin(core: &Core, name: &str, failover: Failover) -> Result<Machine, Fai
             raise(machine);
         }
         machine.failover = Some(failover);
+        *machine = machine.clone().about(server);
         Ok(machine.clone())
     })
 }

@@ -128,7 +128,7 @@ async fn test(
     let point = groups::points::named(core, name, asked.point.clone()).await?;
     if asked.disks_only {
         // As a failover would give them, with a scratch layer: nothing of the replica is written.
-        let request = ServeRequest { writable: true, listen: None };
+        let request = ServeRequest { writable: true, listen: None, process_server: None };
         let serving = points::serve(core, name, &point, request).await?;
         let own_seconds = Some(since.elapsed().as_secs_f64());
         let serve = serving["serve"].as_str().and_then(|id| id.parse().ok());

@@ -178,20 +178,25 @@ impl ProtectedDisk {
                 insert_granules(&mut changed, extent);
             }
         }
-        if !changed.is_empty() {
+        // One that holds nothing is to be scanned whole already.
+        if !changed.is_empty() && !consumer.holds_nothing() {
             self.add_for(consumer, &changed, ScanReason::Dirty).map_err(self.io_error("mark blocks"))?;
         }
         consumer.cover(*until).map_err(self.io_error("store what is covered"))
     }
 
-    /// A consumer that is away does not bring those down that are there: before its log is at the limit it steps down alone. A
-    /// new epoch begins, with what it did not take in its scan, and the log does not wait for it until it is back.
+    /// A consumer that is away, or too slow, does not bring those down that keep up: before the log is at its limit it steps
+    /// down alone. A new epoch begins, with what it did not take in its scan, and the log does not wait for it until it takes
+    /// something again. What those that keep up did not acknowledge at this instant goes to them as blocks, once.
     fn let_laggards_go(&self) {
         let consumers = self.consumers();
-        let is_there = |consumer: &&Arc<Consumer>| consumer.is_active(CONSUMER_ACTIVE);
-        let away: Vec<&Arc<Consumer>> =
-            consumers.iter().filter(|consumer| !is_there(consumer) && consumer.covered().is_none()).collect();
-        if away.is_empty() || !consumers.iter().any(|consumer| is_there(&consumer)) || !self.log.is_almost_full() {
+        if consumers.len() < 2 || !self.log.is_almost_full() {
+            return;
+        }
+        let is_behind = |consumer: &&Arc<Consumer>| self.log.is_far_behind(consumer.cursor().as_ref());
+        let (behind, keeping_up): (Vec<_>, Vec<_>) = consumers.iter().partition(is_behind);
+        let away: Vec<&Arc<Consumer>> = behind.into_iter().filter(|consumer| consumer.covered().is_none()).collect();
+        if away.is_empty() || !keeping_up.iter().any(|consumer| consumer.is_active(CONSUMER_ACTIVE)) {
             return;
         }
         let start = match self.begin_epoch(EpochReason::Unclean) {
@@ -207,7 +212,7 @@ impl ProtectedDisk {
                 continue;
             }
             let message = format!(
-                "process server {} did not take the changes of {} for long: it gets the blocks instead of their history",
+                "process server {} is too far behind with the changes of {}: it gets the blocks instead of their history",
                 consumer.server(),
                 self.path.display()
             );

@@ -149,7 +149,11 @@ impl ProtectedDisk {
         self.tracker.as_ref().is_some_and(|tracker| tracker.is_dirty() || !tracker.claimed().is_empty())
     }
 
+    /// Somebody holds it without a scan: of those that a stream is open to, if there are any.
     pub(crate) fn is_scanned(&self) -> bool {
-        self.consumers().iter().all(|consumer| consumer.progress().is_none())
+        let consumers = self.consumers();
+        let is_any_connected = consumers.iter().any(|consumer| consumer.is_connected());
+        let mut there = consumers.iter().filter(|consumer| consumer.is_connected() || !is_any_connected);
+        consumers.is_empty() || there.any(|consumer| consumer.progress().is_none())
     }
 }

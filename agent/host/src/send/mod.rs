@@ -31,7 +31,7 @@ pub mod resume;
 mod session;
 mod status;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod throttle;
 
 use std::net::IpAddr;

@@ -74,6 +74,7 @@ pub(super) fn spec(folder: &Path, name: &str, disks: usize) -> MachineSpec {
         disks: disks.collect(),
         policy: ReplicationPolicy { point_interval: Some(Duration::from_secs(300)), ..ReplicationPolicy::default() },
         server: Endpoint { server: ServerId::random(), address: "nowhere.example:1".into() },
+        others: Vec::new(),
         paused: false,
         listen: None,
         fenced: false,

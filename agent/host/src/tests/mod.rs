@@ -2,6 +2,7 @@
 
 mod barrier;
 mod conformance;
+mod consumers;
 mod crash;
 pub mod gaps;
 mod host;
