@@ -140,6 +140,31 @@ fn patch(path: &Path, at: u64, byte: u8) {
     std::os::unix::fs::FileExt::write_all_at(&file, &[byte; 64 << 10], at).expect("it can be written");
 }
 
+/// F34: cut while the last changes are sent, a planned failover is gone on with by who asks for it again.
+#[test]
+fn f34_a_planned_failover_that_was_cut_is_gone_on_with() {
+    let mut site = Site::start_roles();
+    let machine = protected(&site, "web", "disk.img", BYTES, 4);
+    site.json(&["policy", "create", "slow", "--throttle", "512K"]);
+    site.protect("web", &[&machine.disks[0].path], &["--policy", "slow"]);
+    // Some seconds of what does not compress.
+    let mut data = vec![0; 4 << 20];
+    image::Seeded(7).fill(&mut data);
+    Client::connect(machine.nbd()).expect("the disk can be opened").write(MIB, &data).expect("it can be written");
+    site.json(&["failover", "planned", "web", "--disks-only", "--no-wait"]);
+    wait::until("the last changes are being sent", LIMIT, || {
+        let shown = site.run(&["failover", "show", "web", "--json"]);
+        shown.stdout.contains("\"draining\"").then_some(())
+    });
+    site.kill_role("config-server");
+    site.start_role("config-server");
+    site.wait_connected();
+    assert!(Client::connect(machine.nbd()).is_err(), "the workload is kept from its disks all the while");
+    let result = site.json(&["failover", "planned", "web", "--disks-only"]);
+    assert_eq!(result["lost_bytes"], 0, "{result}");
+    image::assert_same(&machine.disks[0].path, &content(&site, &nbd(&result), "there.img"));
+}
+
 /// F29, and complete migration: plain disks beside a running machine, the commit, and the end of the way back (F5).
 #[test]
 fn f5_a_migrated_machine_keeps_its_plain_disks_and_has_no_way_back() {

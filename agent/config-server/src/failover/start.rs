@@ -103,7 +103,10 @@ async fn run(
     progress.step("check what is needed");
     let machine = core.machine(name)?;
     // One that was begun and did not come to its end is gone on with.
-    let begun = machine.failover.clone().filter(|begun| begun.kind == kind && begun.phase == Phase::Starting);
+    let begun = machine
+        .failover
+        .clone()
+        .filter(|begun| begun.kind == kind && matches!(begun.phase, Phase::Draining | Phase::Starting));
     let machine = match begun.is_none() {
         true => {
             state::refuse_failed_over(&machine)?;
