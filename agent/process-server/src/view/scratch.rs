@@ -27,6 +27,7 @@ use super::View;
 use super::capture::{Capture, Claim, Frozen};
 
 const BLOCK: u64 = 4096;
+const _: () = assert!(BLOCK == tidemark_base::bits::PART_BYTES);
 const LIVE_MAGIC: &[u8; 8] = b"TMLIVE01";
 const LIVE_HEADER: u64 = 4096;
 /// What is taken over under one lock: a guest's write waits for so much at most.
@@ -68,11 +69,10 @@ impl Bitmap {
     }
 
     fn to_bits(&self, disk_bytes: u64) -> Bits {
-        let mut bits = Bits::new(disk_bytes);
-        for block in (0..disk_bytes.div_ceil(BLOCK)).filter(|block| self.get(*block)) {
-            bits.insert(Extent::new(block * BLOCK, 1));
-        }
-        bits
+        // The same bits in the same order, but that a set ends with a whole word.
+        let mut bytes = self.bits.clone();
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        Bits::from_bytes(disk_bytes, &bytes).expect("one bit for each block of a disk of this size")
     }
 
     fn set(&mut self, block: u64) {
@@ -147,11 +147,14 @@ impl ScratchDisk {
             live.read_at(LIVE_HEADER, &mut bits)?;
             return Ok((live, Some(bits)));
         }
+        // Its header goes first; and a machine's start waits for no zeroes of a large disk's map.
+        live.set_bytes(0)?;
         live.set_bytes(bytes)?;
         // Room that is there now cannot be missing when the guest writes.
         live.reserve(0, bytes)?;
-        live.write_at(0, &vec![0; LIVE_HEADER as usize])?;
-        live.write_at(LIVE_HEADER, initial)?;
+        if !is_zero(initial) {
+            live.write_at(LIVE_HEADER, initial)?;
+        }
         live.write_at(0, &header)?;
         storage.sync_folder("")?;
         Ok((live, None))
