@@ -3,6 +3,16 @@
 //! After a crash the disk is the truth. The question is only where the replica may differ from it: nowhere beyond the log
 //! (the log goes on), in what was in flight (slots), in what the log or the page cache may have lost (intent regions), in
 //! what a log held that cannot be read back (as its companion names it, or the unshipped regions), or anywhere (the whole disk).
+//!
+//! **A disk that grew** while it was attached, and was left cleanly, is the same disk with a longer end. Whoever left it saw that it was
+//! never shorter, and stored its times of after the growing: they prove that nobody wrote since, as they do for a disk that did
+//! not grow. So its log, epoch and regions go on. They are read at the size of the session before, whose file says it, and
+//! written at the new one; what they name stays named. Of the new end they know nothing: it is added to the scan of each
+//! consumer, durably, before the session is stored with the new size. A crash before that finds the session of the smaller
+//! disk, and scans that may be of the larger one already, with their bits and the new end in them: it grows again, to the same
+//! end. A dirty bitmap of the new size beside a session of the old one counts as lost, and the unshipped regions name what it
+//! held. One that grew while nobody was attached, that was not left cleanly, or that has no times (a block device) is compared
+//! whole: rule 3.6 asks for a proof, and there is none.
 
 mod decide;
 mod remains;
@@ -94,9 +104,9 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     let events = DiskEvents { events: request.events.clone(), machine: request.machine, disk: request.disk };
 
     clear_state_of_another(&places, request.disk).map_err(places.failed("clear the folder"))?;
-    let consumers = open_consumers(&places, &request, disk.bytes())?;
     let (lost_file, lost) = open_lost(&request)?;
     let mut remains = Remains::read(&places, &source)?;
+    let consumers = open_consumers(&places, &request, remains.known_bytes(disk.bytes()), disk.bytes())?;
     let mut evidence = Evidence {
         before: Before::Nothing,
         disk: DiskFound::Same,
@@ -140,8 +150,9 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         }
     }
     let dirty = match remains.dirty.take() {
-        Some(dirty) => dirty,
-        None => {
+        Some(dirty) if dirty.disk_bytes() == disk.bytes() => dirty,
+        // Of the disk before it grew: what it held is in the scans.
+        _ => {
             let file = emptied(&*places.state, "dirty").map_err(places.failed("make the dirty bitmap"))?;
             DirtyBitmap::create(file, disk.bytes()).map_err(places.failed("make the dirty bitmap"))?
         }
@@ -272,6 +283,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         events,
         write_failures: AtomicBool::new(false),
         importing: AtomicBool::new(false),
+        has_shrunk: AtomicBool::new(false),
         barrier: OnceLock::new(),
     });
     if let Some(reason) = unlogged {
@@ -292,6 +304,9 @@ fn what_to_scan(
     evidence: &Evidence,
 ) -> Vec<ExtentSet> {
     let mut common = ExtentSet::new();
+    if let DiskFound::Grown { from, to } = evidence.disk {
+        common.insert(Extent::new(from, to - from));
+    }
     let dirty = remains.dirty.iter().flat_map(|dirty| dirty.extents().iter().collect::<Vec<_>>());
     match *decision {
         // Their log goes on, and so does their bitmap.
@@ -338,6 +353,8 @@ fn whole(source: &SourceIdentity) -> ExtentSet {
 
 fn reason_of(decision: Decision, evidence: &Evidence) -> ScanReason {
     match decision {
+        // The new end is not known to differ.
+        _ if matches!(evidence.disk, DiskFound::Grown { .. }) => ScanReason::Unclean,
         Decision::Continue | Decision::ReadSlots | Decision::StayInBitmap => ScanReason::Dirty,
         Decision::ScanDirty if evidence.log == LogFound::Sound => ScanReason::Dirty,
         Decision::ScanDirty | Decision::ScanUnshipped => ScanReason::LogDamaged,
@@ -423,6 +440,10 @@ fn tell(
         }
     };
     events.publish(severity, kind, message, help);
+    if let (DiskFound::Grown { from, to }, false) = (evidence.disk, matches!(decision, Decision::ScanWhole(_))) {
+        let message = format!("disk {path} grew from {from} to {to} bytes: its new end is compared");
+        events.publish(Severity::Information, EventKind::DiskResized, message, "");
+    }
     if remains.lost_marks > 0 {
         let message = format!(
             "{} marks of disk {path} that were made shortly before the machine went down are lost",
@@ -499,9 +520,14 @@ fn forget_other_consumers(state: &dyn Storage, consumers: &[ServerId]) -> io::Re
     state.sync_folder("")
 }
 
-fn open_consumers(places: &Places, request: &AttachRequest, disk_bytes: u64) -> Result<Vec<Arc<Consumer>>, HostError> {
+fn open_consumers(
+    places: &Places,
+    request: &AttachRequest,
+    known_bytes: u64,
+    disk_bytes: u64,
+) -> Result<Vec<Arc<Consumer>>, HostError> {
     let open = |server: &ServerId| -> io::Result<Arc<Consumer>> {
-        Ok(Arc::new(match Consumer::open(places.state.clone(), *server, disk_bytes)? {
+        Ok(Arc::new(match Consumer::open_grown(places.state.clone(), *server, known_bytes, disk_bytes)? {
             Some(consumer) => consumer,
             None => Consumer::create(places.state.clone(), *server, disk_bytes)?,
         }))

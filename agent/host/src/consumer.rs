@@ -103,11 +103,24 @@ impl Consumer {
     }
 
     fn full_scan(storage: &Arc<dyn Storage>, server: ServerId, disk_bytes: u64) -> io::Result<DirtyBitmap> {
-        let file = storage.open(&Self::scan_file(server), OpenMode::OpenOrCreate)?;
+        Self::new_scan(storage, server, disk_bytes, &ExtentSet::from_iter([Extent::new(0, disk_bytes)]))
+    }
+
+    /// A bitmap with these bits in the place of the one before. Made aside: a kill before its bits are set would leave an empty
+    /// one, which says that nothing is to be scanned.
+    fn new_scan(
+        storage: &Arc<dyn Storage>,
+        server: ServerId,
+        disk_bytes: u64,
+        pending: &ExtentSet,
+    ) -> io::Result<DirtyBitmap> {
+        let (name, aside) = (Self::scan_file(server), format!("{}.new", Self::scan_file(server)));
+        let file = storage.open(&aside, OpenMode::OpenOrCreate)?;
         file.set_bytes(0)?;
         let scan = DirtyBitmap::create(file, disk_bytes)?;
-        scan.mark_all();
+        pending.iter().for_each(|extent| scan.mark(extent));
         scan.sync()?;
+        storage.rename(&aside, &name)?;
         storage.sync_folder("")?;
         Ok(scan)
     }
@@ -115,6 +128,16 @@ impl Consumer {
     /// What an earlier session left; `None` when there is nothing, or nothing that can be trusted. A bitmap that is damaged,
     /// or of a disk of another size, is begun anew with the whole disk in it: what was acknowledged is still known.
     pub fn open(storage: Arc<dyn Storage>, server: ServerId, disk_bytes: u64) -> io::Result<Option<Self>> {
+        Self::open_grown(storage, server, disk_bytes, disk_bytes)
+    }
+
+    /// The same for a disk that had `known_bytes` when it was left: a scan of that size goes on, and the new end is in it.
+    pub fn open_grown(
+        storage: Arc<dyn Storage>,
+        server: ServerId,
+        known_bytes: u64,
+        disk_bytes: u64,
+    ) -> io::Result<Option<Self>> {
         let name = Self::state_file(server);
         if !storage.exists(&name)? {
             return Ok(None);
@@ -124,13 +147,21 @@ impl Consumer {
             return Ok(None);
         };
         let mut current = stored.clone();
-        let found = match storage.exists(&Self::scan_file(server))? {
-            true => DirtyBitmap::open(storage.open(&Self::scan_file(server), OpenMode::ReadWrite)?, disk_bytes)?,
-            false => None,
+        let open_scan = |bytes| -> io::Result<Option<DirtyBitmap>> {
+            match storage.exists(&Self::scan_file(server))? {
+                true => DirtyBitmap::open(storage.open(&Self::scan_file(server), OpenMode::ReadWrite)?, bytes),
+                false => Ok(None),
+            }
         };
-        let scan = match found {
-            Some(scan) => scan,
-            None => {
+        let before = if known_bytes < disk_bytes { open_scan(known_bytes)? } else { None };
+        let scan = match (open_scan(disk_bytes)?, before) {
+            (Some(scan), _) => scan,
+            (None, Some(before)) => {
+                let mut pending = before.extents();
+                pending.insert(Extent::new(known_bytes, disk_bytes - known_bytes));
+                Self::new_scan(&storage, server, disk_bytes, &pending)?
+            }
+            (None, None) => {
                 // It may hold anything by now: zeroes must be sent as well.
                 current.reason = Some(ScanReason::Unclean);
                 current.resync = false;

@@ -91,6 +91,8 @@ pub struct ProtectedDisk {
     pub(crate) write_failures: AtomicBool,
     /// What it holds now is between two instants of the disk that it is a copy of.
     pub(crate) importing: AtomicBool,
+    /// It was seen smaller than it was attached: what its end held is gone, whatever size it has since.
+    pub(crate) has_shrunk: AtomicBool,
     pub(crate) barrier: OnceLock<Weak<dyn Barrier>>,
 }
 

@@ -86,6 +86,7 @@ impl Remains {
         let state = &*places.state;
         let failed = places.failed("read the state");
         let session = SessionFile::peek(&places.state).map_err(&failed)?.filter(|session| session.disk == source.disk);
+        let known_bytes = known_bytes(session.as_ref(), source.disk_bytes);
         let open = |name: &str| -> io::Result<Option<Arc<dyn StorageFile>>> {
             Ok(if state.exists(name)? { Some(state.open(name, OpenMode::ReadWrite)?) } else { None })
         };
@@ -95,9 +96,9 @@ impl Remains {
         };
         // A medium that cannot read them back has no bitmaps.
         let intent = open("intent").map_err(&failed)?;
-        let intent = intent.and_then(|file| Intent::read(&*file, source.disk_bytes).ok().flatten());
+        let intent = intent.and_then(|file| Intent::read(&*file, known_bytes).ok().flatten());
         let dirty = open("dirty").map_err(&failed)?;
-        let dirty = dirty.and_then(|file| DirtyBitmap::open(file, source.disk_bytes).ok().flatten());
+        let dirty = dirty.and_then(|file| DirtyBitmap::open(file, known_bytes).ok().flatten());
         Ok(Self {
             session,
             slots,
@@ -120,6 +121,11 @@ impl Remains {
         }
         let slots = self.slots.iter().flat_map(|slots| slots.in_flight.iter().copied());
         slots.filter(|extent| extent.is_valid_on(disk_bytes)).collect()
+    }
+
+    /// How large the disk was for the session before: its bitmaps are of that size.
+    pub fn known_bytes(&self, disk_bytes: u64) -> u64 {
+        known_bytes(self.session.as_ref(), disk_bytes)
     }
 
     pub fn end(&self) -> Option<Position> {
@@ -329,11 +335,17 @@ fn compare(before: &DiskIdentity, now: &DiskIdentity) -> DiskFound {
     let is_born_together = before.born_ns.is_none() || now.born_ns.is_none() || before.born_ns == now.born_ns;
     if before.device != now.device || before.inode != now.inode || !is_born_together {
         DiskFound::Replaced
-    } else if before.bytes != now.bytes {
-        DiskFound::Resized { from: before.bytes, to: now.bytes }
+    } else if before.bytes < now.bytes {
+        DiskFound::Grown { from: before.bytes, to: now.bytes }
+    } else if before.bytes > now.bytes {
+        DiskFound::Shrunk { from: before.bytes, to: now.bytes }
     } else {
         DiskFound::Same
     }
+}
+
+fn known_bytes(session: Option<&Session>, disk_bytes: u64) -> u64 {
+    session.map_or(disk_bytes, |session| session.identity.bytes.min(disk_bytes))
 }
 
 /// Whether someone else may have written: for a clean detach, any difference in times; after a kill, a change later than our

@@ -55,16 +55,21 @@ impl ProtectedDisk {
     fn watch_size(&self) {
         match self.disk.current_bytes() {
             Ok(bytes) if bytes == self.identity.disk_bytes => {}
-            Ok(bytes) => self.alarm(
-                "size",
-                true,
-                format!(
-                    "disk {} changed its size from {} to {bytes} bytes while it was attached",
-                    self.path.display(),
-                    self.identity.disk_bytes
-                ),
-                "one that grew is taken over by itself, or by `tidemark machine disk resize`; one that shrank needs its size back",
-            ),
+            Ok(bytes) => {
+                if bytes < self.identity.disk_bytes {
+                    self.has_shrunk.store(true, Ordering::Release);
+                }
+                self.alarm(
+                    "size",
+                    true,
+                    format!(
+                        "disk {} changed its size from {} to {bytes} bytes while it was attached",
+                        self.path.display(),
+                        self.identity.disk_bytes
+                    ),
+                    "one that grew is taken over by itself, or by `tidemark machine disk resize`; one that shrank needs its size back",
+                );
+            }
             Err(error) => self.alarm(
                 "size",
                 true,
@@ -304,7 +309,9 @@ impl ProtectedDisk {
         last.intent_lost |= self.intent.has_given_up();
         last.newest = self.log.published().time;
         last.mode = self.mode.lock().expect("no panic while held").clone();
-        if self.alarms().contains_key("size") {
+        // One that only grew lost nothing: the next attach looks at its new end.
+        let has_grown = || self.disk.current_bytes().is_ok_and(|bytes| bytes > self.identity.disk_bytes);
+        if self.alarms().contains_key("size") && (self.has_shrunk.load(Ordering::Acquire) || !has_grown()) {
             return Err(io::Error::other(format!("{} changed its size", self.path.display())));
         }
         debug_assert!(is_logging || last.mode != Mode::Data);

@@ -88,6 +88,11 @@ impl DirtyBitmap {
         Ok(bitmap)
     }
 
+    /// Of a disk of this size.
+    pub fn disk_bytes(&self) -> u64 {
+        self.disk_bytes
+    }
+
     /// Sets the bits of every granule that the range touches.
     pub fn mark(&self, extent: Extent) {
         if extent.is_empty() {

@@ -133,6 +133,11 @@ fn a_disk_that_changes_its_size_is_seen() {
     let problem = disk.alarms().get("size").cloned().unwrap();
     assert!(problem.critical && problem.message.contains("changed its size"), "{problem:?}");
     assert!(matches!(disk.mode(), Mode::Bitmap { .. }));
+    // What its end held is gone, whatever size it has then.
+    for bytes in [DISK_BYTES / 2, DISK_BYTES * 2] {
+        std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap().set_len(bytes).unwrap();
+        disk.tick();
+    }
     assert!(disk.detach().is_err(), "no clean end for it");
 }
 

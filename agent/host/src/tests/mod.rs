@@ -5,6 +5,7 @@ mod conformance;
 mod consumers;
 mod crash;
 pub mod gaps;
+mod growth;
 mod host;
 mod hyperv;
 mod limits;
