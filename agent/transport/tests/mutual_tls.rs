@@ -268,7 +268,8 @@ async fn the_api_speaks_tls_without_client_certificates() {
         stream.flush().await.unwrap();
         stream
     });
-    let mut connection = listener.accept().await;
+    let accepted = tokio::time::timeout(Duration::from_secs(60), listener.accept()).await;
+    let mut connection = accepted.expect("a client without a certificate is taken");
     assert_eq!(connection.peer().identity, None);
     let mut ping = [0; 4];
     connection.read_exact(&mut ping).await.unwrap();

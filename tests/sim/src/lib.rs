@@ -6,9 +6,10 @@
 //!
 //! * [`world`]: threads that take turns, and time; * [`media`]: what is durable and what a power cut takes; * [`link`]: the
 //!   network, and the server's end of a stream; * [`host`], [`server`]: the two processes; * [`paged`]: their bytes; [`oracle`]: what must be true;
-//!   * [`counts`]: what happened.
+//!   * [`counts`]: what happened; [`heap`]: the real process's memory.
 
 pub mod counts;
+pub mod heap;
 pub mod host;
 pub mod link;
 pub mod media;

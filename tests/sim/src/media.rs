@@ -769,8 +769,8 @@ impl MemoryDisk {
     }
 
     /// What a sector holds now.
-    pub fn peek(&self, sector: u64) -> Vec<u8> {
-        let mut content = vec![0; SECTOR];
+    pub fn peek(&self, sector: u64) -> [u8; SECTOR] {
+        let mut content = [0; SECTOR];
         self.state.borrow().now.read(sector * SECTOR as u64, &mut content);
         content
     }

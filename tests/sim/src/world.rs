@@ -6,7 +6,8 @@
 //! seed is all that a run depends on.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 use std::path::Path;
 use std::rc::Rc;
@@ -63,12 +64,32 @@ struct Thread {
     token: Arc<Mutex<bool>>,
 }
 
+/// Spreads addresses, which differ in their middle bits.
+#[derive(Default)]
+struct Address(u64);
+
+impl Hasher for Address {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_usize(usize::from(*byte)));
+    }
+
+    fn write_usize(&mut self, number: usize) {
+        self.0 = (self.0 ^ number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 ^= self.0 >> 32;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 #[derive(Default)]
 struct Threads {
     alive: BTreeMap<u64, Thread>,
     ready: Vec<u64>,
     timers: BTreeSet<(Duration, u64)>,
-    waiting: BTreeMap<usize, VecDeque<u64>>,
+    /// Never gone through: only asked.
+    waiting: HashMap<usize, VecDeque<u64>, BuildHasherDefault<Address>>,
     next: u64,
     /// Processes that are about to be killed: their threads run no further.
     doomed: BTreeSet<Process>,
@@ -395,7 +416,10 @@ impl Sim {
         let threads = &mut *threads;
         let Some(queue) = threads.waiting.get_mut(&key) else { return };
         let count = if all { queue.len() } else { queue.len().min(1) };
-        let woken: Vec<u64> = queue.drain(..count).collect();
+        let mut woken = std::mem::take(queue);
+        if count < woken.len() {
+            *queue = woken.split_off(count);
+        }
         if queue.is_empty() {
             threads.waiting.remove(&key);
         }

@@ -51,7 +51,8 @@ impl<'a> ChunkWriter<'a> {
             zero_policy,
             chunk_bytes,
             extents: Vec::new(),
-            raw: Vec::new(),
+            // Grown from nothing it would be copied again and again.
+            raw: Vec::with_capacity(chunk_bytes.min(bytes)),
             zeroes: Vec::new(),
             out: Vec::with_capacity(super::job_bytes(bytes as u64) as usize),
             hashes: Vec::new(),

@@ -51,8 +51,8 @@ impl DirtyBitmap {
 
     /// Writes an empty bitmap over the whole file (so that no later store can lack room) and syncs it.
     pub fn create(file: Arc<dyn StorageFile>, disk_bytes: u64) -> io::Result<Self> {
-        let zeroes = vec![0; 1 << 20];
         let bytes = Self::file_bytes(disk_bytes);
+        let zeroes = vec![0; bytes.min(1 << 20) as usize];
         let mut at = 0;
         while at < bytes {
             let length = (bytes - at).min(zeroes.len() as u64);

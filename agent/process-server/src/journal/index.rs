@@ -301,11 +301,17 @@ impl<E: Located> Sorted<E> {
     fn after(&self, offset: u64, file: &IndexFile, cache: &BlockCache) -> Result<u64, ReadError> {
         // The entry that holds `offset` is on the last page whose fence is not after it, or the next page begins with what follows.
         let page = self.fences.partition_point(|&fence| fence <= offset).saturating_sub(1) as u64;
-        let (mut low, mut high) =
-            (page * self.table.per_page(), ((page + 1) * self.table.per_page()).min(self.table.entries));
+        let start = page * self.table.per_page();
+        let (mut low, mut high) = (start, (start + self.table.per_page()).min(self.table.entries));
+        if low == high {
+            return Ok(low);
+        }
+        // Fetched once: each look at it would ask the cache again.
+        let content = self.table.page(page, file, cache)?;
         while low < high {
             let middle = low + (high - low) / 2;
-            if self.entry(middle, file, cache)?.extent().end() <= offset {
+            let at = (middle - start) as usize * E::BYTES;
+            if E::decode(&content[at..at + E::BYTES]).extent().end() <= offset {
                 low = middle + 1;
             } else {
                 high = middle;

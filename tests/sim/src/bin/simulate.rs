@@ -1,7 +1,7 @@
 //! `simulate --seed N [--trace]` replays one run; `--seeds A..B [--jobs N]` runs a range and sums up.
 //!
-//! A range is run by child processes, a few seeds each: what a killed process of the simulation owned is never given back
-//! (that is what being killed means), so a process that simulates is not kept for long.
+//! A range is run by child processes, which fork one process for every few seeds: what a killed process of the simulation owned is
+//! never given back (that is what being killed means), so a process that simulates is not kept for long. [`Heap`] is what they share.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
@@ -9,11 +9,18 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, fork};
 use tidemark_sim::counts::Counts;
+use tidemark_sim::heap::Heap;
 use tidemark_sim::world::Process;
 use tidemark_sim::{Options, StopAtSync, run};
 
-const SEEDS_PER_PROCESS: u64 = 16;
+const SEEDS_PER_PROCESS: u64 = 64;
+const SEEDS_PER_FORK: usize = 6;
+
+#[global_allocator]
+static HEAP: Heap = Heap::new();
 
 fn usage() -> ExitCode {
     eprintln!(
@@ -145,32 +152,47 @@ const KINDS_OF_SYNCS: [(Process, &str); 10] = [
 const STOPS: u64 = 2 * 2 * 10 * 24;
 
 fn child_stops(from: u64, to: u64) -> ExitCode {
-    keep_memory();
-    for number in from..to {
+    each(from, to, |number| {
         let (stop, seed) = stop_at(number);
         let what = format!("{stop:?} of seed {seed}");
         let outcome = run(seed, &Options { stop_at_sync: Some(stop), trace: false });
         let failure =
             outcome.failure.map(|failure| format!("{what}: {}", failure.replace('\n', " "))).unwrap_or_default();
         println!("{number}\t{}\t{}\t{failure}", outcome.steps, outcome.counts);
+    })
+}
+
+/// Does something for each number, in processes for a few of them, one after another. Where one of them crashes nothing is done for
+/// the numbers after it: whoever reads the lines sees which one it was.
+fn each(from: u64, to: u64, act: impl Fn(u64)) -> ExitCode {
+    HEAP.reserve();
+    for first in (from..to).step_by(SEEDS_PER_FORK) {
+        // SAFETY: this process has one thread, so that the other one may do whatever this one might.
+        match unsafe { fork() } {
+            Ok(ForkResult::Child) => {
+                HEAP.take_over();
+                (first..to).take(SEEDS_PER_FORK).for_each(&act);
+                std::process::exit(0);
+            }
+            Ok(ForkResult::Parent { child }) => match waitpid(child, None) {
+                Ok(WaitStatus::Exited(_, 0)) => {}
+                ended => {
+                    eprintln!("error: a process that simulates ended: {ended:?}");
+                    return ExitCode::FAILURE;
+                }
+            },
+            Err(error) => {
+                eprintln!("error: no process can be made: {error}");
+                return ExitCode::FAILURE;
+            }
+        }
     }
     ExitCode::SUCCESS
 }
 
-/// Memory that was given back stays in the process: getting it again, cleared page by page, took a third of the time.
-fn keep_memory() {
-    // SAFETY: sets numbers of the allocator, before this process has threads.
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
-        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
-    }
-}
-
 /// Some seeds, one line each, for the process that sums up.
 fn child(from: u64, to: u64) -> ExitCode {
-    keep_memory();
-    for seed in from..to {
+    each(from, to, |seed| {
         let outcome = run(seed, &Options::default());
         println!(
             "{seed}\t{}\t{}\t{}",
@@ -178,8 +200,7 @@ fn child(from: u64, to: u64) -> ExitCode {
             outcome.counts,
             outcome.failure.unwrap_or_default().replace('\n', " ")
         );
-    }
-    ExitCode::SUCCESS
+    })
 }
 
 fn range(from: u64, to: u64, arguments: &Arguments) -> ExitCode {
