@@ -4,7 +4,7 @@ use std::fs::File;
 
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::nbd::Client;
-use tidemark_tests::site::{LIMIT, text};
+use tidemark_tests::site::{LIMIT, number, text};
 use tidemark_tests::{Site, wait};
 
 #[test]
@@ -91,6 +91,9 @@ fn a_disk_that_grows_is_taken_over_by_itself_and_older_points_keep_their_size() 
         client.write(12 * MIB, &[7; 8192]).ok()
     });
     site.wait_protected("web");
+    let compare = &site.status("web")["compare"];
+    let compared = number(&compare["compared_bytes"]) + number(&compare["left_bytes"]);
+    assert!(compared <= 9 * MIB, "its new end alone: {compare}");
     let after = text(&site.point("web")["id"]);
     image::assert_same(&disk, &site.export("web", &after, "after.raw", "raw"));
     image::assert_same(&reference, &site.export("web", &before, "before.raw", "raw"));
