@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::FallocateFlags;
@@ -38,6 +39,16 @@ pub trait Disk: Send + Sync {
     /// cache forgets what it could not write.
     fn flush(&self) -> io::Result<()>;
     /// The run of one kind that begins at `offset` (which lies on the disk): its length and what it is.
+    fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)>;
+}
+
+/// A disk that another program has open and reads for us; nobody of ours writes to it.
+pub trait RemoteDisk: Send + Sync {
+    fn bytes(&self) -> u64;
+    /// The size that it has now.
+    fn current_bytes(&self) -> io::Result<u64>;
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+    /// As [`Disk::allocation`].
     fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)>;
 }
 
@@ -102,7 +113,7 @@ pub struct DiskIdentity {
     pub data_write_guid: Option<[u8; 16]>,
 }
 
-/// A raw disk image or a block device of this machine.
+/// A raw disk image or a block device of this machine; or what another program reads for us, which proves as little of itself as a block device.
 pub struct FileDisk {
     file: File,
     path: PathBuf,
@@ -110,8 +121,9 @@ pub struct FileDisk {
     is_block_device: bool,
     is_observed: bool,
     flush_failed: AtomicBool,
+    remote: Option<Arc<dyn RemoteDisk>>,
     #[cfg(feature = "simulation")]
-    simulated: Option<std::sync::Arc<dyn crate::seam::SimulatedDisk>>,
+    simulated: Option<Arc<dyn crate::seam::SimulatedDisk>>,
 }
 
 /// Lets the simulated disk behind a [`FileDisk`] do it, if that is what it is.
@@ -140,6 +152,7 @@ impl FileDisk {
                 is_block_device,
                 is_observed: false,
                 flush_failed,
+                remote: None,
                 simulated: Some(disk),
             });
         }
@@ -193,6 +206,24 @@ impl FileDisk {
             is_block_device,
             is_observed: access == Access::Observe,
             flush_failed: AtomicBool::new(false),
+            remote: None,
+            #[cfg(feature = "simulation")]
+            simulated: None,
+        })
+    }
+
+    /// A disk that another program reads for us, under the name that it has here.
+    pub fn through(path: &Path, remote: Arc<dyn RemoteDisk>) -> Result<Self, DiskError> {
+        let open = |source| DiskError::Open { path: path.to_owned(), source };
+        Ok(Self {
+            // Not opened for writing: whoever tries is refused.
+            file: File::open("/dev/null").map_err(open)?,
+            path: path.to_owned(),
+            bytes: remote.bytes(),
+            is_block_device: true,
+            is_observed: true,
+            flush_failed: AtomicBool::new(false),
+            remote: Some(remote),
             #[cfg(feature = "simulation")]
             simulated: None,
         })
@@ -208,11 +239,29 @@ impl FileDisk {
         if let Some(disk) = &self.simulated {
             return Ok(disk.bytes());
         }
+        if let Some(remote) = &self.remote {
+            return remote.current_bytes();
+        }
         size_of(&self.file, self.is_block_device)
     }
 
     pub fn identity(&self) -> io::Result<DiskIdentity> {
         simulated!(self, identity());
+        if let Some(remote) = &self.remote {
+            let bytes = remote.current_bytes()?;
+            let (device, inode, changed_ns, modified_ns) = (0, 0, 0, 0);
+            let (born_ns, is_block_device, data_write_guid) = (None, true, None);
+            return Ok(DiskIdentity {
+                device,
+                inode,
+                bytes,
+                changed_ns,
+                modified_ns,
+                born_ns,
+                is_block_device,
+                data_write_guid,
+            });
+        }
         let metadata = self.file.metadata()?;
         let ns = |seconds: i64, nanoseconds: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
         Ok(DiskIdentity {
@@ -408,6 +457,9 @@ impl Disk for FileDisk {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         simulated!(self, read_at(offset, buffer));
+        if let Some(remote) = &self.remote {
+            return remote.read_at(offset, buffer);
+        }
         if self.is_observed {
             return self.read_past_cache(offset, buffer);
         }
@@ -502,6 +554,9 @@ impl Disk for FileDisk {
 
     fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)> {
         simulated!(self, allocation(offset));
+        if let Some(remote) = &self.remote {
+            return remote.allocation(offset);
+        }
         if self.is_block_device {
             return Ok((self.bytes - offset, Allocation::Data));
         }

@@ -57,7 +57,8 @@ pub struct ProtectRequest {
     #[serde(default)]
     pub listen: Option<String>,
     /// How changes are captured: `nbd` (the workload writes through the agent), `fuse` (the same, as to a file), `bpf` (block
-    /// devices, the kernel tells what changed) or `hrl` (VHDX and VHD disks of Hyper-V, by the logs that it keeps beside them). Absent: as before, or `nbd`.
+    /// devices, the kernel tells what changed), `hrl` (VHDX and VHD disks of Hyper-V, by the logs that it keeps beside them) or
+    /// `qemu` (disks of a machine that runs under QEMU: images, or SOCKET/NODE). Absent: as before, or `nbd`.
     #[serde(default)]
     pub via: Option<String>,
     /// Of `disks`, those that are left out.
@@ -90,7 +91,7 @@ impl ProtectRequest {
         let Some(name) = self.via.as_deref() else { return Ok(None) };
         let unknown = || {
             let shown: String = name.chars().take(200).collect();
-            bad_request(format!("{shown:?} is no way to capture changes"), "name `nbd`, `bpf`, `fuse` or `hrl`")
+            bad_request(format!("{shown:?} is no way to capture changes"), "name `nbd`, `bpf`, `fuse`, `hrl` or `qemu`")
         };
         Via::named(name).map(Some).ok_or_else(unknown)
     }

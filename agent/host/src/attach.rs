@@ -89,8 +89,13 @@ pub struct Attached {
 /// Crash before 5: the session before still stands and is not clean, the slots are not its own any more (or still are): the
 /// next attach decides at least as much. After 5: this session stands, not clean.
 pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
-    let access = if request.tracker.is_some() { Access::Observe } else { Access::Exclusive };
-    let disk = Arc::new(FileDisk::open(&request.path, access)?);
+    let disk = Arc::new(match &request.tracker {
+        None => FileDisk::open(&request.path, Access::Exclusive)?,
+        Some(tracker) => match tracker.reader() {
+            None => FileDisk::open(&request.path, Access::Observe)?,
+            Some(reader) => FileDisk::through(&request.path, reader)?,
+        },
+    });
     let places = Places::of(&request, disk.is_block_device())?;
     let identity = disk.identity().map_err(places.failed("examine the disk"))?;
     let mount = MountIdentity::of(&places.state.path("")).map_err(places.failed("examine the folder"))?;

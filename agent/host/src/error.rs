@@ -8,6 +8,7 @@ use tidemark_base::{DiskId, MachineId};
 use tidemark_hrl::LogError;
 use tidemark_nbd::ListenError;
 use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_qemu::QemuError;
 use tidemark_transport::ExportTlsError;
 
 use crate::freeze::FreezeError;
@@ -46,6 +47,10 @@ pub enum HostError {
     OneDisk { machine: String },
     #[error("no mark can be made: a log of disk {disk}'s host is being replayed")]
     Replaying { disk: DiskId },
+    #[error(transparent)]
+    Qemu(#[from] tidemark_qemu::QemuError),
+    #[error("no mark can be made: QEMU made no instant of the machine's disks")]
+    Instant { source: io::Error },
     #[error(transparent)]
     File(#[from] tidemark_fuse::FuseError),
     #[error("machine {machine} is protected in another way ({before})")]
@@ -117,6 +122,11 @@ impl HostError {
             }
             HostError::Tracker(error) => error.help().into(),
             HostError::Import(error) => error.help().into(),
+            HostError::Qemu(error) => error.help().into(),
+            HostError::Instant { source } => {
+                let of_qemu = source.get_ref().and_then(|inner| inner.downcast_ref::<tidemark_qemu::QemuError>());
+                of_qemu.map_or("see the system's message", |error| error.help()).into()
+            }
             HostError::OneDisk { .. } => "protect each disk as a machine of its own: marks are made where its host switches logs".into(),
             HostError::Replaying { .. } => "wait until its host closed the next log and that was replayed".into(),
             HostError::File(error) => error.help().into(),
@@ -160,15 +170,23 @@ impl HostError {
             | HostError::NotHeld { .. }
             | HostError::OtherDisks { .. } => FailureKind::Conflict,
             HostError::Disk(_) | HostError::DuplicateDisk { .. } | HostError::NoName { .. } => FailureKind::BadRequest,
-            HostError::Tracker(tidemark_bpf::TrackerError::Device(_)) | HostError::OneDisk { .. } => {
-                FailureKind::BadRequest
-            }
+            HostError::Tracker(tidemark_bpf::TrackerError::Device(_))
+            | HostError::OneDisk { .. }
+            | HostError::Qemu(
+                QemuError::Absent { .. }
+                | QemuError::NoNode { .. }
+                | QemuError::NotTheRoot { .. }
+                | QemuError::ReadOnly { .. }
+                | QemuError::OddSize { .. }
+                | QemuError::TwoMachines { .. },
+            ) => FailureKind::BadRequest,
             HostError::Busy { .. }
             | HostError::Unsettled { .. }
             | HostError::Replaying { .. }
             | HostError::NotLogging { .. }
             | HostError::Scanning { .. }
             | HostError::Barriers { .. }
+            | HostError::Instant { .. }
             | HostError::Stopping => FailureKind::Unavailable,
             _ => FailureKind::Failed,
         }

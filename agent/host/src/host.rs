@@ -32,6 +32,7 @@ use crate::capture::bpf::BpfTracker;
 use crate::capture::fuse::FuseSplitter;
 use crate::capture::hrl::HrlImporter;
 use crate::capture::nbd::NbdSplitter;
+use crate::capture::qemu::QemuTracker;
 use crate::error::HostError;
 use crate::events::{EventKind, Events, News, Severity};
 use crate::freeze::{Freezer, ScriptFreezer};
@@ -166,6 +167,8 @@ struct Shared {
     files: Arc<dyn CaptureProvider>,
     /// The one that takes logs which somebody else wrote.
     importer: Arc<dyn CaptureProvider>,
+    /// The one that asks running QEMUs.
+    machines_of_qemu: Arc<dyn CaptureProvider>,
     workers: Arc<Workers>,
     session: SessionId,
     storage: Arc<dyn Storage>,
@@ -210,12 +213,14 @@ impl Host {
         let workers = Workers::start().map_err(|source| HostError::Io { what: "start threads", source })?;
         let files = Arc::new(FuseSplitter::new(&config.run_folder, &config.allowed_uids));
         let importer = Arc::new(HrlImporter::new(&config.state_folder));
+        let machines_of_qemu = Arc::new(QemuTracker::new(&config.state_folder));
         let shared = Arc::new(Shared {
             config,
             splitter: provider,
             tracker: Arc::new(BpfTracker),
             files,
             importer,
+            machines_of_qemu,
             workers,
             session: SessionId::random(),
             storage,
@@ -509,6 +514,7 @@ impl Shared {
             Via::Bpf => &self.tracker,
             Via::Fuse => &self.files,
             Via::Hrl => &self.importer,
+            Via::Qemu => &self.machines_of_qemu,
         }
     }
 

@@ -229,7 +229,8 @@ impl Machine {
         if fenced {
             return;
         }
-        let is_cycle_over = policy.cycle.is_none_or(|cycle| marked.elapsed() >= cycle);
+        let is_cycle_over =
+            policy.cycle.is_none_or(|cycle| marked.elapsed() >= cycle) && marked.elapsed() >= self.marker.rest();
         // A scan ends with a mark of its own; until then there are no points, and what changes meanwhile waits in the tracker.
         let covered = self.marker.covered();
         let is_scanning = |disk: &ProtectedDisk| covered.contains(&disk.identity.disk) && !disk.is_scanned();

@@ -7,6 +7,7 @@
 //! hold lets everybody go on. *Crash.* A mark that is not in the log of every disk never becomes a point: it names them all.
 
 mod group;
+mod instant;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -274,6 +275,9 @@ impl Marker {
         quiet: &dyn Fn() -> Result<(), HostError>,
         held: &mut dyn FnMut(&MarkOutcome),
     ) -> Result<MarkOutcome, HostError> {
+        if let Some(instants) = disks.iter().find_map(|disk| disk.tracker()?.instants()) {
+            return self.mark_instant(disks, &*instants, consistency, label, keep, quiet, held);
+        }
         if disks.iter().any(|disk| disk.tracker().is_some()) {
             return self.mark_settled(disks, deadline, consistency, label, keep, quiet, held);
         }
@@ -308,6 +312,7 @@ impl Marker {
 
     /// Takes what trackers saw, without a mark.
     pub fn drain(&self) {
+        let _one = self.settling.lock().expect("no panic while held");
         for disk in &self.all() {
             if let Err(error) = disk.gather(LOGGED_BYTES_MAX) {
                 tracing::debug!(disk = %disk.identity.disk, %error, "what changed stays claimed");
@@ -390,8 +395,17 @@ impl Marker {
         label: &str,
         keep: bool,
     ) -> Result<MarkOutcome, HostError> {
-        // Times never decrease along any of the disks.
-        let time = disks.iter().map(|disk| disk.log.time_now()).max().unwrap_or_default();
+        self.append_at(disks, time_of(disks), consistency, label, keep)
+    }
+
+    fn append_at(
+        &self,
+        disks: &[Arc<ProtectedDisk>],
+        time: Timestamp,
+        consistency: Consistency,
+        label: &str,
+        keep: bool,
+    ) -> Result<MarkOutcome, HostError> {
         self.append_mark(
             disks,
             Mark {
@@ -450,6 +464,11 @@ impl Marker {
     pub fn is_logging(&self) -> bool {
         self.ready().iter().all(|disk| disk.log.is_logging())
     }
+}
+
+/// A time from which on none of them has a record: along each of them times never decrease.
+fn time_of(disks: &[Arc<ProtectedDisk>]) -> Timestamp {
+    disks.iter().map(|disk| disk.log.time_now()).max().unwrap_or_default()
 }
 
 /// Gathers until nothing is left and nothing in flight, and holds the disks there.
@@ -527,6 +546,12 @@ impl Barrier for Marker {
                 | HostError::Scanning { disk, .. }
                 | HostError::Replaying { disk },
             ) => Err(SourceError::Busy { disk }),
+            // Its QEMU is away, or is busy with something else.
+            Err(HostError::Instant { source }) => {
+                let disk = self.all().first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
+                tracing::debug!(machine = %self.name, error = %source, "no instant was made");
+                Err(SourceError::Busy { disk })
+            }
             Err(error) => {
                 let disk = self.all().first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
                 let source = std::io::Error::other(error.to_string());

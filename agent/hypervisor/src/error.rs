@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use tidemark_qemu::QmpError;
 use uuid::Uuid;
 
 use crate::machine::InvalidMachine;
@@ -37,6 +38,18 @@ pub enum HypervisorError {
     InUse,
     #[error("{what}")]
     Store { what: String, source: io::Error },
+}
+
+impl From<QmpError> for HypervisorError {
+    fn from(error: QmpError) -> Self {
+        match error {
+            QmpError::Unreachable { reason } => {
+                HypervisorError::Unreachable { hypervisor: "the machine's QEMU", reason }
+            }
+            QmpError::Refused { what, reason } => HypervisorError::Refused { what, reason },
+            QmpError::TimedOut { what, limit } => HypervisorError::TimedOut { what, limit },
+        }
+    }
 }
 
 impl HypervisorError {

@@ -497,6 +497,8 @@ pub enum Via {
     Fuse,
     /// Hyper-V's own logs are taken: DISK is a .vhdx or .vhd file whose .hrl files lie beside it.
     Hrl,
+    /// The machine goes on as it is, under QEMU: DISK is its image, or its QMP socket and a node (/run/web.qmp/drive0).
+    Qemu,
 }
 
 #[derive(Args)]

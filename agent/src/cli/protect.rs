@@ -26,6 +26,7 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
             Via::Bpf => "bpf",
             Via::Fuse => "fuse",
             Via::Hrl => "hrl",
+            Via::Qemu => "qemu",
         }),
         "exclude": exclude,
         "check_only": args.check,

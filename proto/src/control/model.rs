@@ -189,10 +189,12 @@ pub enum Via {
     Fuse,
     /// Hyper-V keeps logs beside the disk.
     Hrl,
+    /// QEMU's dirty bitmaps tell which blocks of a running machine's disks change.
+    Qemu,
 }
 
 impl Via {
-    pub const ALL: [Via; 4] = [Via::Nbd, Via::Bpf, Via::Fuse, Via::Hrl];
+    pub const ALL: [Via; 5] = [Via::Nbd, Via::Bpf, Via::Fuse, Via::Hrl, Via::Qemu];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -200,6 +202,7 @@ impl Via {
             Via::Bpf => "bpf",
             Via::Fuse => "fuse",
             Via::Hrl => "hrl",
+            Via::Qemu => "qemu",
         }
     }
 

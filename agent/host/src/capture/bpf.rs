@@ -88,16 +88,18 @@ impl Tracker for Tracked {
         self.tracker.is_dirty()
     }
 
-    fn claim(&self) {
+    fn claim(&self) -> io::Result<()> {
         self.tracker.claim();
+        Ok(())
     }
 
     fn claimed(&self) -> ExtentSet {
         self.tracker.claimed()
     }
 
-    fn release(&self, extents: &ExtentSet) {
+    fn release(&self, extents: &ExtentSet) -> io::Result<()> {
         self.tracker.release(extents);
+        Ok(())
     }
 
     fn in_flight(&self) -> io::Result<u64> {

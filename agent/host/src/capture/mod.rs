@@ -10,6 +10,7 @@ pub mod fuse;
 pub mod hrl;
 pub mod in_flight;
 pub mod nbd;
+pub mod qemu;
 pub mod splitter;
 pub mod tracker;
 

@@ -1,9 +1,11 @@
 //! What a tracker tells: which blocks of a disk that others write changed.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tidemark_base::ExtentSet;
+use tidemark_base::disk::RemoteDisk;
+use tidemark_base::{DiskId, ExtentSet};
 
 use crate::freeze::{FreezeError, Frozen};
 
@@ -22,12 +24,13 @@ pub trait Tracker: Send + Sync {
     /// Something changed that was not claimed.
     fn is_dirty(&self) -> bool;
 
-    fn claim(&self);
+    fn claim(&self) -> io::Result<()>;
 
     /// What was claimed and not released.
     fn claimed(&self) -> ExtentSet;
 
-    fn release(&self, extents: &ExtentSet);
+    /// What is not released is claimed again.
+    fn release(&self, extents: &ExtentSet) -> io::Result<()>;
 
     /// Writes that were submitted and did not complete.
     fn in_flight(&self) -> io::Result<u64>;
@@ -40,4 +43,31 @@ pub trait Tracker: Send + Sync {
 
     /// Makes whoever writes to the disk keep still, for `limit` at most. `None`: there is nobody who can be asked to.
     fn freeze(&self, limit: Duration) -> Result<Option<Box<dyn Frozen>>, FreezeError>;
+
+    /// Who reads the disk; `None`: this process, by itself.
+    fn reader(&self) -> Option<Arc<dyn RemoteDisk>> {
+        None
+    }
+
+    /// Who makes instants of the machine that the disk belongs to; `None`: one without writes must be waited for.
+    fn instants(&self) -> Option<Arc<dyn Instants>> {
+        None
+    }
+}
+
+/// Makes instants of all disks of a machine, while it writes to them.
+pub trait Instants: Send + Sync {
+    /// One instant of these disks; `None` where more than `bytes_max` of one changed. Claims what changed.
+    fn take(&self, disks: &[DiskId], bytes_max: u64) -> io::Result<Option<Box<dyn Changes>>>;
+
+    /// How far apart instants are that nobody asked for.
+    fn rest(&self) -> Duration;
+}
+
+/// What changed of each disk up to an instant, as it was then.
+pub trait Changes: Send {
+    fn changed(&self, disk: DiskId) -> ExtentSet;
+
+    /// Part of what changed.
+    fn read_at(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 }

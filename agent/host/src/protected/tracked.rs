@@ -11,6 +11,7 @@
 //! *Retries.* Whoever marks gathers again. *Cancellation.* What was not released is claimed still. *Crash.* The next session begins with what is claimed;
 //! where the kernel did not watch on, it compares.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -19,7 +20,7 @@ use tidemark_base::{Extent, ExtentSet};
 use tidemark_hrl::Append;
 
 use super::ProtectedDisk;
-use crate::capture::tracker::Tracker;
+use crate::capture::tracker::{Changes, Tracker};
 use crate::events::{EventKind, Severity};
 use crate::log::record_parts;
 use crate::source::{RECORD_BYTES_MAX, ScanReason, SourceError};
@@ -66,9 +67,11 @@ impl ProtectedDisk {
             let whole = ExtentSet::from_iter([Extent::new(0, self.identity.disk_bytes)]);
             self.add_for_all(&whole, ScanReason::Unclean).map_err(self.io_error("mark blocks"))?;
             *owes_compare = false;
+            // From here on it is a witness again.
+            tracker.arm(self.session.lock().expect("no panic while held").current().session.0);
             return Ok(Gathered::Scanning);
         }
-        tracker.claim();
+        tracker.claim().map_err(self.io_error("claim what changed of"))?;
         if tracker.in_flight().map_err(self.io_error("count writes in flight"))? > 0 {
             return Ok(Gathered::InFlight);
         }
@@ -81,7 +84,8 @@ impl ProtectedDisk {
                 self.add_for_all(&claimed, ScanReason::Tracked).map_err(self.io_error("mark blocks"))?;
                 Gathered::Scanning
             } else {
-                claimed.iter().flat_map(record_parts).try_for_each(|part| self.log_block(part))?;
+                let read = |offset, buffer: &mut [u8]| self.disk.read_at(offset, buffer);
+                claimed.iter().flat_map(record_parts).try_for_each(|part| self.log_block(part, &read))?;
                 Gathered::All
             }
         } else {
@@ -99,16 +103,31 @@ impl ProtectedDisk {
             Gathered::All
         };
         super::gap("gathered");
-        tracker.release(&claimed);
+        tracker.release(&claimed).map_err(self.io_error("release what was claimed of"))?;
         Ok(gathered)
+    }
+
+    /// Logs what changed up to an instant, as it was then.
+    pub(crate) fn log_changes(&self, changes: &dyn Changes) -> Result<(), SourceError> {
+        let Some(tracker) = &self.tracker else { return Ok(()) };
+        let _gathering = self.gathering.lock().expect("no panic while held");
+        let changed = changes.changed(self.identity.disk);
+        let read = |offset, buffer: &mut [u8]| changes.read_at(self.identity.disk, offset, buffer);
+        changed.iter().flat_map(record_parts).try_for_each(|part| self.log_block(part, &read))?;
+        super::gap("gathered");
+        tracker.release(&changed).map_err(self.io_error("release what was claimed of"))
     }
 
     fn admit(&self, extents: &[Extent]) -> Result<crate::capture::in_flight::Admitted, SourceError> {
         self.in_flight.admit(extents).map_err(|_| SourceError::Closed { disk: self.identity.disk })
     }
 
-    /// Reads a range that nobody writes to and logs it as it is.
-    fn log_block(&self, part: Extent) -> Result<(), SourceError> {
+    /// Reads a range and logs it as it is read.
+    fn log_block(
+        &self,
+        part: Extent,
+        read: &dyn Fn(u64, &mut [u8]) -> io::Result<()>,
+    ) -> Result<(), SourceError> {
         debug_assert!(part.length <= RECORD_BYTES_MAX);
         let extents = [part];
         let admitted = self.admit(&extents)?;
@@ -116,7 +135,7 @@ impl ProtectedDisk {
             self.intent_failed(&error);
         }
         let mut data = vec![0; part.length as usize];
-        let read = self.disk.read_at(part.offset, &mut data);
+        let read = read(part.offset, &mut data);
         if read.is_ok() {
             let record = match data.iter().all(|byte| *byte == 0) {
                 true => Append::Zeroes { extent: part },
@@ -142,6 +161,12 @@ impl ProtectedDisk {
                 && tracker.claimed().is_empty()
                 && tracker.broken().is_none()
         })
+    }
+
+    /// A compare of the whole disk is owed: its tracker missed something.
+    pub(crate) fn is_unwitnessed(&self) -> bool {
+        *self.gathering.lock().expect("no panic while held")
+            || self.tracker.as_ref().is_some_and(|tracker| tracker.broken().is_some())
     }
 
     /// Something changed that no log and no bitmap tells of yet.

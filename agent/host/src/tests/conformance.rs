@@ -31,11 +31,11 @@ use crate::source::{Located, RecordBody, ScanRevision, Source};
 use crate::state::session::Mode;
 
 const MIB: u64 = 1 << 20;
-const DISK_BYTES: u64 = 8 * MIB;
+pub(super) const DISK_BYTES: u64 = 8 * MIB;
 const SECTOR: u64 = 4096;
 
 /// A provider, and a workload that uses a disk as it wants it used.
-trait Subject {
+pub(super) trait Subject {
     /// Attaches the disk and begins to capture.
     fn attach(&mut self, fixture: &mut Fixture) -> (Arc<ProtectedDisk>, Decision);
     /// Lets go of everything but the disk itself, which then is detached or, as by a kill, is not.
@@ -49,18 +49,18 @@ trait Subject {
 }
 
 /// What a process server would hold.
-struct Replica {
-    image: Vec<u8>,
-    at: Position,
+pub(super) struct Replica {
+    pub image: Vec<u8>,
+    pub at: Position,
     /// False from the begin of a scan to the first mark after its end.
-    is_consistent: bool,
-    copies: BTreeMap<MarkId, Vec<u8>>,
-    checked: usize,
+    pub is_consistent: bool,
+    pub copies: BTreeMap<MarkId, Vec<u8>>,
+    pub checked: usize,
 }
 
 impl Replica {
     /// Takes the records and scans that there are, and checks each mark that is a recovery point.
-    fn catch_up(&mut self, fixture: &Fixture, disk: &ProtectedDisk) {
+    pub fn catch_up(&mut self, fixture: &Fixture, disk: &ProtectedDisk) {
         let pending = disk.pending_scan(fixture.server, ScanRevision(0)).unwrap();
         if disk.locate(&self.at).unwrap() != Located::Here {
             assert!(!pending.extents.is_empty() || self.at.sequence.0 == 0, "history goes on without a scan");
@@ -97,7 +97,7 @@ impl Replica {
     }
 }
 
-fn conforms(subject: &mut dyn Subject, fixture: &mut Fixture, seed: u64) {
+pub(super) fn conforms(subject: &mut dyn Subject, fixture: &mut Fixture, seed: u64) {
     // A log that a few writes fill.
     fixture.limits = LogLimits { rotate_bytes: 256 << 10, limit_bytes: 2 * MIB, reserve_bytes: 0 };
     let mut random = Random(seed);
@@ -178,7 +178,7 @@ fn conforms(subject: &mut dyn Subject, fixture: &mut Fixture, seed: u64) {
     disk.detach().unwrap();
 }
 
-const SEEDS: std::ops::Range<u64> = 1..3;
+pub(super) const SEEDS: std::ops::Range<u64> = 1..3;
 
 // ── the NBD splitter, through its socket ──
 
@@ -364,7 +364,7 @@ impl Tracker for Memory {
         !self.live.lock().unwrap().is_empty()
     }
 
-    fn claim(&self) {
+    fn claim(&self) -> std::io::Result<()> {
         let mut live = self.live.lock().unwrap();
         live.iter().for_each(|extent| self.claimed.lock().unwrap().insert(extent));
         live.clear();
@@ -372,14 +372,16 @@ impl Tracker for Memory {
         if let Some(then) = self.at_claim.lock().unwrap().take() {
             then();
         }
+        Ok(())
     }
 
     fn claimed(&self) -> ExtentSet {
         self.claimed.lock().unwrap().clone()
     }
 
-    fn release(&self, extents: &ExtentSet) {
+    fn release(&self, extents: &ExtentSet) -> std::io::Result<()> {
         extents.iter().for_each(|extent| self.claimed.lock().unwrap().remove(extent));
+        Ok(())
     }
 
     fn in_flight(&self) -> std::io::Result<u64> {
@@ -663,14 +665,14 @@ impl Tracker for Counting {
     fn is_dirty(&self) -> bool {
         self.tracker.is_dirty()
     }
-    fn claim(&self) {
-        self.tracker.claim();
+    fn claim(&self) -> std::io::Result<()> {
+        self.tracker.claim()
     }
     fn claimed(&self) -> ExtentSet {
         self.tracker.claimed()
     }
-    fn release(&self, extents: &ExtentSet) {
-        self.tracker.release(extents);
+    fn release(&self, extents: &ExtentSet) -> std::io::Result<()> {
+        self.tracker.release(extents)
     }
     fn in_flight(&self) -> std::io::Result<u64> {
         self.tracker.in_flight()

@@ -15,6 +15,7 @@ mod master_target;
 #[path = "../../../hrl/tests/support/memory.rs"]
 pub mod memory;
 mod power;
+mod qemu;
 mod room;
 #[cfg(feature = "sabotage")]
 mod sabotage;

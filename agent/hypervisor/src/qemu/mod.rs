@@ -27,7 +27,6 @@
 pub mod accelerator;
 pub mod command;
 pub mod process;
-pub mod qmp;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -42,6 +41,8 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tidemark_base::storage::{OpenMode, RealStorage, Storage, read_file, replace_file};
+use tidemark_qemu::QmpError;
+use tidemark_qemu::qmp::{self, Qmp};
 use tokio::process::Command;
 use tokio::sync::{OnceCell, broadcast};
 use uuid::Uuid;
@@ -49,7 +50,6 @@ use uuid::Uuid;
 use self::accelerator::{Accelerator, Finding};
 use self::command::{AGENT, CONSOLE, PID, QMP, VARIABLES};
 use self::process::Process;
-use self::qmp::Qmp;
 use crate::error::{HypervisorError, store};
 use crate::guest;
 use crate::hypervisor::{About, Console, Event, Hypervisor, Listed, Power, Question, Started, Stopped};
@@ -255,7 +255,7 @@ impl Qemu {
         // Told to end, it flushes what it holds; one that does not listen is killed.
         let told = async {
             let qmp = self.qmp(id).await?;
-            qmp.execute("quit", json!({}), ANSWER_LIMIT).await
+            Ok::<_, HypervisorError>(qmp.execute("quit", json!({}), ANSWER_LIMIT).await?)
         };
         let told = tokio::time::timeout(QUIT_LIMIT, told).await.is_ok_and(|told| told.is_ok());
         if told && self.wait_ended(id, process, QUIT_LIMIT).await? {
@@ -314,7 +314,7 @@ impl Qemu {
                     // It ended, or hangs, with both places the same: the kept one is right.
                     Ok(Ok(Ready::Same) | Err(())) | Err(_) => return Err(self.unsettled(id, what)),
                 },
-                Err(HypervisorError::Refused { reason, .. }) => reason,
+                Err(QmpError::Refused { reason, .. }) => reason,
                 // Nobody knows whether it was heard.
                 Err(_) => return Err(self.unsettled(id, what)),
             };
@@ -440,7 +440,7 @@ impl Hypervisor for Qemu {
             self.kept(id)?;
             return Ok(Power::Off);
         }
-        let status = async { self.qmp(id).await?.execute("query-status", json!({}), ANSWER_LIMIT).await };
+        let status = async { Ok(self.qmp(id).await?.execute("query-status", json!({}), ANSWER_LIMIT).await?) };
         match status.await {
             Ok(status) if status["running"] == true => Ok(Power::On),
             Ok(_) => Ok(Power::Paused),
@@ -589,7 +589,8 @@ impl Hypervisor for Qemu {
 
     async fn screenshot(&self, id: Uuid, to: &Path) -> Result<()> {
         let arguments = json!({ "filename": to, "format": "png" });
-        self.qmp(id).await?.execute("screendump", arguments, ANSWER_LIMIT).await.map(drop)
+        self.qmp(id).await?.execute("screendump", arguments, ANSWER_LIMIT).await?;
+        Ok(())
     }
 
     async fn reach(&self, id: Uuid, port: u16) -> Result<SocketAddr> {

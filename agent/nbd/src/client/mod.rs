@@ -114,6 +114,8 @@ pub struct Client {
     info: ExportInfo,
     structured: bool,
     allocation: Option<u32>,
+    /// The number of the context that was asked for by name.
+    context: Option<u32>,
     cookie: u64,
     received: Vec<u8>,
     filled: std::ops::Range<usize>,
@@ -133,7 +135,8 @@ struct Pending<'a> {
 enum Answer<'a> {
     Nothing,
     Data { buffer: &'a mut [u8], covered: usize },
-    Status(Vec<(u32, Allocation)>),
+    /// Of one context: lengths and flags.
+    Status { context: u32, runs: Vec<(u32, u32)> },
 }
 
 impl Client {
@@ -144,7 +147,14 @@ impl Client {
     }
 
     pub fn over_unix(socket: UnixStream, name: &str) -> Result<Self, ClientError> {
-        Self::start(Socket::Unix(socket), name, None)
+        Self::start(Socket::Unix(socket), name, None, None)
+    }
+
+    /// Asks for one metadata context more, such as `qemu:allocation-depth`: see [`context_status`](Self::context_status).
+    pub fn connect_unix_for(path: &Path, name: &str, context: &str) -> Result<Self, ClientError> {
+        let socket =
+            UnixStream::connect(path).map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
+        Self::start(Socket::Unix(socket), name, None, Some(context))
     }
 
     /// Through TLS, which is the only way over TCP. `config` holds this end's certificate and whom it trusts.
@@ -155,23 +165,29 @@ impl Client {
         name: &str,
     ) -> Result<Self, ClientError> {
         socket.set_nodelay(true)?;
-        Self::start(Socket::Tcp(socket), name, Some(TlsTo { name: server, config }))
+        Self::start(Socket::Tcp(socket), name, Some(TlsTo { name: server, config }), None)
     }
 
-    fn start(socket: Socket, name: &str, tls: Option<TlsTo>) -> Result<Self, ClientError> {
+    fn start(
+        socket: Socket,
+        name: &str,
+        tls: Option<TlsTo>,
+        context: Option<&str>,
+    ) -> Result<Self, ClientError> {
         if name.len() > wire::NAME_BYTES_MAX {
             return Err(ClientError::Refused { name: name.to_owned(), reason: "the name is too long".into() });
         }
         let stream = Stream::new(socket);
         stream.set_timeout(Some(HANDSHAKE_TIMEOUT))?;
         let handshake = Handshake { stream: &stream, deadline: Instant::now() + HANDSHAKE_TIMEOUT };
-        let agreed = handshake.run(name, tls)?;
+        let agreed = handshake.run(name, tls, context)?;
         stream.set_timeout(None)?;
         Ok(Self {
             stream,
             info: agreed.info,
             structured: agreed.structured,
             allocation: agreed.allocation,
+            context: agreed.context,
             cookie: 0,
             received: vec![0; 64 << 10],
             filled: 0..0,
@@ -346,28 +362,44 @@ impl Client {
 
     /// The runs of data and holes that make up `extent`, neighbours of one kind joined.
     pub fn block_status(&mut self, extent: Extent) -> Result<Vec<(Extent, Allocation)>, ClientError> {
+        let context = self.allocation.ok_or(ClientError::Unsupported("base:allocation"))?;
+        // A hole that does not read as zeroes is data to whoever copies the disk.
+        let kind = |flags| if flags & wire::STATE_ZERO != 0 { Allocation::Hole } else { Allocation::Data };
+        self.status(context, extent, kind)
+    }
+
+    /// The runs of `extent` with their flags in the context that was asked for.
+    pub fn context_status(&mut self, extent: Extent) -> Result<Vec<(Extent, u32)>, ClientError> {
+        let context = self.context.ok_or(ClientError::Unsupported("the metadata context that was asked for"))?;
+        self.status(context, extent, |flags| flags)
+    }
+
+    fn status<K: PartialEq>(
+        &mut self,
+        context: u32,
+        extent: Extent,
+        kind_of: impl Fn(u32) -> K,
+    ) -> Result<Vec<(Extent, K)>, ClientError> {
         self.check(extent)?;
-        if self.allocation.is_none() {
-            return Err(ClientError::Unsupported("base:allocation"));
-        }
         self.drain()?;
-        let mut runs: Vec<(Extent, Allocation)> = Vec::new();
+        let mut runs: Vec<(Extent, K)> = Vec::new();
         let mut at = extent.offset;
         while at < extent.end() {
             let part = Extent::new(at, (extent.end() - at).min(STATUS_BYTES_MAX));
             let cookie = self.send(cmd::BLOCK_STATUS, 0, part, &[])?;
-            let answer = Answer::Status(Vec::new());
+            let answer = Answer::Status { context, runs: Vec::new() };
             let mut pending =
                 HashMap::from([(cookie, Pending { operation: "status", extent: part, answer, errno: 0 })]);
-            let Answer::Status(found) = self.finish_one(&mut pending)?? else { continue };
+            let Answer::Status { runs: found, .. } = self.finish_one(&mut pending)?? else { continue };
             let before = at;
-            for (length, kind) in found {
+            for (length, flags) in found {
                 // A server may say more than it was asked.
                 let run = Extent::new(at, u64::from(length).min(extent.end() - at));
                 if run.is_empty() {
                     break;
                 }
                 at = run.end();
+                let kind = kind_of(flags);
                 match runs.last_mut() {
                     Some((last, same)) if *same == kind => last.length += run.length,
                     _ => runs.push((run, kind)),
@@ -487,18 +519,15 @@ impl Client {
                 }
                 self.receive(place)
             }
-            (chunk::BLOCK_STATUS, Answer::Status(runs)) => {
+            (chunk::BLOCK_STATUS, Answer::Status { context, runs }) => {
                 if length < 4 || length % 8 != 4 || length > STATUS_REPLY_BYTES_MAX {
                     return Err(MALFORMED);
                 }
                 let mut data = vec![0; length as usize];
                 self.receive(&mut data)?;
-                if Some(wire::u32_at(&data, 0)) == self.allocation {
-                    runs.extend(data[4..].chunks_exact(8).map(|run| {
-                        // A hole that does not read as zeroes is data to whoever copies the disk.
-                        let zero = wire::u32_at(run, 4) & wire::STATE_ZERO != 0;
-                        (wire::u32_at(run, 0), if zero { Allocation::Hole } else { Allocation::Data })
-                    }));
+                if wire::u32_at(&data, 0) == *context {
+                    let run = |run: &[u8]| (wire::u32_at(run, 0), wire::u32_at(run, 4));
+                    runs.extend(data[4..].chunks_exact(8).map(run));
                 }
                 Ok(())
             }

@@ -57,10 +57,12 @@ pub struct Agreed {
     pub structured: bool,
     /// The server's number of `base:allocation`, if it has it.
     pub allocation: Option<u32>,
+    /// Of the other context that was asked for.
+    pub context: Option<u32>,
 }
 
 impl Handshake<'_> {
-    pub fn run(&self, name: &str, tls: Option<TlsTo>) -> Result<Agreed, ClientError> {
+    pub fn run(&self, name: &str, tls: Option<TlsTo>, context: Option<&str>) -> Result<Agreed, ClientError> {
         let mut greeting = [0; 18];
         self.stream.receive_exact(&mut greeting, self.deadline)?;
         if wire::u64_at(&greeting, 0) != wire::NBDMAGIC || wire::u64_at(&greeting, 8) != wire::IHAVEOPT {
@@ -83,7 +85,10 @@ impl Handshake<'_> {
         }
         let mut agreed = Agreed { structured: succeeded(&self.ask(opt::STRUCTURED_REPLY, &[])?), ..Agreed::default() };
         if agreed.structured {
-            agreed.allocation = self.select_allocation(name)?;
+            let contexts: Vec<&str> = [wire::BASE_ALLOCATION].into_iter().chain(context).collect();
+            let mut selected = self.select(name, &contexts)?.into_iter();
+            agreed.allocation = selected.next().flatten();
+            agreed.context = selected.next().flatten();
         }
         agreed.info = self.go(name)?;
         Ok(agreed)
@@ -119,17 +124,20 @@ impl Handshake<'_> {
         Err(ClientError::Protocol("too many replies to an option"))
     }
 
-    fn select_allocation(&self, name: &str) -> Result<Option<u32>, ClientError> {
+    /// The server's number of each context, if it has it.
+    fn select(&self, name: &str, contexts: &[&str]) -> Result<Vec<Option<u32>>, ClientError> {
         let mut data = named(name);
-        data.extend(1u32.to_be_bytes());
-        data.extend(named(wire::BASE_ALLOCATION));
+        data.extend((contexts.len() as u32).to_be_bytes());
+        contexts.iter().for_each(|context| data.extend(named(context)));
         let replies = self.ask(opt::SET_META_CONTEXT, &data)?;
-        let selected = replies.iter().filter(|reply| reply.kind == rep::META_CONTEXT).find_map(|reply| {
-            let mut fields = Fields(&reply.data);
-            let id = fields.u32()?;
-            (fields.0 == wire::BASE_ALLOCATION.as_bytes()).then_some(id)
-        });
-        Ok(if succeeded(&replies) { selected } else { None })
+        let number_of = |context: &&str| {
+            replies.iter().filter(|reply| reply.kind == rep::META_CONTEXT).find_map(|reply| {
+                let mut fields = Fields(&reply.data);
+                let id = fields.u32()?;
+                (fields.0 == context.as_bytes()).then_some(id)
+            })
+        };
+        Ok(contexts.iter().map(|context| number_of(context).filter(|_| succeeded(&replies))).collect())
     }
 
     fn go(&self, name: &str) -> Result<ExportInfo, ClientError> {

@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use crate::error::HypervisorError;
+use crate::error::QmpError;
 
 /// Questions that wait for their turn.
 const CALLS_MAX: usize = 16;
@@ -25,6 +25,8 @@ const GREETING_LIMIT: Duration = Duration::from_secs(10);
 pub struct Qmp {
     calls: mpsc::Sender<Call>,
     events: broadcast::WeakSender<Value>,
+    /// The user and group that QEMU runs as.
+    owner: (u32, u32),
 }
 
 struct Call {
@@ -40,14 +42,16 @@ pub async fn connect_in(folder: &Path, name: &str) -> std::io::Result<UnixStream
 }
 
 impl Qmp {
-    pub async fn connect(folder: &Path, name: &str) -> Result<Self, HypervisorError> {
-        let unreachable = |reason: String| HypervisorError::Unreachable { hypervisor: "the machine's QEMU", reason };
+    pub async fn connect(folder: &Path, name: &str) -> Result<Self, QmpError> {
+        let unreachable = |reason: String| QmpError::Unreachable { reason };
         let stream = connect_in(folder, name).await.map_err(|error| unreachable(error.to_string()))?;
         Self::over(stream).await
     }
 
-    pub async fn over(stream: UnixStream) -> Result<Self, HypervisorError> {
-        let unreachable = |reason: String| HypervisorError::Unreachable { hypervisor: "the machine's QEMU", reason };
+    pub async fn over(stream: UnixStream) -> Result<Self, QmpError> {
+        let unreachable = |reason: String| QmpError::Unreachable { reason };
+        let peer = stream.peer_cred().map_err(|error| unreachable(error.to_string()))?;
+        let owner = (peer.uid(), peer.gid());
         let (read, write) = stream.into_split();
         let mut read = BufReader::new(read);
         let mut line = Vec::new();
@@ -60,7 +64,7 @@ impl Qmp {
         }
         let (calls, receiver) = mpsc::channel(CALLS_MAX);
         let events = broadcast::channel(EVENTS_MAX).0;
-        let qmp = Self { calls, events: events.downgrade() };
+        let qmp = Self { calls, events: events.downgrade(), owner };
         tokio::spawn(talk(read, write, receiver, events));
         qmp.execute("qmp_capabilities", json!({}), GREETING_LIMIT).await?;
         Ok(qmp)
@@ -75,28 +79,29 @@ impl Qmp {
         }
     }
 
+    pub fn owner(&self) -> (u32, u32) {
+        self.owner
+    }
+
     pub fn is_open(&self) -> bool {
         !self.calls.is_closed()
     }
 
-    pub async fn execute(&self, command: &str, arguments: Value, limit: Duration) -> Result<Value, HypervisorError> {
+    pub async fn execute(&self, command: &str, arguments: Value, limit: Duration) -> Result<Value, QmpError> {
         let (answer, answered) = oneshot::channel();
         let call = Call { command: command.to_owned(), arguments, answer };
-        let ended = || HypervisorError::Unreachable {
-            hypervisor: "the machine's QEMU",
-            reason: format!("it ended before it answered {command}"),
-        };
+        let ended = || QmpError::Unreachable { reason: format!("it ended before it answered {command}") };
         let asking = async {
             self.calls.send(call).await.map_err(|_| ended())?;
             match answered.await {
                 Ok(Ok(value)) => Ok(value),
-                Ok(Err(reason)) => Err(HypervisorError::Refused { what: command.to_owned(), reason }),
+                Ok(Err(reason)) => Err(QmpError::Refused { what: command.to_owned(), reason }),
                 Err(_) => Err(ended()),
             }
         };
         match tokio::time::timeout(limit, asking).await {
             Ok(outcome) => outcome,
-            Err(_) => Err(HypervisorError::TimedOut { what: command.to_owned(), limit }),
+            Err(_) => Err(QmpError::TimedOut { what: command.to_owned(), limit }),
         }
     }
 }
