@@ -99,6 +99,14 @@ impl Guest {
         Self::boot_from(site, kernel, initrd, &disk, &[])
     }
 
+    /// From a qcow2 image, with a QMP socket for whoever wants to ask it.
+    pub fn boot_with_monitor(site: &Site, kernel: &Path, initrd: &Path, image: &Path, socket: &Path) -> Self {
+        let disk =
+            format!("driver=qcow2,node-name=disk,file.driver=file,file.filename={},discard=unmap", image.display());
+        let monitor = format!("unix:{},server=on,wait=off", socket.display());
+        Self::boot_from(site, kernel, initrd, &disk, &["-qmp", &monitor])
+    }
+
     fn boot_from(site: &Site, kernel: &Path, initrd: &Path, disk: &str, extra: &[&str]) -> Self {
         let mut command = tools::command("qemu-system-x86_64");
         command.args(["-accel", "tcg", "-M", "pc", "-nodefaults", "-serial", "stdio", "-display", "none", "-m", "256"]);

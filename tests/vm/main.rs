@@ -7,5 +7,6 @@ mod drill;
 mod failback;
 mod failover;
 mod group;
+mod qemu;
 mod shutdown;
 mod stream;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tidemark_qemu::qmp::{Qmp, connect_in};
 use tokio::net::UnixStream;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
@@ -17,7 +18,6 @@ use crate::error::HypervisorError;
 use crate::guest;
 use crate::hypervisor::{Hypervisor, Power, Question, Stopped};
 use crate::libvirt::{Libvirt, LibvirtSettings};
-use crate::qemu::qmp::{Qmp, connect_in};
 use crate::scripts::Scripts;
 
 type Result<T> = std::result::Result<T, HypervisorError>;
@@ -145,7 +145,7 @@ async fn connect(socket: &Path) -> Result<Option<Qmp>> {
         return Err(unreachable(format!("{} is no socket", socket.display())));
     };
     match connect_in(folder, name).await {
-        Ok(stream) => Qmp::over(stream).await.map(Some),
+        Ok(stream) => Ok(Some(Qmp::over(stream).await?)),
         Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused) => {
             Ok(None)
         }

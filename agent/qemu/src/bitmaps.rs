@@ -62,7 +62,8 @@ pub fn judge(disk: DiskId, bitmaps: &[Bitmap]) -> Result<Chain, String> {
     let ours: Vec<(BitmapName, &Bitmap)> =
         bitmaps.iter().filter_map(|bitmap| Some((BitmapName::parse(&bitmap.name, disk)?, bitmap))).collect();
     if ours.is_empty() {
-        return Err("there is no bitmap of it: the machine was started anew and kept none, or the disk is another one".to_owned());
+        return Err("there is no bitmap of it: the machine was started anew and kept none, or the disk is another one"
+            .to_owned());
     }
     if let Some((name, _)) = ours.iter().find(|(_, bitmap)| bitmap.is_inconsistent) {
         return Err(format!("QEMU calls bitmap {name} inconsistent: it was killed, or the host went down"));
@@ -103,7 +104,13 @@ mod tests {
             assert_eq!(BitmapName::parse(&name.to_string(), DiskId::random()), None);
             assert_eq!(name.next().number, 42);
         }
-        for name in ["", "bitmap0", &format!("tidemark-{disk}"), &format!("tidemark-{disk}.x.1"), &format!("tidemark-{disk}.unarmed.")] {
+        for name in [
+            "",
+            "bitmap0",
+            &format!("tidemark-{disk}"),
+            &format!("tidemark-{disk}.x.1"),
+            &format!("tidemark-{disk}.unarmed."),
+        ] {
             assert_eq!(BitmapName::parse(name, disk), None, "{name}");
         }
     }
@@ -133,7 +140,9 @@ mod tests {
 
     #[test]
     fn bitmaps_stay_small() {
-        for (bytes, expected) in [(1 << 20, 4096), (64 << 30, 4096), (1 << 40, 32768), (1 << 41, 65536), (1 << 44, 65536)] {
+        for (bytes, expected) in
+            [(1 << 20, 4096), (64 << 30, 4096), (1 << 40, 32768), (1 << 41, 65536), (1 << 44, 65536)]
+        {
             assert_eq!(granularity(bytes), expected, "{bytes}");
         }
     }

@@ -182,12 +182,12 @@ mod tests {
     fn a_command_line_tells_how_its_machine_is_asked() {
         let sockets = |paths: &[&str]| Some(Told::Sockets(paths.iter().map(PathBuf::from).collect()));
         assert_eq!(told("qemu -qmp unix:/run/a.qmp,server=on,wait=off"), sockets(&["/run/a.qmp"]));
-        assert_eq!(told("kvm -chardev socket,id=q,path=/r/q,server=on -mon chardev=q,mode=control"), sockets(&["/r/q"]));
-        assert_eq!(told("kvm -chardev socket,id=q,path=/r/q -mon chardev=q,mode=readline"), None, "for people");
         assert_eq!(
-            told("qemu-storage-daemon --chardev socket,path=s,id=m --monitor chardev=m"),
-            sockets(&["s"])
+            told("kvm -chardev socket,id=q,path=/r/q,server=on -mon chardev=q,mode=control"),
+            sockets(&["/r/q"])
         );
+        assert_eq!(told("kvm -chardev socket,id=q,path=/r/q -mon chardev=q,mode=readline"), None, "for people");
+        assert_eq!(told("qemu-storage-daemon --chardev socket,path=s,id=m --monitor chardev=m"), sockets(&["s"]));
         let libvirt = "qemu -name guest=web,debug-threads=on -chardev socket,id=charmonitor,fd=22,server=on \
                        -mon chardev=charmonitor,id=monitor,mode=control";
         assert_eq!(told(libvirt), Some(Told::Libvirt("web".to_owned())));

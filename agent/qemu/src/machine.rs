@@ -78,7 +78,12 @@ pub(crate) struct Tracked {
 impl Machine {
     /// Nothing is asked before it is needed.
     pub fn new(folder: &Path) -> Self {
-        Self { monitor: Monitor::default(), folder: folder.to_owned(), inner: Mutex::default(), copies: AtomicUsize::new(0) }
+        Self {
+            monitor: Monitor::default(),
+            folder: folder.to_owned(),
+            inner: Mutex::default(),
+            copies: AtomicUsize::new(0),
+        }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -372,18 +377,15 @@ impl Machine {
         }
         let (node, live) = (&tracked.node.name, tracked.chain.live.to_string());
         let frozen: Vec<String> = tracked.chain.frozen.iter().map(BitmapName::to_string).collect();
-        let merge = json!({ "type": "block-dirty-bitmap-merge", "data": { "node": node, "target": live, "bitmaps": frozen } });
+        let merge =
+            json!({ "type": "block-dirty-bitmap-merge", "data": { "node": node, "target": live, "bitmaps": frozen } });
         let removals = frozen.iter().map(|name| removal(node, name));
         self.transact([merge].into_iter().chain(removals).collect())?;
         tracked.chain.frozen.clear();
         Ok(())
     }
 
-    pub(crate) fn remove<'a>(
-        &self,
-        node: &Node,
-        names: impl Iterator<Item = &'a BitmapName>,
-    ) -> Result<(), QemuError> {
+    pub(crate) fn remove<'a>(&self, node: &Node, names: impl Iterator<Item = &'a BitmapName>) -> Result<(), QemuError> {
         self.transact(names.map(|name| removal(&node.name, &name.to_string())).collect())
     }
 
@@ -397,7 +399,8 @@ impl Machine {
     ) -> Result<ExtentSet, QemuError> {
         let export = export_name(disk, "bitmap");
         let name = name.to_string();
-        let arguments = json!({ "type": "nbd", "id": export, "node-name": node.name, "name": export, "bitmaps": [name] });
+        let arguments =
+            json!({ "type": "nbd", "id": export, "node-name": node.name, "name": export, "bitmaps": [name] });
         self.ask("block-export-add", arguments)?;
         let read = || -> Result<ExtentSet, QemuError> {
             let mut client = Client::connect_unix_for(socket, &export, &format!("qemu:dirty-bitmap:{name}"))?;
@@ -445,7 +448,9 @@ impl Machine {
         let folder = Path::new(SHARED_FOLDER).join(name);
         let failed = |source| QemuError::User { uid, source };
         match std::fs::DirBuilder::new().mode(0o700).create(&folder) {
-            Ok(()) => nix::unistd::chown(&folder, Some(uid.into()), Some(gid.into())).map_err(|error| failed(error.into()))?,
+            Ok(()) => {
+                nix::unistd::chown(&folder, Some(uid.into()), Some(gid.into())).map_err(|error| failed(error.into()))?
+            }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 let found = std::fs::symlink_metadata(&folder).map_err(failed)?;
                 // Whatever lies there under our name and is somebody else's is not for us.
@@ -491,7 +496,11 @@ impl Machine {
         })
     }
 
-    pub(crate) fn until(&self, what: &str, mut is_so: impl FnMut() -> Result<bool, QemuError>) -> Result<(), QemuError> {
+    pub(crate) fn until(
+        &self,
+        what: &str,
+        mut is_so: impl FnMut() -> Result<bool, QemuError>,
+    ) -> Result<(), QemuError> {
         let never = Stop::new();
         let deadline = Instant::now() + END_LIMIT;
         let mut pause = Duration::from_millis(1);
@@ -634,7 +643,9 @@ pub(crate) fn export_name(disk: DiskId, what: &str) -> String {
 /// Twelve characters that stand for it.
 fn short(bytes: &[u8]) -> String {
     // FNV-1a: names, of which a handful are side by side.
-    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    let hash = bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
     format!("{:012x}", hash >> 16)
 }
 

@@ -31,9 +31,7 @@ fn runtime() -> Result<&'static Runtime, QmpError> {
 }
 
 /// Waits for it, whatever thread this is.
-fn wait<T: Send + 'static>(
-    future: impl Future<Output = Result<T, QmpError>> + Send + 'static,
-) -> Result<T, QmpError> {
+fn wait<T: Send + 'static>(future: impl Future<Output = Result<T, QmpError>> + Send + 'static) -> Result<T, QmpError> {
     let (tell, told) = std::sync::mpsc::sync_channel(1);
     runtime()?.spawn(async move { tell.send(future.await) });
     told.recv().unwrap_or_else(|_| Err(QmpError::Unreachable { reason: "its thread ended".to_owned() }))
@@ -65,7 +63,8 @@ impl Monitor {
         }
         let made = match way()? {
             Way::Libvirt { domain, owner } => {
-                let is_same = matches!(&current.1, Some(Connection::Libvirt { domain: before, .. }) if *before == domain);
+                let is_same =
+                    matches!(&current.1, Some(Connection::Libvirt { domain: before, .. }) if *before == domain);
                 if is_same {
                     return Ok(current.0);
                 }
@@ -126,9 +125,7 @@ async fn connect(socket: &Path) -> Result<Qmp, QmpError> {
     let name = socket.file_name().and_then(|name| name.to_str()).ok_or_else(unreachable)?;
     let folder = socket.parent().ok_or_else(unreachable)?;
     Qmp::connect(folder, name).await.map_err(|error| match error {
-        QmpError::Unreachable { reason } => {
-            QmpError::Unreachable { reason: format!("{}: {reason}", socket.display()) }
-        }
+        QmpError::Unreachable { reason } => QmpError::Unreachable { reason: format!("{}: {reason}", socket.display()) },
         error => error,
     })
 }
@@ -145,8 +142,8 @@ async fn through_libvirt(domain: &str, command: &str, arguments: Value) -> Resul
     if !output.status.success() || output.stdout.len() > ANSWER_BYTES_MAX {
         return Err(unreachable(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }
-    let mut answer: Value =
-        serde_json::from_slice(&output.stdout).map_err(|error| unreachable(format!("its answer is no JSON: {error}")))?;
+    let mut answer: Value = serde_json::from_slice(&output.stdout)
+        .map_err(|error| unreachable(format!("its answer is no JSON: {error}")))?;
     match answer.get("error") {
         Some(error) => {
             let reason = error["desc"].as_str().unwrap_or("it gave no reason").to_owned();

@@ -159,9 +159,7 @@ mod tests {
         assert_eq!(name(image("/i/c.raw"), &alone).unwrap(), "raw");
         assert_eq!(name(at("f"), &alone).unwrap(), "f");
         assert!(matches!(name(image("/i/d.raw"), &alone), Err(QemuError::NoNode { .. })));
-        let device = |root: &str| {
-            json!([{ "device": "drive0", "qdev": "/machine/peripheral/disk0/virtio-backend", "inserted": { "node-name": root } }])
-        };
+        let device = |root: &str| json!([{ "device": "drive0", "qdev": "/machine/peripheral/disk0/virtio-backend", "inserted": { "node-name": root } }]);
         for place in [image("/i/a.qcow2"), at("drive0"), at("disk0"), at("q")] {
             assert_eq!(name(place, &device("q")).unwrap(), "q");
         }

@@ -123,11 +123,7 @@ impl ProtectedDisk {
     }
 
     /// Reads a range and logs it as it is read.
-    fn log_block(
-        &self,
-        part: Extent,
-        read: &dyn Fn(u64, &mut [u8]) -> io::Result<()>,
-    ) -> Result<(), SourceError> {
+    fn log_block(&self, part: Extent, read: &dyn Fn(u64, &mut [u8]) -> io::Result<()>) -> Result<(), SourceError> {
         debug_assert!(part.length <= RECORD_BYTES_MAX);
         let extents = [part];
         let admitted = self.admit(&extents)?;

@@ -370,6 +370,7 @@ fn a_machine_that_was_shut_down_and_started_goes_on_and_one_that_was_killed_is_c
         subject.write(3 * MIB, &[9; 4096]);
         marker.mark(Consistency::Crash, "", true).unwrap();
         drop((marker, disk));
+        subject.tracker.take().unwrap().stop().unwrap();
         let (_, decision) = subject.attach(&mut fixture);
         assert!(!matches!(decision, Decision::ScanWhole(_)), "{case}: {decision:?}");
     }
@@ -471,7 +472,9 @@ fn much_that_changed_in_a_machine_is_scanned_first() {
     subject.write(MIB, &[99; 4096]);
     let model = subject.model.clone();
     marker
-        .mark_observed(Consistency::Crash, "", true, &mut |outcome| drop(replica.copies.insert(outcome.id, model.clone())))
+        .mark_observed(Consistency::Crash, "", true, &mut |outcome| {
+            drop(replica.copies.insert(outcome.id, model.clone()))
+        })
         .unwrap();
     replica.catch_up(&fixture, &disk);
     assert_eq!(replica.checked, 1);

@@ -134,9 +134,15 @@ struct Pending<'a> {
 
 enum Answer<'a> {
     Nothing,
-    Data { buffer: &'a mut [u8], covered: usize },
+    Data {
+        buffer: &'a mut [u8],
+        covered: usize,
+    },
     /// Of one context: lengths and flags.
-    Status { context: u32, runs: Vec<(u32, u32)> },
+    Status {
+        context: u32,
+        runs: Vec<(u32, u32)>,
+    },
 }
 
 impl Client {
@@ -168,12 +174,7 @@ impl Client {
         Self::start(Socket::Tcp(socket), name, Some(TlsTo { name: server, config }), None)
     }
 
-    fn start(
-        socket: Socket,
-        name: &str,
-        tls: Option<TlsTo>,
-        context: Option<&str>,
-    ) -> Result<Self, ClientError> {
+    fn start(socket: Socket, name: &str, tls: Option<TlsTo>, context: Option<&str>) -> Result<Self, ClientError> {
         if name.len() > wire::NAME_BYTES_MAX {
             return Err(ClientError::Refused { name: name.to_owned(), reason: "the name is too long".into() });
         }
