@@ -199,7 +199,7 @@ mod tests {
     fn a_disk_is_an_image_or_a_node_behind_a_socket() {
         let folder = tempfile::tempdir().unwrap();
         let (image, socket) = (folder.path().join("a.qcow2"), folder.path().join("web"));
-        std::fs::write(&image, b"x").unwrap();
+        std::fs::File::create(&image).unwrap();
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         assert_eq!(Place::of(&image).unwrap(), Place::Image(image.clone()));
         assert_eq!(Place::of(&socket.join("drive0")).unwrap(), Place::Node { socket, node: "drive0".to_owned() });

@@ -170,7 +170,7 @@ struct Writer {
 
 impl Writer {
     fn write(&mut self, disk: usize, offset: u64, data: &[u8]) {
-        std::fs::write(&self.file, data).unwrap();
+        std::fs::File::create(&self.file).unwrap().write_all(data).unwrap();
         self.act(disk, &format!("write -s {} {offset} {}", self.file.display(), data.len()));
     }
 
@@ -282,7 +282,7 @@ fn two_disks_are_taken_at_one_instant_while_they_are_written() {
     let first = Fixture::new(DISK_BYTES);
     let mut guest = Guest::make(first.folder.path(), "qcow2", 2, DISK_BYTES);
     let provider = QemuTracker::new(&first.folder.path().join("state"));
-    let mut fixtures = vec![first, Fixture::new(DISK_BYTES)];
+    let mut fixtures = [first, Fixture::new(DISK_BYTES)];
     let mut disks = Vec::new();
     for (number, fixture) in fixtures.iter_mut().enumerate() {
         fixture.image = Some(guest.image(number));
