@@ -100,7 +100,7 @@ impl Owner {
                 let told = qmp.execute("quit", json!({}), ANSWER_LIMIT).await;
                 match tokio::time::timeout(QUIT_LIMIT, closed(&mut events)).await {
                     Ok(()) => Ok(()),
-                    Err(_) => told.map(drop).and(Err(HypervisorError::TimedOut {
+                    Err(_) => told.map(drop).map_err(HypervisorError::from).and(Err(HypervisorError::TimedOut {
                         what: "the end of the machine".to_owned(),
                         limit: QUIT_LIMIT,
                     })),
