@@ -125,7 +125,9 @@ impl Home {
         let mut spec = spec(folder.path(), "web", 1);
         (spec.fenced, spec.paused) = (true, true);
         let original = pattern(1);
-        std::fs::write(&spec.disks[0].path, &original).unwrap();
+        let file = std::fs::File::create(&spec.disks[0].path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &original, 0).unwrap();
+        drop(file);
         host.protect(spec.clone()).unwrap();
         let mut image = pattern(1);
         image[..1 << 20].fill(0);
