@@ -97,13 +97,13 @@ impl ProtectedDisk {
             let reason = match reason {
                 _ if !behind.is_readable => ScanReason::LogDamaged,
                 _ if !dirty.is_empty() => ScanReason::Dirty,
+                EpochReason::Diverged => ScanReason::Diverged,
                 EpochReason::LogDamaged => ScanReason::LogDamaged,
-                // The log tells what changed, and whose history diverged is compared whole by its own sender.
-                EpochReason::Diverged | EpochReason::NewConsumer | EpochReason::Unclean => ScanReason::Dirty,
+                EpochReason::NewConsumer | EpochReason::Unclean => ScanReason::Unclean,
             };
-            // One that holds nothing is to be scanned whole already, and its reason is worth keeping: zeroes need not be sent.
-            let is_wanted = !behind.changed.is_empty() && !behind.consumer.holds_nothing();
-            if is_wanted && !tidemark_base::sabotage::is("epoch-scan") {
+            // Also for one that is to be scanned whole already: a scan that runs has read some of it before it changed, and what
+            // it was sent as records does not read as zeroes there any more.
+            if !behind.changed.is_empty() && !tidemark_base::sabotage::is("epoch-scan") {
                 self.add_for(&behind.consumer, &behind.changed, reason).map_err(self.io_error("mark blocks"))?;
             }
         }

@@ -183,8 +183,7 @@ impl ProtectedDisk {
                 insert_granules(&mut changed, extent);
             }
         }
-        // One that holds nothing is to be scanned whole already.
-        if !changed.is_empty() && !consumer.holds_nothing() {
+        if !changed.is_empty() {
             self.add_for(consumer, &changed, ScanReason::Dirty).map_err(self.io_error("mark blocks"))?;
         }
         consumer.cover(*until).map_err(self.io_error("store what is covered"))
