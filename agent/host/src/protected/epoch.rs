@@ -99,7 +99,8 @@ impl ProtectedDisk {
                 _ if !dirty.is_empty() => ScanReason::Dirty,
                 EpochReason::Diverged => ScanReason::Diverged,
                 EpochReason::LogDamaged => ScanReason::LogDamaged,
-                EpochReason::NewConsumer | EpochReason::Unclean => ScanReason::Unclean,
+                // The log tells what changed: it is sent, not compared.
+                EpochReason::NewConsumer | EpochReason::Unclean => ScanReason::Dirty,
             };
             // Also for one that is to be scanned whole already: a scan that runs has read some of it before it changed, and what
             // it was sent as records does not read as zeroes there any more.
