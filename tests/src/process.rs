@@ -105,3 +105,17 @@ impl Drop for Owned {
         }
     }
 }
+
+/// Kills the QEMUs whose command line names this folder, which is a test's own.
+pub fn end_guests_of(folder: &Path) {
+    let folder = folder.to_str().expect("folders of tests are text");
+    let numbers = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    for process in numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()) {
+        let Ok(line) = std::fs::read(format!("/proc/{process}/cmdline")) else { continue };
+        let line = String::from_utf8_lossy(&line);
+        let program = line.split('\0').next().unwrap_or_default();
+        if program.contains("qemu-system-") && line.contains(folder) {
+            let _ = kill(Pid::from_raw(process), Signal::SIGKILL);
+        }
+    }
+}

@@ -426,6 +426,8 @@ impl Site {
 impl Drop for Site {
     fn drop(&mut self) {
         self.processes.clear();
+        // Machines that failed over outlive every role; not the test.
+        crate::process::end_guests_of(self.folder.path());
         crate::block::unmount_beneath(self.folder.path());
         if std::thread::panicking()
             && let Ok(log) = std::fs::read_to_string(self.path("site.log"))
