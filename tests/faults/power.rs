@@ -316,10 +316,11 @@ fn judge_site(scene: &mut Scene, at: Instants, state: u64, seeded: &mut Seeded) 
     store.unmount();
 }
 
-/// Instants to cut at, in order: those at which both devices were read.
+/// Instants to cut at, in order: those at which both devices were read. The first of all is among them: what lay on the
+/// disk before it was protected may not have reached the medium by then.
 fn instants(told: &Told, count: usize, seeded: &mut Seeded) -> Vec<Instants> {
-    let mut chosen: Vec<Instants> =
-        (0..count).map(|_| told.instants[seeded.below(told.instants.len() as u64) as usize]).collect();
+    let drawn = (1..count).map(|_| told.instants[seeded.below(told.instants.len() as u64) as usize]);
+    let mut chosen: Vec<Instants> = drawn.chain(told.instants.first().copied()).collect();
     chosen.sort();
     chosen
 }

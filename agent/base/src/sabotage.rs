@@ -2,7 +2,7 @@
 //! part of a release). Without the feature every question here is answered with a constant *no*.
 
 /// Every safeguard that can be taken out.
-pub const NAMES: [&str; 18] = [
+pub const NAMES: [&str; 19] = [
     // The replica's journal is not synced before an acknowledgement leaves.
     "journal-sync",
     // Chunks are believed, as they come and as they are read back.
@@ -11,6 +11,8 @@ pub const NAMES: [&str; 18] = [
     "disk-flush",
     // A write goes to the disk before its intent bit is durable.
     "intent-wait",
+    // What an attach finds on the disk is not synced before it is scanned.
+    "attach-sync",
     // An intent bit is cleared although log and disk were not synced since.
     "intent-clear",
     // Ranges in flight are not read again after a kill.

@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, OnceLock};
 
 use tidemark_base::disk::{Access, Disk, FileDisk};
+use tidemark_base::sabotage;
 use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile};
 use tidemark_base::sync::Mutex;
 use tidemark_base::{Clock, DiskId, Epoch, Extent, ExtentSet, Generation, MachineId, ServerId, Timestamp};
@@ -78,16 +79,17 @@ pub struct Attached {
 ///
 /// 1. the disk is locked
 /// 2. the remains are read, and logs that were not closed are cut and closed
-/// 3. by the decision: what must be scanned is added to each consumer's scan, durably, or ranges in flight are logged
+/// 3. where a new epoch begins, the disk is synced
+/// 4. by the decision: what must be scanned is added to each consumer's scan, durably, or ranges in flight are logged
 ///    again, in a new log (where none can be made, they are marked dirty)
-/// 4. the slots begin anew
-/// 5. the session is stored
-/// 6. the intent bitmap begins anew
-/// 7. logs that nobody needs are removed
-/// 8. a tracker is armed: it is a witness for this session from here on
+/// 5. the slots begin anew
+/// 6. the session is stored
+/// 7. the intent bitmap begins anew
+/// 8. logs that nobody needs are removed
+/// 9. a tracker is armed: it is a witness for this session from here on
 ///
-/// Crash before 5: the session before still stands and is not clean, the slots are not its own any more (or still are): the
-/// next attach decides at least as much. After 5: this session stands, not clean.
+/// Crash before 6: the session before still stands and is not clean, the slots are not its own any more (or still are): the
+/// next attach decides at least as much. After 6: this session stands, not clean.
 pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     let disk = Arc::new(match &request.tracker {
         None => FileDisk::open(&request.path, Access::Exclusive)?,
@@ -141,6 +143,18 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         // A consumer's file tells that this disk was fed before.
         decision = Decision::ScanWhole(Why::StateDamaged);
     }
+
+    // What is scanned is read from the page cache, and process servers have it then. Programs that wrote it before, or a
+    // session that was killed, may not have synced it: a power cut would take it from the disk, and no bit would name it.
+    let is_synced = decision.is_same_epoch()
+        || sabotage::is("attach-sync")
+        || match disk.flush() {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(disk = %request.disk, %error, "the disk cannot be synced: a power cut costs a compare of all of it");
+                false
+            }
+        };
 
     // What must be scanned, before anything is forgotten.
     let in_flight = remains.in_flight(disk.bytes());
@@ -240,7 +254,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         .and_then(|file| SlotTable::start(file, session.session, now))
         .map_err(places.failed("map the slots"))?;
     let session = SessionFile::begin(places.state.clone(), session).map_err(places.failed("store the session"))?;
-    let intent = begin_intent(intent_file, &source, decision, &evidence, remains.intent.take())
+    let intent = begin_intent(intent_file, &source, decision, &evidence, remains.intent.take(), is_synced)
         .map_err(places.failed("make the intent bitmap"))?;
     if mode == Mode::Data && is_same_epoch {
         intent.kept_reach(log.published().logged.sequence);
@@ -367,19 +381,22 @@ fn reason_of(decision: Decision, evidence: &Evidence) -> ScanReason {
     }
 }
 
-/// Regions whose sync is still owed keep their bits; where a new epoch begins they are in the scans.
+/// Regions whose sync is still owed keep their bits; where a new epoch begins they are in the scans, and `is_synced` says
+/// that the disk was synced since.
 fn begin_intent(
     file: Arc<dyn StorageFile>,
     source: &SourceIdentity,
     decision: Decision,
     evidence: &Evidence,
     found: Option<IntentFound>,
+    is_synced: bool,
 ) -> io::Result<Intent> {
-    let all = || ExtentSet::from_iter([Extent::new(0, source.disk_bytes)]);
+    let all = || whole(source);
     let found =
         found.filter(|_| evidence.has_intent).unwrap_or_else(|| IntentFound { intent: all(), unshipped: all() });
     let kept = match (decision.is_same_epoch(), evidence.before) {
-        (false, _) => IntentFound::default(),
+        (false, _) if is_synced => IntentFound::default(),
+        (false, _) => IntentFound { intent: all(), unshipped: ExtentSet::new() },
         (true, Before::Clean) => IntentFound { intent: ExtentSet::new(), unshipped: found.unshipped },
         (true, _) => found,
     };

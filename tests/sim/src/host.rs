@@ -400,6 +400,7 @@ impl HostState {
     fn act(&self, _number: u64, id: DiskId, splitter: &Splitter) {
         let disk = self.disks[&id].clone();
         let now = |sector: u64| disk.peek(sector);
+        let durable = |sector: u64| disk.peek_durable(sector);
         match self.below(20) {
             0..=1 => {
                 let covered = self.oracle.flush_begins(id);
@@ -414,7 +415,7 @@ impl HostState {
             2..=3 => {
                 let extent = self.extent();
                 let zeroes = vec![0; extent.length as usize];
-                self.oracle.issued(id, extent.offset, &zeroes, &now);
+                self.oracle.issued(id, extent.offset, &zeroes, &now, &durable);
                 let result = splitter.zero(extent, self.below(2) == 0, Durability::Cached);
                 self.sim.count(if result.is_ok() { Kind::GuestZero } else { Kind::GuestError });
                 self.oracle.done(id, extent, result.is_ok(), false, &now);
@@ -431,7 +432,7 @@ impl HostState {
                 let requests: Vec<WriteRequest<'_>> =
                     writes.iter().map(|(extent, data)| WriteRequest { offset: extent.offset, data, fua }).collect();
                 for (extent, data) in &writes {
-                    self.oracle.issued(id, extent.offset, data, &now);
+                    self.oracle.issued(id, extent.offset, data, &now, &durable);
                 }
                 let mut results: Vec<io::Result<()>> =
                     writes.iter().map(|_| Err(io::Error::other("not set"))).collect();

@@ -51,6 +51,7 @@ pub const SEEN_SABOTAGES: &[&str] = &[
     "scan-cut-out",
     "chunk-hash",
     "mark-hold",
+    "attach-sync",
 ];
 
 /// What one run came to.
@@ -147,10 +148,14 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
     let network = Network::new(sim.clone(), server.clone());
     *server.network.borrow_mut() = Rc::downgrade(&network);
     let mut memory = BTreeMap::new();
+    let mut before = Random::new(seed ^ 0xbef0);
     for (number, (disk, bytes)) in disks.iter().enumerate() {
         let added = sim.host.add_disk(&format!("/host/disk-{number}.img"), *bytes);
         let (oracle, id) = (oracle.clone(), *disk);
         added.set_on_lost(move || oracle.flush_failed(id));
+        if before.below(2) == 0 {
+            added.fill_before(&mut before);
+        }
         memory.insert(*disk, added);
     }
     let spec = MachineSpec {

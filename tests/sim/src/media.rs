@@ -768,10 +768,30 @@ impl MemoryDisk {
         let _ = self.on_lost.set(Box::new(act));
     }
 
+    /// Has it hold something before anybody protects it: written by a program that did not flush.
+    pub fn fill_before(&self, random: &mut Random) {
+        let mut state = self.state.borrow_mut();
+        for _ in 0..1 + random.below(6) {
+            let sectors = 1 + random.below(256.min(self.bytes / SECTOR as u64));
+            let offset = random.below(self.bytes / SECTOR as u64 - sectors + 1) * SECTOR as u64;
+            let mut data = vec![0; sectors as usize * SECTOR];
+            random.fill(&mut data);
+            state.now.write(offset, &data);
+            state.pending.push((offset, data));
+        }
+    }
+
     /// What a sector holds now.
     pub fn peek(&self, sector: u64) -> [u8; SECTOR] {
         let mut content = [0; SECTOR];
         self.state.borrow().now.read(sector * SECTOR as u64, &mut content);
+        content
+    }
+
+    /// What a sector holds on the medium.
+    pub fn peek_durable(&self, sector: u64) -> [u8; SECTOR] {
+        let mut content = [0; SECTOR];
+        self.state.borrow().durable.read(sector * SECTOR as u64, &mut content);
         content
     }
 

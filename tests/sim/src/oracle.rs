@@ -143,8 +143,15 @@ impl Oracle {
 
     // ---- what the guest was promised
 
-    /// A write of these sectors is given to the disk; `now` reads what a sector holds.
-    pub fn issued(&self, disk: DiskId, offset: u64, data: &[u8], now: &dyn Fn(u64) -> [u8; 512]) {
+    /// A write of these sectors is given to the disk; `now` and `durable` read what a sector holds, and what of it is certain.
+    pub fn issued(
+        &self,
+        disk: DiskId,
+        offset: u64,
+        data: &[u8],
+        now: &dyn Fn(u64) -> [u8; 512],
+        durable: &dyn Fn(u64) -> [u8; 512],
+    ) {
         let mut all = self.sectors.borrow_mut();
         let sectors = all.entry(disk).or_default();
         let (first, count) = ((offset / 512) as usize, data.len().div_ceil(512));
@@ -154,8 +161,11 @@ impl Oracle {
         for (index, content) in data.chunks(512).enumerate() {
             let found = sectors[first + index].get_or_insert_with(|| {
                 let mut contents = Vec::with_capacity(6);
+                // They differ by what was there before the disk was protected.
+                contents.push(digest(&durable((first + index) as u64)));
                 contents.push(digest(&now((first + index) as u64)));
-                Sector { contents, acknowledged: 1, ..Sector::default() }
+                contents.dedup();
+                Sector { acknowledged: contents.len(), contents, ..Sector::default() }
             });
             found.contents.push(digest(content));
             found.under_way += 1;
