@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Why a file or folder must not be trusted, if so.
 pub fn distrust(path: &Path) -> io::Result<Option<&'static str>> {
@@ -14,6 +14,12 @@ pub fn distrust(path: &Path) -> io::Result<Option<&'static str>> {
         return Ok(Some("others may write it"));
     }
     Ok(None)
+}
+
+/// Where what was installed for a machine lies; `None`: its name is not a plain file name, and finds nothing.
+pub fn folder_of(top: &Path, machine: &str) -> Option<PathBuf> {
+    let is_plain = !machine.is_empty() && !machine.starts_with('.') && !machine.contains(['/', '\0']);
+    is_plain.then(|| top.join(machine))
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use tonic::Code;
 
 use crate::core::Core;
 use crate::history::News;
-use crate::hub::{PeerId, Presence};
+use crate::hub::PeerId;
 
 const EVERY: Duration = Duration::from_secs(2);
 /// Dialled at once.
@@ -27,7 +27,7 @@ pub async fn run(core: Arc<Core>, identity: Identity) {
         let servers = core.store.state().servers.clone();
         let away: Vec<(ServerId, String)> = servers
             .into_iter()
-            .filter(|(id, _)| !matches!(core.hub.presence(PeerId::ProcessServer(*id)), Presence::Connected { .. }))
+            .filter(|(id, _)| !core.hub.is_connected(PeerId::ProcessServer(*id)))
             .map(|(id, server)| (id, server.address))
             .collect();
         for some in away.chunks(DIALS_MAX) {

@@ -17,7 +17,7 @@ use tidemark_proto::control::{Failure, FailureKind, PointInfo, Reply, SERVERS_MA
 
 use crate::core::{Core, QUICK, SETTLE};
 use crate::failover::drill::refuse_drilled;
-use crate::hub::{PeerId, Presence, unexpected};
+use crate::hub::{PeerId, unexpected};
 use crate::jobs::{Job, Progress};
 use crate::machines::{
     ProtectRequest, pick_server, preflight, refuse_failing, refuse_without_source, settle_agent, settle_protected,
@@ -278,7 +278,9 @@ pub async fn wait_point(
     limit: std::time::Duration,
 ) -> Result<HeldPoint, Failure> {
     let command = ServerCommand::WaitPoint { machine: machine.id, mark, limit };
-    let waiting = machine.servers().filter(|server| machine.others.is_empty() || is_connected(core, *server));
+    let waiting = machine
+        .servers()
+        .filter(|server| machine.others.is_empty() || core.hub.is_connected(PeerId::ProcessServer(*server)));
     let waiting: Vec<_> = waiting
         .map(|server| {
             let command = &command;
@@ -301,10 +303,6 @@ pub async fn wait_point(
         ));
     }
     futures_util::future::select_ok(waiting).await.map(|(point, _)| point)
-}
-
-fn is_connected(core: &Core, server: ServerId) -> bool {
-    matches!(core.hub.presence(PeerId::ProcessServer(server)), Presence::Connected { .. })
 }
 
 /// A point, and who has it.

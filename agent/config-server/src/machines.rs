@@ -27,9 +27,9 @@ use crate::model::{DEFAULT_POLICY, Encryption, Machine, MachineDisk, State, Want
 use crate::names::{bad_request, check_name, check_path};
 use crate::status::{self, CLOCK_OFF_SECONDS_MAX, ProcessServerStatus};
 
-/// As a request says that a machine is in no group.
 /// Between two looks at how far a resync is.
 const LOOK: Duration = Duration::from_secs(1);
+/// As a request says that a machine is in no group.
 const NO_GROUP: &str = "none";
 /// How many versions apart agents, process servers and configuration servers work together.
 const VERSIONS_APART_MAX: u64 = 2;
@@ -509,36 +509,33 @@ pub async fn settle_agent_as(
     paused: bool,
     fenced: bool,
 ) -> Result<Vec<AttachedDisk>, Failure> {
-    async {
-        let state = core.store.state();
-        let endpoint = |server: ServerId| {
-            let known = state.servers.get(&server).ok_or_else(|| {
-                Failure::new(
-                    FailureKind::Unavailable,
-                    format!("process server {server} has never connected"),
-                    "start it; the machine is attached as soon as it connects",
-                )
-            })?;
-            Ok::<_, Failure>(Endpoint { server, address: known.address.clone() })
-        };
-        let spec = MachineSpec {
-            machine: machine.id,
-            name: machine.name.clone(),
-            disks: machine.disks.iter().map(MachineDisk::spec).collect(),
-            policy: find_policy(&state, &machine.policy)?.replication(),
-            server: endpoint(machine.server)?,
-            others: machine.others.iter().map(|server| endpoint(*server)).collect::<Result<_, _>>()?,
-            paused,
-            listen: machine.listen,
-            fenced,
-            via: machine.via,
-        };
-        match core.agent(machine.host, &AgentCommand::Protect(Box::new(spec)), SETTLE).await? {
-            Reply::Attached(disks) => Ok(disks),
-            other => Err(unexpected(PeerId::Agent(machine.host), &other)),
-        }
+    let state = core.store.state();
+    let endpoint = |server: ServerId| {
+        let known = state.servers.get(&server).ok_or_else(|| {
+            Failure::new(
+                FailureKind::Unavailable,
+                format!("process server {server} has never connected"),
+                "start it; the machine is attached as soon as it connects",
+            )
+        })?;
+        Ok::<_, Failure>(Endpoint { server, address: known.address.clone() })
+    };
+    let spec = MachineSpec {
+        machine: machine.id,
+        name: machine.name.clone(),
+        disks: machine.disks.iter().map(MachineDisk::spec).collect(),
+        policy: find_policy(&state, &machine.policy)?.replication(),
+        server: endpoint(machine.server)?,
+        others: machine.others.iter().map(|server| endpoint(*server)).collect::<Result<_, _>>()?,
+        paused,
+        listen: machine.listen,
+        fenced,
+        via: machine.via,
+    };
+    match core.agent(machine.host, &AgentCommand::Protect(Box::new(spec)), SETTLE).await? {
+        Reply::Attached(disks) => Ok(disks),
+        other => Err(unexpected(PeerId::Agent(machine.host), &other)),
     }
-    .await
 }
 
 /// What `protect` answers.

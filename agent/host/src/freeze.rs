@@ -11,7 +11,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tidemark_base::trust::distrust;
+use tidemark_base::trust::{distrust, folder_of};
 
 use guard::{Commands, Guard, Limits};
 
@@ -137,8 +137,7 @@ impl ScriptFreezer {
 
     /// Where what a machine has lies; `None`: its name is not a plain file name.
     pub fn folder_of(&self, machine: &str) -> Option<PathBuf> {
-        let is_plain = !machine.is_empty() && !machine.starts_with('.') && !machine.contains(['/', '\0']);
-        is_plain.then(|| self.folder.join(machine))
+        folder_of(&self.folder, machine)
     }
 
     fn script(&self, machine: &str, name: &str) -> Result<PathBuf, FreezeError> {

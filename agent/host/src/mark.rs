@@ -21,7 +21,7 @@ use tidemark_proto::replication::{Consistency, Mark};
 
 use crate::capture::in_flight::Hold;
 use crate::error::HostError;
-use crate::freeze::Freezer;
+use crate::freeze::{FreezeError, Freezer};
 use crate::log::Unlogged;
 use crate::protected::tracked::{FROZEN_BYTES_MAX, Gathered, LOGGED_BYTES_MAX};
 use crate::protected::{Barrier, HOLD_ATTEMPTS, HOLD_LIMIT, ProtectedDisk, pause};
@@ -49,6 +49,18 @@ pub struct MarkOutcome {
     pub consistency: Consistency,
     pub positions: Vec<(DiskId, Position)>,
 }
+
+/// A mark that somebody wants.
+struct Asked<'a> {
+    consistency: Consistency,
+    label: &'a str,
+    keep: bool,
+    /// Called while all disks are held, with the mark in their logs.
+    held: &'a mut dyn FnMut(&MarkOutcome),
+}
+
+/// Fails once the writers do not keep still any more.
+type Quiet<'a> = &'a dyn Fn() -> Result<(), HostError>;
 
 /// Makes the marks of one machine.
 pub struct Marker {
@@ -210,7 +222,7 @@ impl Marker {
         keep: bool,
         held: &mut dyn FnMut(&MarkOutcome),
     ) -> Result<MarkOutcome, HostError> {
-        self.mark_of(&Self::ready, consistency, label, keep, held)
+        self.mark_of(&Self::ready, Asked { consistency, label, keep, held })
     }
 
     /// By a policy: nobody vouches for applications that nothing makes quiet.
@@ -218,36 +230,35 @@ impl Marker {
         if self.freezer.as_ref().is_some_and(|freezer| freezer.is_set_up(&self.name)) {
             return self.mark(Consistency::Application, "", true);
         }
-        let source = crate::freeze::FreezeError::NotConfigured { machine: self.name.clone() };
-        Err(HostError::Freeze { machine: self.name.clone(), source })
+        Err(self.not_quiet(FreezeError::NotConfigured { machine: self.name.clone() }))
+    }
+
+    fn not_quiet(&self, source: FreezeError) -> HostError {
+        HostError::Freeze { machine: self.name.clone(), source }
     }
 
     fn mark_of(
         &self,
         which: &dyn Fn(&Self) -> Vec<Arc<ProtectedDisk>>,
-        consistency: Consistency,
-        label: &str,
-        keep: bool,
-        held: &mut dyn FnMut(&MarkOutcome),
+        mut asked: Asked<'_>,
     ) -> Result<MarkOutcome, HostError> {
         let mut last = self.last();
         let disks = which(self);
-        let failed = |source| HostError::Freeze { machine: self.name.clone(), source };
-        let frozen = match consistency {
+        let frozen = match asked.consistency {
             Consistency::Crash => None,
             Consistency::Application => {
-                let not_configured = || crate::freeze::FreezeError::NotConfigured { machine: self.name.clone() };
-                let freezer = self.freezer.as_ref().ok_or_else(|| failed(not_configured()))?;
-                Some(freezer.freeze(&self.name, self.freeze_limit).map_err(failed)?)
+                let not_configured = || FreezeError::NotConfigured { machine: self.name.clone() };
+                let freezer = self.freezer.as_ref().ok_or_else(|| self.not_quiet(not_configured()))?;
+                Some(freezer.freeze(&self.name, self.freeze_limit).map_err(|error| self.not_quiet(error))?)
             }
         };
         let quiet = || match &frozen {
             Some(frozen) if !frozen.is_quiet() => {
-                Err(failed(crate::freeze::FreezeError::Outlasted { path: self.name.clone().into() }))
+                Err(self.not_quiet(FreezeError::Outlasted { path: self.name.clone().into() }))
             }
             _ => Ok(()),
         };
-        let result = self.mark_by(&disks, Instant::now() + FROZEN_MAX, consistency, label, keep, &quiet, held);
+        let result = self.mark_by(&disks, Instant::now() + FROZEN_MAX, &mut asked, &quiet);
         if let Some(frozen) = frozen {
             // The mark was made while everything was quiet; that thawing failed is another matter, and worse.
             if let Err(error) = frozen.thaw() {
@@ -258,39 +269,29 @@ impl Marker {
             }
         }
         let outcome = result?;
-        last.note(&outcome, keep);
+        last.note(&outcome, asked.keep);
         drop(last);
         disks.iter().for_each(|disk| disk.watchers.changed());
         Ok(outcome)
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn mark_by(
         &self,
         disks: &[Arc<ProtectedDisk>],
         deadline: Instant,
-        consistency: Consistency,
-        label: &str,
-        keep: bool,
-        quiet: &dyn Fn() -> Result<(), HostError>,
-        held: &mut dyn FnMut(&MarkOutcome),
+        asked: &mut Asked<'_>,
+        quiet: Quiet<'_>,
     ) -> Result<MarkOutcome, HostError> {
         if let Some(instants) = disks.iter().find_map(|disk| disk.tracker()?.instants()) {
-            return self.mark_instant(disks, &*instants, consistency, label, keep, quiet, held);
+            return self.mark_instant(disks, &*instants, asked, quiet);
         }
         if disks.iter().any(|disk| disk.tracker().is_some()) {
-            return self.mark_settled(disks, deadline, consistency, label, keep, quiet, held);
+            return self.mark_settled(disks, deadline, asked, quiet);
         }
         let mut busy = disks.first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
         for attempt in 0..HOLD_ATTEMPTS {
             match hold_all(disks) {
-                Ok(holds) => {
-                    quiet()?;
-                    let outcome = self.append(disks, consistency, label, keep)?;
-                    held(&outcome);
-                    drop(holds);
-                    return Ok(outcome);
-                }
+                Ok(holds) => return self.append_held(disks, holds, asked, quiet),
                 Err(disk) => busy = disk,
             }
             if Instant::now() >= deadline {
@@ -323,26 +324,19 @@ impl Marker {
     /// A mark of disks that others write to: at an instant at which everything that changed was read and nothing is in flight.
     /// Passes that find ever less come to such an instant by themselves; where they do not, the file systems on the
     /// disks are frozen, for a moment and not often.
-    #[allow(clippy::too_many_arguments)]
     fn mark_settled(
         &self,
         disks: &[Arc<ProtectedDisk>],
         deadline: Instant,
-        consistency: Consistency,
-        label: &str,
-        keep: bool,
-        quiet: &dyn Fn() -> Result<(), HostError>,
-        held: &mut dyn FnMut(&MarkOutcome),
+        asked: &mut Asked<'_>,
+        quiet: Quiet<'_>,
     ) -> Result<MarkOutcome, HostError> {
         let mut settling = self.settling.lock().expect("no panic while held");
         let mut busy = HostError::Unsettled { disk: disks[0].identity.disk, frozen: false };
         if settling.passes < PASSES_MAX {
             match settle(disks, deadline.min(Instant::now() + SETTLE_LIMIT), LOGGED_BYTES_MAX) {
                 Ok(holds) => {
-                    quiet()?;
-                    let outcome = self.append(disks, consistency, label, keep)?;
-                    held(&outcome);
-                    drop(holds);
+                    let outcome = self.append_held(disks, holds, asked, quiet)?;
                     settling.passes = 0;
                     return Ok(outcome);
                 }
@@ -354,26 +348,20 @@ impl Marker {
                 Err(error) => return Err(error),
             }
         }
-        if !keep && settling.frozen_at.is_some_and(|at| at.elapsed() < FREEZE_INTERVAL) {
+        if !asked.keep && settling.frozen_at.is_some_and(|at| at.elapsed() < FREEZE_INTERVAL) {
             return Err(busy);
         }
         settling.frozen_at = Some(Instant::now());
         let mut frozen = Vec::new();
         for tracker in disks.iter().filter_map(|disk| disk.tracker()) {
-            let result = tracker.freeze(FREEZE_LIMIT);
-            frozen.extend(result.map_err(|source| HostError::Freeze { machine: self.name.clone(), source })?);
+            frozen.extend(tracker.freeze(FREEZE_LIMIT).map_err(|error| self.not_quiet(error))?);
         }
         if frozen.is_empty() {
             settling.passes = 0;
             return Err(busy);
         }
-        let settled = settle(disks, Instant::now() + FREEZE_LIMIT / 2, FROZEN_BYTES_MAX).and_then(|holds| {
-            quiet()?;
-            let outcome = self.append(disks, consistency, label, keep)?;
-            held(&outcome);
-            drop(holds);
-            Ok(outcome)
-        });
+        let settled = settle(disks, Instant::now() + FREEZE_LIMIT / 2, FROZEN_BYTES_MAX)
+            .and_then(|holds| self.append_held(disks, holds, asked, quiet));
         for frozen in frozen {
             if let Err(error) = frozen.thaw() {
                 tracing::error!(machine = %self.name, error = %error, help = error.help(), "thawing failed");
@@ -387,38 +375,38 @@ impl Marker {
         })
     }
 
-    /// The disks are held and drained.
+    /// The disks are drained; they are held until the mark is in their logs and was told.
+    fn append_held(
+        &self,
+        disks: &[Arc<ProtectedDisk>],
+        holds: Vec<Hold<'_>>,
+        asked: &mut Asked<'_>,
+        quiet: Quiet<'_>,
+    ) -> Result<MarkOutcome, HostError> {
+        quiet()?;
+        let outcome = self.append(disks, time_of(disks), asked)?;
+        (asked.held)(&outcome);
+        drop(holds);
+        Ok(outcome)
+    }
+
     fn append(
         &self,
         disks: &[Arc<ProtectedDisk>],
-        consistency: Consistency,
-        label: &str,
-        keep: bool,
-    ) -> Result<MarkOutcome, HostError> {
-        self.append_at(disks, time_of(disks), consistency, label, keep)
-    }
-
-    fn append_at(
-        &self,
-        disks: &[Arc<ProtectedDisk>],
         time: Timestamp,
-        consistency: Consistency,
-        label: &str,
-        keep: bool,
+        asked: &Asked<'_>,
     ) -> Result<MarkOutcome, HostError> {
-        self.append_mark(
-            disks,
-            Mark {
-                id: MarkId::random(),
-                machine: self.machine,
-                disks: disks.iter().map(|disk| disk.identity.disk).collect(),
-                consistency,
-                label: label.to_owned(),
-                keep,
-                time,
-                group: false,
-            },
-        )
+        let mark = Mark {
+            id: MarkId::random(),
+            machine: self.machine,
+            disks: disks.iter().map(|disk| disk.identity.disk).collect(),
+            consistency: asked.consistency,
+            label: asked.label.to_owned(),
+            keep: asked.keep,
+            time,
+            group: false,
+        };
+        self.append_mark(disks, mark)
     }
 
     fn append_mark(&self, disks: &[Arc<ProtectedDisk>], mark: Mark) -> Result<MarkOutcome, HostError> {
@@ -538,7 +526,8 @@ impl Barrier for Marker {
         // ends is among them.
         let interval = *self.point_interval.lock().expect("no panic while held");
         let keep = !self.is_tracked() || self.is_kept_due(interval.unwrap_or(KEPT_INTERVAL));
-        match self.mark_of(&Self::all, Consistency::Crash, "", keep, &mut |_| {}) {
+        let asked = Asked { consistency: Consistency::Crash, label: "", keep, held: &mut |_| {} };
+        match self.mark_of(&Self::all, asked) {
             Ok(outcome) => Ok(outcome.positions),
             Err(
                 HostError::Busy { disk }

@@ -182,12 +182,7 @@ impl Machine {
     /// Whether something changed that was not claimed; unknown is yes.
     pub fn is_dirty(&self, disk: DiskId) -> bool {
         let mut inner = self.lock();
-        let is_fresh = inner
-            .disks
-            .get(&disk)
-            .and_then(|tracked| tracked.looked)
-            .is_some_and(|looked| looked.elapsed() < LOOK_INTERVAL);
-        if !is_fresh && let Err(error) = self.refresh(&mut inner) {
+        if let Err(error) = self.look(&mut inner, disk) {
             tracing::debug!(%disk, %error, "whether it changed is not known");
             return true;
         }
@@ -235,15 +230,8 @@ impl Machine {
     /// Why something may have been missed.
     pub fn broken(&self, disk: DiskId) -> Option<String> {
         let mut inner = self.lock();
-        let is_fresh = inner
-            .disks
-            .get(&disk)
-            .and_then(|tracked| tracked.looked)
-            .is_some_and(|looked| looked.elapsed() < LOOK_INTERVAL);
-        if !is_fresh {
-            // A QEMU that is away is no gap: what it did is judged when it is back.
-            let _ = self.refresh(&mut inner);
-        }
+        // A QEMU that is away is no gap: what it did is judged when it is back.
+        let _ = self.look(&mut inner, disk);
         inner.disks.get(&disk).and_then(|tracked| tracked.broken.clone())
     }
 
@@ -289,6 +277,15 @@ impl Machine {
     fn graph(&self) -> Result<(Value, Value), QemuError> {
         let devices = self.ask("query-block", json!({})).unwrap_or(Value::Null);
         Ok((devices, self.ask("query-named-block-nodes", json!({ "flat": true }))?))
+    }
+
+    /// Looks anew, where the last look at this disk is old.
+    fn look(&self, inner: &mut Inner, disk: DiskId) -> Result<(), QemuError> {
+        let looked = inner.disks.get(&disk).and_then(|tracked| tracked.looked);
+        match looked {
+            Some(looked) if looked.elapsed() < LOOK_INTERVAL => Ok(()),
+            _ => self.refresh(inner),
+        }
     }
 
     /// Looks at every disk anew.

@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use tidemark_base::trust::folder_of;
 use tidemark_host::freeze::check_owner;
 use tidemark_hypervisor::call::{Asked, OwnerAnswer, OwnerCall, decode, encode};
 use tidemark_hypervisor::hypervisor::{Power, Stopped};
@@ -102,10 +103,8 @@ impl Owners {
     fn find(&self, call: &OwnerCall) -> Result<Option<Owner>, Failure> {
         let name = &call.name;
         // Names of machines are plain words: the configuration server sees to that.
-        if name.is_empty() || name.starts_with('.') || name.contains(['/', '\0']) {
-            return Err(wrong(Path::new(name), "that is no name of a machine"));
-        }
-        let folder = self.folder.join(name);
+        let folder = folder_of(&self.folder, name);
+        let folder = folder.ok_or_else(|| wrong(Path::new(name), "that is no name of a machine"))?;
         if !folder.exists() {
             return Ok(None);
         }

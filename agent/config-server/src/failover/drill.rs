@@ -18,7 +18,7 @@ use uuid::Uuid;
 use super::{ask, no_description, not_understood};
 use crate::core::{Core, SETTLE};
 use crate::history::News;
-use crate::hub::{PeerId, Presence};
+use crate::hub::PeerId;
 use crate::jobs::Job;
 use crate::machines::{refuse_unprotected, vanished};
 use crate::model::Machine;
@@ -151,7 +151,7 @@ pub fn cleanup(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
 /// What would lose its disk stays until its drills were ended. A process server that is away ends them itself when it
 /// starts, and holds up nobody when it never does.
 pub fn refuse_drilled(core: &Core, machine: &Machine) -> Result<(), Failure> {
-    let is_there = matches!(core.hub.presence(PeerId::ProcessServer(machine.server)), Presence::Connected { .. });
+    let is_there = core.hub.is_connected(PeerId::ProcessServer(machine.server));
     if machine.drills.is_empty() || !is_there {
         return Ok(());
     }

@@ -254,7 +254,7 @@ async fn to_new_disks(
         let message = format!("machine {name:?} goes home to new disks: everything crosses");
         return Err(bad_request(message, "leave --method out, or name `full`"));
     }
-    if !matches!(core.hub.presence(PeerId::Agent(place.host)), Presence::Connected { .. }) {
+    if !core.hub.is_connected(PeerId::Agent(place.host)) {
         let host = core.store.state().host_name(place.host);
         return Err(Failure::new(FailureKind::Unavailable, format!("host {host} is not connected"), "start its agent"));
     }
@@ -424,7 +424,7 @@ pub fn cancel(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
     core.jobs.clone().start("reprotect_cancel", Some(&name.clone()), |progress| async move {
         let machine = core.machine(&name)?;
         let is_new = failover.home.as_ref().is_some_and(|home| home.from.is_some());
-        let is_there = matches!(core.hub.presence(PeerId::Agent(machine.host)), Presence::Connected { .. });
+        let is_there = core.hub.is_connected(PeerId::Agent(machine.host));
         if is_new && !is_there {
             // New disks that nobody reaches have nothing to be given back.
             let _lock = core.lock(&name).await;

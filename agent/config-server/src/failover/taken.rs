@@ -23,7 +23,7 @@ use super::reprotect::{self, follow, wait_for_agent};
 use super::start::note;
 use super::state::{self, Phase};
 use crate::core::{Core, SETTLE};
-use crate::hub::{PeerId, Presence};
+use crate::hub::PeerId;
 use crate::jobs::Progress;
 use crate::model::Machine;
 
@@ -47,7 +47,7 @@ pub async fn run(core: &Core, progress: &Progress, name: &str) -> Result<Value, 
             "only the home disks of a reprotected machine show it at one instant; see `tidemark failover show NAME`";
         return Err(Failure::new(FailureKind::Conflict, message, help));
     }
-    if matches!(core.hub.presence(PeerId::ProcessServer(machine.server)), Presence::Connected { .. }) {
+    if core.hub.is_connected(PeerId::ProcessServer(machine.server)) {
         let server = core.store.state().server_name(machine.server);
         return Err(Failure::new(
             FailureKind::Conflict,

@@ -18,7 +18,7 @@ use super::{find, members};
 use crate::barrier::{self, Asked, Hosts, Missed, Round};
 use crate::core::{Core, QUICK};
 use crate::history::News;
-use crate::hub::{PeerId, Presence, unexpected};
+use crate::hub::{PeerId, unexpected};
 use crate::jobs::Job;
 use crate::model::{Machine, State, Wanted};
 use crate::names::check_label;
@@ -167,7 +167,7 @@ fn refuse_unfit(core: &Core, name: &str, members: &[Machine]) -> Result<(), Fail
                 "see `tidemark failover show NAME`, or take it out of the group",
             );
         }
-        if !matches!(core.hub.presence(PeerId::Agent(member.host)), Presence::Connected { .. }) {
+        if !core.hub.is_connected(PeerId::Agent(member.host)) {
             return Err(Failure::new(
                 FailureKind::Unavailable,
                 format!("the host of machine {:?} of group {name:?} is not connected", member.name),

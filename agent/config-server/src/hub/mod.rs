@@ -238,6 +238,10 @@ impl Hub {
         }
     }
 
+    pub fn is_connected(&self, peer: PeerId) -> bool {
+        self.inner.lock().expect("no panic while held").sessions.contains_key(&peer)
+    }
+
     /// Who is connected now, with their names, sorted.
     pub fn connected(&self) -> Vec<(PeerId, String)> {
         let inner = self.inner.lock().expect("no panic while held");

@@ -6,9 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidemark_proto::replication::Consistency;
-
-use super::{MarkOutcome, Marker, PASSES_MAX, hold_all, not_logging, time_of};
+use super::{Asked, MarkOutcome, Marker, PASSES_MAX, Quiet, hold_all, not_logging, time_of};
 use crate::capture::tracker::Instants;
 use crate::error::HostError;
 use crate::log::Unlogged;
@@ -26,16 +24,12 @@ impl Marker {
     }
 
     /// Much that changed is scanned first, while the machine goes on: what is left for the instant is little then.
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn mark_instant(
         &self,
         disks: &[Arc<ProtectedDisk>],
         instants: &dyn Instants,
-        consistency: Consistency,
-        label: &str,
-        keep: bool,
-        quiet: &dyn Fn() -> Result<(), HostError>,
-        held: &mut dyn FnMut(&MarkOutcome),
+        asked: &mut Asked<'_>,
+        quiet: Quiet<'_>,
     ) -> Result<MarkOutcome, HostError> {
         let mut settling = self.settling.lock().expect("no panic while held");
         if let Some(disk) = disks.iter().find(|disk| !disk.log.is_logging()) {
@@ -72,8 +66,8 @@ impl Marker {
         }
         drop(changes);
         let holds = hold_all(disks).map_err(|disk| HostError::Busy { disk })?;
-        let outcome = self.append_at(disks, time, consistency, label, keep)?;
-        held(&outcome);
+        let outcome = self.append(disks, time, asked)?;
+        (asked.held)(&outcome);
         drop(holds);
         settling.passes = 0;
         Ok(outcome)

@@ -536,12 +536,7 @@ fn damage_in_the_middle_of_the_active_segment_is_named_and_a_torn_tail_is_not() 
 #[test]
 fn times_pins_and_locks() {
     let storage = SimStorage::default();
-    let set = open(&storage);
-    let mut host = TestHost::new(DISK_BYTES);
-    let mut chance = Chance(5);
-    let replica = set.create(host.info).unwrap();
-    let stream = session(&replica);
-    host.send(&stream, CutKind::ScanStart, None, &mut chance).unwrap();
+    let (set, replica, mut host, stream, mut chance) = scanning(&storage, 5);
     let mark = host.mark(true);
     host.send(&stream, CutKind::ScanEnd, Some(mark), &mut chance).unwrap();
     for _ in 0..20 {
@@ -584,12 +579,7 @@ fn times_pins_and_locks() {
 #[test]
 fn the_lowest_rpo_is_the_last_consistent_state() {
     let storage = SimStorage::default();
-    let set = open(&storage);
-    let mut host = TestHost::new(DISK_BYTES);
-    let mut chance = Chance(5);
-    let replica = set.create(host.info).unwrap();
-    let stream = session(&replica);
-    host.send(&stream, CutKind::ScanStart, None, &mut chance).unwrap();
+    let (set, replica, mut host, stream, mut chance) = scanning(&storage, 5);
     let machine = host.info.machine;
     let lowest = || set.resolve(machine, PointSelector::LowestRpo).map(|place| (place.cuts[0].1, place.id));
     assert!(lowest().is_err(), "inside the scan");
@@ -782,14 +772,20 @@ fn a_folder_is_inspected_and_verified_without_a_write() {
     assert_eq!(replica.durable().position, run.host.position);
 }
 
-/// A replica that was scanned and has `cuts` more, each at a mark.
-pub(super) fn scanned(storage: &SimStorage, cuts: u64) -> (ReplicaSet, Arc<Replica>, TestHost, Session, Chance) {
+/// A replica whose first scan began.
+fn scanning(storage: &SimStorage, seed: u64) -> (ReplicaSet, Arc<Replica>, TestHost, Session, Chance) {
     let set = open(storage);
     let mut host = TestHost::new(DISK_BYTES);
-    let mut chance = Chance(11);
+    let mut chance = Chance(seed);
     let replica = set.create(host.info).unwrap();
     let stream = session(&replica);
     host.send(&stream, CutKind::ScanStart, None, &mut chance).unwrap();
+    (set, replica, host, stream, chance)
+}
+
+/// A replica that was scanned and has `cuts` more, each at a mark.
+pub(super) fn scanned(storage: &SimStorage, cuts: u64) -> (ReplicaSet, Arc<Replica>, TestHost, Session, Chance) {
+    let (set, replica, mut host, stream, mut chance) = scanning(storage, 11);
     let mark = host.mark(true);
     host.send(&stream, CutKind::ScanEnd, Some(mark), &mut chance).unwrap();
     for _ in 0..cuts {
