@@ -50,7 +50,11 @@ pub enum TargetCall {
     Check {
         machine: MachineId,
     },
-    /// Makes the disks that are gone, empty. Those that are there stay as they are.
+    /// Whether disks could be made: nothing is in their place, and there is room for what they will hold. Changes nothing.
+    Room {
+        disks: Vec<NewDisk>,
+    },
+    /// Makes the disks that are gone, empty. Those that are there stay as they are. All of them, or none.
     Make {
         disks: Vec<NewDisk>,
     },
@@ -94,6 +98,9 @@ pub struct NewDisk {
     /// Nothing may be there: it is another place than the original's. Otherwise what is there stays as it is.
     #[serde(default)]
     pub fresh: bool,
+    /// What it will hold once everything crossed; the room that it needs.
+    #[serde(default)]
+    pub data_bytes: u64,
 }
 
 /// Where a master target is.

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde_json::Value;
+use tidemark_tests::block::Mount;
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::nbd::Client;
 use tidemark_tests::site::{LIMIT, number, text};
@@ -30,6 +31,14 @@ fn is_free(disk: &Path) -> bool {
     nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).is_ok()
 }
 
+/// A home that we moved is no other history.
+fn assert_no_alarm(site: &Site) {
+    let events = site.json(&["events"]);
+    let diverged = |event: &&Value| event["kind"] == "history_diverged";
+    let told: Vec<&Value> = events.as_array().expect("it is a list").iter().filter(diverged).collect();
+    assert_eq!(told, [&Value::Null; 0], "nothing diverged");
+}
+
 /// To another host and another folder: new disks, everything crosses once, and from the commit on it is protected there. The
 /// original host is away the whole time, and lets go when it comes back.
 #[test]
@@ -55,7 +64,14 @@ fn h44_a_machine_goes_home_to_another_host() {
     std::fs::remove_file(&new).expect("it can be removed");
     let gone = site.path("gone").to_str().expect("UTF-8").to_owned();
     site.run(&["reprotect", "web", "--to", &second, "--store", &gone]).assert_refused(&["folder", "not there"]);
+    let small = site.path("small");
+    let mount = Mount::memory(&small, MIB);
+    let full = site.run(&["reprotect", "web", "--to", &second, "--store", small.to_str().expect("UTF-8")]);
+    full.assert_refused(&["lacks room", "bytes are needed", "are free"]);
+    assert!(std::fs::read_dir(&small).expect("it is there").next().is_none(), "nothing was made");
+    drop(mount);
     let checked = site.json(&[&to[..], &["--check"]].concat());
+    assert!((MIB..=BYTES).contains(&number(&checked["needed_bytes"])), "{checked}");
     assert_eq!((&checked["recommended"], &checked["host"]), (&"full".into(), &second.as_str().into()), "{checked}");
     assert!(!new.exists(), "it was only looked at");
     assert_eq!(site.status("web")["state"], "committed");
@@ -80,7 +96,9 @@ fn h44_a_machine_goes_home_to_another_host() {
     let home = text(&back["disks"][0]["attach"]["nbd"]);
     write(&home, 3 * MIB, 65_536, 7);
     site.json(&["commit", "web"]);
-    site.wait_protected("web");
+    let status = site.wait_protected("web");
+    assert!(number(&status["compare"]["compared_bytes"]) > 0, "its history is another one: {status}");
+    assert_no_alarm(&site);
     site.point("web");
     image::assert_same(&new, &site.export("web", "latest", "latest.raw", "raw"));
     wait::until("the original host let go", LIMIT, || is_free(&original).then_some(()));
@@ -140,4 +158,5 @@ fn h42_a_reprotect_to_another_folder_is_taken_back() {
     site.wait_protected("web");
     site.point("web");
     image::assert_same(&original, &site.export("web", "latest", "latest.raw", "raw"));
+    assert_no_alarm(&site);
 }

@@ -4,6 +4,7 @@
 //! Booting, it checks the whole chain and says how long it is; then it goes on with it, saying each record that it has synced.
 
 mod drill;
+mod elsewhere;
 mod failback;
 mod failover;
 mod group;

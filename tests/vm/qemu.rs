@@ -31,6 +31,9 @@ fn a_machine_that_runs_already_is_protected_and_what_is_recovered_boots() {
     assert!(attach["nbd"].is_null() && attach["file"].is_null(), "its workload goes on as it is: {protected}");
     site.wait_protected("web");
     assert_eq!(site.status("web")["mode"], "bitmap");
+    // Before anything is shut down: nobody could keep it from its disks.
+    let planned = site.run(&["failover", "planned", "web", "--disks-only"]);
+    planned.assert_refused(&["past its agent", "--via qemu"]);
 
     // Each with how many records it has at least, and at most.
     let mut points = Vec::new();

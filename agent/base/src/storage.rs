@@ -69,6 +69,16 @@ pub trait StorageFile: Send + Sync {
     fn reserve(&self, offset: u64, length: u64) -> io::Result<()>;
     /// The file itself, for `mmap`, locks and `SEEK_DATA`; `None` in a simulation.
     fn as_file(&self) -> Option<&File>;
+
+    /// The first place from `from` on, before `until`, that may hold something else than zeroes.
+    fn next_data(&self, from: u64, until: u64) -> io::Result<Option<u64>> {
+        let Some(file) = self.as_file() else { return Ok((from < until).then_some(from)) };
+        match nix::unistd::lseek(file, from as i64, nix::unistd::Whence::SeekData) {
+            Ok(place) => Ok(Some(place as u64).filter(|place| *place < until)),
+            Err(nix::Error::ENXIO) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
 }
 
 /// Replaces the content of a small file so that a crash leaves the old or the new one, never a mix.

@@ -24,6 +24,9 @@ pub async fn watch(core: Arc<Core>) {
     let started = core.clock.monotonic_now();
     while tokio::time::timeout(LOOK_EVERY, core.stop.cancelled()).await.is_err() {
         let is_settled = core.clock.monotonic_now() - started > GRACE;
+        if let Err(failure) = crate::failover::elsewhere::watch(&core) {
+            tracing::warn!(%failure, "that a machine arrived at its new home cannot be stored");
+        }
         let found = find(&core, is_settled);
         if let Err(failure) = take(&core, found) {
             tracing::warn!(%failure, "alerts cannot be stored");

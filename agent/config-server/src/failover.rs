@@ -80,10 +80,17 @@ pub async fn describe(core: &Core, name: &str, description: Description) -> Resu
 }
 
 async fn ask(core: &Core, machine: &Machine, call: &Call, limit: Duration) -> Result<String, Failure> {
-    match core.server(machine.server, &ServerCommand::Hypervisor(encode(call)), limit).await? {
+    let answered = core.server(machine.server, &ServerCommand::Hypervisor(encode(call)), limit).await;
+    match answered.map_err(|failure| by_name(machine, failure))? {
         Reply::Hypervisor(answer) => Ok(answer),
         other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
     }
+}
+
+/// Process servers and agents know machines by their ids, people by their names.
+fn by_name(machine: &Machine, failure: Failure) -> Failure {
+    let (id, name) = (machine.id.to_string(), format!("{:?}", machine.name));
+    Failure { message: failure.message.replace(&id, &name), help: failure.help.replace(&id, &name), ..failure }
 }
 
 fn not_understood(error: tidemark_hypervisor::call::NotUnderstood) -> Failure {

@@ -208,6 +208,7 @@ async fn run_protect(
         drills: Vec::new(),
         left: Vec::new(),
         ended: Vec::new(),
+        moved: false,
         failover: None,
         group: request.group.clone().filter(|group| group != NO_GROUP),
         via: request.via()?.unwrap_or_default(),
@@ -531,6 +532,7 @@ pub async fn settle_agent_as(
         listen: machine.listen,
         fenced,
         via: machine.via,
+        moved: machine.moved,
     };
     match core.agent(machine.host, &AgentCommand::Protect(Box::new(spec)), SETTLE).await? {
         Reply::Attached(disks) => Ok(disks),

@@ -252,6 +252,9 @@ pub struct Machine {
     /// Hosts that it went away from, and that were not told yet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left: Vec<HostId>,
+    /// Its disks were brought to another place, and its host has sent nothing from there yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub moved: bool,
     /// Failovers that came to their end while the process server was away: it ends them when it is back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ended: Vec<Uuid>,

@@ -505,6 +505,7 @@ impl Shared {
             clock: self.config.clock.clone(),
             policy: send_policy(&spec.policy, self.config.clock.wall_now(), None),
             limits: self.config.limits.send,
+            moved: spec.moved,
         }
     }
 

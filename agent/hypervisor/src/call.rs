@@ -145,11 +145,14 @@ pub struct Lost {
 }
 
 /// What a way home is chosen by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
     /// Written since the failover, and after its point in the replica. None: not known, so everything is compared.
     pub changed_bytes: Option<u64>,
     pub total_bytes: u64,
+    /// What a plain image of each disk occupies, at most.
+    #[serde(default)]
+    pub data_bytes: Vec<(DiskId, u64)>,
 }
 
 /// How a machine that failed over does.

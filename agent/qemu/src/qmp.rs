@@ -48,25 +48,36 @@ impl Qmp {
         Self::over(stream).await
     }
 
+    /// To a socket that nobody else connects to: a QEMU that does not greet within `limit` is slow, or stuck.
+    pub async fn connect_own(folder: &Path, name: &str, limit: Duration) -> Result<Self, QmpError> {
+        let unreachable = |reason: String| QmpError::Unreachable { reason };
+        let stream = connect_in(folder, name).await.map_err(|error| unreachable(error.to_string()))?;
+        Self::over_within(stream, limit, &format!("it does not greet within {} s", limit.as_secs())).await
+    }
+
     pub async fn over(stream: UnixStream) -> Result<Self, QmpError> {
+        Self::over_within(stream, GREETING_LIMIT, "it does not greet; somebody else may be connected").await
+    }
+
+    async fn over_within(stream: UnixStream, limit: Duration, silent: &str) -> Result<Self, QmpError> {
         let unreachable = |reason: String| QmpError::Unreachable { reason };
         let peer = stream.peer_cred().map_err(|error| unreachable(error.to_string()))?;
         let owner = (peer.uid(), peer.gid());
         let (read, write) = stream.into_split();
         let mut read = BufReader::new(read);
         let mut line = Vec::new();
-        let greeting = tokio::time::timeout(GREETING_LIMIT, next(&mut read, &mut line)).await;
+        let greeting = tokio::time::timeout(limit, next(&mut read, &mut line)).await;
         match greeting {
             Ok(Ok(Some(greeting))) if greeting.get("QMP").is_some() => {}
             Ok(Ok(other)) => return Err(unreachable(format!("it does not greet: {other:?}"))),
             Ok(Err(error)) => return Err(unreachable(error.to_string())),
-            Err(_) => return Err(unreachable("it does not greet; somebody else may be connected".to_owned())),
+            Err(_) => return Err(unreachable(silent.to_owned())),
         }
         let (calls, receiver) = mpsc::channel(CALLS_MAX);
         let events = broadcast::channel(EVENTS_MAX).0;
         let qmp = Self { calls, events: events.downgrade(), owner };
         tokio::spawn(talk(read, write, receiver, events));
-        qmp.execute("qmp_capabilities", json!({}), GREETING_LIMIT).await?;
+        qmp.execute("qmp_capabilities", json!({}), limit).await?;
         Ok(qmp)
     }
 

@@ -32,6 +32,18 @@ impl CliError {
         )
     }
 
+    /// Says what to do with the name that was typed, so that it can be copied.
+    pub fn about(mut self, name: &str) -> Self {
+        // Only within commands: they stand between backquotes.
+        let is_plain = !name.contains('`');
+        let parts = self.help.split('`').enumerate().map(|(number, part)| match number % 2 == 1 && is_plain {
+            true => named(part, name),
+            false => part.to_owned(),
+        });
+        self.help = parts.collect::<Vec<_>>().join("`");
+        self
+    }
+
     pub fn is_broken_pipe(&self) -> bool {
         self.is_broken_pipe
     }
@@ -47,6 +59,11 @@ impl CliError {
             let _ = writeln!(stderr, "help: {}", self.help);
         }
     }
+}
+
+fn named(command: &str, name: &str) -> String {
+    let words = command.split(' ').map(|word| if word == "NAME" { name } else { word });
+    words.collect::<Vec<_>>().join(" ")
 }
 
 impl From<ClientError> for CliError {
@@ -80,5 +97,20 @@ impl From<io::Error> for CliError {
             is_broken_pipe: error.kind() == io::ErrorKind::BrokenPipe,
             ..Self::new(format!("cannot print: {error}"), "check where the output goes")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_is_said_with_the_name_that_was_typed() {
+        let said = |help: &str| CliError::new("", help).about("web").help;
+        assert_eq!(
+            said("commit it: `tidemark commit NAME`, or `x NAME --y`"),
+            "commit it: `tidemark commit web`, or `x web --y`"
+        );
+        assert_eq!(said("give it a NAME, as `tidemark x NAMES`"), "give it a NAME, as `tidemark x NAMES`");
     }
 }

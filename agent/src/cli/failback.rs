@@ -1,6 +1,6 @@
 //! reprotect …, failback …
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::CliError;
 use super::args::{FailbackArgs, FailbackVerb, ReprotectArgs, ReprotectVerb};
@@ -16,6 +16,9 @@ pub async fn reprotect(client: &Client, args: ReprotectArgs, output: &Output) ->
             "the home disks have what they had: {} bytes were given back",
             text(&result, "/given_back_bytes")
         ))?;
+        for path in result["left_disks"]["paths"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+            output.line(&format!("  {path} was made for it and is left where it is: nobody needs it"))?;
+        }
         return Ok(());
     }
     let name = args.name.unwrap_or_default();
@@ -24,6 +27,11 @@ pub async fn reprotect(client: &Client, args: ReprotectArgs, output: &Output) ->
     let Some(result) = finish(client, &name, "reprotect", &request, &args.wait, output).await? else { return Ok(()) };
     if args.check {
         let recommended = text(&result, "/recommended");
+        if result["needed_bytes"].is_number() {
+            let all: Vec<&str> = result["paths"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            let needed = text(&result, "/needed_bytes");
+            output.line(&format!("would make {}, and there is room for their {needed} bytes", all.join(", ")))?;
+        }
         return Ok(output.line(&format!("recommended: --method {recommended}, because {}", text(&result, "/why")))?);
     }
     let (compared, received) = (text(&result, "/compared_bytes"), text(&result, "/received_bytes"));
@@ -65,7 +73,7 @@ pub async fn failback(client: &Client, args: FailbackArgs, output: &Output) -> R
     home(&name, &result, output)
 }
 
-fn home(name: &str, result: &serde_json::Value, output: &Output) -> Result<(), CliError> {
+fn home(name: &str, result: &Value, output: &Output) -> Result<(), CliError> {
     output.line("it is home: its workload opens its disks at")?;
     for disk in result["disks"].as_array().into_iter().flatten() {
         output.line(&format!("  disk {}: {}", text(disk, "/path"), text(disk, "/attach/nbd")))?;

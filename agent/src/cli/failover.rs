@@ -109,6 +109,18 @@ fn show(shown: &Value, output: &Output) -> Result<(), CliError> {
 }
 
 pub async fn run(client: &Client, verb: FailoverVerb, output: &Output) -> Result<(), CliError> {
+    let name = match &verb {
+        FailoverVerb::Test { name, .. }
+        | FailoverVerb::Show { name }
+        | FailoverVerb::ChangePoint { name, .. }
+        | FailoverVerb::Promote { name, .. } => name.clone(),
+        FailoverVerb::Cleanup(args) | FailoverVerb::Cancel(args) => args.name.clone(),
+        FailoverVerb::Planned { start, .. } | FailoverVerb::Unplanned { start, .. } => start.name.clone(),
+    };
+    act(client, verb, output).await.map_err(|error| error.about(&name))
+}
+
+async fn act(client: &Client, verb: FailoverVerb, output: &Output) -> Result<(), CliError> {
     match verb {
         FailoverVerb::Test { name, point, cleanup, wait } => {
             let request = json!({ "point": point, "cleanup": cleanup });
@@ -198,9 +210,10 @@ pub async fn commit(client: &Client, args: MachineArgs, output: &Output) -> Resu
     }
     output.line(&format!("the point of {} is accepted", text(&result, "/time")))?;
     if result["promotion"] != "plain" {
-        output.line(&format!("it still runs from its replica: tidemark failover promote {}", args.name))?;
+        output
+            .line(&format!("it still runs from its replica; plain disks: tidemark failover promote {}", args.name))?;
     }
-    Ok(())
+    Ok(output.line(&format!("the way home begins with: tidemark reprotect {}", args.name))?)
 }
 
 pub async fn migrate(client: &Client, args: MachineArgs, output: &Output) -> Result<(), CliError> {
@@ -220,8 +233,11 @@ pub async fn finish(
     wait: &WaitArgs,
     output: &Output,
 ) -> Result<Option<Value>, CliError> {
-    let started = client.post(&format!("/machines/{}/{what}", escape(name)), request).await?;
-    let Some(result) = job::finish(client, started, wait, output).await? else { return Ok(None) };
+    let finishing = async {
+        let started = client.post(&format!("/machines/{}/{what}", escape(name)), request).await?;
+        job::finish(client, started, wait, output).await
+    };
+    let Some(result) = finishing.await.map_err(|error: CliError| error.about(name))? else { return Ok(None) };
     if output.is_json() {
         output.json(&result)?;
         return Ok(None);
@@ -250,6 +266,13 @@ async fn start(
         None => lost,
         Some(at) => format!("{lost}, and what the source wrote since it was last seen {at}"),
     })?;
+    if result["source_is_well"] == true {
+        let first = if args.check { String::new() } else { format!("tidemark failover cancel {0}, then ", args.name) };
+        output.line(&format!(
+            "its source is there and well; nothing would be lost by: {first}tidemark failover planned {}",
+            args.name
+        ))?;
+    }
     if args.check {
         return source(&result, "the machine at the source is", "/source/power", output);
     }
@@ -289,7 +312,14 @@ fn shown(shown: &Value, output: &Output) -> Result<(), CliError> {
     if let Some(stage) = shown["home"]["stage"].as_str() {
         let behind = text(&shown["home"], "/behind_bytes");
         let at = shown["home"]["consistent_at"].as_str().map_or_else(String::new, |at| format!(", as it was at {at}"));
-        output.line(&format!("home        {stage}{at}, {behind} bytes behind"))?;
+        // Nobody knows how far a mix is behind.
+        let far = match stage {
+            "syncing" | "undoing" => {
+                format!("{} of {} bytes", text(&shown["home"], "/done_bytes"), text(&shown["home"], "/total_bytes"))
+            }
+            _ => format!("{behind} bytes behind"),
+        };
+        output.line(&format!("home        {stage}{at}, {far}"))?;
         if let Some(problem) = shown["home"]["problem"].as_str() {
             output.line(&format!("            {problem}; {}", text(&shown["home"], "/help")))?;
         }

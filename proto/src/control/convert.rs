@@ -373,6 +373,7 @@ impl From<&MachineSpec> for wire::MachineSpec {
             listen: address_text(from.listen),
             fenced: from.fenced,
             via: from.via.name().to_owned(),
+            moved: from.moved,
         }
     }
 }
@@ -398,6 +399,7 @@ impl TryFrom<wire::MachineSpec> for MachineSpec {
             listen: optional_address(&from.listen)?,
             fenced: from.fenced,
             via: via(&from.via)?,
+            moved: from.moved,
         })
     }
 }
@@ -1239,6 +1241,7 @@ mod tests {
             listen: Some("127.0.0.1:10809".parse().unwrap()),
             fenced: true,
             via: Via::Bpf,
+            moved: true,
         }
     }
 

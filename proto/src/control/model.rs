@@ -167,6 +167,8 @@ pub struct MachineSpec {
     /// Nobody opens its disks: it runs elsewhere, or is about to.
     pub fenced: bool,
     pub via: Via,
+    /// Its disks were brought here from another place: the process servers hold that place's history, which is none of this host's.
+    pub moved: bool,
 }
 
 impl MachineSpec {

@@ -187,6 +187,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         listen: None,
         fenced: false,
         via: Default::default(),
+        moved: false,
     };
     let span = disks.iter().map(|(_, bytes)| bytes / 512).min().unwrap_or(1);
     let workload = Workload {

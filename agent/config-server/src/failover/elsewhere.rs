@@ -7,26 +7,24 @@
 //! machine back; the new disks stay where they are. *Crash.* Before the move nothing but empty disks is there; after it the reprotect is gone on with.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use tidemark_base::HostId;
+use tidemark_base::{DiskId, HostId};
+use tidemark_hypervisor::call::Difference;
 use tidemark_proto::control::{AgentCommand, Failure, FailureKind, Via};
 use tidemark_proto::failback::{NewDisk, TargetCall};
 use uuid::Uuid;
 
 use super::reprotect::{self, LOOK_AGAIN, ReprotectRequest};
-use super::start::settle_source;
-use super::state::{Failover, Home, Phase, raise, refuse_failed_over};
+use super::state::{Failover, Home, Phase, raise};
 use crate::core::{Core, SETTLE, WHOLE_DISK};
+use crate::hub::{PeerId, Report};
 use crate::jobs::Progress;
 use crate::machines::{disks_are_free, settle_agent, settle_agent_as, vanished};
-use crate::model::{Machine, State};
+use crate::model::{Machine, MachineDisk, State};
 use crate::names::{bad_request, check_path};
-use crate::status::{self, Health};
-
-/// A host that has nothing to tell by then is well.
-const TOLD_LIMIT: Duration = Duration::from_secs(5);
+use crate::status;
 
 /// Where a machine's disks are, in their order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,12 +38,14 @@ impl Place {
         Self { host: machine.host, paths: machine.disks.iter().map(|disk| disk.path.clone()).collect() }
     }
 
-    fn put(&self, machine: &mut Machine) {
+    /// `is_unknown_there`: its host knows nothing of what the disks of this machine sent until now.
+    fn put(&self, machine: &mut Machine, is_unknown_there: bool) {
         if machine.host != self.host {
             // An address of the host that it leaves.
             machine.listen = None;
         }
         machine.host = self.host;
+        machine.moved = is_unknown_there;
         machine.disks.iter_mut().zip(&self.paths).for_each(|(disk, path)| disk.path.clone_from(path));
         raise(machine);
     }
@@ -123,16 +123,35 @@ fn paths_in(machine: &Machine, store: &str) -> Result<Vec<String>, Failure> {
     Ok(paths)
 }
 
-/// Makes the new disks, and from then on that is its home.
-pub async fn go(core: &Core, machine: &Machine, id: Uuid, place: &Place, home: Home) -> Result<Machine, Failure> {
-    let new = |(disk, path): (&crate::model::MachineDisk, &String)| NewDisk {
+/// Disks of a place, as they would be made: they hold what the machine's do where it runs.
+pub fn new_disks(machine: &Machine, place: &Place, fresh: bool, difference: &Difference) -> Vec<NewDisk> {
+    let data = |of: DiskId| difference.data_bytes.iter().find(|(disk, _)| *disk == of).map_or(0, |(_, bytes)| *bytes);
+    let new = |(disk, path): (&MachineDisk, &String)| NewDisk {
         path: path.clone(),
         bytes: disk.bytes,
-        fresh: true,
+        fresh,
+        data_bytes: data(disk.id),
     };
-    let make = TargetCall::Make { disks: machine.disks.iter().zip(&place.paths).map(new).collect() };
+    machine.disks.iter().zip(&place.paths).map(new).collect()
+}
+
+/// Refused by the host of the place where disks cannot be made, or would not fit.
+pub async fn refuse_unfit(core: &Core, machine: &Machine, place: &Place, disks: &[NewDisk]) -> Result<(), Failure> {
     let there = Machine { host: place.host, ..machine.clone() };
-    reprotect::call(core, &there, &make).await?;
+    reprotect::call(core, &there, &TargetCall::Room { disks: disks.to_vec() }).await.map(drop)
+}
+
+/// Makes the new disks, and from then on that is its home.
+pub async fn go(
+    core: &Core,
+    machine: &Machine,
+    id: Uuid,
+    place: &Place,
+    disks: Vec<NewDisk>,
+    home: Home,
+) -> Result<Machine, Failure> {
+    let there = Machine { host: place.host, ..machine.clone() };
+    reprotect::call(core, &there, &TargetCall::Make { disks }).await?;
     if place.host == machine.host {
         // One host knows one place of a disk. What only the old disks have stays on them.
         let_go(core, machine).await?;
@@ -143,7 +162,7 @@ pub async fn go(core: &Core, machine: &Machine, id: Uuid, place: &Place, home: H
         let failover = machine.failover.as_mut().filter(|failover| failover.id == id).ok_or_else(vanished)?;
         failover.phase = Phase::Reprotecting;
         failover.home = Some(Home { from: Some(from), ..home });
-        place.put(machine);
+        place.put(machine, true);
         machine.left.retain(|left| *left != place.host);
         Ok(machine.clone())
     })
@@ -161,7 +180,8 @@ pub async fn go_back(core: &Core, machine: &Machine, failover: &Failover) -> Res
     let left = machine.host;
     let machine = core.store.change(|state| {
         let machine = state.machines.get_mut(&machine.name).ok_or_else(vanished)?;
-        from.put(machine);
+        // A host that was told to let go of it remembers nothing of its disks; another one kept everything.
+        from.put(machine, from.host == left);
         if from.host != left {
             machine.left.retain(|host| *host != from.host);
             machine.left.push(left);
@@ -217,12 +237,11 @@ pub fn original(machine: &Machine) -> Option<&Place> {
     (from.host != machine.host).then_some(from)
 }
 
-/// The replica has the history of the original place, so the new disks are compared with it first, and their host tells that as a
-/// divergence. Nothing diverged: when it is done they go on with the same history under another generation, and what was told is over.
+/// The replica has the history of the original place, so the new disks are compared with it first. Their host knows that they were
+/// brought there ([`Machine::moved`]), so that nobody takes it for two histories.
 pub async fn settle_in(core: &Core, progress: &Progress, name: &str) -> Result<(), Failure> {
     progress.step("compare the new disks with the replica");
     let began = Instant::now();
-    let mut protected: Option<Instant> = None;
     while began.elapsed() < WHOLE_DISK {
         if tokio::time::timeout(LOOK_AGAIN, core.stop.cancelled()).await.is_ok() {
             break;
@@ -231,28 +250,42 @@ pub async fn settle_in(core: &Core, progress: &Progress, name: &str) -> Result<(
         if let Some(scan) = &status.progress {
             progress.done(scan.done_bytes, scan.total_bytes);
         }
-        if core.machine(name)?.failover.is_some() {
+        watch(core)?;
+        let machine = core.machine(name)?;
+        let is_compared = !machine.moved && status.state == status::State::Protected;
+        if is_compared || machine.failover.is_some() {
             break;
         }
-        if status.state != status::State::Protected {
-            protected = None;
-            continue;
-        }
-        let since = *protected.get_or_insert_with(Instant::now);
-        if status.health != Health::Critical {
-            match since.elapsed() > TOLD_LIMIT {
-                true => break,
-                false => continue,
-            }
-        }
-        let _lock = core.lock(name).await;
-        let machine = core.store.change(|state| {
-            let machine = state.machines.get_mut(name).ok_or_else(vanished)?;
-            refuse_failed_over(machine)?;
-            raise(machine);
-            Ok(machine.clone())
-        })?;
-        return settle_source(core, &machine).await;
     }
     Ok(())
+}
+
+/// Looks whether hosts that machines were brought to had something acknowledged. From then on a history that differs is an alarm.
+pub fn watch(core: &Core) -> Result<(), Failure> {
+    let state = core.store.state();
+    let arrived: Vec<&str> = state
+        .machines
+        .values()
+        .filter(|machine| machine.moved && has_sent(core, machine))
+        .map(|machine| &*machine.name)
+        .collect();
+    if arrived.is_empty() {
+        return Ok(());
+    }
+    core.store.change(|state| {
+        for name in &arrived {
+            if let Some(machine) = state.machines.get_mut(*name) {
+                machine.moved = false;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn has_sent(core: &Core, machine: &Machine) -> bool {
+    let Some(Report::Agent(report)) = core.hub.report(PeerId::Agent(machine.host)) else { return false };
+    machine.disks.iter().all(|disk| {
+        let mut ours = report.disks.iter().filter(|source| source.disk == disk.id).peekable();
+        ours.peek().is_some() && ours.all(|source| !source.durable.is_empty())
+    })
 }

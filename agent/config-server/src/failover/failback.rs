@@ -263,7 +263,7 @@ pub fn cancel(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
                 let report = follow(&core, &progress, &machine, step, |report| report.stage == Stage::Consistent);
                 let report = report.await?;
                 let _lock = core.lock(&name).await;
-                state::advance(&core, &name, failover.id, Phase::Reprotected, |_| {})?;
+                reprotect::arrived(&core, &name, failover.id)?;
                 Ok(json!({ "machine": name, "state": "reprotected", "received_bytes": report.received_bytes }))
             }
             phase => {

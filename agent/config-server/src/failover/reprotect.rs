@@ -20,16 +20,17 @@ use tidemark_hypervisor::call::{Call, Difference, decode};
 use tidemark_proto::control::{AgentCommand, Failure, FailureKind, Reply, Selector, ServerCommand};
 use tidemark_proto::failback::{Method, NewDisk, Stage, TargetCall, TargetReport};
 use tokio::sync::OwnedMutexGuard;
+use uuid::Uuid;
 
 use super::elsewhere;
 use super::start::{note, send_all};
 use super::state::{self, Failover, Home, Phase};
-use super::{ask, not_understood};
+use super::{ask, by_name, not_understood};
 use crate::core::{Core, QUICK, SETTLE, WHOLE_DISK};
 use crate::hub::{PeerId, Presence, unexpected};
 use crate::jobs::{Job, Progress};
 use crate::machines::{settle_agent, settle_server, vanished};
-use crate::model::{Machine, MachineDisk};
+use crate::model::Machine;
 use crate::names::bad_request;
 
 /// How often a master target is looked after.
@@ -118,7 +119,9 @@ async fn run(
     refuse_phase(name, &failover)?;
     let place = elsewhere::wanted(core, &machine, &request)?;
     if let Some(place) = place {
-        return to_new_disks(core, progress, lock, (&machine, &failover), method, &place, request.check_only).await;
+        let disks = elsewhere::new_disks(&machine, &place, true, &difference);
+        return to_new_disks(core, progress, lock, (&machine, &failover), method, (&place, disks), request.check_only)
+            .await;
     }
     settle_server(core, &machine).await?;
     let may_make = method == Some(Method::Full) && failover.home.is_none() && !request.check_only;
@@ -126,9 +129,8 @@ async fn run(
         Ok(_) => false,
         Err(failure) if failure.kind == FailureKind::NotFound && may_make => {
             progress.step("make new disks");
-            let new = |disk: &MachineDisk| NewDisk { path: disk.path.clone(), bytes: disk.bytes, fresh: false };
-            let make = TargetCall::Make { disks: machine.disks.iter().map(new).collect() };
-            call(core, &machine, &make).await?;
+            let disks = elsewhere::new_disks(&machine, &elsewhere::Place::of(&machine), false, &difference);
+            call(core, &machine, &TargetCall::Make { disks }).await?;
             settle_agent(core, &machine).await?;
             true
         }
@@ -245,7 +247,7 @@ async fn to_new_disks(
     lock: OwnedMutexGuard<()>,
     (machine, failover): (&Machine, &Failover),
     method: Option<Method>,
-    place: &elsewhere::Place,
+    (place, disks): (&elsewhere::Place, Vec<NewDisk>),
     check_only: bool,
 ) -> Result<Value, Failure> {
     let name = &machine.name;
@@ -259,14 +261,16 @@ async fn to_new_disks(
         return Err(Failure::new(FailureKind::Unavailable, format!("host {host} is not connected"), "start its agent"));
     }
     let recommended = Recommendation { method: Method::Full, why };
+    elsewhere::refuse_unfit(core, machine, place, &disks).await?;
     if check_only {
+        let needed: u64 = disks.iter().map(|disk| disk.data_bytes).sum();
         return Ok(json!({ "machine": name, "recommended": recommended.method, "why": recommended.why,
-            "host": place.host, "paths": place.paths }));
+            "host": place.host, "paths": place.paths, "needed_bytes": needed }));
     }
     progress.step("make new disks");
     let home =
         Home { method: Method::Full, began: core.clock.wall_now(), keeps: false, kept: None, taken: false, from: None };
-    let machine = elsewhere::go(core, machine, failover.id, place, home).await?;
+    let machine = elsewhere::go(core, machine, failover.id, place, disks, home).await?;
     let host = core.store.state().host_name(place.host);
     note(core, name, &format!("is being reprotected to new disks at host {host}"));
     settle_server(core, &machine).await?;
@@ -294,9 +298,18 @@ async fn arrive(
     });
     let report = report.await?;
     let _lock = core.lock(&machine.name).await;
-    state::advance(core, &machine.name, failover.id, Phase::Reprotected, |_| {})?;
-    note(core, &machine.name, "is reprotected: its home disks follow it");
+    arrived(core, &machine.name, failover.id)?;
     Ok(shown(&machine.name, failover, &report, recommended))
+}
+
+/// Its home disks follow it. Of several that wait for that, each sees it, and one is first.
+pub fn arrived(core: &Core, name: &str, id: Uuid) -> Result<(), Failure> {
+    let now = state::find(&core.machine(name)?)?;
+    if (now.id, now.phase) != (id, Phase::Reprotected) {
+        state::advance(core, name, id, Phase::Reprotected, |_| {})?;
+        note(core, name, "is reprotected: its home disks follow it");
+    }
+    Ok(())
 }
 
 pub fn refuse_obstacles(report: &TargetReport) -> Result<(), Failure> {
@@ -345,7 +358,8 @@ pub async fn call(core: &Core, machine: &Machine, call: &TargetCall) -> Result<T
         Failure::new(FailureKind::BadRequest, message, "let both ends be of the same version")
     };
     let command = AgentCommand::MasterTarget(serde_json::to_string(call).map_err(wrong)?);
-    match core.agent(machine.host, &command, SETTLE).await? {
+    let answered = core.agent(machine.host, &command, SETTLE).await;
+    match answered.map_err(|failure| by_name(machine, failure))? {
         Reply::MasterTarget(answer) => serde_json::from_str(&answer).map_err(wrong),
         other => Err(unexpected(PeerId::Agent(machine.host), &other)),
     }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tidemark_base::{Clock, MarkId, Timestamp};
 use tidemark_hypervisor::call::{Asked, Call, FailOverCall, FailedOver, Lost, decode};
 use tidemark_proto::control::{
-    AgentCommand, Consistency, Failure, FailureKind, MarkRequest, Reply, ServerCommand, Severity, SourceDisk,
+    AgentCommand, Consistency, Failure, FailureKind, MarkRequest, Reply, ServerCommand, Severity, SourceDisk, Via,
 };
 use uuid::Uuid;
 
@@ -72,6 +72,16 @@ pub fn start(core: &Arc<Core>, name: &str, kind: Kind, request: StartRequest) ->
             "leave the limit out; where the source is there, fail over by plan: `tidemark failover planned NAME`",
         ));
     }
+    if kind == Kind::Planned && !matches!(machine.via, Via::Nbd | Via::Fuse) {
+        let via = machine.via.name();
+        return Err(Failure::new(
+            FailureKind::Conflict,
+            format!(
+                "machine {name:?} writes to its disks past its agent (--via {via}): nobody can keep it from them and prove that nothing is lost"
+            ),
+            "stop what it does, make a last point (`tidemark point create NAME`), shut it down, then: `tidemark failover unplanned NAME`",
+        ));
+    }
     shutdown_limit(request.shutdown_limit_seconds)?;
     selector(request.point.as_deref().unwrap_or(LOWEST_RPO))?;
     if !request.disks_only && machine.description.is_none() {
@@ -126,6 +136,11 @@ async fn run(
         Kind::Planned => Loss { seconds: 0.0, bytes: 0, source_last_seen: None },
         Kind::Unplanned => loss(core, &machine, &lost),
     };
+    // Whoever loses a site has no source; whoever has one need lose nothing.
+    let source_is_well = kind == Kind::Unplanned
+        && begun.is_none()
+        && matches!(machine.via, Via::Nbd | Via::Fuse)
+        && refuse_unfit(core, name).await.is_ok();
     let direction = direction(core, &machine);
     let said = format!("{direction}; {}", said(kind, &lost, &loss));
     progress.step(said.clone());
@@ -134,7 +149,7 @@ async fn run(
         let source = if shuts_down { Some(source::ask(core, &machine, Asked::Power, QUICK).await?) } else { None };
         return Ok(json!({ "machine": name, "direction": direction, "point": lost.point, "time": lost.time,
             "lost_seconds": loss.seconds, "lost_bytes": loss.bytes, "source_last_seen": loss.source_last_seen,
-            "source": source }));
+            "source": source, "source_is_well": source_is_well }));
     }
     let limit = shutdown_limit(request.shutdown_limit_seconds)?;
     let shut = match shuts_down {
@@ -197,6 +212,7 @@ async fn run(
         "lost_bytes": loss.bytes,
         "source_last_seen": loss.source_last_seen,
         "source": shut,
+        "source_is_well": source_is_well,
         "rto_seconds": first.map(|seconds| seconds + downtime.as_secs_f64()),
         "hypervisor": answer.hypervisor,
         "power": answer.power,

@@ -95,7 +95,8 @@ pub trait CaptureProvider: Send + Sync {
     /// Keeps the workload from a disk, or lets it back; from before the disk is attached, where it is asked for before. After
     /// this nothing more is written through the provider. One that does not stand in the workload's way cannot.
     fn fence(&self, _name: &str, fenced: bool) -> io::Result<()> {
-        if fenced { Err(io::ErrorKind::Unsupported.into()) } else { Ok(()) }
+        let cannot = "its disks are written past the agent, which cannot keep the workload from them; shut the machine down yourself";
+        if fenced { Err(io::Error::new(io::ErrorKind::Unsupported, cannot)) } else { Ok(()) }
     }
 
     /// Ends it, after the requests that were received; nothing is written through this provider afterwards.

@@ -1,5 +1,6 @@
 //! What keeps home disks from being overwritten.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use tidemark_base::storage::{OpenMode, RealStorage};
@@ -75,20 +76,74 @@ pub fn obstacles(host: &Host, machine: MachineId) -> Vec<Obstacle> {
     obstacles
 }
 
-/// Makes an empty disk where there is none. The folder must be there: a volume that is not mounted is no place for a disk.
+/// Room that one volume needs, and where it is.
+struct Needed<'a> {
+    folder: &'a Path,
+    bytes: u64,
+    disks: usize,
+}
+
+/// Whether all of these disks can be made, and each volume has room for what they will hold.
+pub fn room(disks: &[NewDisk]) -> Result<(), Failure> {
+    use std::os::unix::fs::MetadataExt;
+    let mut volumes: BTreeMap<u64, Needed> = BTreeMap::new();
+    for disk in disks {
+        let path = Path::new(&disk.path);
+        if path.exists() {
+            match disk.fresh {
+                true => refuse_filled(path, disk.bytes)?,
+                // Written over.
+                false => continue,
+            }
+        }
+        let (folder, _) = place_of(disk)?;
+        let volume = folder.metadata().map(|of| of.dev()).map_err(|error| unreadable(folder, &error))?;
+        let needed = volumes.entry(volume).or_insert(Needed { folder, bytes: 0, disks: 0 });
+        needed.bytes += disk.data_bytes;
+        needed.disks += 1;
+    }
+    for Needed { folder, bytes, disks } in volumes.into_values() {
+        let free = RealStorage::open_folder(folder).available_bytes().map_err(|error| unreadable(folder, &error))?;
+        if free < bytes {
+            let what = if disks == 1 { "a new disk".to_owned() } else { format!("{disks} new disks") };
+            let message = format!(
+                "the volume of {} lacks room: {bytes} bytes are needed for {what}, {free} are free",
+                folder.display()
+            );
+            let help = "free or add room there, or choose another folder with --store; nothing was made";
+            return Err(Failure::new(FailureKind::Conflict, message, help));
+        }
+    }
+    Ok(())
+}
+
+fn unreadable(folder: &Path, error: &std::io::Error) -> Failure {
+    let message = format!("the room at {} is not known: {error}", folder.display());
+    Failure::new(FailureKind::Conflict, message, "look at the volume there, then ask again")
+}
+
+/// The folder must be there: a volume that is not mounted is no place for a disk.
+fn place_of(disk: &NewDisk) -> Result<(&Path, &str), Failure> {
+    let refuse = |message: String, help: &str| Err(Failure::new(FailureKind::Conflict, message, help));
+    let path = Path::new(&disk.path);
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+        return refuse(format!("{} is no place for a disk", disk.path), "name a file in a folder");
+    };
+    if !folder.is_dir() {
+        let message = format!("the folder of disk {} is not there", disk.path);
+        return refuse(message, "mount or make it, then ask again");
+    }
+    Ok((folder, name))
+}
+
+/// Makes an empty disk where there is none.
 pub fn make(disk: &NewDisk) -> Result<(), Failure> {
     let path = Path::new(&disk.path);
     let refuse = |message: String, help: &str| Failure::new(FailureKind::Conflict, message, help);
     if path.exists() {
         return if disk.fresh { refuse_filled(path, disk.bytes) } else { Ok(()) };
     }
-    let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
-        return Err(refuse(format!("{} is no place for a disk", disk.path), "name a file in a folder"));
-    };
-    if !folder.is_dir() {
-        let message = format!("the folder of disk {} is not there", disk.path);
-        return Err(refuse(message, "mount or make it, then ask again"));
-    }
+    let (folder, name) = place_of(disk)?;
     let storage = RealStorage::open_folder(folder);
     let made = storage.open(name, OpenMode::OpenOrCreate).and_then(|file| {
         file.set_bytes(disk.bytes)?;
@@ -154,4 +209,28 @@ fn backing_file(path: &Path) -> Option<String> {
     let mut name = vec![0; length];
     file.read_exact_at(&mut name, at).ok()?;
     String::from_utf8(name).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What several disks need of one volume counts together; what is there already needs none.
+    #[test]
+    fn f8_new_disks_need_room_for_all_that_they_will_hold() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let free = RealStorage::open_folder(folder.path()).available_bytes().unwrap();
+        let disk = |name: &str, data_bytes, fresh| NewDisk { path: path(name), bytes: 1 << 20, fresh, data_bytes };
+        let two = [disk("one.img", free / 8 * 5, true), disk("two.img", free / 8 * 5, true)];
+        two.iter().for_each(|one| room(std::slice::from_ref(one)).unwrap());
+        let refused = room(&two).unwrap_err();
+        assert!(refused.message.contains("lacks room") && refused.message.contains("2 new disks"), "{refused}");
+        assert!(refused.message.contains(&format!("{} bytes are needed", free / 8 * 5 * 2)), "{refused}");
+        std::fs::File::create(path("there.img")).unwrap();
+        room(&[disk("there.img", u64::MAX, false), disk("one.img", 0, true)]).unwrap();
+        let mounted = room(&[NewDisk { path: path("gone/one.img"), ..disk("", 0, true) }]).unwrap_err();
+        assert!(mounted.message.contains("is not there"), "{mounted}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is made");
+    }
 }

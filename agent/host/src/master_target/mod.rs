@@ -43,6 +43,9 @@ struct State {
     stage: Stage,
     /// A pass over everything that may differ is durable on the disks.
     whole: bool,
+    /// Until then the pass before that: each disk is durable up to here, but for what was written at the other side since.
+    #[serde(default)]
+    done: BTreeMap<DiskId, u64>,
     /// Each disk's undo file is durable up to here, at least.
     undo: BTreeMap<DiskId, u64>,
     spool: Option<Spool>,
@@ -131,7 +134,12 @@ impl MasterTargets {
             TargetCall::Check { machine } => {
                 TargetReport { obstacles: check::obstacles(&self.host, machine), ..self.report(machine) }
             }
+            TargetCall::Room { disks } => {
+                check::room(&disks)?;
+                TargetReport::default()
+            }
             TargetCall::Make { disks } => {
+                check::room(&disks)?;
                 disks.iter().try_for_each(check::make)?;
                 TargetReport::default()
             }
@@ -205,6 +213,7 @@ impl MasterTargets {
                     // Everything once more, whatever is there.
                     if method == Method::Full && state.method != Method::Full {
                         (state.method, state.whole) = (method, false);
+                        state.done.clear();
                     }
                 })?;
                 target.wake.ring();
@@ -230,6 +239,7 @@ impl MasterTargets {
                 wanted,
                 stage: Stage::Syncing,
                 whole: false,
+                done: BTreeMap::new(),
                 undo: BTreeMap::new(),
                 spool: None,
                 consistent_at: None,

@@ -1,5 +1,6 @@
 //! The work of a master target: passes, rounds, the undo.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,6 +35,10 @@ const PIPELINE: usize = 8;
 const UNFROZEN_BYTES: u64 = 64 << 20;
 const UNFROZEN_PASSES_MAX: u32 = 4;
 const SPOOL: &str = "round";
+/// How often a first pass notes how far it is: each note syncs the disks.
+const NOTES_A_PASS: u64 = 16;
+const NOTE_BYTES_MIN: u64 = 1 << 20;
+const NOTE_BYTES_MAX: u64 = 64 << 20;
 
 /// Rings when there is something new to do.
 #[derive(Default)]
@@ -268,10 +273,12 @@ impl Worker {
         if is_first && state.stage == Stage::Consistent {
             self.change(|state| state.stage = Stage::Syncing)?;
         }
+        let nothing = BTreeMap::new();
+        let done = if is_first { &state.done } else { &nothing };
         let begin = BeginRound {
             machine: self.target.machine.to_vec(),
             failover: state.failover.as_bytes().to_vec(),
-            disks: self.homes.iter().map(round_disk).collect(),
+            disks: self.homes.iter().map(|home| round_disk(home, done)).collect(),
             session: self.session.to_vec(),
             scope: scope.into(),
             frozen,
@@ -285,7 +292,7 @@ impl Worker {
         let compares = !(is_first && state.method == Method::Full);
         let worked = match is_spooled {
             true => self.spool(&round, compares),
-            false => self.pass(&round, compares, frozen),
+            false => self.pass(&round, compares, frozen, is_first),
         };
         let end =
             EndRound { round: round.round, failover: state.failover.as_bytes().to_vec(), durable: worked.is_ok() };
@@ -299,14 +306,16 @@ impl Worker {
     }
 
     /// Straight onto the disks, which are a mix until a pass of one instant ends.
-    fn pass(&mut self, round: &Round, compares: bool, frozen: bool) -> Result<(), StepError> {
-        let mut sink = Sink::Disks;
-        let counts = self.pull(round, compares, &mut sink)?;
+    fn pass(&mut self, round: &Round, compares: bool, frozen: bool, is_first: bool) -> Result<(), StepError> {
+        let total: u64 = round.disks.iter().map(|disk| disk.bytes).sum();
+        let note_every = is_first.then(|| (total / NOTES_A_PASS).clamp(NOTE_BYTES_MIN, NOTE_BYTES_MAX));
+        let counts = self.pull(round, compares, &mut Sink::Disks, note_every)?;
         self.flush()?;
         let undo = self.homes.iter().map(|home| (home.disk.identity.disk, home.undo.bytes())).collect();
         self.change(|state| {
             counts.add_to(state);
             state.whole = true;
+            state.done.clear();
             state.undo = undo;
             if frozen || round.stopped {
                 state.stage = stage_after(state.wanted, round.stopped);
@@ -327,7 +336,7 @@ impl Worker {
         let file = self.target.storage.open(SPOOL, OpenMode::OpenOrCreate).map_err(&failed)?;
         file.set_bytes(0).and_then(|()| self.target.storage.sync_folder("")).map_err(&failed)?;
         let mut sink = Sink::Spool { file, bytes: 0 };
-        let counts = self.pull(round, compares, &mut sink)?;
+        let counts = self.pull(round, compares, &mut sink, None)?;
         let Sink::Spool { file, bytes } = sink else { unreachable!("it was made one") };
         file.sync().map_err(failed)?;
         let generations = self.homes.iter().map(|home| (home.disk.identity.disk, home.disk.identity.generation));
@@ -380,8 +389,15 @@ impl Worker {
         })
     }
 
-    /// Everything of a round that is not the same here.
-    fn pull(&mut self, round: &Round, compares: bool, sink: &mut Sink) -> Result<Counts, StepError> {
+    /// Everything of a round that is not the same here. After each `note_every` bytes it is noted how far that is.
+    fn pull(
+        &mut self,
+        round: &Round,
+        compares: bool,
+        sink: &mut Sink,
+        note_every: Option<u64>,
+    ) -> Result<Counts, StepError> {
+        let mut unnoted = 0;
         let mut counts = Counts { rounds: 1, ..Counts::default() };
         let (source, failover) = (self.source(), self.target.state().failover.as_bytes().to_vec());
         let disks: Vec<DiskId> = self.homes.iter().map(|home| home.disk.identity.disk).collect();
@@ -392,33 +408,58 @@ impl Worker {
                 let asked = RunsRequest { round: round.round, failover: failover.clone(), disk: disk.to_vec(), from };
                 let reply = source.runs(asked).map_err(StepError::Source)?;
                 let disk_bytes = self.home(disk)?.disk.identity.disk_bytes;
-                let mut windows = Vec::new();
+                let (mut windows, mut reached) = (Vec::new(), 0);
                 for run in reply.runs {
+                    reached = run.offset.saturating_add(run.length);
                     let extent = Extent::new(run.offset, run.length);
                     if extent.is_empty() || run.offset.checked_add(run.length).is_none_or(|end| end > disk_bytes) {
                         return Err(StepError::Content(format!("a run of {extent} on a disk of {disk_bytes} bytes")));
                     }
                     for window in pieces(extent, BLOCKS_BYTES_MAX) {
+                        unnoted += window.length;
                         if run.zeroes {
                             self.zeroes(disk, window, sink)?;
                             self.done(window.length);
-                            continue;
+                        } else {
+                            windows.push(window);
                         }
-                        windows.push(window);
                         if windows.len() == PIPELINE {
                             self.exchange(round, disk, std::mem::take(&mut windows), compares, sink, &mut counts)?;
+                        }
+                        // Zeroes overtake the blocks that were not asked for yet.
+                        if windows.is_empty() && note_every.is_some_and(|every| unnoted >= every) {
+                            self.note_done(disk, window.end())?;
+                            unnoted = 0;
                         }
                     }
                 }
                 self.exchange(round, disk, windows, compares, sink, &mut counts)?;
+                if note_every.is_some_and(|every| unnoted >= every) {
+                    self.note_done(disk, reached)?;
+                    unnoted = 0;
+                }
                 match reply.next {
                     0 => break,
                     next if next > from => from = next,
                     next => return Err(StepError::Content(format!("runs go on at {next} after {from}"))),
                 }
             }
+            if note_every.is_some() {
+                self.note_done(disk, self.home(disk)?.disk.identity.disk_bytes)?;
+            }
         }
         Ok(counts)
+    }
+
+    /// A first pass that is interrupted goes on here. What the machine wrote since the failover comes again whatever is noted.
+    fn note_done(&mut self, disk: DiskId, until: u64) -> Result<(), StepError> {
+        self.flush()?;
+        let undo = self.homes.iter().map(|home| (home.disk.identity.disk, home.undo.bytes())).collect();
+        self.change(|state| {
+            let done = state.done.entry(disk).or_default();
+            *done = (*done).max(until / PART_BYTES * PART_BYTES);
+            state.undo = undo;
+        })
     }
 
     fn done(&self, bytes: u64) {
@@ -645,9 +686,11 @@ fn stage_after(wanted: Wanted, stopped: bool) -> Stage {
     if wanted == Wanted::Finish && stopped { Stage::Finished } else { Stage::Consistent }
 }
 
-fn round_disk(home: &Home) -> RoundDisk {
+fn round_disk(home: &Home, done: &BTreeMap<DiskId, u64>) -> RoundDisk {
     let Generation(generation) = home.disk.identity.generation;
-    RoundDisk { disk: home.disk.identity.disk.to_vec(), generation, bytes: home.disk.identity.disk_bytes }
+    let disk = home.disk.identity.disk;
+    let done = done.get(&disk).copied().unwrap_or(0);
+    RoundDisk { disk: disk.to_vec(), generation, bytes: home.disk.identity.disk_bytes, done }
 }
 
 fn batch_bytes(changes: &[Change]) -> u64 {

@@ -142,6 +142,8 @@ pub struct SenderConfig {
     pub clock: Arc<dyn Clock>,
     pub policy: SendPolicy,
     pub limits: SendLimits,
+    /// The disk was brought here from another place, whose history the consumer holds.
+    pub moved: bool,
 }
 
 /// A running sender. Dropping it stops it.

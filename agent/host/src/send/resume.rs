@@ -12,7 +12,8 @@
 //! | P of an earlier epoch of ours | not behind the cursor | scan what is pending, from this epoch's start |
 //! | P of an earlier epoch of ours | nothing was acknowledged | the whole disk is compared, from this epoch's start |
 //! | P of an earlier epoch of ours | behind the cursor | alarm "diverged": new epoch, whole compare |
-//! | P of an unknown epoch | – | alarm "diverged": new epoch, whole compare |
+//! | P of an unknown epoch | nothing was acknowledged, and the disk was brought here from another place | new epoch, whole compare |
+//! | P of an unknown epoch | otherwise | alarm "diverged": new epoch, whole compare |
 //!
 //! "From this epoch's start" needs the log to reach back to it. Where it does not, a new epoch is begun: nothing
 //! of an epoch is skipped.
@@ -43,6 +44,8 @@ pub struct Situation<'a> {
     pub start_readable: bool,
     /// The server holds something that can be compared with.
     pub comparable: bool,
+    /// The disk was brought here from another place, whose history the server holds.
+    pub moved: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -109,8 +112,10 @@ pub fn decide(situation: &Situation<'_>) -> Decision {
             from_epoch_start(situation, None, None)
         }
         Located::Here | Located::Earlier | Located::Ahead | Located::Gone | Located::Differs | Located::Unknown => {
+            // From the first acknowledgement on it is like any other disk.
+            let is_new_here = situation.moved && cursor.is_none() && located == Located::Unknown;
             Decision {
-                alarm: Some(Alarm::Diverged),
+                alarm: (!is_new_here).then_some(Alarm::Diverged),
                 new_epoch: Some(EpochReason::Diverged),
                 whole_scan: Some(ScanReason::Diverged),
                 begin: Begin::ScanFromEpochStart,
@@ -191,6 +196,7 @@ mod tests {
                         scan_pending,
                         start_readable,
                         comparable: true,
+                        moved: false,
                     });
                     let order = cursor.map_or(std::cmp::Ordering::Greater, |cursor| {
                         (durable.epoch.0, durable.sequence).cmp(&(cursor.epoch.0, cursor.sequence))
@@ -222,6 +228,7 @@ mod tests {
                     scan_pending: true,
                     start_readable,
                     comparable: false,
+                    moved: false,
                 });
                 assert_eq!(
                     decision,
@@ -247,6 +254,7 @@ mod tests {
             scan_pending: true,
             start_readable: true,
             comparable: true,
+            moved: false,
         });
         assert_eq!(decision.alarm, Some(Alarm::Diverged));
     }
@@ -263,10 +271,37 @@ mod tests {
                 scan_pending: false,
                 start_readable: true,
                 comparable: true,
+                moved: true,
             });
             let reason = decision.whole_scan.expect("the whole disk");
             assert!(reason.compares() && decision.alarm == Some(Alarm::Diverged), "{decision:?}");
             assert_eq!(decision.begin, Begin::ScanFromEpochStart);
+        }
+    }
+
+    /// A disk that was brought here is compared without an alarm, once: what was acknowledged, or is of an epoch of ours, is no other
+    /// place's history.
+    #[test]
+    fn a_disk_that_was_brought_here_is_compared_and_nobody_is_alarmed() {
+        let decided = |located, cursor, moved| {
+            decide(&Situation {
+                durable: Some((at(9, 10), located)),
+                scan_open: false,
+                cursor,
+                epochs: &[Epoch([1; 16])],
+                scan_pending: true,
+                start_readable: true,
+                comparable: true,
+                moved,
+            })
+        };
+        let first = decided(Located::Unknown, None, true);
+        assert_eq!((first.alarm, first.begin), (None, Begin::ScanFromEpochStart));
+        assert!(first.new_epoch.is_some() && first.whole_scan.expect("the whole disk").compares(), "{first:?}");
+        assert_eq!(decided(Located::Unknown, None, false).alarm, Some(Alarm::Diverged));
+        assert_eq!(decided(Located::Unknown, Some(at(1, 5)), true).alarm, Some(Alarm::Diverged));
+        for located in [Located::Ahead, Located::Gone, Located::Differs] {
+            assert_eq!(decided(located, None, true).alarm, Some(Alarm::Diverged), "{located:?}");
         }
     }
 }

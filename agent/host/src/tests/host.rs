@@ -79,6 +79,7 @@ pub(super) fn spec(folder: &Path, name: &str, disks: usize) -> MachineSpec {
         listen: None,
         fenced: false,
         via: Default::default(),
+        moved: false,
     }
 }
 

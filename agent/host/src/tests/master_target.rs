@@ -31,6 +31,10 @@ struct There {
     /// What the round under way shows.
     frozen: Mutex<Vec<u8>>,
     session: Mutex<[u8; 16]>,
+    /// Up to where home said that it has everything, but for what was written.
+    done: AtomicU64,
+    written: Mutex<Vec<Extent>>,
+    asked: Mutex<Vec<Extent>>,
     stopped: AtomicBool,
     calls: AtomicU64,
     /// From this call on nothing is answered.
@@ -44,6 +48,9 @@ impl There {
             frozen: Mutex::new(image.clone()),
             image: Mutex::new(image),
             session: Mutex::default(),
+            done: AtomicU64::new(0),
+            written: Mutex::default(),
+            asked: Mutex::default(),
             stopped: AtomicBool::new(false),
             calls: AtomicU64::new(0),
             fails_from: AtomicU64::new(u64::MAX),
@@ -62,6 +69,7 @@ impl Source for There {
     fn begin(&self, asked: BeginRound) -> Result<Round, String> {
         self.answer()?;
         *self.session.lock().unwrap() = asked.session[..].try_into().unwrap();
+        self.done.store(asked.disks[0].done, Ordering::SeqCst);
         *self.frozen.lock().unwrap() = self.image.lock().unwrap().clone();
         let disks = vec![RoundSize { disk: self.disk.to_vec(), bytes: BYTES as u64 }];
         Ok(Round { round: 1, time_ns: 1, stopped: self.stopped.load(Ordering::SeqCst), disks })
@@ -70,16 +78,24 @@ impl Source for There {
     fn runs(&self, asked: RunsRequest) -> Result<RunsReply, String> {
         self.answer()?;
         // The first MiB is a hole.
-        let hole = Run { offset: 0, length: 1 << 20, zeroes: true };
-        let data = Run { offset: 1 << 20, length: (BYTES - (1 << 20)) as u64, zeroes: false };
-        Ok(match asked.from {
-            0 => RunsReply { runs: vec![hole], next: 1 << 20 },
-            _ => RunsReply { runs: vec![data], next: 0 },
-        })
+        let done = self.done.load(Ordering::SeqCst);
+        let until = [1 << 20, 4 << 20, BYTES as u64].into_iter().find(|until| *until > asked.from.max(done));
+        let until = until.unwrap_or(BYTES as u64);
+        let run = |of: Extent, zeroes| Run { offset: of.offset, length: of.length, zeroes };
+        let mut runs = Vec::new();
+        if asked.from < done {
+            runs.extend(self.written.lock().unwrap().iter().filter(|of| of.end() <= done).map(|of| run(*of, false)));
+        }
+        let from = asked.from.max(done);
+        if from < until {
+            runs.push(run(Extent::new(from, until - from), until == 1 << 20));
+        }
+        Ok(RunsReply { runs, next: if until == BYTES as u64 { 0 } else { until } })
     }
 
     fn blocks(&self, asked: Vec<BlocksRequest>) -> Result<Vec<BlocksReply>, String> {
         self.answer()?;
+        self.asked.lock().unwrap().extend(asked.iter().map(|asked| Extent::new(asked.offset, asked.length)));
         let image = self.frozen.lock().unwrap();
         let key = CompareKey::new(self.disk, Generation::FIRST, *self.session.lock().unwrap());
         let mut sealer = Sealer::new(ChunkKey::new(self.disk, Generation::FIRST), Compression::Level(1));
@@ -203,6 +219,45 @@ fn a_reprotect_that_is_cut_anywhere_is_taken_back_or_finished() {
         targets.stop();
         home.host.stop();
     }
+}
+
+/// Cut in its middle, and the agent started again: it goes on behind what was noted, and asks before that for nothing but what
+/// the machine wrote meanwhile.
+#[test]
+fn a_first_pass_that_is_cut_goes_on_where_it_was() {
+    let home = Home::new();
+    // Begin, the hole, its end is told, three MiB, and no more.
+    home.there.fails_from.store(5, Ordering::SeqCst);
+    let targets = home.open();
+    home.sync(&targets, Method::Full);
+    home.wait(&targets, |report| report.problem.is_some());
+    targets.stop();
+    drop(targets);
+    let changed = Extent::new(2 << 20, 8192);
+    home.there.image.lock().unwrap()[2 << 20..(2 << 20) + 8192].fill(0xa5);
+    home.there.written.lock().unwrap().push(changed);
+    home.there.asked.lock().unwrap().clear();
+    home.there.fails_from.store(home.there.calls.load(Ordering::SeqCst) + 1, Ordering::SeqCst);
+    let targets = home.open();
+    // The second begin is the last call that is answered: what it said stays.
+    home.wait(&targets, |report| report.problem.is_some());
+    assert_eq!(home.there.done.load(Ordering::SeqCst), 4 << 20);
+    // Asked for the same once more it goes on.
+    home.sync(&targets, Method::Full);
+    home.there.fails_from.store(u64::MAX, Ordering::SeqCst);
+    home.wait(&targets, |report| report.stage == Stage::Consistent);
+    assert!(home.content() == *home.there.image.lock().unwrap());
+    let asked = home.there.asked.lock().unwrap().clone();
+    let first_round = asked.iter().take_while(|of| of.end() < BYTES as u64).collect::<Vec<_>>();
+    let before: Vec<_> = first_round.iter().filter(|of| of.offset < 4 << 20).collect();
+    assert_eq!(before, [&&changed], "{asked:?}");
+    // Taken back, what was there before either part of it is there again.
+    home.call(&targets, TargetCall::Undo { machine: home.spec.machine, failover: home.failover });
+    home.wait(&targets, |report| report.stage == Stage::Undone);
+    assert!(home.content() == home.original);
+    home.let_go(&targets);
+    targets.stop();
+    home.host.stop();
 }
 
 /// Home disks that follow a machine show it at an instant, however the next round ends; and take it over when it is off.

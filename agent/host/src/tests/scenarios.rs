@@ -294,6 +294,7 @@ fn resumed(fixture: &Fixture, disk: &ProtectedDisk, durable: Position) -> resume
         scan_pending: !fixture.pending(disk).is_empty(),
         start_readable: disk.locate(&state.logged.epoch.start()).unwrap() == Located::Here,
         comparable: true,
+        moved: false,
     })
 }
 
@@ -572,6 +573,7 @@ fn one_dead_consumer_beside_a_live_one_steps_down_alone() {
         scan_pending: true,
         start_readable: disk.locate(&disk.state().logged.epoch.start()).unwrap() == Located::Here,
         comparable: true,
+        moved: false,
     });
     assert_eq!((decision.alarm, decision.whole_scan), (None, None));
     disk.new_epoch(decision.new_epoch.unwrap()).unwrap();

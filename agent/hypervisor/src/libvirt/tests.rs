@@ -7,8 +7,9 @@ use std::process::Stdio;
 use super::*;
 use crate::drill::{self, Drill, Outcome, Sign};
 use crate::machine::{Card, CardModel, Hardware};
+use crate::owner::Owner;
 use crate::qemu::find_program;
-use crate::qemu::tests::{boot_disk, skip};
+use crate::qemu::tests::{boot_disk, listening_disk, skip};
 
 struct Daemon {
     folder: tempfile::TempDir,
@@ -30,8 +31,8 @@ impl Drop for Daemon {
     }
 }
 
-/// The daemon, or why there is none.
-async fn daemon() -> std::result::Result<Daemon, String> {
+/// The daemon, or why there is none. Its machines' screens are at ports from this one on: daemons side by side choose the same ones.
+async fn daemon(screens: u16) -> std::result::Result<Daemon, String> {
     for program in ["libvirtd", "virsh", "unshare", "qemu-system-x86_64"] {
         let known = find_program(Path::new(program)).is_some() || Path::new("/usr/sbin").join(program).is_file();
         if !known {
@@ -50,6 +51,7 @@ async fn daemon() -> std::result::Result<Daemon, String> {
         (cat /etc/group; echo 'libvirt-qemu:x:64055:'; echo 'kvm:x:64056:') > {at}/group
         printf 'user = \"root\"\\ngroup = \"root\"\\nsecurity_driver = \"none\"\\nremember_owner = 0\\n' > {at}/etc/qemu.conf
         printf 'stdio_handler = \"file\"\\nnamespaces = []\\ncgroup_controllers = []\\n' >> {at}/etc/qemu.conf
+        printf 'remote_display_port_min = {screens}\\nremote_display_port_max = {}\\n' >> {at}/etc/qemu.conf
         printf 'unix_sock_dir = \"{at}/run\"\\nauth_unix_rw = \"none\"\\nauth_unix_ro = \"none\"\\n' > {at}/etc/libvirtd.conf
         mount --make-rprivate /
         mount --bind {at}/passwd /etc/passwd
@@ -58,7 +60,8 @@ async fn daemon() -> std::result::Result<Daemon, String> {
             [ ! -d \"${{pair#*:}}\" ] || mount --bind {at}/${{pair%%:*}} \"${{pair#*:}}\"
         done
         export PATH=\"$PATH:/usr/sbin:/sbin\"
-        exec libvirtd -f {at}/etc/libvirtd.conf -p {at}/pid > {at}/libvirtd.log 2>&1"
+        exec libvirtd -f {at}/etc/libvirtd.conf -p {at}/pid > {at}/libvirtd.log 2>&1",
+        screens + 99
     );
     let mut command = std::process::Command::new("unshare");
     command.args(["-m", "sh", "-c", &script]).stdin(Stdio::null()).stdout(Stdio::null());
@@ -99,7 +102,7 @@ fn machine(name: &str, path: &Path) -> Machine {
 
 #[tokio::test]
 async fn a_real_libvirt_runs_machines_and_drills() {
-    let daemon = match daemon().await {
+    let daemon = match daemon(5900).await {
         Ok(daemon) => daemon,
         Err(why) => return skip("a_real_libvirt_runs_machines_and_drills", &why),
     };
@@ -156,4 +159,61 @@ async fn a_real_libvirt_runs_machines_and_drills() {
     let wrong = Libvirt::open(LibvirtSettings::new("qemu:///system?socket=/nowhere", folder.join("c"))).unwrap();
     let failed = wrong.check().await.unwrap_err();
     assert!(matches!(failed, HypervisorError::Unreachable { .. }), "{failed}");
+}
+
+/// H36: a machine that libvirt runs is shut down at its source, by its guest; one whose guest does not listen is left on, and turned off when
+/// that is asked for; it is started again.
+#[tokio::test]
+async fn h36_libvirt_shuts_a_guest_down_and_starts_it_again() {
+    let daemon = match daemon(6000).await {
+        Ok(daemon) => daemon,
+        Err(why) => return skip("h36_libvirt_shuts_a_guest_down_and_starts_it_again", &why),
+    };
+    let folder = daemon.folder.path();
+    let settings = LibvirtSettings { virt: Some("qemu".into()), ..LibvirtSettings::new(&daemon.uri, folder.join("c")) };
+    let libvirt = Libvirt::open(settings).unwrap();
+    let owner = |domain: &str| Owner::Libvirt {
+        settings: LibvirtSettings::new(&daemon.uri, folder.join("nobody")),
+        domain: domain.to_owned(),
+    };
+    let says = async |id: Uuid, text: &str| {
+        let mut again = tokio::time::interval(Duration::from_millis(50));
+        let heard = async {
+            loop {
+                again.tick().await;
+                let console = libvirt.console(id, 0).await.unwrap();
+                if String::from_utf8_lossy(&console.bytes).contains(text) {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), heard).await.expect("its guest boots");
+    };
+    for (name, text) in [("listens", "here"), ("deaf", "tick")] {
+        let path = folder.join(format!("{name}.img"));
+        if name == "listens" {
+            listening_disk(&path, text)
+        } else {
+            boot_disk(&path, text)
+        }
+        let machine = machine(name, &path);
+        libvirt.define(&machine).await.unwrap();
+        let owner = owner(name);
+        assert_eq!(owner.power().await.unwrap(), Power::Off);
+        assert_eq!(owner.shut_down(Duration::from_secs(60)).await.unwrap(), Some(Stopped::WasOff));
+        owner.start().await.unwrap();
+        says(machine.id, text).await;
+        assert_eq!(owner.power().await.unwrap(), Power::On);
+        if name == "listens" {
+            assert_eq!(owner.shut_down(Duration::from_secs(60)).await.unwrap(), Some(Stopped::ByGuest));
+        } else {
+            assert_eq!(owner.shut_down(Duration::from_millis(500)).await.unwrap(), None, "it is left on");
+            assert_eq!(owner.power().await.unwrap(), Power::On);
+            owner.turn_off().await.unwrap();
+        }
+        assert_eq!(owner.power().await.unwrap(), Power::Off);
+        libvirt.delete(machine.id).await.unwrap();
+    }
+    let unknown = owner("nobody").power().await.unwrap_err();
+    assert!(unknown.to_string().contains("nobody"), "{unknown}");
 }

@@ -63,6 +63,8 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 /// How long QEMU may take to open a machine's disks and listen.
 const START_LIMIT: Duration = Duration::from_secs(60);
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+/// Nobody else connects there: on a busy machine a QEMU takes its time to begin.
+const GREETING_LIMIT: Duration = Duration::from_secs(45);
 /// How long a QEMU that was told to end may take before it is killed, and after.
 const QUIT_LIMIT: Duration = Duration::from_secs(10);
 /// What is kept of a console; a guest that says more loses the beginning.
@@ -180,7 +182,7 @@ impl Qemu {
             self.kept(id)?;
             return Err(HypervisorError::Off { id });
         };
-        let qmp = Arc::new(Qmp::connect(&self.folder(id), QMP).await?);
+        let qmp = Arc::new(Qmp::connect_own(&self.folder(id), QMP, GREETING_LIMIT).await?);
         let said = qmp.execute("query-uuid", json!({}), ANSWER_LIMIT).await?;
         if said["UUID"].as_str() != Some(&id.to_string()) {
             return Err(HypervisorError::Stranger { id, pid: process.pid });

@@ -70,11 +70,37 @@ fn boot_sector() -> [u8; 512] {
     sector
 }
 
+/// The same, which shuts its machine down when the power button is pressed. It looks after each text.
+fn listening_boot_sector() -> [u8; 512] {
+    const LISTEN: usize = 0x80;
+    let code: &[u8] = &[
+        0xba, 0x02, 0x06, 0xb8, 0x00, 0x01, 0xef, // the power button is to show: port 0x602, bit 8
+        0xba, 0x00, 0x06, 0xed, 0xf6, 0xc4, 0x01, // does it, in port 0x600?
+        0x74, 0x82, // no: read again
+        0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef, // port 0x604: sleep so that only the switch wakes it
+        0xeb, 0xfe,
+    ];
+    let mut sector = boot_sector();
+    // Where the text is over: the jump from 0x2b.
+    sector[0x2c] = (LISTEN - 0x2d) as u8;
+    sector[LISTEN..LISTEN + code.len()].copy_from_slice(code);
+    sector
+}
+
 /// A disk that boots and says `text` again and again.
 pub(crate) fn boot_disk(path: &Path, text: &str) {
+    boot_disk_of(path, text, &boot_sector());
+}
+
+/// The same, whose guest knows its power button.
+pub(crate) fn listening_disk(path: &Path, text: &str) {
+    boot_disk_of(path, text, &listening_boot_sector());
+}
+
+fn boot_disk_of(path: &Path, text: &str, sector: &[u8; 512]) {
     let file = std::fs::File::create(path).unwrap();
     file.set_len(8 << 20).unwrap();
-    file.write_all_at(&boot_sector(), 0).unwrap();
+    file.write_all_at(sector, 0).unwrap();
     file.write_all_at(format!("{text}\n\0").as_bytes(), 512).unwrap();
 }
 

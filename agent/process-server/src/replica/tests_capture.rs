@@ -61,7 +61,7 @@ fn a_frozen_round_reads_as_the_disk_was_and_nothing_that_is_written_meanwhile_is
         let mut home = run.host.contents[&cut].clone();
         (0..10).for_each(|_| _ = change(&disk, &mut chance));
         assert!(is_within(&differing(&read(&disk), &home), &disk.written()));
-        disk.set_behind(disk.written());
+        disk.set_behind(Bits::new(DISK_BYTES), 0);
         for round in 1..12 {
             let file = folder.open("round.raw", OpenMode::OpenOrCreate).unwrap();
             file.set_bytes(0).unwrap();
@@ -131,4 +131,41 @@ fn what_was_written_since_the_failover_is_known_over_a_kill_and_never_too_little
         let disk = ScratchDisk::open_lasting(view(), &folder.after_crash(seed), "boot two").unwrap();
         assert!(is_within(&differing(&read(&disk), &point), &disk.written()), "seed {seed}");
     }
+}
+
+/// What home lacks is what came after the point and what the machine wrote, also while somebody found out the former; behind what
+/// home said it has, everything; before that, what was written.
+#[test]
+fn what_the_machine_wrote_is_behind_whatever_else_is_said() {
+    let storage = SimStorage::default();
+    let run = scenario(&storage);
+    let set = open(&storage);
+    let replica = set.get(run.host.info.disk).unwrap();
+    let view = Arc::new(replica.view(run.host.cut).unwrap());
+    let disk = ScratchDisk::open_lasting(view, &SimStorage::default(), "boot one").unwrap();
+    let part = |number: u64| Extent::new(number * PART_BYTES, PART_BYTES);
+    let claimed = |round| {
+        ScratchDisk::claim(round, &[(&disk, None)]);
+        let runs = disk.claimed_runs(round, 0, 10_000).unwrap().0;
+        let mut bits = Bits::new(DISK_BYTES);
+        runs.iter().for_each(|run| _ = bits.insert(run.extent));
+        bits
+    };
+    let bits = |extents: &[Extent]| {
+        let mut bits = Bits::new(DISK_BYTES);
+        extents.iter().for_each(|extent| _ = bits.insert(*extent));
+        bits
+    };
+    let write = |number| disk.write_at(part(number).offset, &[7; 100], Durability::Cached).unwrap();
+    write(1);
+    // As a call finds it out, and what is written until it says so.
+    let after = bits(&[part(3)]);
+    write(5);
+    disk.set_behind(after, 0);
+    write(8);
+    assert_eq!(claimed(1), bits(&[part(1), part(3), part(5), part(8)]));
+    disk.end_claim(1, false);
+    disk.set_behind(Bits::all(DISK_BYTES), part(6).offset + 100);
+    let rest = Extent::new(part(6).offset, DISK_BYTES - part(6).offset);
+    assert_eq!(claimed(2), bits(&[part(1), part(5), rest]));
 }

@@ -49,6 +49,8 @@ pub struct Changed {
     /// Written since the failover, and after its point in the replica. `None`: that is not known, so everything is compared.
     pub changed_bytes: Option<u64>,
     pub total_bytes: u64,
+    /// What a plain image of each disk occupies, at most.
+    pub data_bytes: Vec<(DiskId, u64)>,
 }
 
 impl ProcessServer {
@@ -59,16 +61,23 @@ impl ProcessServer {
             let entry = inner.failed_over.get(id).ok_or_else(|| unknown(id))?;
             let layers = inner.failed_over.layers_of(id);
             let total_bytes = inner.total_bytes(&entry)?;
-            let mut changed_bytes = Some(0);
+            let (mut changed_bytes, mut data_bytes) = (Some(0), Vec::new());
             for held in &entry.disks {
                 let layer = layers.iter().find(|layer| layer.disk == held.disk);
                 let bits = match layer {
-                    Some(layer) => inner.changed_parts(held.disk, held.cut, &layer.scratch)?,
+                    Some(layer) => {
+                        let bytes = layer.scratch.data_bytes().map_err(|error| store_failed(&error))?;
+                        data_bytes.push((held.disk, bytes));
+                        inner.changed_after(held.disk, held.cut, &layer.scratch)?.map(|mut parts| {
+                            parts.unite(&layer.scratch.written());
+                            parts
+                        })
+                    }
                     None => None,
                 };
                 changed_bytes = changed_bytes.zip(bits).map(|(sum, bits)| sum + bits.bytes());
             }
-            Ok(Changed { changed_bytes, total_bytes })
+            Ok(Changed { changed_bytes, total_bytes, data_bytes })
         })
         .await
     }
@@ -183,13 +192,11 @@ impl Inner {
         entry.disks.iter().map(bytes).sum()
     }
 
-    /// What may differ between the layer and a home that has what it sent: see rule 3.9 of the three sets. Home's own last changes
-    /// are in the replica, after the point, before anything is overwritten there.
-    fn changed_parts(&self, disk: DiskId, cut: u64, scratch: &ScratchDisk) -> Result<Option<Bits>, Failure> {
+    /// What the replica got after the point. What may differ between the layer and a home that has what it sent is that, and what the
+    /// machine wrote: see rule 3.9 of the three sets. Home's own last changes are in the replica before anything is overwritten there.
+    fn changed_after(&self, disk: DiskId, cut: u64, scratch: &ScratchDisk) -> Result<Option<Bits>, Failure> {
         let replica = self.set.get(disk).map_err(replica_failed)?;
-        let Some(mut parts) = replica.changed_after(cut, scratch.bytes()) else { return Ok(None) };
-        parts.unite(&scratch.written());
-        Ok(Some(parts))
+        Ok(replica.changed_after(cut, scratch.bytes()))
     }
 
     fn begin_round(&self, peer: &PeerInfo, asked: wire::BeginRound) -> Result<wire::Round, Failure> {
@@ -227,16 +234,17 @@ impl Inner {
             let message = format!("{} disks failed over, home has {} of them", entry.disks.len(), layers.len());
             return Err(Failure::new(FailureKind::Conflict, message, "add the disks that home lacks, then try again"));
         }
-        for (layer, held) in layers.iter().map(|layer| (layer, entry.disks.iter().find(|held| held.disk == layer.disk)))
-        {
+        for (layer, asked) in layers.iter().zip(&asked.disks) {
+            let held = entry.disks.iter().find(|held| held.disk == layer.disk);
             let cut = held.map_or(0, |held| held.cut);
             let parts = match scope {
                 Scope::Invalid => return Err(bad_request("a round needs a scope")),
                 Scope::Behind if layer.scratch.behind_bytes().is_some() => continue,
                 Scope::All => None,
-                Scope::Changed | Scope::Behind => self.changed_parts(layer.disk, cut, &layer.scratch)?,
+                Scope::Changed | Scope::Behind => self.changed_after(layer.disk, cut, &layer.scratch)?,
             };
-            layer.scratch.set_behind(parts.unwrap_or_else(|| Bits::all(layer.scratch.bytes())));
+            let done = if scope == Scope::Behind { 0 } else { asked.done };
+            layer.scratch.set_behind(parts.unwrap_or_else(|| Bits::all(layer.scratch.bytes())), done);
         }
         let frozen = |layer: &Layer| -> Result<Option<Arc<dyn StorageFile>>, Failure> {
             if !asked.frozen {

@@ -14,10 +14,12 @@
 //! boot: 1. the live map becomes the durable one, 2. its header names this boot; a crash between the two leaves a header that does not count.
 //! *Retries.* A failed FLUSH fails for ever. *Cancellation.* Removing the folder drops the layer.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use tidemark_base::bits::PAGE_BYTES;
 use tidemark_base::disk::{Allocation, Disk, Durability, is_zero};
 use tidemark_base::storage::{OpenMode, Storage, StorageFile};
 use tidemark_base::sync::RwLock;
@@ -27,6 +29,7 @@ use super::View;
 use super::capture::{Capture, Claim, Frozen};
 
 const BLOCK: u64 = 4096;
+// The map of a layer is a set of parts, as it is stored.
 const _: () = assert!(BLOCK == tidemark_base::bits::PART_BYTES);
 const LIVE_MAGIC: &[u8; 8] = b"TMLIVE01";
 const LIVE_HEADER: u64 = 4096;
@@ -54,34 +57,40 @@ struct Layered {
     capture: Capture,
 }
 
-#[derive(Default)]
 struct Bitmap {
-    bits: Vec<u8>,
-    /// Pages of 4 KiB of the map that differ from the file.
-    dirty: std::collections::BTreeSet<usize>,
+    bits: Bits,
+    /// Bytes of the map's files.
+    bytes: u64,
+    /// Pages of the map that differ from the file.
+    dirty: BTreeSet<usize>,
     /// The first and the last byte that differ from the live map.
-    touched: Option<(usize, usize)>,
+    touched: Option<(u64, u64)>,
 }
 
 impl Bitmap {
     fn get(&self, block: u64) -> bool {
-        self.bits[(block / 8) as usize] & (1 << (block % 8)) != 0
+        self.bits.contains(block * BLOCK)
     }
 
-    fn to_bits(&self, disk_bytes: u64) -> Bits {
-        // The same bits in the same order, but that a set ends with a whole word.
-        let mut bytes = self.bits.clone();
-        bytes.resize(bytes.len().next_multiple_of(8), 0);
-        Bits::from_bytes(disk_bytes, &bytes).expect("one bit for each block of a disk of this size")
+    fn set(&mut self, extent: Extent) {
+        self.bits.insert(extent);
+        let (first, last) = (extent.offset / BLOCK / 8, (extent.end() - 1) / BLOCK / 8);
+        self.dirty.extend(first as usize / PAGE_BYTES..=last as usize / PAGE_BYTES);
+        let (from, to) = self.touched.unwrap_or((first, last));
+        self.touched = Some((from.min(first), to.max(last)));
     }
 
-    fn set(&mut self, block: u64) {
-        let byte = (block / 8) as usize;
-        self.bits[byte] |= 1 << (block % 8);
-        self.dirty.insert(byte / 4096);
-        let (first, last) = self.touched.unwrap_or((byte, byte));
-        self.touched = Some((first.min(byte), last.max(byte)));
+    /// A page as its file has it; the last one may be shorter.
+    fn page(&self, page: usize) -> (u64, Vec<u8>) {
+        stored_page(&self.bits, self.bytes, page)
     }
+}
+
+fn stored_page(bits: &Bits, bytes: u64, page: usize) -> (u64, Vec<u8>) {
+    let from = (page * PAGE_BYTES) as u64;
+    let mut stored = vec![0; bytes.saturating_sub(from).min(PAGE_BYTES as u64) as usize];
+    bits.read_stored(from, &mut stored);
+    (from, stored)
 }
 
 /// A run of what a round is about.
@@ -101,7 +110,7 @@ pub struct Filled {
 }
 
 impl ScratchDisk {
-    /// Opens the layer in `storage`, or makes it. The map of a 1 TiB disk takes 32 MiB of memory.
+    /// Opens the layer in `storage`, or makes it. What nobody wrote of a large disk's map is neither read nor in memory.
     pub fn open(below: Arc<View>, storage: &dyn Storage) -> io::Result<Self> {
         Self::open_files(below, storage, "scratch.data", "scratch.map")
     }
@@ -110,30 +119,29 @@ impl ScratchDisk {
     pub fn open_lasting(below: Arc<View>, storage: &dyn Storage, boot: &str) -> io::Result<Self> {
         let mut disk = Self::open_files(below, storage, PLAIN, "disk.map")?;
         let Layered { bitmap: map, capture } = disk.map.get_mut().expect("no panic while held");
-        let (live, found) = Self::open_live(storage, "disk.live", boot, &map.bits)?;
+        let (live, found) = Self::open_live(storage, "disk.live", boot, &map.bits, map.bytes)?;
         if let Some(bits) = found {
-            let pages = bits.chunks(4096).zip(map.bits.chunks(4096)).enumerate();
-            map.dirty = pages.filter(|(_, (live, durable))| live != durable).map(|(page, _)| page).collect();
+            map.dirty = bits.differing_pages(&map.bits).collect();
             map.bits = bits;
         }
         disk.live = Some(live);
-        let in_layer = map.to_bits(disk.below.bytes());
-        let (live, found) = Self::open_live(storage, WITNESS, boot, &in_layer.to_bytes())?;
+        let (live, found) = Self::open_live(storage, WITNESS, boot, &map.bits, map.bits.stored_bytes())?;
         // Without a witness of this boot everything in the layer may have been written.
-        capture.written = found.and_then(|bytes| Bits::from_bytes(in_layer.disk_bytes(), &bytes)).unwrap_or(in_layer);
+        capture.written = found.unwrap_or_else(|| map.bits.clone());
         (capture.written_live, capture.live_at) = (Some(live), LIVE_HEADER);
         Ok(disk)
     }
 
-    /// A file of bits that count in this boot alone, and what it holds; one that does not count becomes `initial`.
+    /// A file of `stored` bytes of bits that count in this boot alone, and what it holds; one that does not count becomes `initial`.
     fn open_live(
         storage: &dyn Storage,
         name: &str,
         boot: &str,
-        initial: &[u8],
-    ) -> io::Result<(Arc<dyn StorageFile>, Option<Vec<u8>>)> {
+        initial: &Bits,
+        stored: u64,
+    ) -> io::Result<(Arc<dyn StorageFile>, Option<Bits>)> {
         let live = storage.open(name, OpenMode::OpenOrCreate)?;
-        let bytes = LIVE_HEADER + initial.len() as u64;
+        let bytes = LIVE_HEADER + stored;
         let mut header = vec![0; LIVE_HEADER as usize];
         header[..LIVE_MAGIC.len()].copy_from_slice(LIVE_MAGIC);
         let id = &boot.as_bytes()[..boot.len().min(64)];
@@ -143,17 +151,16 @@ impl ScratchDisk {
             live.read_at(0, &mut found)?;
         }
         if found == header && !id.is_empty() {
-            let mut bits = vec![0; initial.len()];
-            live.read_at(LIVE_HEADER, &mut bits)?;
-            return Ok((live, Some(bits)));
+            return Ok((live.clone(), Some(Bits::load(initial.disk_bytes(), &*live, LIVE_HEADER, stored)?)));
         }
         // Its header goes first; and a machine's start waits for no zeroes of a large disk's map.
         live.set_bytes(0)?;
         live.set_bytes(bytes)?;
         // Room that is there now cannot be missing when the guest writes.
         live.reserve(0, bytes)?;
-        if !is_zero(initial) {
-            live.write_at(LIVE_HEADER, initial)?;
+        for page in initial.filled_pages() {
+            let (at, content) = stored_page(initial, stored, page);
+            live.write_at(LIVE_HEADER + at, &content)?;
         }
         live.write_at(0, &header)?;
         storage.sync_folder("")?;
@@ -173,9 +180,8 @@ impl ScratchDisk {
         data.sync()?;
         map_file.sync()?;
         storage.sync_folder("")?;
-        let mut bits = vec![0; map_bytes as usize];
-        map_file.read_at(0, &mut bits)?;
-        let bitmap = Bitmap { bits, ..Bitmap::default() };
+        let bits = Bits::load(below.bytes(), &*map_file, 0, map_bytes)?;
+        let bitmap = Bitmap { bits, bytes: map_bytes, dirty: BTreeSet::new(), touched: None };
         let map = RwLock::new(Layered { bitmap, capture: Capture::new(below.bytes()) });
         Ok(Self { below, data, map_file, live: None, map, flush_failed: AtomicBool::new(false) })
     }
@@ -183,7 +189,9 @@ impl ScratchDisk {
     /// Makes what was touched outlive this process, before it is acknowledged.
     fn keep_live(&self, map: &mut Bitmap) -> io::Result<()> {
         let (Some(live), Some((first, last))) = (&self.live, map.touched) else { return Ok(()) };
-        live.write_at(LIVE_HEADER + first as u64, &map.bits[first..=last])?;
+        let mut bytes = vec![0; (last - first + 1) as usize];
+        map.bits.read_stored(first, &mut bytes);
+        live.write_at(LIVE_HEADER + first, &bytes)?;
         map.touched = None;
         Ok(())
     }
@@ -236,7 +244,7 @@ impl ScratchDisk {
                     self.data.write_at(at, &content)?;
                     bytes += run.length;
                 }
-                Self::mark(map, run);
+                map.set(run);
             }
             at = to;
         }
@@ -246,9 +254,7 @@ impl ScratchDisk {
 
     /// Bytes of the disk that are in the layer.
     pub fn taken_bytes(&self) -> u64 {
-        let map = &self.map.read().expect("no panic while held").bitmap;
-        let blocks: u64 = map.bits.iter().map(|bits| u64::from(bits.count_ones())).sum();
-        (blocks * BLOCK).min(self.bytes())
+        self.map.read().expect("no panic while held").bitmap.bits.bytes()
     }
 
     /// Bytes of data that are only below.
@@ -265,6 +271,11 @@ impl ScratchDisk {
             at = until;
         }
         Ok(missing)
+    }
+
+    /// What a plain image of the disk occupies, at most.
+    pub fn data_bytes(&self) -> io::Result<u64> {
+        Ok((self.allocated_bytes()? + self.missing_data_bytes()?).min(self.bytes()))
     }
 
     /// Bytes that the layer occupies.
@@ -284,9 +295,13 @@ impl ScratchDisk {
         Some(layered.capture.behind.as_ref()?.bytes() + claimed)
     }
 
-    /// Says what home does not have; whatever was known of it is forgotten.
-    pub fn set_behind(&self, parts: Bits) {
+    /// Says what home does not have: `parts` from `done` on, and whatever the machine wrote since the failover, up to now.
+    /// What was known of it before is forgotten.
+    pub fn set_behind(&self, mut parts: Bits, done: u64) {
+        parts.remove(Extent::new(0, done / BLOCK * BLOCK));
+        // Under one lock: a write that is noted before it is in `written`, one after it in what is behind.
         let capture = &mut self.map.write().expect("no panic while held").capture;
+        parts.unite(&capture.written);
         capture.claim = None;
         capture.behind = Some(parts);
     }
@@ -432,7 +447,7 @@ impl ScratchDisk {
         let mut content = vec![0; length as usize];
         self.below.read_at(block * BLOCK, &mut content)?;
         self.data.write_at(block * BLOCK, &content)?;
-        map.set(block);
+        map.set(Extent::new(block * BLOCK, length));
         Ok(())
     }
 
@@ -448,26 +463,9 @@ impl ScratchDisk {
         Ok(())
     }
 
-    fn mark(map: &mut Bitmap, extent: Extent) {
-        (extent.offset / BLOCK..=(extent.end() - 1) / BLOCK).for_each(|block| map.set(block));
-    }
-
     /// The end of the run of blocks whose bit is as that of the block at `offset`, up to `end`.
     fn run_end(map: &Bitmap, offset: u64, end: u64) -> (u64, bool) {
-        let ours = map.get(offset / BLOCK);
-        let mut block = offset / BLOCK + 1;
-        let last = (end - 1) / BLOCK;
-        let whole = if ours { 0xff } else { 0 };
-        while block <= last {
-            if block.is_multiple_of(8) && block + 8 <= last && map.bits[(block / 8) as usize] == whole {
-                block += 8;
-            } else if map.get(block) == ours {
-                block += 1;
-            } else {
-                break;
-            }
-        }
-        ((block * BLOCK).min(end), ours)
+        map.bits.run_end(offset, end)
     }
 
     fn make_durable(&self, durability: Durability) -> io::Result<()> {
@@ -492,7 +490,7 @@ impl Disk for ScratchDisk {
             let mut layered = self.map.write().expect("no panic while held");
             self.before_write(&mut layered, extent)?;
             self.data.write_at(offset, data)?;
-            Self::mark(&mut layered.bitmap, extent);
+            layered.bitmap.set(extent);
             self.keep_live(&mut layered.bitmap)?;
         }
         self.make_durable(durability)
@@ -507,7 +505,7 @@ impl Disk for ScratchDisk {
             if !discard {
                 self.data.reserve(extent.offset, extent.length)?;
             }
-            Self::mark(&mut layered.bitmap, extent);
+            layered.bitmap.set(extent);
             self.keep_live(&mut layered.bitmap)?;
         }
         self.make_durable(durability)
@@ -521,9 +519,8 @@ impl Disk for ScratchDisk {
         let map = &mut self.map.write().expect("no panic while held").bitmap;
         let result = self.data.sync().and_then(|()| {
             for page in std::mem::take(&mut map.dirty) {
-                let from = page * 4096;
-                let to = (from + 4096).min(map.bits.len());
-                self.map_file.write_at(from as u64, &map.bits[from..to])?;
+                let (at, content) = map.page(page);
+                self.map_file.write_at(at, &content)?;
             }
             self.map_file.sync()
         });

@@ -18,7 +18,11 @@ use super::{Machines, failed};
 impl Machines {
     pub(super) async fn changed(&self, id: Uuid) -> Result<String, Failure> {
         let changed = self.server.changed(id).await?;
-        Ok(encode(&Difference { changed_bytes: changed.changed_bytes, total_bytes: changed.total_bytes }))
+        Ok(encode(&Difference {
+            changed_bytes: changed.changed_bytes,
+            total_bytes: changed.total_bytes,
+            data_bytes: changed.data_bytes,
+        }))
     }
 
     pub(super) async fn stop_machine(&self, id: Uuid, limit: Duration) -> Result<String, Failure> {

@@ -65,6 +65,7 @@ impl Session<'_> {
             scan_pending: !pending.extents.is_empty(),
             start_readable: source.locate(&state.logged.epoch.start())? == Located::Here,
             comparable: welcome.comparable,
+            moved: self.emitter.config.moved,
         });
         let scanning = decision.begin != Begin::Records;
         if scanning && self.traffic == Traffic::Live {

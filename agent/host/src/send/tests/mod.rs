@@ -67,6 +67,7 @@ impl Bench {
                 backoff_max: Duration::from_millis(4),
                 ..SendLimits::default()
             },
+            moved: false,
         };
         Self { source, server, consumer, config }
     }
