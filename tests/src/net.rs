@@ -114,12 +114,7 @@ pub enum Manners {
     Fine,
     /// Pauses, pieces of a few bytes, resets in the middle of anything, half-closed and silent connections.
     Bad,
-    /// Everything passes, and takes its time ([`FAR`]) in each direction.
-    Far,
 }
-
-/// From one end of the world to the other.
-const FAR: Duration = Duration::from_millis(50);
 
 /// Takes connections and makes one of its own for each.
 pub struct Proxy {
@@ -136,25 +131,16 @@ impl Proxy {
     /// In a network, from one address to another.
     pub fn start(namespace: &Namespace, listen: SocketAddr, to: SocketAddr, seed: u64) -> Self {
         let file = namespace.file.try_clone().expect("a descriptor can be copied");
-        Self::start_in(Some(Namespace { file }), listen, to, seed).0
-    }
-
-    /// In the network of this process, at any address, which is returned.
-    pub fn start_here(to: SocketAddr, seed: u64) -> (Self, SocketAddr) {
-        Self::start_in(None, SocketAddr::from(([127, 0, 0, 1], 0)), to, seed)
-    }
-
-    fn start_in(namespace: Option<Namespace>, listen: SocketAddr, to: SocketAddr, seed: u64) -> (Self, SocketAddr) {
         let manners = Arc::new(AtomicU8::new(Manners::Fine as u8));
         let resets = Arc::new(AtomicU64::new(0));
         let stop = Arc::new(AtomicBool::new(false));
         let shared = (manners.clone(), resets.clone(), stop.clone());
         let (ready, wait) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
-            namespace.iter().for_each(Namespace::enter);
+            Namespace { file }.enter();
             let listener = TcpListener::bind(listen).expect("the proxy's address is free");
             listener.set_nonblocking(true).expect("a socket option");
-            ready.send(listener.local_addr().expect("it is bound")).expect("somebody waits");
+            ready.send(()).expect("somebody waits");
             let (manners, resets, stop) = shared;
             let mut seeded = Seeded(seed);
             let pause = Stop::new();
@@ -180,8 +166,8 @@ impl Proxy {
                 }
             }
         });
-        let address = wait.recv().expect("the proxy listens");
-        (Self { manners, resets, stop, thread: Some(thread) }, address)
+        wait.recv().expect("the proxy listens");
+        Self { manners, resets, stop, thread: Some(thread) }
     }
 
     pub fn behave(&self, manners: Manners) {
@@ -226,11 +212,7 @@ impl Pump {
                 }
                 Err(_) => break,
             };
-            let manners = self.manners.load(Ordering::SeqCst);
-            if manners == Manners::Far as u8 {
-                never.wait_for(FAR);
-            }
-            let bad = manners == Manners::Bad as u8;
+            let bad = self.manners.load(Ordering::SeqCst) == Manners::Bad as u8;
             let mut rest = &buffer[..length];
             if bad {
                 match self.seeded.below(100) {

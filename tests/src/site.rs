@@ -2,7 +2,6 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -14,8 +13,6 @@ use tempfile::TempDir;
 use crate::process::Owned;
 use crate::{binary, wait};
 
-/// Where a folder keeps how to find the configuration server.
-const ADDRESS: &str = "run/config-server.json";
 /// How long a start may take: a loaded machine builds other tests meanwhile.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 /// How long anything else may take. A test that needs longer is too large for this suite.
@@ -113,24 +110,6 @@ impl Site {
 
     #[track_caller]
     fn start_one_more(&mut self, role: &str, name: &str) -> String {
-        self.start_one_more_at(role, name, None)
-    }
-
-    /// As [`start_host`](Self::start_host), for one that finds the configuration server at another address.
-    #[track_caller]
-    pub fn start_host_by(&mut self, name: &str, address: SocketAddr) -> String {
-        self.start_one_more_at("agent", name, Some(address))
-    }
-
-    /// Where the configuration server listens.
-    pub fn control_address(&self) -> SocketAddr {
-        let known = std::fs::read(self.state().join(ADDRESS)).expect("the site's address is known");
-        let known: Value = serde_json::from_slice(&known).expect("it is JSON");
-        text(&known["control"]).parse().expect("it is an address")
-    }
-
-    #[track_caller]
-    fn start_one_more_at(&mut self, role: &str, name: &str, address: Option<SocketAddr>) -> String {
         let before = self.peer_ids(role);
         let folder = self.path(name);
         for part in ["authority", "run"] {
@@ -141,7 +120,7 @@ impl Site {
         for file in std::fs::read_dir(self.state().join("authority")).expect("the site has an authority").flatten() {
             std::fs::copy(file.path(), folder.join("authority").join(file.file_name())).expect("it can be copied");
         }
-        self.start_again_at(role, name, address);
+        self.start_again(role, name);
         let new = || self.peer_ids(role).into_iter().find(|id| !before.contains(id));
         wait::until(&format!("{name} is connected"), LIMIT, new)
     }
@@ -157,17 +136,8 @@ impl Site {
     }
 
     fn start_again(&mut self, role: &str, name: &str) {
-        self.start_again_at(role, name, None);
-    }
-
-    fn start_again_at(&mut self, role: &str, name: &str, address: Option<SocketAddr>) {
-        let folder = self.path(name);
-        let mut known = std::fs::read_to_string(self.state().join(ADDRESS)).expect("the site's address is known");
-        if let Some(address) = address {
-            known = known.replace(&self.control_address().to_string(), &address.to_string());
-        }
-        let mut file = std::fs::File::create(folder.join(ADDRESS)).expect("the folder is there");
-        std::io::Write::write_all(&mut file, known.as_bytes()).expect("it can be written");
+        let (address, folder) = ("run/config-server.json", self.path(name));
+        std::fs::copy(self.state().join(address), folder.join(address)).expect("the site's address is known");
         let mut command = Command::new(binary::tidemark());
         command.args([role, "run", "--dir"]).arg(folder).stdin(Stdio::null()).stdout(Stdio::null());
         self.processes.push(Owned::start(name, command, Some(&self.path("site.log"))));
