@@ -400,9 +400,20 @@ impl DiskLog {
         self.allocated_bytes() > self.limits().limit_bytes / 4 * 3
     }
 
-    /// Whether so much was logged after `cursor` that others, who have it, should not be made to wait for whoever has not.
-    pub fn is_far_behind(self: &Arc<Self>, cursor: Option<&Position>) -> bool {
-        self.bytes_after(cursor).map_or(true, |bytes| bytes > self.limits().limit_bytes / 2)
+    /// Whether so much is kept for what comes after `cursor` that others, who have it, should not be made to wait for whoever has
+    /// not. As on the media, which the limit is about: of small writes more than half is what says where they belong.
+    pub fn is_far_behind(&self, cursor: Option<&Position>) -> bool {
+        let names: Vec<LogName> = {
+            let chain = self.chain();
+            let is_passed = |next: &Arc<Entry>| {
+                let at = next.start;
+                cursor.is_some_and(|cursor| at.epoch == cursor.epoch && at.sequence <= cursor.sequence)
+            };
+            // A log ends where the next one begins.
+            let passed = chain.iter().zip(chain.iter().skip(1)).take_while(|(_, next)| is_passed(next));
+            passed.map(|(entry, _)| entry.name.clone()).collect()
+        };
+        self.allocated_bytes().saturating_sub(self.allocated_of(&names)) > self.limits().limit_bytes / 2
     }
 
     /// Whether a new log may begin, or else how much must be free for it. The logs of the old epoch go when it begins, so
@@ -426,11 +437,13 @@ impl DiskLog {
     fn measure_closed(&self) {
         let active = self.appender().log.as_ref().map(|log| log.name().number);
         let names: Vec<LogName> = self.chain().iter().map(|entry| entry.name.clone()).collect();
-        let files = names.iter().filter(|name| Some(name.number) != active);
-        let files = files.flat_map(|name| [name.hrl(), name.companion()]);
-        let bytes =
-            files.filter_map(|file| self.storage.open(&file, OpenMode::Read).ok()?.allocated_bytes().ok()).sum();
-        self.closed_bytes.store(bytes, Ordering::Release);
+        let closed: Vec<LogName> = names.into_iter().filter(|name| Some(name.number) != active).collect();
+        self.closed_bytes.store(self.allocated_of(&closed), Ordering::Release);
+    }
+
+    fn allocated_of(&self, names: &[LogName]) -> u64 {
+        let files = names.iter().flat_map(|name| [name.hrl(), name.companion()]);
+        files.filter_map(|file| self.storage.open(&file, OpenMode::Read).ok()?.allocated_bytes().ok()).sum()
     }
 
     /// Makes everything appended so far durable, without keeping appenders out; also what a log that ended holds.

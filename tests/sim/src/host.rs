@@ -10,21 +10,27 @@ use std::time::Duration;
 use tidemark_base::disk::Durability;
 use tidemark_base::error::with_causes;
 use tidemark_base::random::Random;
-use tidemark_base::{Clock, DiskId, Extent, Timestamp};
+use tidemark_base::{Clock, DiskId, Extent, MachineId, ServerId, Timestamp};
 use tidemark_host::capture::splitter::Splitter;
 use tidemark_host::capture::{Address, CaptureProvider};
 use tidemark_host::protected::ProtectedDisk;
 use tidemark_host::send::SendLimits;
+use tidemark_host::send::link::Link;
 use tidemark_host::state::session::Boot;
 use tidemark_host::{Host, HostConfig, HostLimits};
 use tidemark_nbd::{Export, WriteRequest};
-use tidemark_proto::control::{Consistency, MachineSpec, MarkRequest, SourceMode, SourceState};
+use tidemark_proto::control::{Consistency, Endpoint, MachineSpec, MarkRequest, SourceMode, SourceState};
 
 use crate::counts::Kind;
 use crate::link::{Network, SimLink};
 use crate::media::MemoryDisk;
 use crate::oracle::Oracle;
 use crate::world::{Process, Sim};
+
+/// Less than this of what was written is on its way to who keeps up.
+const ON_ITS_WAY: u64 = 16 << 10;
+/// How long guests rest that write slowly.
+const PACED_MS_MAX: u64 = 800;
 
 /// What the guests do.
 #[derive(Clone, Copy, Debug)]
@@ -43,14 +49,22 @@ pub struct Workload {
 
 pub struct HostState {
     pub sim: Rc<Sim>,
-    pub network: Rc<Network>,
+    /// The way to each process server, by its address ([`address`]).
+    pub networks: Vec<Rc<Network>>,
     pub oracle: Rc<Oracle>,
-    pub spec: MachineSpec,
+    /// What is wanted. Whom it feeds may change ([`Self::feed`]).
+    spec: RefCell<MachineSpec>,
+    pub machine: MachineId,
+    /// How often whom it feeds was changed.
+    changes: Cell<u64>,
     pub limits: HostLimits,
     pub disks: BTreeMap<DiskId, Arc<MemoryDisk>>,
     pub workload: Workload,
     /// Guests write while this is set.
     pub is_busy: Cell<bool>,
+    /// Guests write no faster than a log of so many bytes takes without being full before anyone can do something about it,
+    /// and nobody asks for anything else.
+    pub paced_for: Cell<Option<u64>>,
     pub guests_at_work: Cell<u64>,
     host: RefCell<Option<Arc<Host>>>,
     exports: Exports,
@@ -103,18 +117,32 @@ impl Clock for HostClock {
     }
 }
 
-/// How far the host is, as far as a status tells.
+/// How far the host is with some process servers, as far as a status tells.
 #[derive(Clone, Debug, Default)]
 pub struct Status {
     pub is_settled: bool,
+    /// What changes is logged for them, and they are sent it.
+    pub is_in_data_mode: bool,
+    /// They have what was written, but for what is on its way.
+    pub keeps_up: bool,
     pub text: String,
+}
+
+/// Where a process server is.
+pub fn address(number: usize) -> String {
+    format!("sim:{number}")
+}
+
+fn number_of(endpoint: &Endpoint) -> usize {
+    let number = endpoint.address.strip_prefix("sim:").and_then(|number| number.parse().ok());
+    number.expect("an address of the simulation")
 }
 
 impl HostState {
     #[expect(clippy::too_many_arguments, reason = "made in one place")]
     pub fn new(
         sim: Rc<Sim>,
-        network: Rc<Network>,
+        networks: Vec<Rc<Network>>,
         oracle: Rc<Oracle>,
         spec: MachineSpec,
         limits: HostLimits,
@@ -124,13 +152,16 @@ impl HostState {
     ) -> Rc<Self> {
         Rc::new(Self {
             sim,
-            network,
+            networks,
             oracle,
-            spec,
+            machine: spec.machine,
+            spec: RefCell::new(spec),
+            changes: Cell::new(0),
             limits,
             disks,
             workload,
             is_busy: Cell::new(true),
+            paced_for: Cell::new(None),
             guests_at_work: Cell::new(0),
             host: RefCell::default(),
             exports: Rc::default(),
@@ -164,14 +195,13 @@ impl HostState {
     }
 
     fn config(&self) -> HostConfig {
-        let network = self.network.clone();
-        let link = SimLink(network);
-        let link: Arc<dyn tidemark_host::send::link::Link> = Arc::new(link);
+        let link = |network: &Rc<Network>| Arc::new(SimLink(network.clone())) as Arc<dyn Link>;
+        let links: Vec<Arc<dyn Link>> = self.networks.iter().map(link).collect();
         HostConfig {
             state_folder: "/host/state".into(),
             run_folder: "/host/run".into(),
             allowed_uids: Vec::new(),
-            link: Arc::new(move |_| link.clone()),
+            link: Arc::new(move |endpoint| links[number_of(endpoint)].clone()),
             freezer: None,
             limits: self.limits.clone(),
             boot: Boot { id: format!("boot-{}", self.sim.host.boot()), started: Timestamp::now() },
@@ -194,11 +224,13 @@ impl HostState {
         };
         *self.host.borrow_mut() = Some(host.clone());
         loop {
-            let protected = host.status().iter().any(|machine| machine.machine == self.spec.machine);
-            if protected {
+            let protected = host.status().iter().any(|machine| machine.machine == self.machine);
+            // As it was told before, or told anew.
+            if protected && self.is_told(&host) {
                 break;
             }
-            match host.protect(self.spec.clone()) {
+            let spec = self.spec.borrow().clone();
+            match host.protect(spec) {
                 Ok(_) => break,
                 Err(error) => {
                     sim.note(|| format!("the host does not protect: {}", with_causes(&error)));
@@ -209,6 +241,10 @@ impl HostState {
         self.has_protected.set(true);
         self.is_up.set(true);
         sim.note(|| "host is up".to_owned());
+        // Told something else while it was told this.
+        if !self.is_told(&host) {
+            self.tell(host.clone());
+        }
         for number in 0..self.workload.guests {
             let state = self.clone();
             sim.start(Process::Host, &format!("guest-{number}"), Box::new(move || state.guest(number)));
@@ -239,7 +275,7 @@ impl HostState {
             }
             let keep = self.below(3) == 0;
             let request =
-                MarkRequest { machine: self.spec.machine, consistency: Consistency::Crash, label: String::new(), keep };
+                MarkRequest { machine: self.machine, consistency: Consistency::Crash, label: String::new(), keep };
             match host.mark(&request) {
                 Ok(_) => self.sim.count(if keep { Kind::KeptMark } else { Kind::Mark }),
                 Err(error) => self.sim.note(|| format!("no mark: {}", with_causes(&error))),
@@ -251,30 +287,76 @@ impl HostState {
     fn resync(&self, host: &Host) {
         loop {
             self.sim.sleep(Duration::from_millis(1 + self.below(self.workload.resync_ms_max)));
-            if !self.is_busy.get() {
+            if !self.is_busy.get() || self.paced_for.get().is_some() {
                 continue;
             }
-            match host.resync(self.spec.machine) {
+            match host.resync(self.machine) {
                 Ok(_) => self.sim.count(Kind::Resync),
                 Err(error) => self.sim.note(|| format!("no resync: {}", with_causes(&error))),
             }
         }
     }
 
-    /// Asks from outside how far the host is. `None`: it does not answer.
-    pub fn status(self: &Rc<Self>) -> Option<Status> {
+    /// Whom it feeds, the first one first.
+    pub fn fed(&self) -> Vec<Endpoint> {
+        self.spec.borrow().servers().cloned().collect()
+    }
+
+    /// Feeds these from now on. Where the host is away, or cannot do it now, it is told again until it did.
+    pub fn feed(self: &Rc<Self>, endpoints: Vec<Endpoint>) {
+        let mut endpoints = endpoints.into_iter();
+        let first = endpoints.next().expect("a machine feeds one at least");
+        {
+            let mut spec = self.spec.borrow_mut();
+            (spec.server, spec.others) = (first, endpoints.collect());
+        }
+        self.changes.set(self.changes.get() + 1);
+        if !self.is_up.get() {
+            return;
+        }
+        if let Some(host) = self.host.borrow().clone() {
+            self.tell(host);
+        }
+    }
+
+    fn tell(self: &Rc<Self>, host: Arc<Host>) {
+        let (state, change) = (self.clone(), self.changes.get());
+        let tell = move || {
+            while state.changes.get() == change {
+                let spec = state.spec.borrow().clone();
+                match host.protect(spec) {
+                    Ok(_) => return,
+                    Err(error) => state.sim.note(|| format!("whom it feeds is not changed: {}", with_causes(&error))),
+                }
+                state.sim.sleep(Duration::from_secs(1));
+            }
+        };
+        self.sim.start(Process::Host, "feed", Box::new(tell));
+    }
+
+    /// Whether it feeds whom it should.
+    fn is_told(&self, host: &Host) -> bool {
+        let spec = self.spec.borrow();
+        let is_it = host.machine(self.machine).is_ok_and(|machine| machine.spec().servers().eq(spec.servers()));
+        is_it || self.changes.get() == 0
+    }
+
+    /// Asks from outside how far the host is with these process servers. `None`: it does not answer.
+    pub fn status(self: &Rc<Self>, servers: &[ServerId]) -> Option<Status> {
         let host = self.host.borrow().clone()?;
         if !self.is_up.get() {
             return None;
         }
         let answer: Rc<RefCell<Option<Status>>> = Rc::default();
-        let (into, sim) = (answer.clone(), self.sim.clone());
+        let (into, sim, servers) = (answer.clone(), self.sim.clone(), servers.to_vec());
         let key = Rc::as_ptr(&answer) as usize;
         self.sim.start(
             Process::Host,
             "status",
             Box::new(move || {
-                let disks: Vec<_> = host.status().into_iter().flat_map(|machine| machine.disks).collect();
+                let mut disks: Vec<_> = host.status().into_iter().flat_map(|machine| machine.disks).collect();
+                disks.retain(|disk| disk.server.is_none_or(|server| servers.contains(&server)));
+                let is_in_data_mode = !disks.is_empty() && disks.iter().all(|disk| disk.mode == SourceMode::Data);
                 let is_settled = !disks.is_empty()
                     && disks.iter().all(|disk| {
                         disk.state == SourceState::Replicating
@@ -285,9 +367,10 @@ impl HostState {
                 let text = disks.iter().map(|disk| {
                     let problems: Vec<String> = disk.problems.iter().map(|problem| problem.message.clone()).collect();
                     format!(
-                        "{:?} {:?} logged {} durable {} pending {} scan {:?} {}",
+                        "{:?} {:?} {} logged {} durable {} pending {} scan {:?} {}",
                         disk.state,
                         disk.mode,
+                        disk.mode_reason,
                         disk.logged,
                         disk.durable,
                         disk.pending_bytes,
@@ -295,7 +378,12 @@ impl HostState {
                         problems.join("; ")
                     )
                 });
-                let status = Status { is_settled, text: text.collect::<Vec<_>>().join(" | ") };
+                let keeps_up = is_in_data_mode
+                    && disks.iter().all(|disk| {
+                        disk.state == SourceState::Replicating && disk.scan.is_none() && disk.pending_bytes < ON_ITS_WAY
+                    });
+                let status =
+                    Status { is_settled, is_in_data_mode, keeps_up, text: text.collect::<Vec<_>>().join(" | ") };
                 *into.borrow_mut() = Some(status);
                 sim.wake_key(key, true);
             }),
@@ -308,7 +396,7 @@ impl HostState {
     pub fn mark(self: &Rc<Self>) -> Option<tidemark_base::MarkId> {
         let host = self.host.borrow().clone()?;
         let answer: Rc<RefCell<Option<tidemark_base::MarkId>>> = Rc::default();
-        let (into, sim, machine) = (answer.clone(), self.sim.clone(), self.spec.machine);
+        let (into, sim, machine) = (answer.clone(), self.sim.clone(), self.machine);
         let key = Rc::as_ptr(&answer) as usize;
         self.sim.start(
             Process::Host,
@@ -352,7 +440,11 @@ impl HostState {
         let sim = &self.sim;
         loop {
             // Bursts, and rests between them.
-            let pause = if self.below(self.workload.burst) == 0 { 8000 } else { self.workload.pause_ms_max };
+            let pause = match self.paced_for.get() {
+                Some(_) => PACED_MS_MAX,
+                None if self.below(self.workload.burst) == 0 => 8000,
+                None => self.workload.pause_ms_max,
+            };
             sim.sleep(Duration::from_millis(self.below(pause + 1)));
             if !self.is_busy.get() {
                 continue;
@@ -372,7 +464,11 @@ impl HostState {
     fn extent(&self) -> Extent {
         let sectors = self.workload.span_sectors;
         // Long ones are rarer than short ones: what a run costs are bytes, what it finds are orders.
-        let most = self.workload.write_sectors_max;
+        let most = match self.paced_for.get() {
+            // Four guests, two writes or three at a time, a few times a second: a thirtieth of it.
+            Some(bytes) => (bytes / 512 / 512).max(1),
+            None => self.workload.write_sectors_max,
+        };
         let length = 1 + self.below(if self.below(3) == 0 { most } else { most.min(16) });
         // Often at the same places: what is written again and again is where orders matter.
         let at = if self.below(2) == 0 { self.below(16) * sectors / 16 } else { self.below(sectors) };

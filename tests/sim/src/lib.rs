@@ -16,8 +16,10 @@ pub mod media;
 pub mod oracle;
 pub mod paged;
 pub mod server;
+mod several;
 pub mod world;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
@@ -26,12 +28,12 @@ use tidemark_base::random::Random;
 use tidemark_base::seam::World;
 use tidemark_base::{DiskId, Generation, MachineId, MarkId, ServerId};
 use tidemark_process_server::journal::Limits;
-use tidemark_process_server::points::Retention;
+use tidemark_process_server::points::{Point, Retention};
 use tidemark_proto::control::{Compression, DiskSpec, Endpoint, MachineSpec, ReplicationPolicy, Throttle};
 
 use counts::{Counts, Kind};
 use host::{HostState, Workload};
-use link::{Network, Weather};
+use link::{CALM, Network, Weather};
 use media::FaultRates;
 use oracle::{Content, Oracle};
 use server::ServerState;
@@ -91,8 +93,10 @@ struct Plan {
     has_rot: bool,
     /// Bits turn in the host's logs while it is away.
     has_log_rot: bool,
-    keeps_all: bool,
-    weather: Weather,
+    /// What the logs of a disk may occupy.
+    log_bytes: u64,
+    /// Changes are sent once a cycle.
+    has_cycle: bool,
 }
 
 /// Runs one seed.
@@ -125,17 +129,18 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         cut_extents_max: 4 << 20,
         reserve_bytes: 1 << 10,
     };
-    let plan = Plan {
+    let mut plan = Plan {
+        log_bytes: 0,
+        has_cycle: false,
         rounds: if is_calm { 1 } else { 2 + random.below(6) },
         has_errors: !is_calm && random.chance(1, 3),
         has_rot: !is_calm && random.chance(1, 10),
         has_log_rot: !is_calm && random.chance(1, 12),
-        keeps_all,
-        weather: Weather {
-            is_down: false,
-            cut_one_in: if is_calm || random.chance(1, 4) { 0 } else { 20 << random.below(6) },
-            delay_ms_max: [1, 5, 60, 300][random.below(4) as usize],
-        },
+    };
+    let weather = Weather {
+        is_down: false,
+        cut_one_in: if is_calm || random.chance(1, 4) { 0 } else { 20 << random.below(6) },
+        delay_ms_max: [1, 5, 60, 300][random.below(4) as usize],
     };
     if !is_calm {
         // Of its own, so that media of the other seeds are what they would be.
@@ -144,9 +149,11 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
             media.slow_one_in.set([0, 0, 0, 0, 0, 64, 16, 4][slow.below(8) as usize]);
         }
     }
-    let server = ServerState::new(machine, disks.clone(), limits, retention, oracle.clone());
-    let network = Network::new(sim.clone(), server.clone());
-    *server.network.borrow_mut() = Rc::downgrade(&network);
+    let server = ServerState::new(Process::Server, machine, disks.clone(), limits, retention, oracle.clone());
+    let mut sites = vec![Site::new(&sim, server, weather, keeps_all)];
+    if !is_calm {
+        sites.extend(several::second(seed, &sim, &oracle, machine, &disks));
+    }
     let mut memory = BTreeMap::new();
     let mut before = Random::new(seed ^ 0xbef0);
     for (number, (disk, bytes)) in disks.iter().enumerate() {
@@ -181,8 +188,8 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
             throttle: Throttle { bytes_per_second: random.chance(1, 8).then_some(256 << 10), rules: Vec::new() },
             ..ReplicationPolicy::default()
         },
-        server: Endpoint { server: ServerId::from_bytes(random.bytes16()), address: "sim:1".to_owned() },
-        others: Vec::new(),
+        server: Endpoint { server: ServerId::from_bytes(random.bytes16()), address: host::address(0) },
+        others: sites.iter().skip(1).map(|site| site.endpoint.borrow().clone()).collect(),
         paused: false,
         listen: None,
         fenced: false,
@@ -199,9 +206,12 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         mark_ms_max: [200, 2000, 20_000][random.below(3) as usize],
         resync_ms_max: if is_calm { 0 } else { [0, 0, 20_000, 90_000][random.below(4) as usize] },
     };
+    *sites[0].endpoint.borrow_mut() = spec.server.clone();
+    plan.log_bytes = spec.policy.log_limit_bytes.unwrap_or_default();
+    plan.has_cycle = spec.policy.cycle.is_some();
     let host_limits = host::limits(&mut random);
-    let host =
-        HostState::new(sim.clone(), network.clone(), oracle.clone(), spec, host_limits, memory.clone(), workload, seed);
+    let networks = sites.iter().map(|site| site.network.clone()).collect();
+    let host = HostState::new(sim.clone(), networks, oracle.clone(), spec, host_limits, memory.clone(), workload, seed);
     sim.set_on_mark({
         let (oracle, disks) = (oracle.clone(), memory.clone());
         move |disk, mark| {
@@ -211,8 +221,7 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         }
     });
     let remembered = oracle.clone();
-    let director =
-        Director { sim: sim.clone(), host, server, network, oracle, plan, stop_at_sync: options.stop_at_sync.clone() };
+    let director = Director { sim: sim.clone(), host, sites, oracle, plan, stop_at_sync: options.stop_at_sync.clone() };
     let start = sim.now();
     let result = sim.run(move || director.run(random));
     remembered.forget();
@@ -231,11 +240,23 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
 struct Director {
     sim: Rc<Sim>,
     host: Rc<HostState>,
-    server: Rc<ServerState>,
-    network: Rc<Network>,
+    /// One, or two.
+    sites: Vec<Site>,
     oracle: Rc<Oracle>,
     plan: Plan,
     stop_at_sync: Option<StopAtSync>,
+}
+
+/// A process server, and the way to it.
+struct Site {
+    server: Rc<ServerState>,
+    network: Rc<Network>,
+    /// What its network is like, where nothing else is said.
+    weather: Weather,
+    /// Retention drops nothing.
+    keeps_all: bool,
+    /// Its address stays, whichever machine is there.
+    endpoint: RefCell<Endpoint>,
 }
 
 /// How a process ends.
@@ -248,8 +269,10 @@ enum Ending {
 
 impl Director {
     fn run(&self, mut random: Random) {
-        self.network.weather.set(self.plan.weather);
-        self.server.start(&self.sim);
+        for site in &self.sites {
+            site.network.weather.set(site.weather);
+            site.server.start(&self.sim);
+        }
         self.host.start();
         if let Some(stop) = self.stop_at_sync.clone() {
             self.stop_at(&stop, &mut random);
@@ -283,33 +306,48 @@ impl Director {
 
     /// Kept points that are listed now are there to stay, where retention keeps all.
     fn list_points(&self) {
-        if !self.plan.keeps_all || !self.server.is_up.get() {
-            return;
-        }
-        let Some(set) = self.server.set.borrow().clone() else { return };
-        if let Ok(points) = set.points(self.server.machine) {
-            self.oracle.list(points.list().into_iter().filter(|point| !point.damaged).map(|point| point.id));
+        for Site { server, .. } in self.sites.iter().filter(|site| site.keeps_all && site.server.is_up.get()) {
+            let Some(set) = server.set.borrow().clone() else { continue };
+            if let Ok(points) = set.points(server.machine) {
+                let sound = points.list().into_iter().filter(|point| !point.damaged);
+                self.oracle.list(server.process, sound.map(|point| point.id));
+            }
         }
     }
 
+    /// One of the process servers.
+    fn a_site(&self, random: &mut Random) -> &Site {
+        // What a seed with one of them does is what it always did.
+        if self.sites.len() == 1 { &self.sites[0] } else { &self.sites[random.below(self.sites.len() as u64) as usize] }
+    }
+
+    fn host_or_server(&self, random: &mut Random) -> Process {
+        if random.chance(1, 2) { Process::Host } else { self.a_site(random).server.process }
+    }
+
     fn trouble(&self, random: &mut Random) {
+        if self.sites.len() > 1 && random.chance(1, 3) {
+            return if random.chance(1, 2) { self.change_servers(random) } else { self.leave_one_behind(random) };
+        }
         match random.below(if self.plan.has_errors || self.plan.has_rot { 16 } else { 8 }) {
             0..=2 => self.crash(Process::Host, random),
-            3..=4 => self.crash(Process::Server, random),
+            3..=4 => self.crash(self.a_site(random).server.process, random),
             5 => {
                 // Both at once: a site without power.
+                let server = self.a_site(random).server.process;
                 self.end(Process::Host, Ending::PowerLoss, random);
-                self.end(Process::Server, Ending::PowerLoss, random);
+                self.end(server, Ending::PowerLoss, random);
                 self.sim.sleep(Duration::from_millis(random.below(30_000)));
-                self.restart(Process::Server);
+                self.restart(server);
                 self.restart(Process::Host);
             }
             6 => {
-                let mut weather = self.network.weather.get();
+                let network = &self.a_site(random).network;
+                let mut weather = network.weather.get();
                 weather.is_down = true;
-                self.network.weather.set(weather);
+                network.weather.set(weather);
                 self.sim.count(Kind::LinkDown);
-                self.network.cut_all();
+                network.cut_all();
                 let is_long = random.chance(1, 3);
                 if is_long {
                     self.sim.count(Kind::ServerAbsent);
@@ -317,10 +355,10 @@ impl Director {
                 let limit = if is_long { 300_000 } else { 20_000 };
                 self.sim.sleep(Duration::from_millis(random.below(limit)));
                 weather.is_down = false;
-                self.network.weather.set(weather);
+                network.weather.set(weather);
             }
             7 => {
-                let process = if random.chance(1, 2) { Process::Host } else { Process::Server };
+                let process = self.host_or_server(random);
                 let by = random.below(7_200_000) as i64 - 3_600_000;
                 self.sim.count(Kind::ClockJump);
                 self.sim.note(|| format!("the clock of {process:?} jumps by {by} ms"));
@@ -334,7 +372,7 @@ impl Director {
 
     /// A medium that fails for a while.
     fn errors(&self, random: &mut Random) {
-        let process = if random.chance(1, 2) { Process::Host } else { Process::Server };
+        let process = self.host_or_server(random);
         let media = self.sim.media(process).clone();
         let mut rate = |likely: u64| if random.chance(1, likely) { 5 << random.below(7) } else { 0 };
         let rates = FaultRates {
@@ -358,8 +396,9 @@ impl Director {
 
     /// One bit of what the server stores turns.
     fn rot(&self, random: &mut Random) {
-        self.server.is_rotten.set(true);
-        if let Some((name, bit)) = self.sim.server.rot(random, &["replicas/"]) {
+        let server = &self.a_site(random).server;
+        server.is_rotten.set(true);
+        if let Some((name, bit)) = self.sim.media(server.process).rot(random, &["replicas/"]) {
             self.sim.count(Kind::BitRot);
             self.sim.note(|| format!("bit {bit} of {name} turned"));
         }
@@ -392,7 +431,7 @@ impl Director {
         if process == Process::Host && self.plan.has_log_rot && random.chance(2, 3) {
             self.log_rot(random);
         }
-        let is_long = process == Process::Server && random.chance(1, 4);
+        let is_long = process != Process::Host && random.chance(1, 4);
         if is_long {
             self.sim.count(Kind::ServerAbsent);
         }
@@ -429,9 +468,9 @@ impl Director {
         self.sim.kill(process);
         if process == Process::Host {
             self.host.ended();
-            self.network.cut_all();
+            self.sites.iter().for_each(|site| site.network.cut_all());
         } else {
-            self.server.ended();
+            self.site(process).server.ended();
         }
         if ending == Ending::PowerLoss {
             self.sim.media(process).cut_power(random);
@@ -447,22 +486,28 @@ impl Director {
         if process == Process::Host {
             self.host.start();
         } else {
-            self.server.start(&self.sim);
+            self.site(process).server.start(&self.sim);
         }
+    }
+
+    fn site(&self, process: Process) -> &Site {
+        self.sites.iter().find(|site| site.server.process == process).expect("a process server of this run")
     }
 
     /// Nothing goes wrong any more: everything must come right, by itself.
     fn settle(&self, random: &mut Random) {
         self.sim.note(|| "settling".to_owned());
-        for media in [&self.sim.host, &self.sim.server] {
+        for media in [&self.sim.host, &self.sim.server, &self.sim.second] {
             media.rates.set(FaultRates::default());
             media.is_full.set(false);
         }
-        let weather = Weather { is_down: false, cut_one_in: 0, delay_ms_max: 5 };
-        self.network.weather.set(weather);
+        for site in &self.sites {
+            site.network.weather.set(CALM);
+        }
         if self.plan.has_errors {
             // What a failed sync latched opens again with the process.
-            for process in [Process::Server, Process::Host] {
+            let servers = self.sites.iter().map(|site| site.server.process);
+            for process in servers.chain([Process::Host]) {
                 self.end(process, Ending::Kill, random);
                 self.restart(process);
             }
@@ -470,62 +515,93 @@ impl Director {
         // Not only at rest: it must come right while the guests write, too.
         self.sim.sleep(Duration::from_millis(random.below(5000)));
         self.host.is_busy.set(false);
-        if self.plan.has_rot && self.server.is_rotten.get() {
-            // What is damaged stays away; nothing that is read may be wrong.
-            self.sim.sleep(Duration::from_secs(60));
-            if !self.server.is_up.get() {
-                return self.server.check_refusal(&self.sim);
-            }
-            self.check_all(false);
-            if !self.sim.has_failed() {
-                self.server.find_rot(&self.sim);
-            }
-            if !self.sim.has_failed() {
-                self.heal();
-            }
+        let is_rotten = |site: &&Site| self.plan.has_rot && site.server.is_rotten.get();
+        let (rotten, sound): (Vec<&Site>, Vec<&Site>) = self.sites.iter().partition(is_rotten);
+        if !rotten.is_empty() {
+            self.settle_rotten(&rotten);
+        }
+        if sound.is_empty() || self.sim.has_failed() {
             return;
         }
-        let Some(mark) = self.converge() else { return };
-        self.await_point(mark);
-        self.check_all(true);
+        let fed = self.fed(&sound);
+        let mark = if fed.is_empty() { None } else { self.converge(&fed) };
+        if self.sim.has_failed() {
+            return;
+        }
+        let check = || {
+            for site in &sound {
+                if let Some(mark) = mark.filter(|_| self.is_fed(site)) {
+                    self.await_point(site, mark);
+                }
+                self.check_all(site, true);
+            }
+        };
+        check();
         if self.sim.has_failed() {
             return;
         }
         // And all of it is there after the next start.
         self.list_points();
-        let ending = if random.chance(1, 2) { Ending::PowerLoss } else { Ending::Kill };
-        self.end(Process::Server, ending, random);
-        self.restart(Process::Server);
-        self.await_point(mark);
-        self.check_all(true);
+        for site in &sound {
+            let ending = if random.chance(1, 2) { Ending::PowerLoss } else { Ending::Kill };
+            self.end(site.server.process, ending, random);
+            self.restart(site.server.process);
+        }
+        sound.iter().for_each(|site| self.await_up(site));
+        check();
         if !self.sim.has_failed() {
             self.sim.count(Kind::Converged);
         }
     }
 
-    /// What a scrub found damaged comes again from the host: the next point is the disk.
-    fn heal(&self) {
+    /// What is damaged stays away; nothing that is read may be wrong, and all of it is found.
+    fn settle_rotten(&self, rotten: &[&Site]) {
         self.sim.sleep(Duration::from_secs(60));
-        let Some(mark) = self.converge() else { return };
-        self.await_point(mark);
-        let Some(set) = self.server.set.borrow().clone() else { return };
-        let point = set.points(self.server.machine).ok().and_then(|points| points.get(mark));
-        if !point.is_some_and(|point| self.server.check_point(&self.sim, &set, &point, true)) && !self.sim.has_failed()
-        {
-            return self.sim.fail(format!("recovery point {mark}, made after the scrub, cannot be read"));
+        let mut healing = Vec::new();
+        for site in rotten {
+            if !site.server.is_up.get() {
+                site.server.check_refusal(&self.sim);
+                continue;
+            }
+            self.check_all(site, false);
+            if !self.sim.has_failed() {
+                site.server.find_rot(&self.sim);
+            }
+            healing.push(*site);
         }
-        self.sim.count(Kind::BitRotHealed);
+        let healing = self.fed(&healing);
+        if !healing.is_empty() && !self.sim.has_failed() {
+            self.heal(&healing);
+        }
     }
 
-    /// Waits until everything is replicated, and marks that.
-    fn converge(&self) -> Option<MarkId> {
+    /// What a scrub found damaged comes again from the host: the next point is the disk.
+    fn heal(&self, sites: &[&Site]) {
+        self.sim.sleep(Duration::from_secs(60));
+        let Some(mark) = self.converge(sites) else { return };
+        for site in sites {
+            self.await_point(site, mark);
+            let Some(set) = site.server.set.borrow().clone() else { return };
+            let point = set.points(site.server.machine).ok().and_then(|points| points.get(mark));
+            if !point.is_some_and(|point| site.server.check_point(&self.sim, &set, &point, true))
+                && !self.sim.has_failed()
+            {
+                return self.sim.fail(format!("recovery point {mark}, made after the scrub, cannot be read"));
+            }
+            self.sim.count(Kind::BitRotHealed);
+        }
+    }
+
+    /// Waits until everything is replicated to these, and marks that.
+    fn converge(&self, sites: &[&Site]) -> Option<MarkId> {
+        let servers: Vec<ServerId> = sites.iter().map(|site| site.endpoint.borrow().server).collect();
         let mut last = String::new();
         for _ in 0..600 {
             self.sim.sleep(Duration::from_secs(2));
             if self.sim.has_failed() {
                 return None;
             }
-            match self.host.status() {
+            match self.host.status(&servers) {
                 Some(status) if status.is_settled => {
                     if let Some(mark) = self.host.mark() {
                         return Some(mark);
@@ -539,36 +615,52 @@ impl Director {
         None
     }
 
-    /// The server makes a point of the mark, which is what the disks hold now.
-    fn await_point(&self, mark: MarkId) {
+    fn await_up(&self, site: &Site) {
         for _ in 0..120 {
-            let set = self.server.set.borrow().clone();
-            if let Some(set) = set.filter(|_| self.server.is_up.get())
-                && let Ok(points) = set.points(self.server.machine)
-                && let Some(point) = points.get(mark)
-            {
-                for held in &point.disks {
-                    let Some(content) = self.oracle.at_mark(mark, held.disk) else { continue };
-                    let disk = &self.host.disks[&held.disk];
-                    if disk.snapshot() != content.pages {
-                        self.sim.fail(format!("disk {} changed although nobody writes", held.disk));
-                    }
-                }
+            if site.server.is_up.get() {
                 return;
             }
             self.sim.sleep(Duration::from_secs(1));
         }
-        self.sim.fail(format!("mark {mark} never became a recovery point"));
+    }
+
+    /// The server makes a point of the mark, which is what the disks hold now.
+    fn await_point(&self, site: &Site, mark: MarkId) {
+        let Some(point) = self.point(site, mark) else {
+            return self.sim.fail(format!("mark {mark} never became a recovery point"));
+        };
+        for held in &point.disks {
+            let Some(content) = self.oracle.at_mark(mark, held.disk) else { continue };
+            let disk = &self.host.disks[&held.disk];
+            if disk.snapshot() != content.pages {
+                self.sim.fail(format!("disk {} changed although nobody writes", held.disk));
+            }
+        }
+    }
+
+    /// Waits for the point that a mark becomes.
+    fn point(&self, site: &Site, mark: MarkId) -> Option<Point> {
+        for _ in 0..120 {
+            let set = site.server.set.borrow().clone();
+            if let Some(set) = set.filter(|_| site.server.is_up.get())
+                && let Ok(points) = set.points(site.server.machine)
+                && let Some(point) = points.get(mark)
+            {
+                return Some(point);
+            }
+            self.sim.sleep(Duration::from_secs(1));
+        }
+        None
     }
 
     /// Reads points: the newest, and some of the others.
-    fn check_all(&self, must_read: bool) {
-        let Some(set) = self.server.set.borrow().clone() else { return };
-        let Ok(points) = set.points(self.server.machine) else { return };
+    fn check_all(&self, site: &Site, must_read: bool) {
+        let Some(set) = site.server.set.borrow().clone() else { return };
+        let Ok(points) = set.points(site.server.machine) else { return };
         let points = points.all();
         let step = (points.len() / 6).max(1);
         for point in points.iter().rev().step_by(step) {
-            self.server.check_point(&self.sim, &set, point, must_read);
+            site.server.check_point(&self.sim, &set, point, must_read);
             if self.sim.has_failed() {
                 return;
             }

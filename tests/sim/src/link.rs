@@ -38,7 +38,10 @@ pub struct Weather {
     pub delay_ms_max: u64,
 }
 
-/// Both ends of the network.
+/// Nothing goes wrong.
+pub const CALM: Weather = Weather { is_down: false, cut_one_in: 0, delay_ms_max: 5 };
+
+/// Both ends of the network between the host and one process server.
 pub struct Network {
     pub sim: Rc<Sim>,
     pub weather: Cell<Weather>,
@@ -77,13 +80,12 @@ impl Connection {
 
 impl Network {
     pub fn new(sim: Rc<Sim>, server: Rc<ServerState>) -> Rc<Self> {
-        let weather = Weather { is_down: false, cut_one_in: 0, delay_ms_max: 5 };
         Rc::new(Self {
             sim,
-            weather: Cell::new(weather),
+            weather: Cell::new(CALM),
+            numbers: Cell::new((server.process as u64) << 32),
             server,
             connections: RefCell::default(),
-            numbers: Cell::new(0),
         })
     }
 
@@ -146,7 +148,7 @@ impl Network {
         }
         let run = self.server.run.get();
         let (network, stream) = (self.clone(), connection.clone());
-        sim.start(Process::Server, "stream", Box::new(move || network.serve(&stream)));
+        sim.start(self.server.process, "stream", Box::new(move || network.serve(&stream)));
         let mut is_server_dead = false;
         loop {
             let now = sim.now();
@@ -299,7 +301,7 @@ impl Network {
         let shared = Rc::new(Shared { needs: needs.clone(), ..Shared::default() });
         let disk = hello.disk;
         let (network, stream, syncer, gone) = (self.clone(), connection.clone(), store.clone(), shared.clone());
-        self.sim.start(Process::Server, "commit", Box::new(move || network.commit(disk, &stream, &*syncer, &gone)));
+        self.sim.start(self.server.process, "commit", Box::new(move || network.commit(disk, &stream, &*syncer, &gone)));
         let result = self.receive_cuts(connection, &hello, &mut *writer, held.cut, &shared, &place);
         drop(writer);
         shared.is_over.set(true);
@@ -429,7 +431,7 @@ impl Network {
             }
             network.sim.wake_key(connection.server_key(), true);
         };
-        self.sim.start(Process::Server, "compare", Box::new(answer));
+        self.sim.start(self.server.process, "compare", Box::new(answer));
         Ok(())
     }
 

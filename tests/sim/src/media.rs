@@ -232,6 +232,11 @@ impl Media {
         self.boot.get()
     }
 
+    /// Another machine, with nothing on it, is in the place of this one.
+    pub fn replace(&self) {
+        *self.files.borrow_mut() = Files::default();
+    }
+
     pub fn forget(&self) {
         *self.files.borrow_mut() = Files::default();
         self.disks.borrow_mut().clear();
@@ -460,7 +465,7 @@ pub fn kind_of(name: &str) -> &'static str {
         _ if last.starts_with("manifest") => "manifest",
         _ if last.starts_with("base") || last.starts_with("sums") => "base",
         _ if last.starts_with("points") => "points",
-        _ if name.starts_with("server") => "journal",
+        _ if name.starts_with("server") || name.starts_with("second") => "journal",
         _ => "other",
     }
 }
@@ -728,7 +733,7 @@ impl StorageFile for MediaFile {
 
     fn as_file(&self) -> Option<&File> {
         // The server's files are not mapped: it uses one for SEEK_DATA and locks, which it can do without.
-        if self.media.process == Process::Server {
+        if self.media.process != Process::Host {
             return None;
         }
         if self.mapped.get().is_none() {

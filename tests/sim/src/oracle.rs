@@ -10,7 +10,7 @@ use tidemark_proto::replication::Durable;
 use crate::counts::Kind;
 use crate::paged::{PAGE, Paged};
 use crate::server::ServerState;
-use crate::world::Sim;
+use crate::world::{Process, Sim};
 
 /// A disk at an instant.
 #[derive(Clone)]
@@ -70,11 +70,11 @@ pub struct Oracle {
     marks: RefCell<BTreeMap<(MarkId, DiskId), Content>>,
     /// By number; absent where nobody wrote.
     sectors: RefCell<BTreeMap<DiskId, Vec<Option<Sector>>>>,
-    /// The highest cut of each disk that the server acknowledged.
-    acknowledged: RefCell<BTreeMap<DiskId, u64>>,
-    dropped: RefCell<BTreeSet<MarkId>>,
-    /// Kept points that the server listed: they stay until retention drops them.
-    listed: RefCell<BTreeSet<MarkId>>,
+    /// The highest cut of each disk that a server acknowledged.
+    acknowledged: RefCell<BTreeMap<(Process, DiskId), u64>>,
+    dropped: RefCell<BTreeSet<(Process, MarkId)>>,
+    /// Kept points that a server listed: they stay until retention drops them.
+    listed: RefCell<BTreeSet<(Process, MarkId)>>,
 }
 
 impl Oracle {
@@ -97,18 +97,24 @@ impl Oracle {
         self.marks.borrow().get(&(mark, disk)).cloned()
     }
 
-    pub fn acknowledged(&self, disk: DiskId, durable: &Durable) {
+    pub fn acknowledged(&self, server: Process, disk: DiskId, durable: &Durable) {
         let mut all = self.acknowledged.borrow_mut();
-        let highest = all.entry(disk).or_default();
+        let highest = all.entry((server, disk)).or_default();
         *highest = (*highest).max(durable.cut.0);
     }
 
-    pub fn holds_anything(&self, disk: DiskId) -> bool {
-        self.acknowledged.borrow().contains_key(&disk)
+    pub fn holds_anything(&self, server: Process, disk: DiskId) -> bool {
+        self.acknowledged.borrow().contains_key(&(server, disk))
     }
 
-    pub fn dropped(&self, points: &[MarkId]) {
-        self.dropped.borrow_mut().extend(points);
+    pub fn dropped(&self, server: Process, points: &[MarkId]) {
+        self.dropped.borrow_mut().extend(points.iter().map(|point| (server, *point)));
+    }
+
+    /// Another machine is in the place of this server: it promised nothing.
+    pub fn replaced(&self, server: Process) {
+        self.acknowledged.borrow_mut().retain(|(of, _), _| *of != server);
+        self.listed.borrow_mut().retain(|(of, _)| *of != server);
     }
 
     /// A server that started holds every cut that it acknowledged, and every kept point that it listed.
@@ -116,14 +122,15 @@ impl Oracle {
         if server.is_rotten.get() {
             return;
         }
-        for (disk, cut) in self.acknowledged.borrow().iter() {
+        for ((_, disk), cut) in self.acknowledged.borrow().iter().filter(|((of, _), _)| *of == server.process) {
             let held = set.get(*disk).map_or(0, |replica| replica.durable().cut);
             if held < *cut {
                 self.sim.fail(format!("the server acknowledged cut {cut} of {disk} and holds {held} after its start"));
             }
         }
         let Ok(points) = set.points(server.machine) else { return };
-        for mark in self.listed.borrow().difference(&self.dropped.borrow()) {
+        let (listed, dropped) = (self.listed.borrow(), self.dropped.borrow());
+        for (_, mark) in listed.difference(&dropped).filter(|(of, _)| *of == server.process) {
             if points.get(*mark).is_none() {
                 self.sim.fail(format!("recovery point {mark} was listed and is gone after a restart"));
             }
@@ -136,9 +143,9 @@ impl Oracle {
         self.sectors.borrow_mut().clear();
     }
 
-    /// Kept points that the server lists now.
-    pub fn list(&self, marks: impl Iterator<Item = MarkId>) {
-        self.listed.borrow_mut().extend(marks);
+    /// Kept points that a server lists now.
+    pub fn list(&self, server: Process, marks: impl Iterator<Item = MarkId>) {
+        self.listed.borrow_mut().extend(marks.map(|mark| (server, mark)));
     }
 
     // ---- what the guest was promised

@@ -24,12 +24,13 @@ use crate::link::{Network, Place, Places, refusal};
 use crate::oracle::{Content, Oracle};
 use crate::world::{Process, Sim};
 
-const FOLDER: &str = "/server";
 /// `seg-` and the first cut in sixteen digits: what a segment is called before and after it is sealed.
 const SEGMENT_STEM: usize = 20;
 const MAINTENANCE: Duration = Duration::from_secs(10);
 
 pub struct ServerState {
+    /// Which of the process servers it is.
+    pub process: Process,
     pub is_up: Cell<bool>,
     /// Counts starts.
     pub run: Cell<u64>,
@@ -52,6 +53,7 @@ pub struct ServerState {
 
 impl ServerState {
     pub fn new(
+        process: Process,
         machine: MachineId,
         disks: Vec<(DiskId, u64)>,
         limits: Limits,
@@ -59,6 +61,7 @@ impl ServerState {
         oracle: Rc<Oracle>,
     ) -> Rc<Self> {
         Rc::new(Self {
+            process,
             is_up: Cell::new(false),
             run: Cell::new(0),
             set: RefCell::default(),
@@ -114,7 +117,7 @@ impl ServerState {
 
     /// What the server promises to hold from now on.
     pub fn acknowledged(&self, disk: DiskId, durable: &Durable) {
-        self.oracle.acknowledged(disk, durable);
+        self.oracle.acknowledged(self.process, disk, durable);
     }
 
     /// Starts the server's process.
@@ -122,7 +125,7 @@ impl ServerState {
         self.run.set(self.run.get() + 1);
         *self.places.borrow_mut() = Rc::default();
         let (state, world) = (self.clone(), sim.clone());
-        sim.start(Process::Server, "server", Box::new(move || state.run(&world)));
+        sim.start(self.process, "server", Box::new(move || state.run(&world)));
     }
 
     /// It is gone, however that came.
@@ -135,6 +138,14 @@ impl ServerState {
         if let Some(stores) = self.stores.borrow_mut().take() {
             std::mem::forget(stores);
         }
+    }
+
+    /// Another machine, with nothing on it, is in its place. Only while it does not run.
+    pub fn replace(&self, sim: &Sim) {
+        sim.media(self.process).replace();
+        self.oracle.replaced(self.process);
+        self.is_rotten.set(false);
+        self.named.borrow_mut().clear();
     }
 
     fn run(self: &Rc<Self>, sim: &Rc<Sim>) {
@@ -160,7 +171,7 @@ impl ServerState {
         sim.note(|| "server is up".to_owned());
         self.oracle.check_held(self, &set);
         let (state, world, audited) = (self.clone(), sim.clone(), set.clone());
-        sim.start(Process::Server, "auditor", Box::new(move || state.audit(&world, &audited)));
+        sim.start(self.process, "auditor", Box::new(move || state.audit(&world, &audited)));
         let stop = Stop::new();
         loop {
             sim.sleep(MAINTENANCE);
@@ -175,7 +186,7 @@ impl ServerState {
             }
             match set.maintain(self.machine, &self.retention, Timestamp::now(), &stop) {
                 Ok(done) => {
-                    self.oracle.dropped(&done.dropped);
+                    self.oracle.dropped(self.process, &done.dropped);
                     for fold in done.folds {
                         match fold.result {
                             Ok(folded) if folded.to > folded.from => sim.count(Kind::Fold),
@@ -193,7 +204,7 @@ impl ServerState {
     /// A damaged replica may stay closed, until an operator says what to do; then the file is named.
     pub fn check_refusal(&self, sim: &Sim) {
         let refusal = self.refusal.borrow();
-        let turned = sim.server.turned();
+        let turned = sim.media(self.process).turned();
         if !turned.iter().any(|(name, _)| refusal.contains(name.as_str())) {
             return sim.fail(format!("the server is not up, bits turned in {turned:?}, and it says: {refusal}"));
         }
@@ -203,7 +214,7 @@ impl ServerState {
     /// Reads all that is stored: every bit that turned, and was not written over since, is found and its file named.
     pub fn find_rot(&self, sim: &Sim) {
         let Some(set) = self.set.borrow().clone().filter(|_| self.is_up.get()) else { return };
-        let before = sim.server.turned();
+        let before = sim.media(self.process).turned();
         let stop = Stop::new();
         for replica in set.replicas() {
             let disk = replica.disk().to_string();
@@ -211,7 +222,7 @@ impl ServerState {
                 Ok(report) => report,
                 Err(error) => return sim.fail(format!("the scrub of {disk} ended: {}", with_causes(&error))),
             };
-            let still = sim.server.turned();
+            let still = sim.media(self.process).turned();
             let opened = replica.open_report();
             let found = report.findings.iter().map(|finding| format!("{} {}", finding.file, finding.what));
             let known = replica.damages().into_iter().map(|damage| format!("{} {}", damage.file, damage.what));
@@ -250,12 +261,14 @@ impl ServerState {
     }
 
     fn is_sound(&self, sim: &Sim) -> bool {
-        let rates = sim.server.rates.get();
-        rates.read == 0 && rates.write == 0 && rates.sync == 0 && rates.no_room == 0 && !sim.server.is_full.get()
+        let media = sim.media(self.process);
+        let rates = media.rates.get();
+        rates.read == 0 && rates.write == 0 && rates.sync == 0 && rates.no_room == 0 && !media.is_full.get()
     }
 
     fn open(&self) -> Result<ReplicaSet, String> {
-        let storage = RealStorage::create(FOLDER).map_err(|error| error.to_string())?;
+        let folder = if self.process == Process::Second { "/second" } else { "/server" };
+        let storage = RealStorage::create(folder).map_err(|error| error.to_string())?;
         let (set, failures) = ReplicaSet::open(storage, self.limits).map_err(|error| error.to_string())?;
         if let Some(failure) = failures.first() {
             return Err(format!("{}: {}", failure.folder, with_causes(&failure.error)));
@@ -266,7 +279,7 @@ impl ServerState {
         }
         for (disk, disk_bytes) in &self.disks {
             if set.get(*disk).is_err() {
-                if self.oracle.holds_anything(*disk) {
+                if self.oracle.holds_anything(self.process, *disk) {
                     return Err(format!("the replica of {disk} is gone"));
                 }
                 let info = ReplicaInfo {

@@ -48,6 +48,8 @@ pub enum Process {
     Outside,
     Host,
     Server,
+    /// The other process server of a machine that feeds two.
+    Second,
 }
 
 type Task = Coroutine<(), (), (), DefaultStack>;
@@ -117,6 +119,7 @@ pub struct Sim {
     pub traps: RefCell<BTreeMap<Process, Trap>>,
     pub host: Rc<Media>,
     pub server: Rc<Media>,
+    pub second: Rc<Media>,
     pub counts: RefCell<Counts>,
     pub trace: bool,
     pub marks: RefCell<Vec<(MarkId, DiskId, Position)>>,
@@ -143,6 +146,7 @@ impl Sim {
             traps: RefCell::default(),
             host: Media::new(Process::Host, sim.clone()),
             server: Media::new(Process::Server, sim.clone()),
+            second: Media::new(Process::Second, sim.clone()),
             counts: RefCell::default(),
             trace,
             marks: RefCell::default(),
@@ -153,7 +157,11 @@ impl Sim {
     }
 
     pub fn media(&self, process: Process) -> &Rc<Media> {
-        if process == Process::Server { &self.server } else { &self.host }
+        match process {
+            Process::Server => &self.server,
+            Process::Second => &self.second,
+            Process::Host | Process::Outside => &self.host,
+        }
     }
 
     pub fn set_on_mark(&self, act: impl Fn(DiskId, MarkId) + 'static) {
@@ -499,13 +507,14 @@ impl Sim {
     fn end(&self) {
         // Nobody runs any more, also when a failure ended the run in the middle.
         self.current.set(0);
-        for process in [Process::Host, Process::Server, Process::Outside] {
+        for process in [Process::Host, Process::Server, Process::Second, Process::Outside] {
             self.kill(process);
         }
         let threads = std::mem::take(&mut *self.threads.borrow_mut());
         drop(threads);
         self.host.forget();
         self.server.forget();
+        self.second.forget();
     }
 }
 
@@ -567,8 +576,12 @@ impl seam::World for Sim {
 
     fn folder(&self, path: &Path) -> Arc<dyn Storage> {
         let name = path.to_string_lossy().trim_start_matches('/').to_owned();
-        let media = if name.starts_with("server") { &self.server } else { &self.host };
-        Arc::new(MediaFolder::new(media.clone(), name))
+        let process = match &name {
+            name if name.starts_with("server") => Process::Server,
+            name if name.starts_with("second") => Process::Second,
+            _ => Process::Host,
+        };
+        Arc::new(MediaFolder::new(self.media(process).clone(), name))
     }
 
     fn mount_of(&self, _path: &Path) -> (u64, u64) {

@@ -99,9 +99,14 @@ impl MachineDisk {
     fn scanned_for(&self, server: ServerId) -> Option<(DiskId, u64, u64)> {
         let status = self.sender_status(server);
         let is_open = status.is_some_and(|status| status.scan_open || status.phase == Phase::Scanning);
-        let progress = self.disk.consumer(server).and_then(|consumer| consumer.progress());
+        let consumer = self.disk.consumer(server);
+        let progress = consumer.as_ref().and_then(|consumer| consumer.progress());
+        // An epoch begins with a scan, also where that has nothing to read: a mark that is made before it is never a point.
+        let epoch = self.disk.log.published().logged.epoch;
+        let cursor = consumer.and_then(|consumer| consumer.cursor());
+        let is_due = cursor.is_some_and(|cursor| cursor.epoch != epoch);
         let (done, total) = progress.map_or((0, 0), |(done, total, _)| (done, total));
-        (is_open || progress.is_some()).then_some((self.disk.identity.disk, done, total))
+        (is_open || is_due || progress.is_some()).then_some((self.disk.identity.disk, done, total))
     }
 }
 

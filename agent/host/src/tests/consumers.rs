@@ -16,7 +16,7 @@ use crate::host::{Host, HostConfig};
 use crate::pack::Permit;
 use crate::send::link::{Link, LinkError, LinkEvents, LinkStream, Traffic};
 use crate::send::tests::server::{MemoryServer, eventually};
-use crate::source::SourceIdentity;
+use crate::source::{EpochReason, Source, SourceIdentity};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
@@ -244,6 +244,62 @@ fn one_dead_process_server_beside_a_live_one_steps_down_alone() {
     sites.iter().for_each(|site| assert_eq!(bench.told(site).mode, SourceMode::Data, "{:?}", bench.told(site)));
     bench.write(8);
     bench.point(&[live, dead, slow]);
+    bench.host.stop();
+}
+
+/// Small writes and marks fill a log with what is no data.
+#[test]
+fn what_a_log_occupies_decides_who_is_let_go() {
+    let (mut bench, sites) = Bench::new(2);
+    let (live, dead) = (&sites[0], &sites[1]);
+    let disk = bench.host.machine(bench.machine()).unwrap().disks().next().unwrap();
+    // What the log holds already goes before the limit is that small.
+    for limit_bytes in [MIB, 256 << 10] {
+        bench.spec.policy.log_limit_bytes = Some(limit_bytes);
+        bench.host.protect(bench.spec.clone()).unwrap();
+        let is_short = || {
+            disk.make_room();
+            bench.told(live).log_bytes < 64 << 10
+        };
+        assert!(eventually(LIMIT, is_short), "{:?}", bench.told(live));
+    }
+    let request =
+        MarkRequest { machine: bench.machine(), consistency: Consistency::Crash, label: String::new(), keep: false };
+    dead.set_up(false);
+    let mut marks = 0;
+    while bench.count(EventKind::ConsumerSteppedDown) == 0 && bench.count(EventKind::SteppedDown) == 0 {
+        write(bench.workload.as_ref().unwrap(), 0, &[marks as u8; 512]).unwrap();
+        bench.model[..512].fill(marks as u8);
+        (0..4).for_each(|_| drop(bench.host.mark(&request).unwrap()));
+        marks += 4;
+        if marks % 32 == 0 {
+            assert!(
+                eventually(LIMIT, || bench.told(live).durable == bench.told(live).logged),
+                "{:?}",
+                bench.told(live)
+            );
+            disk.make_room();
+        }
+    }
+    assert_eq!(bench.count(EventKind::SteppedDown), 0, "after {marks} marks: {:?}", bench.told(live));
+    bench.settle(live);
+    bench.host.stop();
+}
+
+/// An epoch begins with a scan, also where there is nothing to read: a mark inside it is never a point.
+#[test]
+fn a_point_that_is_asked_for_when_an_epoch_begins_waits_for_its_scan() {
+    let (mut bench, sites) = Bench::new(1);
+    for _ in 0..3 {
+        bench.write(1);
+        bench.settle(&sites[0]);
+        let disk = bench.host.machine(bench.machine()).unwrap().disks().next().unwrap();
+        // Its sender hears of it a little later.
+        sites[0].set_up(false);
+        disk.new_epoch(EpochReason::Unclean).unwrap();
+        sites[0].set_up(true);
+        bench.point(&[&sites[0]]);
+    }
     bench.host.stop();
 }
 
