@@ -465,6 +465,12 @@ impl Consumer {
         }
     }
 
+    /// Stores what is known of it elsewhere from now on.
+    #[cfg(test)]
+    pub(crate) fn set_storage(&self, storage: Arc<dyn Storage>) {
+        self.state().file.set_storage(storage);
+    }
+
     /// Done and total bytes of the scan, and why it runs.
     pub fn progress(&self) -> Option<(u64, u64, ScanReason)> {
         let state = self.state();

@@ -352,7 +352,10 @@ impl ProtectedDisk {
         let result = {
             let _adding = self.adding.lock().expect("no panic while held");
             let revision = ScanRevision(self.revision.load(Ordering::Acquire) + 1);
-            let result = self.consumers().iter().try_for_each(|consumer| consumer.add(extents, reason, revision));
+            // Each of them, whatever fails for another: what cannot be stored holds in memory all the same.
+            let each = self.consumers();
+            let result =
+                each.iter().map(|consumer| consumer.add(extents, reason, revision)).fold(Ok(()), io::Result::and);
             self.revision.store(revision.0, Ordering::Release);
             result
         };
@@ -377,7 +380,9 @@ impl ProtectedDisk {
             let _adding = self.adding.lock().expect("no panic while held");
             let revision = ScanRevision(self.revision.load(Ordering::Acquire) + 1);
             let disk_bytes = self.identity.disk_bytes;
-            let result = self.consumers().iter().try_for_each(|consumer| consumer.resync(disk_bytes, revision));
+            let each = self.consumers();
+            let result =
+                each.iter().map(|consumer| consumer.resync(disk_bytes, revision)).fold(Ok(()), io::Result::and);
             self.revision.store(revision.0, Ordering::Release);
             result
         };

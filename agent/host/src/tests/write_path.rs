@@ -144,6 +144,26 @@ fn a_failed_write_is_scanned_and_not_logged() {
     assert_eq!(disk.pending_scan(fixture.server, ScanRevision(0)).unwrap().extents.len(), 1);
 }
 
+/// What one consumer cannot store is in memory for it, and the others are told all the same.
+#[test]
+fn a_failed_write_is_scanned_for_each_consumer_whatever_fails_for_another() {
+    for is_first_broken in [true, false] {
+        let mut fixture = Fixture::new(DISK_BYTES);
+        let other = tidemark_base::ServerId::random();
+        fixture.others.push(other);
+        let disk = fixture.attach_in_sync();
+        fixture.settle_for(&disk, other);
+        let broken = if is_first_broken { fixture.server } else { other };
+        let nowhere = tidemark_base::storage::RealStorage::open_folder("/nonexistent");
+        disk.consumer(broken).unwrap().set_storage(nowhere);
+        disk.write_failed(Extent::new(65536, 4096), &io::Error::from_raw_os_error(libc::EIO));
+        for server in [fixture.server, other] {
+            let pending = disk.pending_scan(server, ScanRevision(0)).unwrap().extents;
+            assert_eq!(pending.iter().collect::<Vec<_>>(), [Extent::new(65536, 65536)], "{is_first_broken}");
+        }
+    }
+}
+
 #[test]
 fn a_detached_disk_takes_no_writes() {
     let fixture = Fixture::new(DISK_BYTES);
