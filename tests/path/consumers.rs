@@ -210,3 +210,69 @@ fn process_servers_come_and_go_and_the_machine_fails_over_where_least_is_lost() 
     client.disconnect().unwrap();
     site.down();
 }
+
+/// Points of a group, `latest-group` and a plan use whichever process server of a machine is there and has the point.
+#[test]
+fn a_group_and_its_plan_go_on_with_one_process_server_away() {
+    const NAMES: [&str; 2] = ["db", "web"];
+    let (mut site, first, second) = site_of_two();
+    let machines = NAMES.map(|name| {
+        let disk = site.path(&format!("{name}.img"));
+        image::make_mixed(&disk, 8 * MIB, 3);
+        site.protect(name, &[&disk], &["--process-server", &first, "--process-server", &second])
+    });
+    for (name, id) in NAMES.iter().flat_map(|name| [(name, &first), (name, &second)]) {
+        wait::until(&format!("{id} has {name}"), LIMIT, || {
+            (at(&site.status(name), id)["state"] == "protected").then_some(())
+        });
+    }
+    site.json(&["group", "create", "shop", "db", "web", "--interval", "0s", "--hold-limit", "2s"]);
+    site.json(&["plan", "create", "all", "--step", "group:shop"]);
+    let both = text(&site.json(&["group", "point", "shop"])["id"]);
+    let group_points = |site: &Site| -> Vec<String> {
+        let points = site.json(&["group", "points", "shop"]);
+        points.as_array().expect("it is a list").iter().map(|point| text(&point["id"])).collect()
+    };
+    assert_eq!(group_points(&site), [both.as_str()]);
+
+    site.kill_role("process-server");
+    wait::until("the first one is gone", LIMIT, || {
+        (site.peer_ids("process-server") == [second.as_str()]).then_some(())
+    });
+    assert_eq!(group_points(&site), [both.as_str()], "it is at the other one as well");
+    for (number, machine) in (1..).zip(&machines) {
+        Client::connect(machine.nbd()).unwrap().write(MIB, &[number; 4096]).unwrap();
+    }
+    let made = site.json(&["group", "point", "shop"]);
+    assert_eq!(made["group_consistent"], true, "{made}");
+    let point = text(&made["id"]);
+    assert_eq!(group_points(&site), [both.as_str(), point.as_str()]);
+    let tested = site.json(&["plan", "test", "all", "--disks-only"]);
+    assert_eq!(tested["state"], "succeeded", "{tested}");
+    let ran = site.json(&["plan", "run", "all", "--unplanned", "--disks-only", "--point", "latest-group"]);
+    assert_eq!(ran["state"], "succeeded", "{ran}");
+    for name in NAMES {
+        let status = site.status(name);
+        assert_eq!(
+            (&status["state"], &status["process_server"]["id"]),
+            (&"failed_over".into(), &second.as_str().into())
+        );
+        assert_eq!(site.json(&["failover", "show", name])["failover"]["point"], point.as_str(), "{name}");
+    }
+    site.json(&["plan", "cancel", "all"]);
+
+    // The one that was away holds the point of before, and is told that it is the group's no more when it is back.
+    site.start_role("process-server");
+    let newest = wait::until("a point is made at both", 2 * LIMIT, || {
+        let made = site.run(&["group", "point", "shop", "--json"]);
+        let point = serde_json::from_str::<Value>(&made.stdout).ok()?["id"].as_str()?.to_owned();
+        Some(point)
+    });
+    wait::until("both know of it", LIMIT, || {
+        let points = site.json(&["point", "list", "web"]);
+        let listed = points.as_array().unwrap().iter().find(|listed| listed["id"] == newest.as_str())?.clone();
+        let is_known = listed["flags"].as_array().unwrap().contains(&"group".into());
+        (is_known && listed["process_servers"].as_array().unwrap().len() == 2).then_some(())
+    });
+    site.down();
+}

@@ -162,3 +162,35 @@ fn a_drill_starts_as_fast_from_a_large_disk() {
     assert!(measured[2] < measured[0] + slack, "{measured:?}");
     tools::counted("drills of large disks", 9);
 }
+
+/// With the first process server of its machine away, a drill runs at another one that has the point; its clean-up finds it there.
+#[test]
+fn h15_a_drill_runs_where_a_process_server_is_there() {
+    need!("qemu-system-x86_64");
+    let mut site = Site::start_roles();
+    let first = site.peer_ids("process-server").remove(0);
+    let second = site.start_process_server("second");
+    let disk = site.path("disk.img");
+    image::make_mixed(&disk, image::MIB, 1);
+    site.protect("web", &[&disk], &["--process-server", &first, "--process-server", &second]);
+    let holders = |point: &serde_json::Value| {
+        let points = site.json(&["point", "list", "web"]);
+        let listed = points.as_array().unwrap().iter().find(|listed| listed["id"] == *point).cloned();
+        listed.map_or(0, |listed| listed["process_servers"].as_array().unwrap().len())
+    };
+    let point = wait::until("there is a point at both", GUEST_LIMIT, || {
+        let made = site.run(&["point", "create", "web", "--json"]);
+        let point = serde_json::from_str::<serde_json::Value>(&made.stdout).ok()?["id"].clone();
+        (holders(&point) == 2).then_some(point)
+    });
+    // Firmware and no system: where it runs is what is asked.
+    site.json(&["machine", "set", "web", "--memory", "128M"]);
+    site.kill_role("process-server");
+    let result = site.json(&["failover", "test", "web", "--point", &text(&point)]);
+    assert_eq!((&result["point"], &result["running"]), (&point, &true.into()), "{result}");
+    let kept = site.run(&["machine", "process-server", "remove", "web", &second]);
+    kept.assert_refused(&["test failover", "web"]);
+    assert_eq!(site.json(&["failover", "cleanup", "web"])["ended"], 1);
+    site.json(&["machine", "process-server", "remove", "web", &second]);
+    site.down();
+}

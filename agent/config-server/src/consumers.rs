@@ -130,10 +130,7 @@ pub fn remove(core: &Arc<Core>, name: &str, server: &str, delete_replica: bool, 
         let _lock = core.lock(&name).await;
         let machine = core.machine(&name)?;
         refuse_without_source(&machine)?;
-        if machine.server == server {
-            // They run where the first one is.
-            refuse_drilled(&core, &machine)?;
-        }
+        refuse_drilled(&core, &machine, &[server])?;
         if machine.servers().any(|known| known == server) {
             refuse_last(&machine)?;
         }
@@ -314,8 +311,17 @@ pub struct HeldPoint {
     pub process_servers: Vec<String>,
 }
 
-/// The points that those have which can be asked, oldest first.
-pub async fn points(core: &Core, machine: &Machine) -> Result<Vec<HeldPoint>, Failure> {
+/// The machine, with one in the first place that can be asked: the first one itself, wherever that is there.
+pub fn usable(core: &Core, machine: Machine) -> Machine {
+    let there = machine.servers().find(|server| core.hub.is_connected(PeerId::ProcessServer(*server)));
+    match there {
+        Some(server) => machine.about(server),
+        None => machine,
+    }
+}
+
+/// What those say that can be asked, the first one first. Where nobody can be asked, why the first one cannot.
+pub async fn points_of_each(core: &Core, machine: &Machine) -> Result<Vec<(ServerId, Vec<PointInfo>)>, Failure> {
     let command = ServerCommand::Points(machine.id);
     let asked = machine.servers().map(|server| {
         let command = &command;
@@ -326,30 +332,27 @@ pub async fn points(core: &Core, machine: &Machine) -> Result<Vec<HeldPoint>, Fa
             }
         }
     });
-    let mut failed = None;
+    let (told, failed): (Vec<_>, Vec<_>) =
+        futures_util::future::join_all(asked).await.into_iter().partition(Result::is_ok);
+    match failed.into_iter().find_map(Result::err) {
+        Some(failure) if told.is_empty() => Err(failure),
+        _ => Ok(told.into_iter().flatten().collect()),
+    }
+}
+
+/// The points that those have which can be asked, oldest first.
+pub async fn points(core: &Core, machine: &Machine) -> Result<Vec<HeldPoint>, Failure> {
     let mut all: Vec<HeldPoint> = Vec::new();
-    let mut is_any = false;
-    for told in futures_util::future::join_all(asked).await {
-        match told {
-            Err(failure) => {
-                failed.get_or_insert(failure);
-            }
-            Ok((server, points)) => {
-                is_any = true;
-                let name = core.store.state().server_name(server);
-                let known: std::collections::BTreeMap<MarkId, usize> =
-                    all.iter().enumerate().map(|(at, held)| (held.point.id, at)).collect();
-                for point in points {
-                    match known.get(&point.id) {
-                        Some(at) => all[*at].process_servers.push(name.clone()),
-                        None => all.push(HeldPoint { point, process_servers: vec![name.clone()] }),
-                    }
-                }
+    for (server, points) in points_of_each(core, machine).await? {
+        let name = core.store.state().server_name(server);
+        let known: std::collections::BTreeMap<MarkId, usize> =
+            all.iter().enumerate().map(|(at, held)| (held.point.id, at)).collect();
+        for point in points {
+            match known.get(&point.id) {
+                Some(at) => all[*at].process_servers.push(name.clone()),
+                None => all.push(HeldPoint { point, process_servers: vec![name.clone()] }),
             }
         }
-    }
-    if let Some(failure) = failed.filter(|_| !is_any) {
-        return Err(failure);
     }
     // As one lists them, where there is one alone.
     if machine.servers().count() > 1 {

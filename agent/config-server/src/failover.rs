@@ -37,6 +37,7 @@ use serde_json::{Value, json};
 use tidemark_hypervisor::call::{Call, Description, encode};
 use tidemark_proto::control::{Failure, FailureKind, Reply, ServerCommand};
 
+use crate::consumers;
 use crate::core::{Core, SETTLE};
 use crate::hub::{PeerId, unexpected};
 use crate::machines::vanished;
@@ -72,7 +73,7 @@ pub async fn describe(core: &Core, name: &str, description: Description) -> Resu
         Ok(())
     })?;
     // Kept whether or not it can run now; whoever set it is told.
-    let hypervisor = match ask(core, &machine, &Call::Check, SETTLE).await {
+    let hypervisor = match ask(core, &consumers::usable(core, machine), &Call::Check, SETTLE).await {
         Ok(about) => serde_json::from_str(&about).unwrap_or(Value::Null),
         Err(failure) => json!({ "error": failure.message, "help": failure.help }),
     };

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tidemark_base::{Clock, Timestamp};
+use tidemark_base::{Clock, ServerId, Timestamp};
 use tidemark_hypervisor::call::{Call, DrillCall, Drilled, decode};
 use tidemark_hypervisor::drill::Outcome;
 use tidemark_proto::control::{Failure, FailureKind, Severity};
 use uuid::Uuid;
 
 use super::{ask, no_description, not_understood};
+use crate::consumers;
 use crate::core::{Core, SETTLE};
 use crate::history::News;
 use crate::hub::PeerId;
@@ -33,6 +34,15 @@ pub struct DrillNote {
     pub id: Uuid,
     pub point: String,
     pub began: Timestamp,
+    /// The process server that it runs at. Unsaid by servers of before: the machine's first one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<ServerId>,
+}
+
+impl DrillNote {
+    fn server(&self, machine: &Machine) -> ServerId {
+        self.server.unwrap_or(machine.server)
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
@@ -55,13 +65,16 @@ pub fn test(core: &Arc<Core>, name: &str, request: TestRequest) -> Result<Job, F
     let asked = Instant::now();
     let machine = core.machine(name)?;
     refuse_unprotected(&machine)?;
-    selector(&request.point)?;
+    let point = selector(&request.point)?;
     let Some(description) = machine.description.clone() else { return Err(no_description(name)) };
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("failover_test", Some(&name.clone()), |progress| async move {
         let id = Uuid::new_v4();
+        // Where one is there that has the point.
+        let machine = consumers::at(&core, machine, None, &point).await?;
         progress.step("note the drill");
-        note(&core, &name, DrillNote { id, point: request.point.clone(), began: core.clock.wall_now() })?;
+        let (began, server) = (core.clock.wall_now(), Some(machine.server));
+        note(&core, &name, DrillNote { id, point: request.point.clone(), began, server })?;
         progress.step("boot the point in isolation");
         let limit = Duration::from_secs(description.sign_limit_seconds) + 2 * SETTLE;
         let call = DrillCall {
@@ -141,18 +154,22 @@ pub fn cleanup(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
         let machine = core.machine(&name)?;
         for drill in &machine.drills {
             progress.step(format!("end the drill of {}", drill.began));
-            ask(&core, &machine, &Call::EndDrill { drill: drill.id }, SETTLE).await?;
+            let server = drill.server(&machine);
+            // One that is left ended it with its replica.
+            if machine.servers().any(|known| known == server) {
+                ask(&core, &machine.clone().about(server), &Call::EndDrill { drill: drill.id }, SETTLE).await?;
+            }
             forget(&core, &name, drill.id)?;
         }
         Ok(json!({ "machine": name, "ended": machine.drills.len() }))
     })
 }
 
-/// What would lose its disk stays until its drills were ended. A process server that is away ends them itself when it
-/// starts, and holds up nobody when it never does.
-pub fn refuse_drilled(core: &Core, machine: &Machine) -> Result<(), Failure> {
-    let is_there = core.hub.is_connected(PeerId::ProcessServer(machine.server));
-    if machine.drills.is_empty() || !is_there {
+/// What would lose its disk, at one of these, stays until its drills were ended. A process server that is away ends them itself
+/// when it starts, and holds up nobody when it never does.
+pub fn refuse_drilled(core: &Core, machine: &Machine, at: &[ServerId]) -> Result<(), Failure> {
+    let mut servers = machine.drills.iter().map(|drill| drill.server(machine));
+    if !servers.any(|server| at.contains(&server) && core.hub.is_connected(PeerId::ProcessServer(server))) {
         return Ok(());
     }
     Err(Failure::new(

@@ -235,8 +235,10 @@ async fn choose(core: &Core, machine: Machine, kind: Kind, request: &StartReques
         }
     };
     if chosen.server != before {
-        // They run where the first one is.
-        refuse_drilled(core, &chosen.clone().about(before))?;
+        // Nobody would find them any more.
+        let mut unplaced = chosen.clone().about(before);
+        unplaced.drills.retain(|drill| drill.server.is_none());
+        refuse_drilled(core, &unplaced, &[before])?;
     }
     Ok(chosen)
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::future::{join_all, try_join_all};
 use serde::{Deserialize, Serialize};
-use tidemark_base::{HostId, MarkId, Timestamp};
+use tidemark_base::{HostId, MachineId, MarkId, ServerId, Timestamp};
 use tidemark_proto::control::{
     AgentCommand, Consistency, Failure, FailureKind, GROUP_CANDIDATE, GROUP_POINT, GroupReleased, HoldGroup,
     MarkRequest, PointInfo, Reply, ServerCommand, Verdict,
@@ -16,6 +16,7 @@ use utoipa::ToSchema;
 
 use super::{find, members};
 use crate::barrier::{self, Asked, Hosts, Missed, Round};
+use crate::consumers;
 use crate::core::{Core, QUICK};
 use crate::history::News;
 use crate::hub::{PeerId, unexpected};
@@ -194,9 +195,11 @@ pub fn create(core: &Arc<Core>, name: &str, request: CreatePoint) -> Result<Job,
         let time = round.marks.values().max().copied();
         if whole {
             progress.step("wait until every machine's process server has it");
-            try_join_all(members.iter().map(|member| wait(&core, member, round.id))).await?;
+            let waiting = members.iter().map(|member| consumers::wait_point(&core, member, round.id, POINT_LIMIT));
+            try_join_all(waiting).await?;
             progress.step("note that it is one instant of all");
-            confirm(&core, &members, round.id).await?;
+            let common = Common::ask(&core, &members).await?;
+            common.confirm(&core, round.id).await?;
         }
         Ok(serde_json::json!({
             "id": whole.then_some(round.id),
@@ -211,27 +214,45 @@ pub fn create(core: &Arc<Core>, name: &str, request: CreatePoint) -> Result<Job,
     })
 }
 
-async fn wait(core: &Core, member: &Machine, mark: MarkId) -> Result<(), Failure> {
-    let command = ServerCommand::WaitPoint { machine: member.id, mark, limit: POINT_LIMIT };
-    match core.server(member.server, &command, POINT_LIMIT + QUICK).await? {
-        Reply::Point(_) => Ok(()),
-        other => Err(unexpected(PeerId::ProcessServer(member.server), &other)),
+/// What the process servers say that can be asked: each machine, and what each of its process servers has.
+struct Common(Vec<(MachineId, Vec<(ServerId, Vec<PointInfo>)>)>);
+
+impl Common {
+    async fn ask(core: &Core, members: &[Machine]) -> Result<Self, Failure> {
+        let asking =
+            members.iter().map(|member| async move { Ok((member.id, consumers::points_of_each(core, member).await?)) });
+        try_join_all(asking).await.map(Self)
+    }
+
+    /// What each machine has somewhere, oldest first.
+    fn points(&self) -> Vec<PointInfo> {
+        let lists: Vec<Vec<PointInfo>> = self.0.iter().map(|(_, told)| held(told)).collect();
+        common(&lists)
+    }
+
+    /// Tells those that have the point that it is the group's. Who gets it later is told by [`settle`].
+    async fn confirm(&self, core: &Core, point: MarkId) -> Result<(), Failure> {
+        let has = |points: &[PointInfo]| points.iter().any(|known| known.id == point && is_of_group(known));
+        let of = |(machine, told): &(MachineId, Vec<(ServerId, Vec<PointInfo>)>)| {
+            let holders = told.iter().filter(|(_, points)| has(points)).map(|(server, _)| *server);
+            let command = ServerCommand::ConfirmPoint { machine: *machine, point: Some(point) };
+            holders.map(|server| (server, command.clone())).collect::<Vec<_>>()
+        };
+        let all: Vec<(ServerId, ServerCommand)> = self.0.iter().flat_map(of).collect();
+        try_join_all(all.iter().map(|(server, command)| core.server_does(*server, command, QUICK))).await.map(drop)
     }
 }
 
-async fn confirm(core: &Core, members: &[Machine], point: MarkId) -> Result<(), Failure> {
-    let confirming = members.iter().map(|member| {
-        let command = ServerCommand::ConfirmPoint { machine: member.id, point: Some(point) };
-        async move { core.server_does(member.server, &command, QUICK).await }
-    });
-    try_join_all(confirming).await.map(drop)
-}
-
-async fn listed(core: &Core, machine: &Machine) -> Result<Vec<PointInfo>, Failure> {
-    match core.server(machine.server, &ServerCommand::Points(machine.id), QUICK).await? {
-        Reply::Points(points) => Ok(points),
-        other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
-    }
+/// What one machine has of its group: each point once, in the order of their times.
+fn held(told: &[(ServerId, Vec<PointInfo>)]) -> Vec<PointInfo> {
+    let [(_, alone)] = told else {
+        let mut seen = BTreeSet::new();
+        let all = told.iter().flat_map(|(_, points)| points).filter(|point| is_of_group(point));
+        let mut all: Vec<PointInfo> = all.filter(|point| seen.insert(point.id)).cloned().collect();
+        all.sort_by_key(|point| point.time);
+        return all;
+    };
+    alone.clone()
 }
 
 fn is_of_group(point: &PointInfo) -> bool {
@@ -251,7 +272,7 @@ fn common(lists: &[Vec<PointInfo>]) -> Vec<PointInfo> {
 }
 
 async fn common_of(core: &Core, members: &[Machine]) -> Result<Vec<PointInfo>, Failure> {
-    Ok(common(&try_join_all(members.iter().map(|member| listed(core, member))).await?))
+    Ok(Common::ask(core, members).await?.points())
 }
 
 /// Oldest first.
@@ -297,19 +318,26 @@ pub async fn named(core: &Core, machine: &str, point: String) -> Result<String, 
     }
 }
 
-/// Where each machine's process server stands with the group's points, as it reported last.
-type Standing = Vec<(MarkId, Option<MarkId>)>;
+/// Where the process servers of each machine stand with the group's points, as they reported last: those that are there and have
+/// one. `None` while a machine has nobody who does.
+pub type Standing = Vec<(ServerId, MarkId, Option<MarkId>)>;
 
 fn standing(core: &Core, members: &[Machine]) -> Option<Standing> {
-    members
-        .iter()
-        .map(|member| {
-            let report = core.hub.report(PeerId::ProcessServer(member.server))?;
-            let crate::hub::Report::Server(report) = report else { return None };
+    let mut all = Vec::new();
+    for member in members {
+        let before = all.len();
+        all.extend(member.servers().filter_map(|server| {
+            let crate::hub::Report::Server(report) = core.hub.report(PeerId::ProcessServer(server))? else {
+                return None;
+            };
             let of = report.machines.iter().find(|of| of.machine == member.id)?;
-            Some((of.group_candidate?, of.group_point))
-        })
-        .collect()
+            Some((server, of.group_candidate?, of.group_point))
+        }));
+        if all.len() == before {
+            return None;
+        }
+    }
+    Some(all)
 }
 
 /// Tells process servers of the newest point that all machines have: it is kept, and shown as the group's. `seen` is where they stood
@@ -317,13 +345,14 @@ fn standing(core: &Core, members: &[Machine]) -> Option<Standing> {
 pub async fn settle(core: &Core, name: &str, seen: &mut Option<Standing>) -> Result<(), Failure> {
     let members = members(&core.store.state(), name);
     let Some(standing) = standing(core, &members) else { return Ok(()) };
-    let newest = standing.first().map(|(candidate, _)| *candidate);
-    let is_done = standing.iter().all(|(candidate, point)| Some(*candidate) == newest && *point == newest);
+    let newest = standing.first().map(|(_, candidate, _)| *candidate);
+    let is_done = standing.iter().all(|(_, candidate, point)| Some(*candidate) == newest && *point == newest);
     if is_done || seen.as_ref() == Some(&standing) {
         return Ok(());
     }
-    if let Some(point) = common_of(core, &members).await?.pop() {
-        confirm(core, &members, point.id).await?;
+    let common = Common::ask(core, &members).await?;
+    if let Some(point) = common.points().pop() {
+        common.confirm(core, point.id).await?;
     }
     *seen = Some(standing);
     Ok(())
@@ -332,11 +361,11 @@ pub async fn settle(core: &Core, name: &str, seen: &mut Option<Standing>) -> Res
 /// Machines that left their group keep no points for it.
 pub async fn let_go(core: &Core, state: &State) -> Result<(), Failure> {
     for machine in state.machines.values().filter(|machine| machine.group.is_none()) {
-        let keeps = standing(core, std::slice::from_ref(machine))
-            .is_some_and(|standing| standing.iter().any(|(_, point)| point.is_some()));
-        if keeps {
-            let command = ServerCommand::ConfirmPoint { machine: machine.id, point: None };
-            core.server_does(machine.server, &command, QUICK).await?;
+        for (server, _, point) in standing(core, std::slice::from_ref(machine)).unwrap_or_default() {
+            if point.is_some() {
+                let command = ServerCommand::ConfirmPoint { machine: machine.id, point: None };
+                core.server_does(server, &command, QUICK).await?;
+            }
         }
     }
     Ok(())
@@ -380,5 +409,19 @@ mod tests {
         assert_eq!(ids(&[web.clone(), database, Vec::new()]), [0; 0], "a machine that came later has none of them");
         assert_eq!(ids(std::slice::from_ref(&web)), [1, 2, 4, 5]);
         assert_eq!(ids(&[]), [0; 0]);
+    }
+
+    #[test]
+    fn a_machine_has_what_any_of_its_process_servers_has_undamaged() {
+        let (first, second) = (ServerId::random(), ServerId::random());
+        let behind = vec![point(1, &[GROUP_POINT]), point(2, &["damaged", GROUP_CANDIDATE]), point(9, &[])];
+        let ahead = vec![point(2, &[GROUP_CANDIDATE]), point(3, &[GROUP_CANDIDATE])];
+        let ids = |told: &[(ServerId, Vec<PointInfo>)]| held(told).iter().map(|point| point.time.0).collect::<Vec<_>>();
+        assert_eq!(ids(&[(first, behind.clone()), (second, ahead.clone())]), [1, 2, 3]);
+        assert_eq!(ids(&[(second, ahead.clone()), (first, behind.clone())]), [1, 2, 3], "in the order of time");
+        // The machines of the group need not have it at the same one.
+        let (web, database) = (held(&[(first, behind), (second, ahead.clone())]), held(&[(second, ahead)]));
+        let common: Vec<u64> = common(&[web, database]).iter().map(|point| point.time.0).collect();
+        assert_eq!(common, [2, 3]);
     }
 }

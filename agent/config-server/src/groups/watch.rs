@@ -25,7 +25,7 @@ struct Seen {
     marking: Option<JoinHandle<Option<String>>>,
     /// Why it has no points by itself, as it was told.
     complaint: Option<String>,
-    standing: Option<Vec<(tidemark_base::MarkId, Option<tidemark_base::MarkId>)>>,
+    standing: Option<points::Standing>,
 }
 
 pub async fn watch(core: Arc<Core>) {
