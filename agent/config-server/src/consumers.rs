@@ -16,7 +16,7 @@ use tidemark_base::{MarkId, ServerId};
 use tidemark_proto::control::{Failure, FailureKind, PointInfo, Reply, SERVERS_MAX, Selector, ServerCommand};
 
 use crate::core::{Core, QUICK, SETTLE};
-use crate::failover::drill::refuse_drilled;
+use crate::failover::drill::refuse_drilled_at;
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::{Job, Progress};
 use crate::machines::{
@@ -130,7 +130,7 @@ pub fn remove(core: &Arc<Core>, name: &str, server: &str, delete_replica: bool, 
         let _lock = core.lock(&name).await;
         let machine = core.machine(&name)?;
         refuse_without_source(&machine)?;
-        refuse_drilled(&core, &machine, &[server])?;
+        refuse_drilled_at(&core, &machine, &[server])?;
         if machine.servers().any(|known| known == server) {
             refuse_last(&machine)?;
         }

@@ -566,7 +566,7 @@ pub fn protected(machine: &Machine, attached: &[AttachedDisk]) -> Value {
 pub fn unprotect(core: &Arc<Core>, name: &str, delete_replica: bool, force: bool) -> Result<Job, Failure> {
     let machine = core.machine(name)?;
     refuse_failed_over(&machine)?;
-    refuse_drilled(core, &machine, &machine.servers().collect::<Vec<_>>())?;
+    refuse_drilled(core, &machine)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("unprotect", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;

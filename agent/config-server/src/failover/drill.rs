@@ -165,9 +165,14 @@ pub fn cleanup(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
     })
 }
 
+/// As [`refuse_drilled_at`], wherever they run.
+pub fn refuse_drilled(core: &Core, machine: &Machine) -> Result<(), Failure> {
+    refuse_drilled_at(core, machine, &machine.servers().collect::<Vec<_>>())
+}
+
 /// What would lose its disk, at one of these, stays until its drills were ended. A process server that is away ends them itself
 /// when it starts, and holds up nobody when it never does.
-pub fn refuse_drilled(core: &Core, machine: &Machine, at: &[ServerId]) -> Result<(), Failure> {
+pub fn refuse_drilled_at(core: &Core, machine: &Machine, at: &[ServerId]) -> Result<(), Failure> {
     let mut servers = machine.drills.iter().map(|drill| drill.server(machine));
     if !servers.any(|server| at.contains(&server) && core.hub.is_connected(PeerId::ProcessServer(server))) {
         return Ok(());

@@ -17,7 +17,7 @@ use tidemark_proto::control::{
 };
 use uuid::Uuid;
 
-use super::drill::refuse_drilled;
+use super::drill::refuse_drilled_at;
 use super::failback::shutdown_limit;
 use super::state::{self, Failover, Kind, Loss, Phase};
 use super::{ask, no_description, not_understood, source};
@@ -238,7 +238,7 @@ async fn choose(core: &Core, machine: Machine, kind: Kind, request: &StartReques
         // Nobody would find them any more.
         let mut unplaced = chosen.clone().about(before);
         unplaced.drills.retain(|drill| drill.server.is_none());
-        refuse_drilled(core, &unplaced, &[before])?;
+        refuse_drilled_at(core, &unplaced, &[before])?;
     }
     Ok(chosen)
 }
