@@ -8,34 +8,50 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidemark_base::Clock;
+use tidemark_base::{Clock, Timestamp};
 use tidemark_proto::control::Severity;
+use tidemark_transport::PeerIdentity;
 
 use crate::core::Core;
 use crate::history::News;
-use crate::model::{Alert, Policy};
+use crate::model::{Alert, IdentityRecord, Machine, Policy, Standing, State};
 use crate::status::{self, Health};
 
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// A start is no alarm: agents and process servers need a moment to connect.
 const GRACE: Duration = Duration::from_secs(30);
+/// Nor is somebody else's: who comes back within this time was hardly away.
+const ABSENCE: Duration = Duration::from_secs(15);
 
 pub async fn watch(core: Arc<Core>) {
     let started = core.clock.monotonic_now();
+    let mut absent = BTreeMap::new();
     while tokio::time::timeout(LOOK_EVERY, core.stop.cancelled()).await.is_err() {
-        let is_settled = core.clock.monotonic_now() - started > GRACE;
+        let now = core.clock.monotonic_now();
+        let is_settled = now - started > GRACE;
         if let Err(failure) = crate::failover::elsewhere::watch(&core) {
             tracing::warn!(%failure, "that a machine arrived at its new home cannot be stored");
         }
-        let found = find(&core, is_settled);
+        let mut found = find(&core, is_settled);
+        absent.retain(|key, _| found.contains_key(key));
+        found.retain(|key, found| {
+            !found.is_absence || now.saturating_sub(*absent.entry(key.clone()).or_insert(now)) >= ABSENCE
+        });
+        let found = found.into_iter().map(|(key, found)| (key, found.alert)).collect();
         if let Err(failure) = take(&core, found) {
             tracing::warn!(%failure, "alerts cannot be stored");
         }
     }
 }
 
+struct Found {
+    alert: Alert,
+    /// Somebody is not there, and may be back in a moment.
+    is_absence: bool,
+}
+
 /// What is wrong now, by a key that stays the same while it lasts.
-fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Alert> {
+fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Found> {
     let now = core.clock.wall_now();
     let mut found = BTreeMap::new();
     let (state, statuses) = (core.store.state(), status::all_reported(core));
@@ -59,13 +75,61 @@ fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Alert> {
             };
             let told = blake3::hash(without_figures(&reason.message).as_bytes()).to_hex();
             let of = reason.of.map_or_else(String::new, |server| format!("/{server}"));
-            found.entry(format!("{}/{}/{}{of}", machine.id, reason.kind, &told[..16])).or_insert(alert);
+            let found_now = Found { alert, is_absence: reason.is_absence };
+            found.entry(format!("{}/{}/{}{of}", machine.id, reason.kind, &told[..16])).or_insert(found_now);
+        }
+        // What they said last still holds while they are not heard of: silence is not an all-clear.
+        if !machine.host.connected || machine.process_servers.iter().any(|server| !server.peer.connected) {
+            let of = format!("{}/problem/", machine.id);
+            for (key, alert) in state.alerts.range(of.clone()..).take_while(|(key, _)| key.starts_with(&of)) {
+                if alert.severity == Severity::Critical {
+                    let alert = alert.clone();
+                    found.entry(key.clone()).or_insert(Found { alert, is_absence: false });
+                }
+            }
         }
     }
+    let certain = |alert| Found { alert, is_absence: false };
     if let Some(alert) = core.backups.alert(&state) {
-        found.insert("configuration/backup".to_owned(), alert);
+        found.insert("configuration/backup".to_owned(), certain(alert));
+    }
+    for (uri, record) in &state.identities {
+        if let Ok(identity) = uri.parse()
+            && let Some(alert) = refused(&state, identity, record, now)
+        {
+            found.insert(format!("identity/{uri}"), certain(alert));
+        }
     }
     found
+}
+
+/// Of an identity that is refused while machines depend on it.
+fn refused(state: &State, identity: PeerIdentity, record: &IdentityRecord, now: Timestamp) -> Option<Alert> {
+    let (what, help) = match &record.standing {
+        Standing::Good => return None,
+        Standing::Fenced { .. } => (
+            "was used by two live processes, and both are refused",
+            "stop the copy, then `tidemark identity restore`, or register one of them again",
+        ),
+        Standing::Revoked { .. } => (
+            "was revoked",
+            "unprotect its machines or register it again; `tidemark identity restore` takes the revocation back",
+        ),
+    };
+    let depends = |machine: &&Machine| match identity {
+        PeerIdentity::Agent(host) => machine.host == host,
+        PeerIdentity::ProcessServer(server) => machine.servers().any(|of| of == server),
+        _ => false,
+    };
+    let machines: Vec<&str> = state.machines.values().filter(depends).map(|machine| machine.name.as_str()).collect();
+    (!machines.is_empty()).then(|| Alert {
+        severity: Severity::Critical,
+        kind: "identity_refused".to_owned(),
+        machine: None,
+        message: format!("{} {what}; not protected meanwhile: {}", record.name, machines.join(", ")),
+        help: help.to_owned(),
+        since: now,
+    })
 }
 
 /// Problems of one kind are told apart by their text without its figures, which change all the time.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use tidemark_base::{HostId, MachineId, ServerId, SystemClock};
+use tidemark_base::{Clock, HostId, MachineId, ServerId, SystemClock, Timestamp};
 use tidemark_proto::control::{AgentCommand, Failure, FailureKind, Reply, ServerCommand};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -41,6 +41,8 @@ pub struct Core {
     pub deliveries: Deliveries,
     pub stop: CancellationToken,
     pub clock: SystemClock,
+    /// When this process began to listen: nobody was heard of before.
+    pub started: Timestamp,
     /// How many peers were told everything that concerns them since they connected.
     pub settled_peers: watch::Sender<BTreeSet<PeerId>>,
     /// Grows whenever a side could not do what is wanted of it.
@@ -80,6 +82,7 @@ impl Core {
             deliveries: Deliveries::default(),
             stop: CancellationToken::new(),
             clock: SystemClock::new(),
+            started: SystemClock::new().wall_now(),
             settled_peers: watch::Sender::default(),
             failed: watch::Sender::default(),
             folder: OnceLock::new(),

@@ -682,16 +682,31 @@ pub fn pause_or_resume(core: &Arc<Core>, name: &str, pause: bool) -> Result<Job,
     let kind = if pause { "pause" } else { "resume" };
     core.jobs.clone().start(kind, Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;
-        let machine = core.store.change(|state| {
-            let machine = state.machines.get_mut(&name).ok_or_else(vanished)?;
-            refuse_without_source(machine)?;
-            machine.wanted = if pause { Wanted::Paused } else { Wanted::Protected };
-            Ok(machine.clone())
-        })?;
+        let want = |wanted: Wanted| {
+            core.store.change(|state| {
+                let machine = state.machines.get_mut(&name).ok_or_else(vanished)?;
+                refuse_without_source(machine)?;
+                let before = std::mem::replace(&mut machine.wanted, wanted);
+                Ok((machine.clone(), before))
+            })
+        };
+        let (machine, before) = want(if pause { Wanted::Paused } else { Wanted::Protected })?;
         progress.step("tell the agent");
         let command = if pause { AgentCommand::Pause(machine.id) } else { AgentCommand::Resume(machine.id) };
-        core.agent_does(machine.host, &command, QUICK).await?;
-        Ok(json!({ "machine": name }))
+        match core.agent_does(machine.host, &command, QUICK).await {
+            Ok(_) => Ok(json!({ "machine": name })),
+            // Not later, when nobody thinks of it any more: a machine must not be without protection unawares. An agent that
+            // did pause is told again when it is back.
+            Err(failure) if pause => {
+                want(before)?;
+                let help = format!("it was not paused and is not going to be; {}", failure.help);
+                Err(Failure { help, ..failure })
+            }
+            Err(failure) => {
+                let help = format!("it goes on as soon as the agent is back; {}", failure.help);
+                Err(Failure { help, ..failure })
+            }
+        }
     })
 }
 

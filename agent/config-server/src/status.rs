@@ -314,7 +314,7 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
         process_server: best.peer.clone(),
         server: best.server,
         process_servers: views.iter().map(|view| view.status(machine, is_agent_connected)).collect(),
-        rpo_seconds: best.rpo().map(|rpo| rpo.as_secs_f64()),
+        rpo_seconds: exposure(core, machine, best).map(|rpo| rpo.as_secs_f64()),
         pending_bytes: best.sum(|disk| disk.pending_bytes),
         written_bytes: best.sum(|disk| disk.written_bytes),
         sent_bytes: best.sum(|disk| disk.sent_bytes),
@@ -374,8 +374,9 @@ fn reasons(
     let now = core.clock.wall_now();
     let limit = Duration::from_secs(policy.alarm_no_contact_seconds);
     for (peer, what) in peers().zip(["agent"].into_iter().chain(std::iter::repeat("process server"))) {
-        let away = peer.since.filter(|_| !peer.connected).map(|since| now.saturating_since(since));
-        if away.is_some_and(|away| away > limit) {
+        // One that was never seen since we started may be away for longer than that; it is not known to have been.
+        let away = now.saturating_since(peer.since.unwrap_or(core.started));
+        if !peer.connected && away > limit {
             let message = format!("nothing was heard of {what} {} for longer than {} s", peer.name, limit.as_secs());
             let help = "check that its machine runs and reaches the configuration server";
             add(Health::Critical, "no_contact", message, help, true);
@@ -390,7 +391,17 @@ fn reasons(
             add(Health::Warning, "clock", message, "set the clock that is wrong; NTP on both does", false);
         }
     }
+    let rpo_limit = policy.alarm_rpo();
+    let exposed = exposure(core, machine, best).filter(|exposed| *exposed > rpo_limit);
     if !is_active {
+        if let Some(exposed) = exposed.filter(|_| state == State::Paused) {
+            let message = format!(
+                "replication is paused: what was written in the last {:.1} s would be lost, over the limit of {} s",
+                exposed.as_secs_f64(),
+                rpo_limit.as_secs()
+            );
+            add(Health::Warning, "rpo", message, "`tidemark resume` goes on; nothing is compared for it", false);
+        }
         return reasons;
     }
     for view in views.iter().filter(|_| policy.encryption == Encryption::AtRest) {
@@ -406,13 +417,17 @@ fn reasons(
         let help = "check the link and the process server's volume, raise the throttle, or replicate less often";
         add(Health::Warning, "missed_cycles", message, help, false);
     }
-    let rpo_limit = policy.alarm_rpo();
-    let rpo = sources.iter().flatten().filter_map(|disk| rpo(disk)).max().unwrap_or_default();
-    // While a scan runs there is no consistent replica yet, and no RPO to keep.
-    if state == State::Protected && rpo > rpo_limit {
-        let health = if rpo > rpo_limit * 4 { Health::Critical } else { Health::Warning };
-        let message = format!("the RPO is {:.1} s, over the limit of {} s", rpo.as_secs_f64(), rpo_limit.as_secs());
-        add(health, "rpo", message, "check the link and the process server's volume; see `tidemark status`", false);
+    // While a scan runs there is no consistent replica yet, and no RPO to keep. Whoever is not heard of keeps none either.
+    let has_rpo = matches!(state, State::Protected | State::Disconnected | State::Unknown | State::Failed);
+    if let Some(exposed) = exposed.filter(|_| has_rpo) {
+        let health = if exposed > rpo_limit * 4 { Health::Critical } else { Health::Warning };
+        let (seconds, limit) = (exposed.as_secs_f64(), rpo_limit.as_secs());
+        let message = match best.rpo() {
+            Some(_) => format!("the RPO is {seconds:.1} s, over the limit of {limit} s"),
+            None => format!("the RPO may be up to {seconds:.1} s, over the limit of {limit} s: the host does not say"),
+        };
+        let help = "check the host, the link and the process server's volume; see `tidemark status`";
+        add(health, "rpo", message, help, state == State::Unknown);
     }
     if let Some(limit) = policy.log_limit_bytes {
         for disk in sources.iter().flatten() {
@@ -429,6 +444,14 @@ fn reasons(
         others.for_each(|view| reasons.extend(view.reasons(rpo_limit, best)));
     }
     reasons
+}
+
+/// What a failover now would lose at most: as the host says, or where it says nothing, the age of what the replica holds.
+fn exposure(core: &Core, machine: &Machine, best: &View<'_>) -> Option<Duration> {
+    if machine.failover.is_some() {
+        return best.rpo();
+    }
+    best.rpo().or_else(|| best.age(core.clock.wall_now()))
 }
 
 fn state_of(machine: &Machine, sources: &[Option<&SourceDisk>], is_agent_connected: bool) -> State {

@@ -92,6 +92,15 @@ pub fn targets(to: &Path, disks: &[DiskId], format: ImageFormat) -> Result<Vec<P
     }
 }
 
+/// Whether images could be written there now: what is made for it goes again.
+pub fn try_targets(to: &Path, disks: &[DiskId]) -> Result<(), ExportError> {
+    for path in targets(to, disks, ImageFormat::Raw)? {
+        let partial = Partial::new(&path)?;
+        partial.folder.open(&partial.partial, OpenMode::Create).map_err(|error| partial.failed(error))?;
+    }
+    Ok(())
+}
+
 /// An image that was written.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Image {

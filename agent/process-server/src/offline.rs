@@ -23,7 +23,7 @@ use tidemark_proto::control::{Exported, ExportedFile, Failure, FailureKind, Imag
 use tidemark_transport::recovery::{RecoveryKey, verify_break_glass};
 
 use crate::accept::authorise::{Authorisation, Authorisations};
-use crate::export::{export_raw, targets};
+use crate::export::{export_raw, targets, try_targets};
 use crate::journal::Limits;
 use crate::points::PointSelector;
 use crate::replica::manifest::Manifest;
@@ -111,12 +111,14 @@ fn failed(error: &dyn std::error::Error, help: &str) -> Failure {
     Failure::from_error(FailureKind::Failed, error, help)
 }
 
-/// Takes a machine over at a point, under a new generation. The process server must not run. Blocks.
+/// Takes a machine over at a point, under a new generation. The process server must not run. Where its images are to go is
+/// tried before its old host is refused. Blocks.
 pub fn failover(
     folder: &Path,
     machine: Option<&str>,
     selector: PointSelector,
     without: &[DiskId],
+    to: Option<&Path>,
     key: &RecoveryKey,
 ) -> Result<FailedOver, Failure> {
     let Opened { storage, lock, set, failures, settings, machine } = open(folder, machine, key)?;
@@ -152,6 +154,10 @@ pub fn failover(
         let help = error.help();
         failed(&error, help)
     })?;
+    if let Some(to) = to {
+        let disks: Vec<DiskId> = place.cuts.iter().map(|(disk, _)| *disk).collect();
+        try_targets(to, &disks)?;
+    }
     let name = settings.get(&machine).map_or_else(|| machine.to_string(), |settings| settings.name.clone());
     let record = take_over(&set, &storage, machine, name, &place, key)?;
     drop(views);
@@ -272,17 +278,32 @@ fn choose(
         Some(wanted) => id.to_string() == wanted || name(id) == wanted,
         None => of_folder.is_none_or(|machine| machine == **id),
     };
-    match there.iter().filter(fits).collect::<Vec<_>>()[..] {
-        [machine] if of_folder.is_none_or(|of| of == *machine) => Ok(*machine),
-        _ => {
-            let names: Vec<String> = there.iter().map(name).collect();
-            Err(Failure::new(
-                FailureKind::BadRequest,
-                format!("which machine is to be failed over is not said; there are: {}", names.join(", ")),
-                "name one of them with --machine",
-            ))
-        }
-    }
+    // Also those that were unprotected and whose replica was kept: by name alone nobody tells them apart.
+    let described = |id: &MachineId| {
+        let bytes: u64 = set.of_machine(*id).iter().map(|replica| replica.disk_bytes()).sum();
+        let newest = set.points(*id).ok().and_then(|points| points.list().last().map(|point| point.time));
+        let newest = newest.map_or("no points".to_owned(), |time| format!("newest point {time}"));
+        format!("{} ({id}, {bytes} bytes, {newest})", name(id))
+    };
+    let described = |ids: &[MachineId]| ids.iter().map(described).collect::<Vec<_>>().join("; ");
+    let fitting: Vec<MachineId> = there.iter().filter(fits).copied().collect();
+    let (what, help) = match fitting[..] {
+        [machine] if of_folder.is_none_or(|of| of == machine) => return Ok(machine),
+        [] if wanted.is_some() => (
+            format!("there is no such machine here; there are: {}", described(&there)),
+            "name one of them with --machine",
+        ),
+        [_] => (
+            format!("the folder is of another machine; there are: {}", described(&there)),
+            "name the process server's own folder",
+        ),
+        [] => (format!("there is no replica of a machine here; there are: {}", described(&there)), "see the folder"),
+        _ => (
+            format!("several machines could be meant: {}", described(&fitting)),
+            "name one of them by its id: --machine ID",
+        ),
+    };
+    Err(Failure::new(FailureKind::BadRequest, what, help))
 }
 
 fn take_over(

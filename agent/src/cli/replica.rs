@@ -112,7 +112,8 @@ fn failover(args: FailoverArgs, output: &Output) -> Result<(), CliError> {
     let selector: PointSelector =
         args.point.parse().map_err(|error: PointError| CliError::new(error.to_string(), error.help()))?;
     let refused = |failure: Failure| CliError::new(failure.message, failure.help);
-    let done = offline::failover(&args.dir, args.machine.as_deref(), selector, &args.without, &key).map_err(refused)?;
+    let done = offline::failover(&args.dir, args.machine.as_deref(), selector, &args.without, args.to.as_deref(), &key)
+        .map_err(refused)?;
     let record = &done.record;
     let mut answer = json!({
         "machine": record.name,

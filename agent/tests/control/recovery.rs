@@ -163,7 +163,7 @@ async fn a_restored_server_lowers_no_generation_and_says_which_machine_was_faile
     // No configuration server is left: the machine is failed over with the recovery key.
     let root = whole.folder.path().join("process-server");
     let image = whole.top.path().join("recovered.raw");
-    let done = offline::failover(&root, Some("web"), PointSelector::Latest, &[], &whole.key).unwrap();
+    let done = offline::failover(&root, Some("web"), PointSelector::Latest, &[], None, &whole.key).unwrap();
     done.export(&image, &tidemark_base::stop::Stop::new()).unwrap();
     assert!(std::fs::read(&image).unwrap() == content);
     let generation = done.record.disks.values().next().unwrap().generation;

@@ -7,6 +7,7 @@
 //! then requests of operators are timed while reports come in; then the server is restarted and all come back. The server is
 //! a process of its own, whose memory is what is measured. `TIDEMARK_BIN` names the command.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Program, ExitCode, Stdio};
 use std::sync::Arc;
@@ -196,7 +197,7 @@ impl Server {
         };
         let found = (of("VmRSS:").ok_or("no VmRSS")?, of("VmHWM:").ok_or("no VmHWM")?);
         // 5: the peak begins anew.
-        std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5")?;
+        std::fs::File::create(format!("/proc/{}/clear_refs", self.child.id()))?.write_all(b"5")?;
         Ok(found)
     }
 

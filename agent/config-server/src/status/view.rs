@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidemark_base::ServerId;
+use tidemark_base::{ServerId, Timestamp};
 use tidemark_proto::control::{
     AgentReport, ReplicaDisk, ReplicaMachine, ServerReport, SourceDisk, SourceMode, SourceState,
 };
@@ -52,6 +52,15 @@ impl<'a> View<'a> {
             .map(|disk| rpo((*disk)?))
             .collect::<Option<Vec<_>>>()
             .map(|all| all.into_iter().max().unwrap_or_default())
+    }
+
+    /// How old the oldest of what its replicas hold is; none while one of them is not consistent.
+    pub fn age(&self, now: Timestamp) -> Option<Duration> {
+        let ages = self.replicas.iter().map(|replica| {
+            let time = replica.filter(|replica| replica.consistent)?.durable_time?;
+            Some(now.saturating_since(time))
+        });
+        ages.collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
     pub fn sum(&self, figure: fn(&SourceDisk) -> u64) -> u64 {

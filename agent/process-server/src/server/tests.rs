@@ -167,7 +167,8 @@ async fn without_a_configuration_server_the_recovery_key_takes_a_machine_over_an
     drop(host);
     let folder = site.folder.path().join("ps");
     let key = RecoveryKey::generate().unwrap();
-    let failover = |point: PointSelector, key: &RecoveryKey| offline::failover(&folder, Some("mail"), point, &[], key);
+    let failover =
+        |point: PointSelector, key: &RecoveryKey| offline::failover(&folder, Some("mail"), point, &[], None, key);
     let refused = failover(PointSelector::Latest, &key).err().unwrap();
     assert!(refused.message.contains("never told"), "{refused}");
     let backup = BackupPart {
@@ -184,8 +185,16 @@ async fn without_a_configuration_server_the_recovery_key_takes_a_machine_over_an
     site.server.stop().await;
     let refused = failover(PointSelector::Latest, &RecoveryKey::generate().unwrap()).err().unwrap();
     assert!(refused.message.contains("not that of this installation"), "{refused}");
-    let refused = offline::failover(&folder, Some("nobody"), PointSelector::Latest, &[], &key).err().unwrap();
-    assert!(refused.message.contains("mail"), "it says which there are: {refused}");
+    let refused = offline::failover(&folder, Some("nobody"), PointSelector::Latest, &[], None, &key).err().unwrap();
+    assert!(refused.message.contains("no such machine"), "{refused}");
+    assert!(refused.message.contains(&format!("mail ({}", site.machine)), "it says which there are: {refused}");
+    let nowhere = site.folder.path().join("no/folder.raw");
+    let there = site.folder.path().join("there.raw");
+    std::fs::write(&there, b"somebody's").unwrap();
+    for to in [&nowhere, &there] {
+        let tried = offline::failover(&folder, Some("mail"), PointSelector::Latest, &[], Some(to), &key);
+        assert!(tried.err().unwrap().message.contains(to.to_str().unwrap()), "it cannot be written");
+    }
     // Nothing of that changed anything.
     site.server = Site::start_server(folder.clone(), &site.identity).await;
     drop(site.host(disk).await);
@@ -193,7 +202,7 @@ async fn without_a_configuration_server_the_recovery_key_takes_a_machine_over_an
 
     // By the folder of its one disk, and to the older point.
     let of_disk = folder.join("replicas").join(disk.to_string());
-    let done = offline::failover(&of_disk, None, PointSelector::Id(mark.id), &[], &key).unwrap();
+    let done = offline::failover(&of_disk, None, PointSelector::Id(mark.id), &[], None, &key).unwrap();
     assert_eq!(done.record.disks[&disk].generation, Generation(2));
     let image = site.folder.path().join("failed-over.raw");
     done.export(&image, &tidemark_base::stop::Stop::new()).unwrap();
@@ -746,7 +755,7 @@ async fn half_a_machine_is_failed_over_offline_only_where_that_is_said_and_what_
         std::fs::File::options().write(true).open(path).unwrap().set_len(7).unwrap();
     }
     let failover = |without: &[DiskId], key: &RecoveryKey| {
-        offline::failover(&folder, Some("mail"), PointSelector::Latest, without, key)
+        offline::failover(&folder, Some("mail"), PointSelector::Latest, without, None, key)
     };
     let refused = failover(&[], &key).err().unwrap();
     let named = refused.message.contains(&two.to_string()) && refused.help.contains("--without-disk");
