@@ -12,6 +12,7 @@ mod failover;
 mod files;
 mod groups;
 mod hyperv;
+mod images;
 mod interval;
 mod logs;
 mod marks;

@@ -52,6 +52,32 @@ pub trait RemoteDisk: Send + Sync {
     fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)>;
 }
 
+/// One of several writes that go to a disk together.
+#[derive(Clone, Copy, Debug)]
+pub struct DiskWrite<'a> {
+    pub offset: u64,
+    pub data: &'a [u8],
+    pub durability: Durability,
+}
+
+/// A disk inside a file of a format that another program reads and writes for us.
+///
+/// *Crash.* What was changed when a call returned is kept as a plain file's content is: it outlives the end of this process, and of
+/// that program, however they end.
+pub trait ImageDisk: Disk {
+    /// Writes that do not overlap; each gets a result.
+    fn write_many(&self, writes: &[DiskWrite<'_>], results: &mut [io::Result<()>]);
+
+    /// As [`FileDisk::has_failed_to_sync`].
+    fn has_failed_to_sync(&self) -> bool;
+
+    /// How often that program ended and was started again.
+    fn restarts(&self) -> u64;
+
+    /// That program ends. When this returns nobody of ours touches the file any more, and later calls fail.
+    fn close(&self) -> io::Result<()>;
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     #[error("disk {path} does not exist")]
@@ -113,7 +139,7 @@ pub struct DiskIdentity {
     pub data_write_guid: Option<[u8; 16]>,
 }
 
-/// A raw disk image or a block device of this machine; or what another program reads for us, which proves as little of itself as a block device.
+/// A raw disk image or a block device of this machine; what is inside an image of another format; or what another program reads for us, which proves as little of itself as a block device.
 pub struct FileDisk {
     file: File,
     path: PathBuf,
@@ -122,8 +148,60 @@ pub struct FileDisk {
     is_observed: bool,
     flush_failed: AtomicBool,
     remote: Option<Arc<dyn RemoteDisk>>,
+    image: Option<Image>,
     #[cfg(feature = "simulation")]
     simulated: Option<Arc<dyn crate::seam::SimulatedDisk>>,
+}
+
+/// What is inside the file.
+struct Image {
+    disk: Arc<dyn ImageDisk>,
+    locked: LockedFile,
+    closed: AtomicBool,
+}
+
+/// A file that holds a disk of another format, locked as a disk itself is: others are kept out for as long as anybody has the
+/// file open that it was locked by, a child that inherits it included.
+pub struct LockedFile {
+    file: Arc<File>,
+    path: PathBuf,
+    /// Files that its content lies on; they are read alone.
+    below: Vec<PathBuf>,
+    /// As it was found, before anybody opened what is inside.
+    found: DiskIdentity,
+}
+
+impl LockedFile {
+    pub fn open(path: &Path) -> Result<Self, DiskError> {
+        let (file, is_block_device) = open_file(path, Access::Exclusive)?;
+        if is_block_device {
+            return Err(DiskError::Kind { path: path.to_owned() });
+        }
+        let found = times_of(&file, false).map_err(|source| DiskError::Open { path: path.to_owned(), source })?;
+        Ok(Self { file: Arc::new(file), path: path.to_owned(), below: Vec::new(), found })
+    }
+
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Its content lies on these as well: when one of them changes, it changes. Told before anybody opens what is inside.
+    pub fn lies_on(&mut self, below: Vec<PathBuf>) -> Result<(), DiskError> {
+        self.below = below;
+        self.found = self.identity().map_err(|source| DiskError::Open { path: self.path.clone(), source })?;
+        Ok(())
+    }
+
+    /// Its newest times are those of all its files.
+    fn identity(&self) -> io::Result<DiskIdentity> {
+        let mut all = times_of(&self.file, false)?;
+        for path in &self.below {
+            let one = times_of(&File::open(path)?, false)?;
+            all.changed_ns = all.changed_ns.max(one.changed_ns);
+            all.modified_ns = all.modified_ns.max(one.modified_ns);
+        }
+        Ok(all)
+    }
 }
 
 /// Lets the simulated disk behind a [`FileDisk`] do it, if that is what it is.
@@ -153,48 +231,11 @@ impl FileDisk {
                 is_observed: false,
                 flush_failed,
                 remote: None,
+                image: None,
                 simulated: Some(disk),
             });
         }
-        let is_block_device = match std::fs::metadata(path) {
-            Ok(metadata) if metadata.file_type().is_block_device() => true,
-            Ok(metadata) if metadata.is_file() => false,
-            Ok(_) => return Err(DiskError::Kind { path: named() }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(DiskError::Absent { path: named() }),
-            Err(source) => return Err(DiskError::Open { path: named(), source }),
-        };
-        // Before we are a writer ourselves.
-        if access == Access::Exclusive && !is_block_device && (is_behind_loop(path) || is_open_for_writing(path)) {
-            return Err(DiskError::InUse { path: named() });
-        }
-        let mut options = OpenOptions::new();
-        options.read(true).write(access == Access::Exclusive);
-        if is_block_device && access == Access::Exclusive {
-            options.custom_flags(libc::O_EXCL);
-        }
-        if access == Access::Observe && is_block_device {
-            options.custom_flags(libc::O_DIRECT);
-        }
-        let file = options.open(path).map_err(|source| match source.raw_os_error() {
-            Some(libc::EBUSY) => DiskError::InUse { path: named() },
-            Some(libc::EROFS | libc::EACCES | libc::EPERM) if access == Access::Exclusive => {
-                DiskError::ReadOnly { path: named() }
-            }
-            _ => DiskError::Open { path: named(), source },
-        })?;
-        // The system opens a read-only device for writing all the same, and fails each write.
-        if access == Access::Exclusive
-            && is_block_device
-            && is_read_only_device(&file).map_err(|source| DiskError::Open { path: named(), source })?
-        {
-            return Err(DiskError::ReadOnly { path: named() });
-        }
-        if access == Access::Exclusive && !is_block_device {
-            lock_image(&file).map_err(|source| match source.raw_os_error() {
-                Some(libc::EAGAIN | libc::EACCES) => DiskError::InUse { path: named() },
-                _ => DiskError::Open { path: named(), source },
-            })?;
-        }
+        let (file, is_block_device) = open_file(path, access)?;
         let bytes = size_of(&file, is_block_device).map_err(|source| DiskError::Open { path: named(), source })?;
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskError::OddSize { path: named(), bytes });
@@ -207,6 +248,7 @@ impl FileDisk {
             is_observed: access == Access::Observe,
             flush_failed: AtomicBool::new(false),
             remote: None,
+            image: None,
             #[cfg(feature = "simulation")]
             simulated: None,
         })
@@ -224,9 +266,48 @@ impl FileDisk {
             is_observed: true,
             flush_failed: AtomicBool::new(false),
             remote: Some(remote),
+            image: None,
             #[cfg(feature = "simulation")]
             simulated: None,
         })
+    }
+
+    /// What is inside a locked file, which `image` has open.
+    pub fn inside(locked: LockedFile, image: Arc<dyn ImageDisk>) -> Result<Self, DiskError> {
+        let path = locked.path.clone();
+        let bytes = image.bytes();
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(DiskError::OddSize { path, bytes });
+        }
+        Ok(Self {
+            file: locked.file.try_clone().map_err(|source| DiskError::Open { path: path.clone(), source })?,
+            path,
+            bytes,
+            is_block_device: false,
+            is_observed: false,
+            flush_failed: AtomicBool::new(false),
+            remote: None,
+            image: Some(Image { disk: image, locked, closed: AtomicBool::new(false) }),
+            #[cfg(feature = "simulation")]
+            simulated: None,
+        })
+    }
+
+    /// What is inside of the file, where the file is not the disk itself.
+    pub fn image(&self) -> Option<&dyn ImageDisk> {
+        self.image.as_ref().map(|image| &*image.disk)
+    }
+
+    /// Nothing is written to it any more: its content and its times are on the media when this returns, and stay as they are.
+    pub fn finish(&self) -> io::Result<()> {
+        if self.is_observed {
+            return Ok(());
+        }
+        if let Some(image) = &self.image {
+            image.disk.close()?;
+            image.closed.store(true, Ordering::Release);
+        }
+        self.file.sync_all()
     }
 
     pub fn path(&self) -> &Path {
@@ -241,6 +322,10 @@ impl FileDisk {
         }
         if let Some(remote) = &self.remote {
             return remote.current_bytes();
+        }
+        if self.image.is_some() {
+            // Whoever would change it is kept out.
+            return Ok(self.bytes);
         }
         size_of(&self.file, self.is_block_device)
     }
@@ -262,18 +347,15 @@ impl FileDisk {
                 data_write_guid,
             });
         }
-        let metadata = self.file.metadata()?;
-        let ns = |seconds: i64, nanoseconds: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
-        Ok(DiskIdentity {
-            device: if self.is_block_device { metadata.rdev() } else { metadata.dev() },
-            inode: metadata.ino(),
-            bytes: self.current_bytes()?,
-            changed_ns: ns(metadata.ctime(), metadata.ctime_nsec()),
-            modified_ns: ns(metadata.mtime(), metadata.mtime_nsec()),
-            born_ns: metadata.created().ok().map(|time| i128::from(crate::Timestamp::from_system(time).0)),
-            is_block_device: self.is_block_device,
-            data_write_guid: None,
-        })
+        if let Some(image) = &self.image {
+            // Opening it may change the file, and that says nothing of who did so before.
+            let identity = match image.closed.load(Ordering::Acquire) {
+                true => image.locked.identity()?,
+                false => image.locked.found.clone(),
+            };
+            return Ok(DiskIdentity { bytes: self.bytes, ..identity });
+        }
+        times_of(&self.file, self.is_block_device)
     }
 
     pub fn is_block_device(&self) -> bool {
@@ -315,11 +397,14 @@ impl FileDisk {
 
     /// Whether what was written before may never reach the medium: see [`Disk::flush`].
     pub fn has_failed_to_sync(&self) -> bool {
-        self.flush_failed.load(Ordering::Acquire)
+        self.flush_failed.load(Ordering::Acquire) || self.image().is_some_and(|image| image.has_failed_to_sync())
     }
 
     fn sync_data(&self) -> io::Result<()> {
         simulated!(self, flush());
+        if let Some(image) = self.image() {
+            return image.flush();
+        }
         self.file.sync_data()
     }
 
@@ -348,6 +433,67 @@ impl Flattened for Vec<AlignedBlock> {
         // SAFETY: the blocks lie back to back, have no padding, and any bytes are valid in them.
         unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast::<u8>(), bytes) }
     }
+}
+
+/// Opens a file or device, and locks it where it is to be written.
+fn open_file(path: &Path, access: Access) -> Result<(File, bool), DiskError> {
+    let named = || path.to_owned();
+    let is_block_device = match std::fs::metadata(path) {
+        Ok(metadata) if metadata.file_type().is_block_device() => true,
+        Ok(metadata) if metadata.is_file() => false,
+        Ok(_) => return Err(DiskError::Kind { path: named() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(DiskError::Absent { path: named() }),
+        Err(source) => return Err(DiskError::Open { path: named(), source }),
+    };
+    // Before we are a writer ourselves.
+    if access == Access::Exclusive && !is_block_device && (is_behind_loop(path) || is_open_for_writing(path)) {
+        return Err(DiskError::InUse { path: named() });
+    }
+    let mut options = OpenOptions::new();
+    options.read(true).write(access == Access::Exclusive);
+    if is_block_device && access == Access::Exclusive {
+        options.custom_flags(libc::O_EXCL);
+    }
+    if access == Access::Observe && is_block_device {
+        options.custom_flags(libc::O_DIRECT);
+    }
+    let file = options.open(path).map_err(|source| match source.raw_os_error() {
+        Some(libc::EBUSY) => DiskError::InUse { path: named() },
+        Some(libc::EROFS | libc::EACCES | libc::EPERM) if access == Access::Exclusive => {
+            DiskError::ReadOnly { path: named() }
+        }
+        _ => DiskError::Open { path: named(), source },
+    })?;
+    // The system opens a read-only device for writing all the same, and fails each write.
+    if access == Access::Exclusive
+        && is_block_device
+        && is_read_only_device(&file).map_err(|source| DiskError::Open { path: named(), source })?
+    {
+        return Err(DiskError::ReadOnly { path: named() });
+    }
+    if access == Access::Exclusive && !is_block_device {
+        lock_image(&file).map_err(|source| match source.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => DiskError::InUse { path: named() },
+            _ => DiskError::Open { path: named(), source },
+        })?;
+    }
+    Ok((file, is_block_device))
+}
+
+/// Which file it is, and when it changed last.
+fn times_of(file: &File, is_block_device: bool) -> io::Result<DiskIdentity> {
+    let metadata = file.metadata()?;
+    let ns = |seconds: i64, nanoseconds: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
+    Ok(DiskIdentity {
+        device: if is_block_device { metadata.rdev() } else { metadata.dev() },
+        inode: metadata.ino(),
+        bytes: size_of(file, is_block_device)?,
+        changed_ns: ns(metadata.ctime(), metadata.ctime_nsec()),
+        modified_ns: ns(metadata.mtime(), metadata.mtime_nsec()),
+        born_ns: metadata.created().ok().map(|time| i128::from(crate::Timestamp::from_system(time).0)),
+        is_block_device,
+        data_write_guid: None,
+    })
 }
 
 fn size_of(file: &File, is_block_device: bool) -> io::Result<u64> {
@@ -460,6 +606,9 @@ impl Disk for FileDisk {
         if let Some(remote) = &self.remote {
             return remote.read_at(offset, buffer);
         }
+        if let Some(image) = self.image() {
+            return image.read_at(offset, buffer);
+        }
         if self.is_observed {
             return self.read_past_cache(offset, buffer);
         }
@@ -477,6 +626,9 @@ impl Disk for FileDisk {
                 self.flush_failed.store(true, Ordering::Release);
             }
             return result;
+        }
+        if let Some(image) = self.image() {
+            return image.write_at(offset, data, durability);
         }
         if durability == Durability::Cached {
             return self.file.write_all_at(data, offset);
@@ -520,6 +672,9 @@ impl Disk for FileDisk {
             disk.zero(extent, discard, Durability::Cached)?;
             return self.make_durable(durability);
         }
+        if let Some(image) = self.image() {
+            return image.zero(extent, discard, durability);
+        }
         let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let flags = if discard {
             FallocateFlags::FALLOC_FL_PUNCH_HOLE | keep
@@ -556,6 +711,9 @@ impl Disk for FileDisk {
         simulated!(self, allocation(offset));
         if let Some(remote) = &self.remote {
             return remote.allocation(offset);
+        }
+        if let Some(image) = self.image() {
+            return image.allocation(offset);
         }
         if self.is_block_device {
             return Ok((self.bytes - offset, Allocation::Data));

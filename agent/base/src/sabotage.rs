@@ -41,6 +41,9 @@ pub const NAMES: [&str; 19] = [
     "epoch-scan",
     // A barrier over machines lets their writes go on before it is released.
     "group-hold",
+    // A write to a block of an image that was not written to before is acknowledged while only the program that has the image
+    // open knows where the block is.
+    "image-settle",
 ];
 
 /// Whether this safeguard is taken out. The choice is per thread, as simulations are.

@@ -92,7 +92,7 @@ pub struct Attached {
 /// next attach decides at least as much. After 6: this session stands, not clean.
 pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
     let disk = Arc::new(match &request.tracker {
-        None => FileDisk::open(&request.path, Access::Exclusive)?,
+        None => crate::capture::images::open(&request.path)?,
         Some(tracker) => match tracker.reader() {
             None => FileDisk::open(&request.path, Access::Observe)?,
             Some(reader) => FileDisk::through(&request.path, reader)?,

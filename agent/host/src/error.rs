@@ -11,6 +11,7 @@ use tidemark_proto::control::{Failure, FailureKind};
 use tidemark_qemu::QemuError;
 use tidemark_transport::ExportTlsError;
 
+use crate::capture::images::DiskImageError;
 use crate::freeze::FreezeError;
 
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +40,8 @@ pub enum HostError {
     Unsettled { disk: DiskId, frozen: bool },
     #[error("the agent's state in {state} lies on disk {path} itself")]
     StateOnDisk { path: PathBuf, state: PathBuf },
+    #[error(transparent)]
+    Image(#[from] crate::capture::images::DiskImageError),
     #[error(transparent)]
     Tracker(#[from] tidemark_bpf::TrackerError),
     #[error(transparent)]
@@ -120,6 +123,7 @@ impl HostError {
             HostError::StateOnDisk { .. } => {
                 "keep the agent's state on another disk (`state-folder`): it must go on while this one is frozen".into()
             }
+            HostError::Image(error) => error.help().into(),
             HostError::Tracker(error) => error.help().into(),
             HostError::Import(error) => error.help().into(),
             HostError::Qemu(error) => error.help().into(),
@@ -169,7 +173,15 @@ impl HostError {
             | HostError::StateOnDisk { .. }
             | HostError::NotHeld { .. }
             | HostError::OtherDisks { .. } => FailureKind::Conflict,
-            HostError::Disk(_) | HostError::DuplicateDisk { .. } | HostError::NoName { .. } => FailureKind::BadRequest,
+            HostError::Image(
+                DiskImageError::Ambiguous { .. }
+                | DiskImageError::Misnamed { .. }
+                | DiskImageError::Refused { .. }
+                | DiskImageError::Below { .. },
+            )
+            | HostError::Disk(_)
+            | HostError::DuplicateDisk { .. }
+            | HostError::NoName { .. } => FailureKind::BadRequest,
             HostError::Tracker(tidemark_bpf::TrackerError::Device(_))
             | HostError::OneDisk { .. }
             | HostError::Qemu(

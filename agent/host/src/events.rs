@@ -97,6 +97,8 @@ kinds! {
     IntentBitmapLost = "intent_bitmap_lost",
     SyncFailed = "sync_failed",
     WriteFailed = "write_failed",
+    /// The program that has a disk image open ended; another one goes on.
+    ImageReopened = "image_reopened",
     MarksFailed = "marks_failed",
     /// A barrier of a group was not released in time: writes were let go on, and the marks are of each machine alone.
     BarrierMissed = "barrier_missed",

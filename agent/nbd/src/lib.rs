@@ -9,7 +9,7 @@
 //! * [`address`]: how clients are told where an export is.
 //! * [`remote`]: a listener of its own for clients elsewhere.
 //! * [`client`]: a blocking client with pipelined writes.
-//! * [`qemu`]: images of other formats, through `qemu-nbd`.
+//! * [`qemu`]: images of other formats, through `qemu-nbd`; [`image`]: one as a disk that a guest writes to.
 //!
 //! The numbers and layouts are those of the protocol's specification (NetworkBlockDevice/nbd, `doc/proto.md`). Extended
 //! headers, RESIZE, CACHE and metadata contexts other than `base:allocation` are not offered; clients do without.
@@ -18,6 +18,7 @@ pub mod address;
 pub mod client;
 pub mod disk;
 pub mod export;
+pub mod image;
 pub mod limits;
 pub mod qemu;
 pub mod remote;

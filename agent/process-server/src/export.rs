@@ -84,7 +84,7 @@ impl From<ExportError> for Failure {
 /// Where each disk's image goes: `to` itself for one disk, or files named by disk in the folder `to`.
 pub fn targets(to: &Path, disks: &[DiskId], format: ImageFormat) -> Result<Vec<PathBuf>, ExportError> {
     if to.is_dir() {
-        return Ok(disks.iter().map(|disk| to.join(format!("{disk}.{}", format.name()))).collect());
+        return Ok(disks.iter().map(|disk| to.join(format!("{disk}.{}", format.ending()))).collect());
     }
     match disks {
         [_] => Ok(vec![to.to_owned()]),
@@ -210,14 +210,6 @@ pub fn export_raw(disk: &dyn Disk, path: &Path, stop: &Stop) -> Result<Image, Ex
     Ok(Image { path: path.to_owned(), bytes })
 }
 
-/// A VHD's geometry would round the size up; its host takes any size.
-fn qemu_options(format: ImageFormat) -> &'static [&'static str] {
-    match format {
-        ImageFormat::Vhd => &["-o", "force_size=on"],
-        _ => &[],
-    }
-}
-
 /// Has `qemu-img` copy what is served at `nbd` into an image of its formats.
 pub async fn export_with_qemu(
     qemu_img: &Path,
@@ -228,7 +220,7 @@ pub async fn export_with_qemu(
     let partial = Partial::new(path)?;
     let output = Command::new(qemu_img)
         .args(["convert", "-f", "raw", "-t", "writeback", "-O", format.qemu_name()])
-        .args(qemu_options(format))
+        .args(format.qemu_options().into_iter().flat_map(|options| ["-o", options]))
         .arg(nbd)
         .arg(partial.partial_path())
         .env("LC_ALL", "C")

@@ -455,7 +455,7 @@ pub struct RoleArgs {
 pub struct ProtectArgs {
     /// The machine's name from now on.
     pub name: String,
-    /// A raw disk image or a block device.
+    /// A disk image or a block device. What a file is its name says: .qcow2, .vhdx, .vhd and .vmdk are images of that format, others plain disks.
     #[arg(long = "disk", value_name = "PATH", required = true, num_args = 1..)]
     pub disks: Vec<PathBuf>,
     /// The host that has the disks; needed where there is more than one.

@@ -416,42 +416,85 @@ impl FromStr for ServeId {
     }
 }
 
+/// A file that holds a disk: QEMU's name of the format, and which of its kinds is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum ImageFormat {
     Raw,
     Qcow2,
     Vhdx,
+    /// All of its room is taken from the beginning.
+    VhdxFixed,
     Vhd,
+    /// The disk and a footer: the one kind of VHD that Azure takes.
+    VhdFixed,
+    /// One file that grows.
     Vmdk,
+    /// Compressed, to be read from its beginning to its end: what VMware imports, alone or in an OVF package.
+    VmdkStream,
 }
 
 impl ImageFormat {
-    pub const ALL: [ImageFormat; 5] =
-        [ImageFormat::Raw, ImageFormat::Qcow2, ImageFormat::Vhdx, ImageFormat::Vhd, ImageFormat::Vmdk];
+    pub const ALL: [ImageFormat; 8] = [
+        ImageFormat::Raw,
+        ImageFormat::Qcow2,
+        ImageFormat::Vhdx,
+        ImageFormat::VhdxFixed,
+        ImageFormat::Vhd,
+        ImageFormat::VhdFixed,
+        ImageFormat::Vmdk,
+        ImageFormat::VmdkStream,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
+            ImageFormat::VhdxFixed => "vhdx-fixed",
+            ImageFormat::VhdFixed => "vhd-fixed",
+            ImageFormat::VmdkStream => "vmdk-stream",
+            other => other.ending(),
+        }
+    }
+
+    /// Of a file's name.
+    pub fn ending(self) -> &'static str {
+        match self {
             ImageFormat::Raw => "raw",
             ImageFormat::Qcow2 => "qcow2",
-            ImageFormat::Vhdx => "vhdx",
-            ImageFormat::Vhd => "vhd",
-            ImageFormat::Vmdk => "vmdk",
+            ImageFormat::Vhdx | ImageFormat::VhdxFixed => "vhdx",
+            ImageFormat::Vhd | ImageFormat::VhdFixed => "vhd",
+            ImageFormat::Vmdk | ImageFormat::VmdkStream => "vmdk",
         }
     }
 
     /// As QEMU's programs call it.
     pub fn qemu_name(self) -> &'static str {
         match self {
-            ImageFormat::Vhd => "vpc",
-            other => other.name(),
+            ImageFormat::Vhd | ImageFormat::VhdFixed => "vpc",
+            other => other.ending(),
+        }
+    }
+
+    /// What QEMU's programs are told when they make one.
+    pub fn qemu_options(self) -> Option<&'static str> {
+        match self {
+            ImageFormat::Raw | ImageFormat::Qcow2 | ImageFormat::Vhdx | ImageFormat::Vmdk => None,
+            ImageFormat::VhdxFixed => Some("subformat=fixed"),
+            // A VHD's geometry would round the size up; its host takes any size.
+            ImageFormat::Vhd => Some("force_size=on"),
+            ImageFormat::VhdFixed => Some("subformat=fixed,force_size=on"),
+            // Its importers know no IDE disk of this kind.
+            ImageFormat::VmdkStream => Some("subformat=streamOptimized,adapter_type=lsilogic"),
         }
     }
 
     /// What a file's name says. Its content never decides: a guest writes the beginning of a raw image.
     pub fn of_name(path: &Path) -> Self {
-        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_ascii_lowercase();
-        match ending.as_str() {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_ascii_lowercase();
+        // Beside its descriptor, which names it: the disk itself and nothing else.
+        if name.ends_with("-flat.vmdk") {
+            return ImageFormat::Raw;
+        }
+        match Path::new(&name).extension().and_then(|ending| ending.to_str()).unwrap_or_default() {
             "vhdx" | "avhdx" => ImageFormat::Vhdx,
             "vhd" | "avhd" | "vpc" => ImageFormat::Vhd,
             "qcow2" => ImageFormat::Qcow2,
@@ -465,10 +508,10 @@ impl FromStr for ImageFormat {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Self::ALL
-            .into_iter()
-            .find(|format| format.name() == text)
-            .ok_or_else(|| format!("{text:?} is no image format: raw, qcow2, vhdx, vhd or vmdk"))
+        Self::ALL.into_iter().find(|format| format.name() == text).ok_or_else(|| {
+            let known = Self::ALL.map(Self::name).join(", ");
+            format!("{text:?} is no image format: {known}")
+        })
     }
 }
 

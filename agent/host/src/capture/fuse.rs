@@ -10,7 +10,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tidemark_base::disk::{Access, Disk, FileDisk};
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_fuse::{FuseError, FuseFile};
 
@@ -70,7 +69,7 @@ fn close(file: Option<FuseFile>) -> Result<(), FuseError> {
 impl CaptureProvider for FuseSplitter {
     fn probe(&self, path: &Path, _state: &Path) -> Result<u64, HostError> {
         tidemark_fuse::probe()?;
-        Ok(FileDisk::open(path, Access::Exclusive)?.bytes())
+        super::images::probe(path)
     }
 
     fn attach(&self, name: &str, disk: &Arc<ProtectedDisk>) -> io::Result<Address> {

@@ -8,6 +8,7 @@ pub mod bpf;
 pub mod freezer;
 pub mod fuse;
 pub mod hrl;
+pub mod images;
 pub mod in_flight;
 pub mod nbd;
 pub mod qemu;
@@ -19,7 +20,6 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tidemark_base::disk::{Access, Disk, FileDisk};
 use tidemark_base::{DiskId, MachineId};
 
 use crate::error::HostError;
@@ -46,7 +46,7 @@ pub trait CaptureProvider: Send + Sync {
     /// Whether the disk could be protected in this way, and its size. Nothing is changed. `state` is the folder of the agent's
     /// state, which must not lie on a disk that a tracker may freeze.
     fn probe(&self, path: &Path, _state: &Path) -> Result<u64, HostError> {
-        Ok(FileDisk::open(path, Access::Exclusive)?.bytes())
+        images::probe(path)
     }
 
     /// Begins to track the disk, or goes on: before it is attached, so that what it missed is found by the attach. `None`: it is

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tidemark_base::Extent;
-use tidemark_base::disk::{Allocation, Disk, Durability};
+use tidemark_base::disk::{Allocation, Disk, DiskWrite, Durability};
 use tidemark_hrl::{Append, DataHash};
 use tidemark_nbd::{CachedReader, Export, WriteRequest};
 
@@ -25,7 +25,8 @@ use crate::source::RECORD_BYTES_MAX;
 /// A protected disk as its guest sees it.
 pub struct Splitter {
     disk: Arc<ProtectedDisk>,
-    reader: CachedReader,
+    /// `None`: the file is not the disk itself.
+    reader: Option<CachedReader>,
 }
 
 /// Buffers of one thread that live on from batch to batch.
@@ -42,7 +43,10 @@ thread_local! {
 
 impl Splitter {
     pub fn new(disk: Arc<ProtectedDisk>) -> io::Result<Self> {
-        let reader = CachedReader::new(disk.disk.file().as_fd())?;
+        let reader = match disk.disk.image() {
+            None => Some(CachedReader::new(disk.disk.file().as_fd())?),
+            Some(_) => None,
+        };
         Ok(Self { disk, reader })
     }
 
@@ -61,9 +65,19 @@ impl Splitter {
         hashes.clear();
         let mut records = recycle(std::mem::take(appends));
         let mut bytes = 0;
+        let durability = |write: &WriteRequest<'_>| if write.fua { Durability::Durable } else { Durability::Cached };
+        let image = disk.disk.image();
+        if let Some(image) = image {
+            let together: Vec<DiskWrite<'_>> = writes
+                .iter()
+                .map(|write| DiskWrite { offset: write.offset, data: write.data, durability: durability(write) })
+                .collect();
+            image.write_many(&together, results);
+        }
         for (write, result) in writes.iter().zip(results.iter_mut()) {
-            let durability = if write.fua { Durability::Durable } else { Durability::Cached };
-            *result = disk.disk.write_at(write.offset, write.data, durability);
+            if image.is_none() {
+                *result = disk.disk.write_at(write.offset, write.data, durability(write));
+            }
             super::gap("written");
             match result {
                 Ok(()) => {
@@ -126,19 +140,20 @@ impl Export for Splitter {
     }
 
     fn zeroes_fast(&self) -> bool {
-        !self.disk.disk.is_block_device()
+        !self.disk.disk.is_block_device() && self.disk.disk.image().is_none()
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Option<io::Result<()>> {
-        self.reader.try_read(offset, buffer)
+        self.reader.as_ref()?.try_read(offset, buffer)
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.disk.disk.read_at(offset, buffer)
     }
 
+    /// Those to an image wait for the program that has it open.
     fn writes_inline(&self) -> bool {
-        true
+        self.disk.disk.image().is_none()
     }
 
     fn write_batch(&self, writes: &[WriteRequest<'_>], results: &mut [io::Result<()>]) {
@@ -188,7 +203,7 @@ impl Export for Splitter {
     /// Changes no content, so nothing is logged; but the file's times, which must stay explained as those of a write.
     fn allocate(&self, extent: Extent) -> io::Result<()> {
         let disk = &*self.disk;
-        if disk.disk.is_block_device() {
+        if disk.disk.is_block_device() || disk.disk.image().is_some() {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
         let extents = [extent];

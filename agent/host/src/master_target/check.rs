@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use tidemark_base::storage::{OpenMode, RealStorage};
 use tidemark_base::{DiskId, MachineId};
 use tidemark_proto::control::{Failure, FailureKind, Via};
 use tidemark_proto::failback::{NewDisk, Obstacle};
@@ -143,14 +142,9 @@ pub fn make(disk: &NewDisk) -> Result<(), Failure> {
     if path.exists() {
         return if disk.fresh { refuse_filled(path, disk.bytes) } else { Ok(()) };
     }
-    let (folder, name) = place_of(disk)?;
-    let storage = RealStorage::open_folder(folder);
-    let made = storage.open(name, OpenMode::OpenOrCreate).and_then(|file| {
-        file.set_bytes(disk.bytes)?;
-        file.sync()?;
-        storage.sync_folder("")
-    });
-    made.map_err(|error| refuse(format!("disk {} cannot be made: {error}", disk.path), "see the system's message"))
+    place_of(disk)?;
+    crate::capture::images::make(path, disk.bytes)
+        .map_err(|error| refuse(format!("disk {} cannot be made: {error}", disk.path), &error.help()))
 }
 
 /// An empty file of the disk's size is what an attempt that was cut off left.

@@ -27,6 +27,8 @@ pub(crate) struct Keeper {
     /// When the last completed sync began, and how many writes had ended by then.
     synced: Tick,
     synced_writes: Option<u64>,
+    /// Of the program that has an image open.
+    restarts: u64,
 }
 
 impl ProtectedDisk {
@@ -34,6 +36,7 @@ impl ProtectedDisk {
     /// returns to the log when it can.
     pub fn tick(&self) {
         self.watch_size();
+        self.watch_image();
         self.store_owed();
         self.sync_and_clear();
         self.make_room();
@@ -76,6 +79,20 @@ impl ProtectedDisk {
                 format!("disk {} cannot be examined: {error}", self.path.display()),
                 "check the medium",
             ),
+        }
+    }
+
+    /// The program that has an image open ended, and nothing was lost by that; but it should not.
+    fn watch_image(&self) {
+        let Some(restarts) = self.disk.image().map(|image| image.restarts()) else { return };
+        let before = std::mem::replace(&mut self.keeper.lock().expect("no panic while held").restarts, restarts);
+        if restarts > before {
+            let message = format!(
+                "the program that has image {} open ended and was started again; the disk went on, nothing of it is lost",
+                self.path.display()
+            );
+            let help = "find out why it ended: the agent's log has what it said, the system's whether it was killed for want of memory";
+            self.events.publish(Severity::Warning, EventKind::ImageReopened, message, help);
         }
     }
 
@@ -284,9 +301,7 @@ impl ProtectedDisk {
         let _changing = self.changing_epoch.lock().expect("no panic while held");
         self.flush()?;
         // With its times: they are the proof.
-        if !self.disk.is_observed() {
-            self.disk.file().sync_all()?;
-        }
+        self.disk.finish()?;
         let is_logging = self.log.is_logging();
         let position = match self.log.close() {
             Ok(position) => position,

@@ -183,7 +183,7 @@ pub(super) const SEEDS: std::ops::Range<u64> = 1..3;
 // ── the NBD splitter, through its socket ──
 
 #[derive(Default)]
-struct Nbd {
+pub(super) struct Nbd {
     running: Option<(NbdSplitter, Client)>,
 }
 
@@ -226,7 +226,7 @@ fn the_nbd_splitter_conforms() {
 // ── the FUSE splitter, through its file ──
 
 #[derive(Default)]
-struct Fuse {
+pub(super) struct Fuse {
     running: Option<(FuseSplitter, File)>,
 }
 

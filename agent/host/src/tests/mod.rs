@@ -8,6 +8,7 @@ pub mod gaps;
 mod growth;
 mod host;
 mod hyperv;
+mod images;
 mod limits;
 mod marks;
 mod master_target;

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use tidemark_base::sabotage::choose;
 
-use super::{barrier, gaps, marks, power, scenarios};
+use super::{barrier, gaps, images, marks, power, scenarios};
 
 /// Runs `test` without a safeguard, on a thread of its own; it must fail.
 fn fails_without(safeguard: &'static str, test: impl FnOnce() + Send) {
@@ -41,6 +41,11 @@ fn a_block_waits_for_the_records_that_its_read_saw() {
     process_fails_without("scan-wait", COMPARES);
     const CUT_OUT: &str = "send::tests::scans::a_delayed_read_never_undoes_a_write_that_left_before_it";
     process_fails_without("scan-cut-out", CUT_OUT);
+}
+
+#[test]
+fn what_a_write_allocated_is_written_down() {
+    fails_without("image-settle", images::a_killed_program_loses_nothing);
 }
 
 fn some_lives() {

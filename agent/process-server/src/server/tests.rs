@@ -398,11 +398,13 @@ async fn images_of_other_formats_hold_the_same() {
     site.protect(&[disk]).await;
     let (_host, first, _) = site.replicated(disk).await;
     for format in ImageFormat::ALL.into_iter().filter(|format| *format != ImageFormat::Raw) {
-        let path = site.folder.path().join(format!("image.{}", format.name()));
+        let path = site.folder.path().join(format.name()).with_extension(format.ending());
         let to = path.display().to_string();
         site.server.export(site.machine, Selector::Latest, &to, format).await.unwrap();
         let raw = site.folder.path().join("back.raw");
-        let converted = Command::new("qemu-img").args(["convert", "-O", "raw"]).arg(&path).arg(&raw).output().unwrap();
+        let mut convert = Command::new("qemu-img");
+        convert.args(["convert", "-f", format.qemu_name(), "-O", "raw"]).arg(&path).arg(&raw);
+        let converted = convert.output().unwrap();
         assert!(converted.status.success(), "{}", String::from_utf8_lossy(&converted.stderr));
         assert!(std::fs::read(raw).unwrap() == first, "{}", format.name());
     }
