@@ -126,7 +126,7 @@ fn exports_are_images_that_qemu_reads() {
         // One of VHD: QEMU takes the size from its geometry unless it is told otherwise, and so would a hypervisor.
         let bytes = std::fs::metadata(source).unwrap().len();
         let info = tools::run("qemu-img", &["info", "--output=json", "-f", qemu, exported]);
-        let info: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap();
         assert_eq!(info["virtual-size"], bytes, "{format}");
         match format {
             "vmdk-stream" => {

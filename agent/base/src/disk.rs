@@ -185,9 +185,12 @@ impl LockedFile {
         &self.file
     }
 
-    /// Its content lies on these as well: when one of them changes, it changes. Told before anybody opens what is inside.
+    /// Its content lies on these as well: when one of them changes, it changes. Told before anybody opens what is inside. They
+    /// are synced: no flush of the disk reaches them.
     pub fn lies_on(&mut self, below: Vec<PathBuf>) -> Result<(), DiskError> {
         self.below = below;
+        let sync = || -> io::Result<()> { self.below.iter().try_for_each(|path| File::open(path)?.sync_data()) };
+        sync().map_err(|source| DiskError::Open { path: self.path.clone(), source })?;
         self.found = self.identity().map_err(|source| DiskError::Open { path: self.path.clone(), source })?;
         Ok(())
     }

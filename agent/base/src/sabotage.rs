@@ -2,7 +2,7 @@
 //! part of a release). Without the feature every question here is answered with a constant *no*.
 
 /// Every safeguard that can be taken out.
-pub const NAMES: [&str; 19] = [
+pub const NAMES: [&str; 20] = [
     // The replica's journal is not synced before an acknowledgement leaves.
     "journal-sync",
     // Chunks are believed, as they come and as they are read back.

@@ -384,7 +384,10 @@ impl Disk for QemuImage {
         if self.has_failed_to_sync() {
             return Err(failed_flush());
         }
-        self.ask(|client| self.flush_by(client))
+        self.ask(|client| self.flush_by(client))?;
+        // A program that was started since passes no flush on before it wrote something itself: what the one before it wrote
+        // would stay in the page cache.
+        self.opening.locked.sync_data().inspect_err(|_| self.flush_failed.store(true, Ordering::Release))
     }
 
     fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)> {

@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::json;
-use tidemark_base::disk::{Access, Disk, DiskError, FileDisk, LockedFile};
 use tidemark_base::MarkId;
+use tidemark_base::disk::{Access, Disk, DiskError, FileDisk, LockedFile};
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::{OpenMode, RealStorage, Storage};
 use tidemark_base::time::Instant;
@@ -168,11 +168,7 @@ pub fn make(path: &Path, bytes: u64) -> Result<(), HostError> {
     let format = ImageFormat::of_name(path);
     if format == ImageFormat::Raw {
         let file = storage.open(name, OpenMode::Create).map_err(failed)?;
-        return file
-            .set_bytes(bytes)
-            .and_then(|()| file.sync())
-            .and_then(|()| storage.sync_folder(""))
-            .map_err(failed);
+        return file.set_bytes(bytes).and_then(|()| file.sync()).and_then(|()| storage.sync_folder("")).map_err(failed);
     }
     // Under its name there is a whole image or none: what was cut off is no image.
     let partial = format!(".{name}.{}.partial", MarkId::random());
