@@ -21,7 +21,7 @@ use serde_json::json;
 use tidemark_base::MarkId;
 use tidemark_base::disk::{Access, Disk, DiskError, FileDisk, LockedFile};
 use tidemark_base::stop::Stop;
-use tidemark_base::storage::{OpenMode, RealStorage, Storage};
+use tidemark_base::storage::{OpenMode, RealStorage};
 use tidemark_base::time::Instant;
 use tidemark_nbd::image::{Opening, QemuImage};
 use tidemark_nbd::qemu::QemuNbdError;
