@@ -2,7 +2,7 @@
 //! part of a release). Without the feature every question here is answered with a constant *no*.
 
 /// Every safeguard that can be taken out.
-pub const NAMES: [&str; 20] = [
+pub const NAMES: [&str; 21] = [
     // The replica's journal is not synced before an acknowledgement leaves.
     "journal-sync",
     // Chunks are believed, as they come and as they are read back.
@@ -41,6 +41,8 @@ pub const NAMES: [&str; 20] = [
     "epoch-scan",
     // A barrier over machines lets their writes go on before it is released.
     "group-hold",
+    // What home disks held before a failback is not synced before they are written to.
+    "undo-sync",
     // A write to a block of an image that was not written to before is acknowledged while only the program that has the image
     // open knows where the block is.
     "image-settle",

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use tidemark_base::storage::RealStorage;
 use tidemark_base::{DiskId, MachineId};
 use tidemark_proto::control::{Failure, FailureKind, Via};
 use tidemark_proto::failback::{NewDisk, Obstacle};
