@@ -12,6 +12,7 @@ pub mod error;
 pub mod extent;
 pub mod ids;
 pub mod meter;
+mod platform;
 pub mod position;
 pub mod random;
 pub mod sabotage;

@@ -11,13 +11,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::fcntl::FallocateFlags;
+use crate::platform;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum OpenMode {
@@ -171,8 +169,7 @@ pub fn create_private_folder(path: &Path) -> io::Result<()> {
     if let Some(world) = crate::seam::current() {
         return world.create_folder(path);
     }
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+    platform::create_private_folder(path)
 }
 
 /// The path without links and relative parts. In a simulation there are none.
@@ -213,7 +210,8 @@ impl Storage for RealStorage {
     fn open(&self, name: &str, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>> {
         let path = self.resolve(name)?;
         let mut options = OpenOptions::new();
-        options.read(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        options.read(true);
+        platform::open_private(&mut options);
         match mode {
             OpenMode::Read => {}
             OpenMode::ReadWrite => {
@@ -270,12 +268,11 @@ impl Storage for RealStorage {
 
     fn sync_folder(&self, folder: &str) -> io::Result<()> {
         let path = self.resolve(folder)?;
-        with_path(File::open(&path).and_then(|file| file.sync_all()), &path)
+        with_path(platform::sync_folder(&path), &path)
     }
 
     fn available_bytes(&self) -> io::Result<u64> {
-        let stat = nix::sys::statvfs::statvfs(&self.root)?;
-        Ok(stat.blocks_available() as u64 * stat.fragment_size() as u64)
+        platform::available_bytes(&self.root)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -300,23 +297,16 @@ impl RealFile {
         }
         Ok(())
     }
-
-    fn fallocate(&self, flags: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
-        with_path(
-            nix::fcntl::fallocate(&self.file, flags, offset as i64, length as i64).map_err(io::Error::from),
-            &self.path,
-        )
-    }
 }
 
 impl StorageFile for RealFile {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        with_path(self.file.read_exact_at(buffer, offset), &self.path)
+        with_path(platform::read_exact_at(&self.file, buffer, offset), &self.path)
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.check_latch()?;
-        with_path(self.file.write_all_at(data, offset), &self.path)
+        with_path(platform::write_all_at(&self.file, data, offset), &self.path)
     }
 
     fn write_vectored_at(&self, offset: u64, data: &[IoSlice<'_>]) -> io::Result<()> {
@@ -343,17 +333,17 @@ impl StorageFile for RealFile {
     }
 
     fn allocated_bytes(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.blocks() * 512)
+        platform::allocated_bytes(&self.file)
     }
 
     fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
         self.check_latch()?;
-        self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, length)
+        with_path(platform::punch_hole(&self.file, offset, length), &self.path)
     }
 
     fn reserve(&self, offset: u64, length: u64) -> io::Result<()> {
         self.check_latch()?;
-        self.fallocate(FallocateFlags::empty(), offset, length)
+        with_path(platform::reserve(&self.file, offset, length), &self.path)
     }
 
     fn as_file(&self) -> Option<&File> {
@@ -361,50 +351,9 @@ impl StorageFile for RealFile {
     }
 }
 
-/// `pwritev` until everything is written. At most [`VECTORS_MAX`] slices go into one call.
-pub fn write_all_vectored_at(file: &File, mut offset: u64, slices: &[IoSlice<'_>]) -> io::Result<()> {
-    for group in slices.chunks(VECTORS_MAX) {
-        let total: usize = group.iter().map(|slice| slice.len()).sum();
-        let mut written = 0;
-        while written < total {
-            // SAFETY: `IoSlice` has the layout of `iovec`; the slices outlive the call, which only reads them.
-            let result = if written == 0 {
-                unsafe { libc::pwritev(file.as_raw_fd(), group.as_ptr().cast(), group.len() as i32, offset as i64) }
-            } else {
-                let (index, skip) = find(group, written);
-                let rest = &group[index][skip..];
-                unsafe {
-                    libc::pwrite(file.as_raw_fd(), rest.as_ptr().cast(), rest.len(), (offset + written as u64) as i64)
-                }
-            };
-            match result {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                count if count > 0 => written += count as usize,
-                _ => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return Err(error);
-                    }
-                }
-            }
-        }
-        offset += total as u64;
-    }
-    Ok(())
-}
-
-/// Linux takes at most this many buffers in one call (`IOV_MAX`).
-const VECTORS_MAX: usize = 1024;
-
-/// The slice that holds byte `at` of the group, and where in it.
-fn find(group: &[IoSlice<'_>], mut at: usize) -> (usize, usize) {
-    for (index, slice) in group.iter().enumerate() {
-        if at < slice.len() {
-            return (index, at);
-        }
-        at -= slice.len();
-    }
-    unreachable!("a place past the end of the group")
+/// Writes the buffers one after another until everything is written.
+pub fn write_all_vectored_at(file: &File, offset: u64, slices: &[IoSlice<'_>]) -> io::Result<()> {
+    platform::write_all_vectored_at(file, offset, slices)
 }
 
 #[cfg(test)]
@@ -424,6 +373,7 @@ mod tests {
         }
     }
 
+    #[cfg(unix)]
     #[test]
     fn a_link_is_not_followed() {
         let folder = tempfile::tempdir().unwrap();

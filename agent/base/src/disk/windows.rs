@@ -1,0 +1,166 @@
+//! Disks of a Windows host: files alone. What a Hyper-V host's disks are is read from its VHDX and `.hrl` files; the raw copy that
+//! its logs are replayed onto is such a file.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::windows::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{Access, Allocation, Disk, DiskError, DiskIdentity, Durability};
+use crate::platform;
+use crate::{Extent, SECTOR_BYTES};
+
+const SHARE_READ: u32 = 1;
+const SHARE_ALL: u32 = 7;
+const ERROR_ACCESS_DENIED: i32 = 5;
+const ERROR_WRITE_PROTECT: i32 = 19;
+const ERROR_SHARING_VIOLATION: i32 = 32;
+const ERROR_LOCK_VIOLATION: i32 = 33;
+
+/// A raw disk image.
+pub struct FileDisk {
+    file: File,
+    path: PathBuf,
+    bytes: u64,
+    flush_failed: AtomicBool,
+}
+
+impl FileDisk {
+    /// Who writes to it shares it with readers alone: others cannot open it to write, and it cannot be opened to be written while they
+    /// have it open so.
+    pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
+        let named = || path.to_owned();
+        match std::fs::metadata(path) {
+            Ok(metadata) if metadata.is_file() => {}
+            Ok(_) => return Err(DiskError::Kind { path: named() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(DiskError::Absent { path: named() }),
+            Err(source) => return Err(DiskError::Open { path: named(), source }),
+        }
+        let is_writer = access == Access::Exclusive;
+        let mut options = OpenOptions::new();
+        options.read(true).write(is_writer).share_mode(if is_writer { SHARE_READ } else { SHARE_ALL });
+        let file = options.open(path).map_err(|source| match source.raw_os_error() {
+            Some(ERROR_SHARING_VIOLATION | ERROR_LOCK_VIOLATION) => DiskError::InUse { path: named() },
+            Some(ERROR_ACCESS_DENIED | ERROR_WRITE_PROTECT) if is_writer => DiskError::ReadOnly { path: named() },
+            _ => DiskError::Open { path: named(), source },
+        })?;
+        let bytes = file.metadata().map_err(|source| DiskError::Open { path: named(), source })?.len();
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(DiskError::OddSize { path: named(), bytes });
+        }
+        Ok(Self { file, path: named(), bytes, flush_failed: AtomicBool::new(false) })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The size as the system says it now; differs from [`Disk::bytes`] once someone resized the disk.
+    pub fn current_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    pub fn identity(&self) -> io::Result<DiskIdentity> {
+        platform::identity(&self.file)
+    }
+
+    pub fn is_block_device(&self) -> bool {
+        false
+    }
+
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether what was written before may never reach the medium: see [`Disk::flush`].
+    pub fn has_failed_to_sync(&self) -> bool {
+        self.flush_failed.load(Ordering::Acquire)
+    }
+
+    fn make_durable(&self, durability: Durability) -> io::Result<()> {
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Durable => self.flush(),
+        }
+    }
+}
+
+impl Disk for FileDisk {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        platform::read_exact_at(&self.file, buffer, offset)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> io::Result<()> {
+        platform::write_all_at(&self.file, data, offset)?;
+        self.make_durable(durability)
+    }
+
+    fn zero(&self, extent: Extent, _discard: bool, durability: Durability) -> io::Result<()> {
+        platform::zero(&self.file, extent.offset, extent.length)?;
+        self.make_durable(durability)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.has_failed_to_sync() {
+            return Err(io::Error::other("an earlier flush failed"));
+        }
+        self.file.sync_data().inspect_err(|_| self.flush_failed.store(true, Ordering::Release))
+    }
+
+    fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)> {
+        platform::allocation(&self.file, offset, self.bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_writer_is_kept_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        assert!(matches!(FileDisk::open(&path, Access::Read), Err(DiskError::Absent { .. })));
+        File::create(&path).unwrap().set_len(4096).unwrap();
+        let first = FileDisk::open(&path, Access::Exclusive).unwrap();
+        assert!(matches!(FileDisk::open(&path, Access::Exclusive), Err(DiskError::InUse { .. })));
+        assert!(File::options().write(true).open(&path).is_err());
+        FileDisk::open(&path, Access::Read).unwrap();
+        drop(first);
+        FileDisk::open(&path, Access::Exclusive).unwrap();
+    }
+
+    #[test]
+    fn what_is_written_and_zeroed_is_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let disk = FileDisk::open(&path, Access::Exclusive).unwrap();
+        let before = disk.identity().unwrap();
+        assert_eq!((before.bytes, &before), (1 << 20, &disk.identity().unwrap()));
+        disk.write_at(4096, &[7; 8192], Durability::Durable).unwrap();
+        disk.zero(Extent::new(8192, 512), true, Durability::Cached).unwrap();
+        disk.flush().unwrap();
+        let mut read = vec![1; 1 << 20];
+        disk.read_at(0, &mut read).unwrap();
+        let mut expected = vec![0; 1 << 20];
+        expected[4096..12288].fill(7);
+        expected[8192..8704].fill(0);
+        assert!(read == expected);
+        let (mut at, mut data) = (0, 0);
+        while at < disk.bytes() {
+            let (length, kind) = disk.allocation(at).unwrap();
+            let run = &expected[at as usize..(at + length) as usize];
+            assert!(length > 0 && (kind == Allocation::Data || run.iter().all(|byte| *byte == 0)));
+            data += if kind == Allocation::Data { length } else { 0 };
+            at += length;
+        }
+        assert!(at == disk.bytes() && data >= 8192 - 512);
+        assert_eq!(disk.read_at((1 << 20) - 10, &mut [0; 11]).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+}
