@@ -23,3 +23,4 @@ mod replicate;
 mod reprotect;
 mod taken;
 mod tracked;
+mod vsphere;

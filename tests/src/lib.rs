@@ -13,6 +13,7 @@
 //! * [`net`]: networks of a test's own, and a proxy that misbehaves.
 //! * [`tools`]: programs that a test needs; a test without them says `SKIPPED` and why.
 //! * [`trace`]: system calls that fail, or that a process does not survive.
+//! * [`vcenter`]: a vCenter with a machine whose disks are files.
 //! * [`wait`]: waiting for a condition with a limit.
 //! * [`workload`]: what a workload does with its protected disk.
 //! * [`writelog`]: what a block device may hold after a power cut.
@@ -29,6 +30,7 @@ pub mod process;
 pub mod site;
 pub mod tools;
 pub mod trace;
+pub mod vcenter;
 pub mod wait;
 pub mod workload;
 pub mod writelog;

@@ -24,7 +24,7 @@ use crate::groups;
 use crate::hub::{PeerId, unexpected};
 use crate::jobs::{Job, Progress};
 use crate::model::{DEFAULT_POLICY, Encryption, Machine, MachineDisk, State, Wanted};
-use crate::names::{bad_request, check_name, check_path};
+use crate::names::{bad_request, check_disk, check_name};
 use crate::status::{self, CLOCK_OFF_SECONDS_MAX, ProcessServerStatus};
 
 /// Between two looks at how far a resync is.
@@ -57,8 +57,9 @@ pub struct ProtectRequest {
     #[serde(default)]
     pub listen: Option<String>,
     /// How changes are captured: `nbd` (the workload writes through the agent), `fuse` (the same, as to a file), `bpf` (block
-    /// devices, the kernel tells what changed), `hrl` (VHDX and VHD disks of Hyper-V, by the logs that it keeps beside them) or
-    /// `qemu` (disks of a machine that runs under QEMU: images, or SOCKET/NODE). Absent: as before, or `nbd`.
+    /// devices, the kernel tells what changed), `hrl` (VHDX and VHD disks of Hyper-V, by the logs that it keeps beside them),
+    /// `qemu` (disks of a machine that runs under QEMU: images, or SOCKET/NODE) or `vsphere` (disks of a machine on VMware:
+    /// vsphere:CONNECTION/MACHINE/DISK). Absent: as before, or `nbd`.
     #[serde(default)]
     pub via: Option<String>,
     /// Of `disks`, those that are left out.
@@ -91,7 +92,10 @@ impl ProtectRequest {
         let Some(name) = self.via.as_deref() else { return Ok(None) };
         let unknown = || {
             let shown: String = name.chars().take(200).collect();
-            bad_request(format!("{shown:?} is no way to capture changes"), "name `nbd`, `bpf`, `fuse`, `hrl` or `qemu`")
+            bad_request(
+                format!("{shown:?} is no way to capture changes"),
+                "name `nbd`, `bpf`, `fuse`, `hrl`, `qemu` or `vsphere`",
+            )
         };
         Via::named(name).map(Some).ok_or_else(unknown)
     }
@@ -789,7 +793,7 @@ pub fn cancel_resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
 
 /// Each is a path, and is named once.
 pub fn check_disks(paths: &[String]) -> Result<(), Failure> {
-    paths.iter().try_for_each(|path| check_path(path))?;
+    paths.iter().try_for_each(|path| check_disk(path))?;
     let mut seen = BTreeSet::new();
     match paths.iter().find(|path| !seen.insert(path.as_str())) {
         Some(twice) => Err(bad_request(format!("disk {twice} is named twice"), "name each disk once")),

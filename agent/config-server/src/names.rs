@@ -62,16 +62,26 @@ pub fn check_label(label: &str) -> Result<(), Failure> {
     Ok(())
 }
 
+/// A disk on another machine: a path there, or one of a machine in a vCenter, which lies in no folder.
+pub fn check_disk(path: &str) -> Result<(), Failure> {
+    if path.starts_with("vsphere:") { check_length(path) } else { check_path(path) }
+}
+
 /// A path on another machine: absolute, and of a length that a system takes.
 pub fn check_path(path: &str) -> Result<(), Failure> {
+    check_length(path)?;
+    if !path.starts_with('/') {
+        return Err(bad_request(format!("{path:?} is no absolute path"), "name the disk by its full path on its host"));
+    }
+    Ok(())
+}
+
+fn check_length(path: &str) -> Result<(), Failure> {
     if path.len() > PATH_BYTES_MAX || path.contains('\0') {
         return Err(bad_request(
             format!("a path of {} bytes is not possible", path.len()),
             format!("name a path of at most {PATH_BYTES_MAX} bytes"),
         ));
-    }
-    if !path.starts_with('/') {
-        return Err(bad_request(format!("{path:?} is no absolute path"), "name the disk by its full path on its host"));
     }
     Ok(())
 }

@@ -10,6 +10,7 @@ use tidemark_nbd::ListenError;
 use tidemark_proto::control::{Failure, FailureKind};
 use tidemark_qemu::QemuError;
 use tidemark_transport::ExportTlsError;
+use tidemark_vsphere::VsphereError;
 
 use crate::capture::images::DiskImageError;
 use crate::freeze::FreezeError;
@@ -52,7 +53,9 @@ pub enum HostError {
     Replaying { disk: DiskId },
     #[error(transparent)]
     Qemu(#[from] tidemark_qemu::QemuError),
-    #[error("no mark can be made: QEMU made no instant of the machine's disks")]
+    #[error(transparent)]
+    Vsphere(#[from] VsphereError),
+    #[error("no mark can be made: the hypervisor made no instant of the machine's disks")]
     Instant { source: io::Error },
     #[error(transparent)]
     File(#[from] tidemark_fuse::FuseError),
@@ -127,9 +130,12 @@ impl HostError {
             HostError::Tracker(error) => error.help().into(),
             HostError::Import(error) => error.help().into(),
             HostError::Qemu(error) => error.help().into(),
+            HostError::Vsphere(error) => error.help(),
             HostError::Instant { source } => {
-                let of_qemu = source.get_ref().and_then(|inner| inner.downcast_ref::<tidemark_qemu::QemuError>());
-                of_qemu.map_or("see the system's message", |error| error.help()).into()
+                let inner = source.get_ref();
+                let of_qemu = inner.and_then(|inner| inner.downcast_ref::<QemuError>()).map(|error| error.help().to_owned());
+                let of_vsphere = inner.and_then(|inner| inner.downcast_ref::<VsphereError>()).map(VsphereError::help);
+                of_qemu.or(of_vsphere).unwrap_or_else(|| "see the system's message".into())
             }
             HostError::OneDisk { .. } => "protect each disk as a machine of its own: marks are made where its host switches logs".into(),
             HostError::Replaying { .. } => "wait until its host closed the next log and that was replayed".into(),
@@ -192,6 +198,7 @@ impl HostError {
                 | QemuError::OddSize { .. }
                 | QemuError::TwoMachines { .. },
             ) => FailureKind::BadRequest,
+            HostError::Vsphere(error) if error.is_a_wrong_question() => FailureKind::BadRequest,
             HostError::Busy { .. }
             | HostError::Unsettled { .. }
             | HostError::Replaying { .. }

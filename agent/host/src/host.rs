@@ -33,6 +33,7 @@ use crate::capture::fuse::FuseSplitter;
 use crate::capture::hrl::HrlImporter;
 use crate::capture::nbd::NbdSplitter;
 use crate::capture::qemu::QemuTracker;
+use crate::capture::vsphere::VsphereTracker;
 use crate::error::HostError;
 use crate::events::{EventKind, Events, News, Severity};
 use crate::freeze::{Freezer, ScriptFreezer};
@@ -169,6 +170,8 @@ struct Shared {
     importer: Arc<dyn CaptureProvider>,
     /// The one that asks running QEMUs.
     machines_of_qemu: Arc<dyn CaptureProvider>,
+    /// The one that asks vCenters.
+    machines_of_vsphere: Arc<dyn CaptureProvider>,
     workers: Arc<Workers>,
     session: SessionId,
     storage: Arc<dyn Storage>,
@@ -214,6 +217,7 @@ impl Host {
         let files = Arc::new(FuseSplitter::new(&config.run_folder, &config.allowed_uids));
         let importer = Arc::new(HrlImporter::new(&config.state_folder));
         let machines_of_qemu = Arc::new(QemuTracker::new(&config.state_folder));
+        let machines_of_vsphere = Arc::new(VsphereTracker::new(&config.state_folder));
         let shared = Arc::new(Shared {
             config,
             splitter: provider,
@@ -221,6 +225,7 @@ impl Host {
             files,
             importer,
             machines_of_qemu,
+            machines_of_vsphere,
             workers,
             session: SessionId::random(),
             storage,
@@ -516,6 +521,7 @@ impl Shared {
             Via::Fuse => &self.files,
             Via::Hrl => &self.importer,
             Via::Qemu => &self.machines_of_qemu,
+            Via::Vsphere => &self.machines_of_vsphere,
         }
     }
 

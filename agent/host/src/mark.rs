@@ -227,7 +227,8 @@ impl Marker {
 
     /// By a policy: nobody vouches for applications that nothing makes quiet.
     pub fn mark_app_unasked(&self) -> Result<MarkOutcome, HostError> {
-        if self.freezer.as_ref().is_some_and(|freezer| freezer.is_set_up(&self.name)) {
+        let is_made_quiet = self.all().iter().any(|disk| self.is_made_quiet(disk));
+        if is_made_quiet || self.freezer.as_ref().is_some_and(|freezer| freezer.is_set_up(&self.name)) {
             return self.mark(Consistency::Application, "", true);
         }
         Err(self.not_quiet(FreezeError::NotConfigured { machine: self.name.clone() }))
@@ -235,6 +236,12 @@ impl Marker {
 
     fn not_quiet(&self, source: FreezeError) -> HostError {
         HostError::Freeze { machine: self.name.clone(), source }
+    }
+
+    /// Its hypervisor does it, with the instant.
+    fn is_made_quiet(&self, disk: &ProtectedDisk) -> bool {
+        let instants = disk.tracker().and_then(|tracker| tracker.instants());
+        instants.is_some_and(|instants| self.is_made_quiet_by(&*instants))
     }
 
     fn mark_of(
@@ -246,6 +253,7 @@ impl Marker {
         let disks = which(self);
         let frozen = match asked.consistency {
             Consistency::Crash => None,
+            Consistency::Application if disks.iter().any(|disk| self.is_made_quiet(disk)) => None,
             Consistency::Application => {
                 let not_configured = || FreezeError::NotConfigured { machine: self.name.clone() };
                 let freezer = self.freezer.as_ref().ok_or_else(|| self.not_quiet(not_configured()))?;
@@ -535,7 +543,7 @@ impl Barrier for Marker {
                 | HostError::Scanning { disk, .. }
                 | HostError::Replaying { disk },
             ) => Err(SourceError::Busy { disk }),
-            // Its QEMU is away, or is busy with something else.
+            // Its hypervisor is away, or is busy with something else.
             Err(HostError::Instant { source }) => {
                 let disk = self.all().first().map(|disk| disk.identity.disk).unwrap_or_else(DiskId::random);
                 tracing::debug!(machine = %self.name, error = %source, "no instant was made");

@@ -499,6 +499,8 @@ pub enum Via {
     Hrl,
     /// The machine goes on as it is, under QEMU: DISK is its image, or its QMP socket and a node (/run/web.qmp/drive0).
     Qemu,
+    /// The machine goes on as it is, on VMware vSphere: DISK is vsphere:CONNECTION/MACHINE/DISK (vsphere:lab/DC0/vm/web/scsi0:0).
+    Vsphere,
 }
 
 #[derive(Args)]

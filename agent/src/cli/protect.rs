@@ -27,6 +27,7 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
             Via::Fuse => "fuse",
             Via::Hrl => "hrl",
             Via::Qemu => "qemu",
+            Via::Vsphere => "vsphere",
         }),
         "exclude": exclude,
         "check_only": args.check,
@@ -163,8 +164,12 @@ pub async fn process_server(client: &Client, verb: ProcessServerOfVerb, output: 
 
 /// As the server must be told it: it is not where we are.
 pub fn full_path(path: &Path) -> Result<String, CliError> {
-    let full = std::path::absolute(path)
-        .map_err(|error| CliError::new(format!("{path:?} is no path: {error}"), "name a file, or a folder"))?;
+    // The disk of a machine in a vCenter lies in no folder.
+    let full = match path.as_os_str().as_encoded_bytes().starts_with(b"vsphere:") {
+        true => path.to_owned(),
+        false => std::path::absolute(path)
+            .map_err(|error| CliError::new(format!("{path:?} is no path: {error}"), "name a file, or a folder"))?,
+    };
     full.into_os_string().into_string().map_err(|path| {
         CliError::new(format!("the path {path:?} is not UTF-8"), "rename it, or name it by a link with a plain name")
     })

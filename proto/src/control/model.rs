@@ -193,10 +193,12 @@ pub enum Via {
     Hrl,
     /// QEMU's dirty bitmaps tell which blocks of a running machine's disks change.
     Qemu,
+    /// VMware's changed-block tracking tells which blocks of a machine's disks change.
+    Vsphere,
 }
 
 impl Via {
-    pub const ALL: [Via; 5] = [Via::Nbd, Via::Bpf, Via::Fuse, Via::Hrl, Via::Qemu];
+    pub const ALL: [Via; 6] = [Via::Nbd, Via::Bpf, Via::Fuse, Via::Hrl, Via::Qemu, Via::Vsphere];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -205,6 +207,7 @@ impl Via {
             Via::Fuse => "fuse",
             Via::Hrl => "hrl",
             Via::Qemu => "qemu",
+            Via::Vsphere => "vsphere",
         }
     }
 

@@ -14,6 +14,7 @@ pub mod nbd;
 pub mod qemu;
 pub mod splitter;
 pub mod tracker;
+pub mod vsphere;
 
 use std::io;
 use std::net::SocketAddr;

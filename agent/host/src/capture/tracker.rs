@@ -53,6 +53,11 @@ pub trait Tracker: Send + Sync {
     fn instants(&self) -> Option<Arc<dyn Instants>> {
         None
     }
+
+    /// Whether it still is the witness after a power cut of this host: what is released must be on durable media then.
+    fn outlives_power_cuts(&self) -> bool {
+        false
+    }
 }
 
 /// Makes instants of all disks of a machine, while it writes to them.
@@ -62,6 +67,16 @@ pub trait Instants: Send + Sync {
 
     /// How far apart instants are that nobody asked for.
     fn rest(&self) -> Duration;
+
+    /// Whether it can make the applications of the machine quiet for an instant.
+    fn makes_quiet(&self) -> bool {
+        false
+    }
+
+    /// As [`Instants::take`], of applications that are quiet.
+    fn take_quiet(&self, disks: &[DiskId], bytes_max: u64) -> io::Result<Option<Box<dyn Changes>>> {
+        self.take(disks, bytes_max)
+    }
 }
 
 /// What changed of each disk up to an instant, as it was then.
@@ -70,4 +85,9 @@ pub trait Changes: Send {
 
     /// Part of what changed.
     fn read_at(&self, disk: DiskId, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+
+    /// Once everything was read: whether all of it was of the instant.
+    fn still_holds(&self) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -6,6 +6,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tidemark_proto::replication::Consistency;
+
 use super::{Asked, MarkOutcome, Marker, PASSES_MAX, Quiet, hold_all, not_logging, time_of};
 use crate::capture::tracker::Instants;
 use crate::error::HostError;
@@ -21,6 +23,11 @@ impl Marker {
     pub fn rest(&self) -> Duration {
         let instants = self.all().iter().find_map(|disk| disk.tracker()?.instants());
         instants.map_or(Duration::ZERO, |instants| instants.rest())
+    }
+
+    /// Where nobody wrote down how, and the hypervisor can.
+    pub(super) fn is_made_quiet_by(&self, instants: &dyn Instants) -> bool {
+        instants.makes_quiet() && !self.freezer.as_ref().is_some_and(|freezer| freezer.is_set_up(&self.name))
     }
 
     /// Much that changed is scanned first, while the machine goes on: what is left for the instant is little then.
@@ -41,7 +48,11 @@ impl Marker {
         let bytes_max = if settling.passes < PASSES_MAX { FROZEN_BYTES_MAX } else { LAST_BYTES_MAX };
         let ids: Vec<_> = disks.iter().map(|disk| disk.identity.disk).collect();
         let time = time_of(disks);
-        let taken = match instants.take(&ids, bytes_max) {
+        let taken = match asked.consistency == Consistency::Application && self.is_made_quiet_by(instants) {
+            true => instants.take_quiet(&ids, bytes_max),
+            false => instants.take(&ids, bytes_max),
+        };
+        let taken = match taken {
             Ok(taken) => taken,
             Err(source) => {
                 // What was missed may have been found out just now.
@@ -64,6 +75,7 @@ impl Marker {
             let logged = disk.log_changes(&*changes);
             logged.map_err(|error| HostError::Instant { source: std::io::Error::other(error) })?;
         }
+        changes.still_holds().map_err(|source| HostError::Instant { source })?;
         drop(changes);
         let holds = hold_all(disks).map_err(|disk| HostError::Busy { disk })?;
         let outcome = self.append(disks, time, asked)?;

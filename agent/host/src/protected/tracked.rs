@@ -100,6 +100,9 @@ impl ProtectedDisk {
             if is_logging {
                 return Ok(Gathered::InFlight);
             }
+            if tracker.outlives_power_cuts() {
+                self.dirty.sync().map_err(self.io_error("sync what changed of"))?;
+            }
             Gathered::All
         };
         super::gap("gathered");

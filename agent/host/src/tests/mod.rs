@@ -22,6 +22,7 @@ mod room;
 mod sabotage;
 mod scenarios;
 mod unwitnessed;
+mod vsphere;
 mod write_path;
 
 use std::fs::File;
