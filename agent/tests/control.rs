@@ -42,6 +42,10 @@ struct Fake {
     /// What happened since it was asked last.
     news: Mutex<Vec<Draft>>,
     log_bytes: Mutex<u64>,
+    /// What an agent says of each of its disks.
+    problems: Mutex<Vec<Problem>>,
+    /// How new what a process server has of each disk is.
+    durable: Mutex<Option<Timestamp>>,
     /// The last backup of the configuration that came.
     backup: Mutex<Vec<u8>>,
     /// An export stops in the middle until this is told to go on.
@@ -123,14 +127,32 @@ impl Fake {
             }
             AgentCommand::Status => {
                 let machines = self.machines.lock().unwrap();
-                let disks = machines
-                    .values()
-                    .flatten()
-                    .map(|disk| SourceDisk { log_bytes: *self.log_bytes.lock().unwrap(), ..source_disk(disk.disk) });
+                let disks = machines.values().flatten().map(|disk| SourceDisk {
+                    log_bytes: *self.log_bytes.lock().unwrap(),
+                    problems: self.problems.lock().unwrap().clone(),
+                    ..source_disk(disk.disk)
+                });
                 let disks = disks.collect();
                 Ok(Reply::Agent(AgentReport { time: Timestamp(1), disks }))
             }
         }
+    }
+
+    fn replicas(&self) -> Vec<ReplicaDisk> {
+        let Some(time) = *self.durable.lock().unwrap() else { return Vec::new() };
+        let replica = |disk: &DiskSpec| ReplicaDisk {
+            disk: disk.disk,
+            consistent: true,
+            durable: "e:1".into(),
+            folded: String::new(),
+            durable_time: Some(time),
+            stored_bytes: 4096,
+            problems: Vec::new(),
+            scrubbed_time: None,
+            scrub_started: None,
+            scrub_bytes: 0,
+        };
+        self.machines.lock().unwrap().values().flatten().map(replica).collect()
     }
 
     fn server(&self, command: ServerCommand) -> Result<Reply, Failure> {
@@ -229,7 +251,7 @@ impl Fake {
             ServerCommand::Status => Ok(Reply::Server(ServerReport {
                 storage_encrypted: *self.storage_encrypted.lock().unwrap(),
                 time: Timestamp(1),
-                disks: Vec::new(),
+                disks: self.replicas(),
                 serves: self.serves.lock().unwrap().clone(),
                 machines: Vec::new(),
             })),
@@ -321,6 +343,8 @@ impl Dialling {
             retention: Mutex::default(),
             news: Mutex::default(),
             log_bytes: Mutex::new(40),
+            problems: Mutex::default(),
+            durable: Mutex::default(),
             backup: Mutex::default(),
             halfway: Mutex::default(),
         });
@@ -1308,6 +1332,8 @@ async fn the_first_set_up_prints_what_registering_needs_and_the_pages_are_made()
 
 #[path = "control/recovery.rs"]
 mod recovery;
+#[path = "control/silence.rs"]
+mod silence;
 #[path = "control/streams.rs"]
 mod streams;
 #[tokio::test(flavor = "multi_thread")]

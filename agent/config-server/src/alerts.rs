@@ -32,10 +32,14 @@ pub async fn watch(core: Arc<Core>) {
         if let Err(failure) = crate::failover::elsewhere::watch(&core) {
             tracing::warn!(%failure, "that a machine arrived at its new home cannot be stored");
         }
-        let mut found = find(&core, is_settled);
+        let mut found = find(&core);
         absent.retain(|key, _| found.contains_key(key));
+        let known = core.store.state();
         found.retain(|key, found| {
-            !found.is_absence || now.saturating_sub(*absent.entry(key.clone()).or_insert(now)) >= ABSENCE
+            let since = *absent.entry(key.clone()).or_insert(now);
+            let has_lasted = is_settled && now.saturating_sub(since) >= ABSENCE;
+            // An alert that is told already goes on: a restart of ours is no all-clear.
+            !found.is_absence || has_lasted || known.alerts.contains_key(key)
         });
         let found = found.into_iter().map(|(key, found)| (key, found.alert)).collect();
         if let Err(failure) = take(&core, found) {
@@ -51,7 +55,7 @@ struct Found {
 }
 
 /// What is wrong now, by a key that stays the same while it lasts.
-fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Found> {
+fn find(core: &Core) -> BTreeMap<String, Found> {
     let now = core.clock.wall_now();
     let mut found = BTreeMap::new();
     let (state, statuses) = (core.store.state(), status::all_reported(core));
@@ -63,7 +67,7 @@ fn find(core: &Core, is_settled: bool) -> BTreeMap<String, Found> {
         core.cycles.note(machine.id, core.clock.monotonic_now(), cycle, rpo);
     }
     for machine in statuses {
-        for reason in machine.reasons.iter().filter(|reason| is_settled || !reason.is_absence) {
+        for reason in &machine.reasons {
             let severity = if reason.health == Health::Critical { Severity::Critical } else { Severity::Warning };
             let alert = Alert {
                 severity,

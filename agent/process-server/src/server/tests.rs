@@ -190,7 +190,7 @@ async fn without_a_configuration_server_the_recovery_key_takes_a_machine_over_an
     assert!(refused.message.contains(&format!("mail ({}", site.machine)), "it says which there are: {refused}");
     let nowhere = site.folder.path().join("no/folder.raw");
     let there = site.folder.path().join("there.raw");
-    std::fs::write(&there, b"somebody's").unwrap();
+    std::fs::File::create(&there).unwrap();
     for to in [&nowhere, &there] {
         let tried = offline::failover(&folder, Some("mail"), PointSelector::Latest, &[], Some(to), &key);
         assert!(tried.err().unwrap().message.contains(to.to_str().unwrap()), "it cannot be written");
