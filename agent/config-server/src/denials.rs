@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use tidemark_proto::control::{AgentCommand, DenyList, Failure, ServerCommand};
 
 use crate::core::{Core, QUICK};
@@ -12,30 +13,38 @@ use crate::hub::PeerId;
 
 pub async fn push(core: Arc<Core>) {
     let mut changes = core.registrar.denials();
+    // Those who connect are told, so that there is nothing to tell at first.
+    let mut is_told = true;
     loop {
+        let telling = async {
+            match is_told {
+                true => std::future::pending().await,
+                false => tell_all(&core).await,
+            }
+        };
         tokio::select! {
             () = core.stop.cancelled() => return,
-            changed = changes.changed() => if changed.is_err() { return },
-        }
-        let list = core.registrar.deny_list();
-        for (peer, _) in core.hub.connected() {
-            if is_denied(&list, peer) {
-                core.hub.cut(peer);
-                continue;
+            changed = changes.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                // At once, however long others take to be told.
+                core.hub.cut_denied();
+                is_told = false;
             }
-            if let Err(failure) = tell(&core, peer, &list).await {
-                tracing::warn!(%peer, %failure, "it does not know yet whom to refuse; it is told on connecting");
-            }
+            () = telling => is_told = true,
         }
     }
 }
 
-fn is_denied(list: &DenyList, peer: PeerId) -> bool {
-    let uri = match peer {
-        PeerId::Agent(id) => format!("tidemark://agent/{id}"),
-        PeerId::ProcessServer(id) => format!("tidemark://process-server/{id}"),
-    };
-    list.identities.contains(&uri)
+async fn tell_all(core: &Core) {
+    let list = &core.registrar.deny_list();
+    join_all(core.hub.connected().into_iter().map(|(peer, _)| async move {
+        if let Err(failure) = tell(core, peer, list).await {
+            tracing::warn!(%peer, %failure, "it does not know yet whom to refuse; it is told on connecting");
+        }
+    }))
+    .await;
 }
 
 pub async fn tell(core: &Core, peer: PeerId, list: &DenyList) -> Result<(), Failure> {

@@ -18,6 +18,7 @@ use tidemark_proto::control::{
 };
 use tidemark_transport::PeerIdentity;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 pub use service::{ControlService, control_server};
@@ -55,12 +56,14 @@ impl From<&Peer> for PeerId {
 pub trait Registry: Send + Sync + 'static {
     /// Whether this certificate may connect.
     fn admit(&self, identity: PeerIdentity, certificate: Option<[u8; 32]>, name: &str) -> Result<(), Failure>;
+    /// Whether an identity is refused now, or this certificate of it. Does not block.
+    fn is_denied(&self, identity: PeerIdentity, certificate: Option<[u8; 32]>) -> bool;
     /// Two live processes show this identity: neither is answered any more.
     fn fence(&self, identity: PeerIdentity);
     /// Keeps who it is, before it counts as connected; says whether a process server is at another address than before. Blocks.
     fn note(&self, register: &Register) -> Result<bool, Failure>;
-    /// A new certificate, DER, for an identity that proved itself, by its request.
-    fn renew(&self, identity: PeerIdentity, request: &[u8]) -> Result<Vec<u8>, Failure>;
+    /// A new certificate, DER, for an identity that proved itself by `certificate`, by its request.
+    fn renew(&self, identity: PeerIdentity, certificate: Option<[u8; 32]>, request: &[u8]) -> Result<Vec<u8>, Failure>;
     /// Keeps events; answers how far the sender's stream is kept.
     fn take_events(&self, peer: PeerId, name: &str, batch: EventBatch) -> Result<u64, Failure>;
 }
@@ -103,6 +106,28 @@ struct Session {
     software: String,
     /// Its clock less ours, in seconds, when it connected.
     clock_ahead_seconds: i64,
+    /// What it proved itself by.
+    shown: Shown,
+    /// Nothing more is read from the stream once this is dropped.
+    _reading: DropGuard,
+}
+
+/// What the other end of a stream showed.
+#[derive(Clone, Copy, Debug)]
+struct Shown {
+    identity: PeerIdentity,
+    /// Its digest.
+    certificate: Option<[u8; 32]>,
+}
+
+/// The hub's side of a new stream.
+struct Opened {
+    number: u64,
+    commands: mpsc::Receiver<wire::Down>,
+    /// Sends others than commands while the stream lasts.
+    out: mpsc::WeakSender<wire::Down>,
+    /// The stream was cut, or another took its place.
+    ended: CancellationToken,
 }
 
 /// Somebody waits for the answer to a request.
@@ -270,6 +295,36 @@ impl Hub {
         }
     }
 
+    /// Ends the streams of those who are refused by now: by their identity, or because their certificate is.
+    pub fn cut_denied(&self) {
+        self.cut_denied_of(|_| true);
+    }
+
+    /// The same of one peer.
+    fn cut_if_denied(&self, peer: PeerId) {
+        self.cut_denied_of(|known| known == peer);
+    }
+
+    fn cut_denied_of(&self, is_meant: impl Fn(PeerId) -> bool) {
+        let mut shown: Vec<(PeerId, u64, Shown)> = {
+            let inner = self.inner.lock().expect("no panic while held");
+            let meant = inner.sessions.iter().filter(|(peer, _)| is_meant(**peer));
+            meant.map(|(peer, session)| (*peer, session.number, session.shown)).collect()
+        };
+        // The registry has a lock of its own, under which the hub may be asked: never both.
+        shown.retain(|(_, _, shown)| self.registry.is_denied(shown.identity, shown.certificate));
+        let mut inner = self.inner.lock().expect("no panic while held");
+        let now = self.clock.wall_now();
+        for (peer, number, _) in shown {
+            if inner.sessions.get(&peer).is_none_or(|session| session.number != number) {
+                continue;
+            }
+            let Some(session) = inner.sessions.remove(&peer) else { continue };
+            tracing::warn!(%peer, name = session.name, "its certificate is refused from now on: its stream is cut");
+            inner.gone.insert(peer, (session.name, now));
+        }
+    }
+
     /// Whether another process of the same identity has a stream that may be alive.
     fn has_other_instance(&self, register: &Register) -> bool {
         let inner = self.inner.lock().expect("no panic while held");
@@ -282,11 +337,11 @@ impl Hub {
         self.inner.lock().expect("no panic while held").sessions.get(&peer)?.report.clone()
     }
 
-    /// A new stream: its number, the commands that go down it, and how to send others while it lasts.
-    fn open(&self, register: &Register) -> (u64, mpsc::Receiver<wire::Down>, mpsc::WeakSender<wire::Down>) {
+    /// A new stream.
+    fn open(&self, register: &Register, shown: Shown) -> Opened {
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let peer = PeerId::from(&register.peer);
-        let out = commands.downgrade();
+        let (out, ended) = (commands.downgrade(), CancellationToken::new());
         let mut inner = self.inner.lock().expect("no panic while held");
         inner.last_session += 1;
         let number = inner.last_session;
@@ -304,12 +359,14 @@ impl Hub {
                 let seconds = |time: Timestamp| (time.0 / 1_000_000_000) as i64;
                 seconds(time) - seconds(self.clock.wall_now())
             }),
+            shown,
+            _reading: ended.clone().drop_guard(),
         };
         // The older stream's commands end with its session, and so does the stream.
         if inner.sessions.insert(peer, session).is_some() {
             tracing::warn!(%peer, "a newer stream takes the place of an older one of the same identity");
         }
-        (number, receiver, out)
+        Opened { number, commands: receiver, out, ended }
     }
 
     fn close(&self, peer: PeerId, number: u64) -> bool {

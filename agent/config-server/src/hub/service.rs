@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Event, Hub, PeerId, Report};
+use super::{Event, Hub, Opened, PeerId, Report, Shown};
 
 /// A stream that does not say who it is by then is dropped.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -91,6 +91,8 @@ impl Hub {
             tracing::warn!(%peer, name = register.name, %failure, "refused");
             Status::permission_denied(format!("{failure}; {}", failure.help))
         })?;
+        // What a host that was registered again left behind is no second instance.
+        self.cut_if_denied(peer);
         if self.has_other_instance(&register) && self.answers(peer).await {
             let registry = self.registry.clone();
             let _ = blocking(move || {
@@ -108,7 +110,13 @@ impl Hub {
             tracing::error!(%peer, %failure, "cannot note who connected");
             false
         });
-        let (number, commands, out) = self.open(&register);
+        let shown = Shown { identity, certificate };
+        let Opened { number, commands, out, ended } = self.open(&register, shown);
+        // From here on who is refused is cut; whoever was in between is cut now.
+        self.cut_if_denied(peer);
+        if ended.is_cancelled() {
+            return Err(Status::permission_denied(format!("the certificate of {identity} was refused meanwhile")));
+        }
         tracing::info!(%peer, name = register.name, "connected");
         let whereabouts = wire::Whereabouts::from(self.whereabouts());
         let registered = wire::Registered {
@@ -122,7 +130,16 @@ impl Hub {
         // Only the reconciler can be behind, and it must hear of every connect.
         let register_name = register.name.clone();
         let _ = self.events.send(Event::Connected(register, moved)).await;
-        tokio::spawn(self.read(peer, number, identity, register_name, out, up));
+        tokio::spawn(async move {
+            let reading = self.read(peer, number, shown, &register_name, out, up);
+            if ended.run_until_cancelled(reading).await.is_none() {
+                tracing::info!(%peer, "the control stream was cut");
+            }
+            if self.close(peer, number) {
+                tracing::info!(%peer, "disconnected");
+                let _ = self.events.send(Event::Disconnected(peer)).await;
+            }
+        });
         Ok(futures_util::stream::once(std::future::ready(hello)).chain(ReceiverStream::new(commands)).map(Ok))
     }
 
@@ -135,22 +152,23 @@ impl Hub {
         answer.is_ok()
     }
 
+    /// Until the stream ends.
     async fn read(
-        self: Arc<Self>,
+        &self,
         peer: PeerId,
         number: u64,
-        identity: PeerIdentity,
-        name: String,
+        shown: Shown,
+        name: &str,
         out: mpsc::WeakSender<wire::Down>,
         mut up: impl Stream<Item = Result<wire::Up, Status>> + Send + Unpin,
     ) {
         while let Some(message) = up.next().await {
             let taken = match message {
                 Ok(wire::Up { body: Some(wire::up::Body::Events(batch)) }) => {
-                    self.take_events(peer, &name, batch, &out).await
+                    self.take_events(peer, name, batch, &out).await
                 }
                 Ok(wire::Up { body: Some(wire::up::Body::Renew(renew)) }) => {
-                    self.renew(identity, renew, &out).await;
+                    self.renew(shown, renew, &out).await;
                     Ok(())
                 }
                 Ok(message) => self.take(peer, number, message).map_err(|error| error.to_string()),
@@ -160,10 +178,6 @@ impl Hub {
                 tracing::info!(%peer, reason, "the control stream broke");
                 break;
             }
-        }
-        if self.close(peer, number) {
-            tracing::info!(%peer, "disconnected");
-            let _ = self.events.send(Event::Disconnected(peer)).await;
         }
     }
 
@@ -187,9 +201,10 @@ impl Hub {
         }
     }
 
-    async fn renew(&self, identity: PeerIdentity, renew: wire::Renew, out: &mpsc::WeakSender<wire::Down>) {
+    async fn renew(&self, shown: Shown, renew: wire::Renew, out: &mpsc::WeakSender<wire::Down>) {
+        let Shown { identity, certificate } = shown;
         let registry = self.registry.clone();
-        let renewed = match blocking(move || registry.renew(identity, &renew.request)).await {
+        let renewed = match blocking(move || registry.renew(identity, certificate, &renew.request)).await {
             Ok(certificate) => wire::Renewed { certificate, failure: None },
             Err(failure) => {
                 tracing::warn!(%identity, %failure, "a certificate is not renewed");
@@ -258,6 +273,10 @@ mod tests {
             Ok(())
         }
 
+        fn is_denied(&self, _: PeerIdentity, _: Option<[u8; 32]>) -> bool {
+            false
+        }
+
         fn fence(&self, identity: PeerIdentity) {
             self.0.lock().unwrap().push(identity);
         }
@@ -266,7 +285,7 @@ mod tests {
             Ok(false)
         }
 
-        fn renew(&self, _: PeerIdentity, request: &[u8]) -> Result<Vec<u8>, Failure> {
+        fn renew(&self, _: PeerIdentity, _: Option<[u8; 32]>, request: &[u8]) -> Result<Vec<u8>, Failure> {
             Ok(request.to_vec())
         }
 
@@ -291,6 +310,16 @@ mod tests {
         certificate: PeerIdentity,
         instance: Option<uuid::Uuid>,
     ) -> Result<Stream, Status> {
+        connect_with(hub, id, certificate, None, instance).await
+    }
+
+    async fn connect_with(
+        hub: &Arc<Hub>,
+        id: HostId,
+        identity: PeerIdentity,
+        certificate: Option<[u8; 32]>,
+        instance: Option<uuid::Uuid>,
+    ) -> Result<Stream, Status> {
         let (up, receiver) = mpsc::channel(8);
         let register = Register {
             peer: Peer::Agent { id },
@@ -302,7 +331,7 @@ mod tests {
         };
         up.send(Ok(wire::Up { body: Some(wire::up::Body::Register((&register).into())) })).await.unwrap();
         let mut down =
-            hub.clone().attach("cs", certificate, None, ReceiverStream::new(receiver)).await.map(Box::pin)?;
+            hub.clone().attach("cs", identity, certificate, ReceiverStream::new(receiver)).await.map(Box::pin)?;
         let hello = down.next().await.unwrap().unwrap();
         assert!(matches!(hello.body, Some(wire::down::Body::Registered(_))));
         Ok(Stream { up, down })
@@ -382,5 +411,78 @@ mod tests {
         // The first is cut off as well.
         answering.await.unwrap();
         assert!(!matches!(hub.presence(PeerId::Agent(id)), Presence::Connected { .. }));
+    }
+
+    /// Answers everything that a stream is asked, until it ends; what else it was sent then.
+    fn answer_all(stream: Stream) -> tokio::task::JoinHandle<Vec<wire::down::Body>> {
+        let Stream { up, mut down } = stream;
+        tokio::spawn(async move {
+            let mut others = Vec::new();
+            while let Some(Ok(sent)) = down.next().await {
+                match sent.body {
+                    Some(wire::down::Body::Agent(_)) => {
+                        let reply = reply_to(sent.request, &Ok(Reply::Done));
+                        let _ = up.send(Ok(wire::Up { body: Some(wire::up::Body::Reply(reply)) })).await;
+                    }
+                    Some(body) => others.push(body),
+                    None => {}
+                }
+            }
+            others
+        })
+    }
+
+    #[tokio::test]
+    async fn a_host_that_was_registered_again_comes_in_and_what_it_left_behind_is_cut() {
+        use crate::hub::Registry;
+        use crate::identity::tests::{issued, passphrase, registrar, request};
+        use tidemark_transport::{KeyRequest, certificate_digest};
+
+        let folder = tempfile::tempdir().unwrap();
+        let registrar = Arc::new(registrar(folder.path()));
+        let (hub, mut events) = Hub::new(registrar.clone());
+        let register = |replaces: Option<String>| {
+            let text = passphrase(&registrar, crate::model::PeerRole::Agent, 1, replaces);
+            let asked = request(crate::model::PeerRole::Agent, &text, &KeyRequest::new().unwrap());
+            let (identity, certificate) =
+                issued(registrar.register(std::net::Ipv4Addr::LOCALHOST.into(), &asked).unwrap());
+            let PeerIdentity::Agent(id) = identity else { panic!("{identity}") };
+            (id, Some(certificate_digest(&certificate)))
+        };
+        let instance = || Some(uuid::Uuid::new_v4());
+        let (id, old) = register(None);
+        let (identity, peer) = (PeerIdentity::Agent(id), PeerId::Agent(id));
+
+        // Nobody tells the hub: the new one finds the old one's stream, which still answers.
+        let left = connect_with(&hub, id, identity, old, instance()).await.unwrap();
+        let up = left.up.clone();
+        let left = answer_all(left);
+        let (again, new) = register(Some(id.to_string()));
+        assert_eq!(again, id);
+        let renew = wire::Renew { request: KeyRequest::new().unwrap().request().to_vec() };
+        up.send(Ok(wire::Up { body: Some(wire::up::Body::Renew(renew)) })).await.unwrap();
+        let found = connect_with(&hub, id, identity, new, instance()).await.unwrap();
+        for sent in left.await.unwrap() {
+            let wire::down::Body::Renewed(renewed) = sent else { panic!("{sent:?}") };
+            assert!(renewed.certificate.is_empty() && renewed.failure.is_some());
+        }
+        tokio::time::timeout(Duration::from_secs(60), up.closed()).await.expect("nothing more is read from it");
+        assert!(hub.is_connected(peer) && !registrar.is_denied(identity, new));
+        assert!(registrar.renew(identity, new, KeyRequest::new().unwrap().request()).is_ok());
+        let refused = connect_with(&hub, id, identity, old, instance()).await.err().unwrap();
+        assert!(refused.message().contains("registered again"), "{refused}");
+        assert!(hub.is_connected(peer), "whoever is refused disturbs nobody");
+
+        // The hub is told before the new one comes.
+        let found = answer_all(found);
+        let (_, newest) = register(Some(id.to_string()));
+        assert!(registrar.renew(identity, new, KeyRequest::new().unwrap().request()).is_err());
+        hub.cut_denied();
+        assert!(!hub.is_connected(peer));
+        found.await.unwrap();
+        while !matches!(events.recv().await, Some(Event::Disconnected(gone)) if gone == peer) {}
+        let _newest = connect_with(&hub, id, identity, newest, instance()).await.unwrap();
+        hub.cut_denied();
+        assert!(hub.is_connected(peer));
     }
 }

@@ -580,7 +580,7 @@ impl Registry for Registrar {
                 }
             }
             let known = record.certificates.iter().find(|known| Some(&known.digest) == digest.as_ref());
-            if known.is_some_and(|known| known.denied) {
+            if shows_denied(record, certificate) {
                 return refused("this host was registered again, and has a newer one");
             }
             let is_waiting = state.registrations.values().any(|waiting| waiting.identity == uri);
@@ -607,6 +607,12 @@ impl Registry for Registrar {
         })
     }
 
+    fn is_denied(&self, identity: PeerIdentity, certificate: Option<[u8; 32]>) -> bool {
+        let state = self.store.state();
+        let Some(record) = state.identities.get(&identity.to_string()) else { return false };
+        record.standing != Standing::Good || shows_denied(record, certificate)
+    }
+
     fn fence(&self, identity: PeerIdentity) {
         let (uri, since) = (identity.to_string(), self.clock.wall_now());
         let fenced = self.store.change(|state| {
@@ -628,7 +634,8 @@ impl Registry for Registrar {
         });
     }
 
-    fn renew(&self, identity: PeerIdentity, request: &[u8]) -> Result<Vec<u8>, Failure> {
+    fn renew(&self, identity: PeerIdentity, certificate: Option<[u8; 32]>, request: &[u8]) -> Result<Vec<u8>, Failure> {
+        let shown = certificate;
         if request.len() > REQUEST_BYTES_MAX {
             return Err(bad_request("the request for a certificate is too long", "run the same version everywhere"));
         }
@@ -639,7 +646,7 @@ impl Registry for Registrar {
             let record = state
                 .identities
                 .get_mut(&uri)
-                .filter(|record| record.standing == Standing::Good)
+                .filter(|record| record.standing == Standing::Good && !shows_denied(record, shown))
                 .ok_or_else(|| not_found(format!("{uri} is not registered, or refused"), "register it again"))?;
             note_certificate(record, &certificate, now);
             Ok(())
@@ -660,6 +667,12 @@ impl Registry for Registrar {
         };
         Ok(self.history.take(&peer.to_string(), shown, batch, machine_name)?)
     }
+}
+
+/// Whether a certificate, of which this is the digest, was replaced by a registration with consent.
+fn shows_denied(record: &IdentityRecord, certificate: Option<[u8; 32]>) -> bool {
+    let Some(digest) = certificate.map(|digest| hex_encode(&digest)) else { return false };
+    record.certificates.iter().any(|known| known.denied && known.digest == digest)
 }
 
 fn note_certificate(record: &mut IdentityRecord, certificate: &[u8], now: Timestamp) {
@@ -743,4 +756,4 @@ pub fn hex_decode(text: &str) -> Option<Vec<u8>> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

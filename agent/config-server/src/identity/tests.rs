@@ -5,7 +5,7 @@ use tidemark_transport::KeyRequest;
 
 const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
-fn registrar(folder: &std::path::Path) -> Registrar {
+pub(crate) fn registrar(folder: &std::path::Path) -> Registrar {
     let storage = RealStorage::open_folder(folder);
     let database = Database::open(&DatabaseSetting::Sqlite(folder.join("config.db"))).unwrap();
     let history = Arc::new(History::open(database.clone()).unwrap());
@@ -13,12 +13,12 @@ fn registrar(folder: &std::path::Path) -> Registrar {
     Registrar::new(store, history, Authority::open_or_create(&*storage).unwrap())
 }
 
-fn passphrase(registrar: &Registrar, role: PeerRole, uses: u32, replaces: Option<String>) -> String {
+pub(crate) fn passphrase(registrar: &Registrar, role: PeerRole, uses: u32, replaces: Option<String>) -> String {
     let request = PassphraseRequest { role, lifetime_seconds: 60, uses, replaces };
     registrar.create_passphrase(&request).unwrap().passphrase.unwrap()
 }
 
-fn request(role: PeerRole, passphrase: &str, key: &KeyRequest) -> RegisterRequest {
+pub(crate) fn request(role: PeerRole, passphrase: &str, key: &KeyRequest) -> RegisterRequest {
     RegisterRequest {
         role,
         name: "web-1".into(),
@@ -28,7 +28,7 @@ fn request(role: PeerRole, passphrase: &str, key: &KeyRequest) -> RegisterReques
     }
 }
 
-fn issued(registered: Registered) -> (PeerIdentity, Vec<u8>) {
+pub(crate) fn issued(registered: Registered) -> (PeerIdentity, Vec<u8>) {
     let Registered::Issued { identity, certificate } = registered else { panic!("{registered:?}") };
     (identity.parse().unwrap(), hex_decode(&certificate).unwrap())
 }
@@ -126,14 +126,14 @@ fn a_host_that_was_installed_again_gets_its_id_with_consent_and_its_old_certific
     let (old_key, new_key, renewal) =
         (KeyRequest::new().unwrap(), KeyRequest::new().unwrap(), KeyRequest::new().unwrap());
     let (identity, old) = issued(registrar.register(HERE, &request(PeerRole::Agent, &text, &old_key)).unwrap());
-    let renewed = registrar.renew(identity, renewal.request()).unwrap();
+    let renewed = registrar.renew(identity, Some(certificate_digest(&old)), renewal.request()).unwrap();
     let admit = |certificate: &[u8]| registrar.admit(identity, Some(certificate_digest(certificate)), "web-1");
     admit(&old).unwrap();
     admit(&renewed).unwrap();
 
     registrar.set_standing("web-1", Some("stolen".into())).unwrap();
     assert!(admit(&renewed).unwrap_err().message.contains("stolen"));
-    assert!(registrar.renew(identity, renewal.request()).is_err());
+    assert!(registrar.renew(identity, Some(certificate_digest(&old)), renewal.request()).is_err());
     assert_eq!(registrar.deny_list().identities, [identity.to_string()]);
 
     let text = passphrase(&registrar, PeerRole::Agent, 1, Some("web-1".into()));
