@@ -47,6 +47,8 @@ pub struct Registrar {
     history: Arc<History>,
     authority: Authority,
     limiter: Mutex<Limiter>,
+    /// Held while a passphrase is looked at. Hashing many at once would also eat the processor.
+    turn: Mutex<()>,
     /// Grows whenever somebody is refused, or not any more.
     denials: watch::Sender<u64>,
     clock: SystemClock,
@@ -158,6 +160,7 @@ impl Registrar {
             history,
             authority,
             limiter: Mutex::default(),
+            turn: Mutex::default(),
             denials: watch::Sender::default(),
             clock: SystemClock::new(),
         }
@@ -246,19 +249,29 @@ impl Registrar {
                 Registered::Waiting { registration: waiting_id }
             });
         }
-        self.limiter().check(from, self.clock.monotonic_now()).map_err(Refused::TooMany)?;
-        let id = self.proven(from, request)?;
+        let id = self.proven_in_turn(from, request)?;
         match request.role {
             PeerRole::Agent => Ok(self.register_agent(&id, request, &der)?),
             PeerRole::ProcessServer => Ok(self.register_server(&id, from, request, &der, waiting_id)?),
         }
     }
 
+    /// One after the other: what many show at once is counted before the next is looked at.
+    fn proven_in_turn(&self, from: IpAddr, request: &RegisterRequest) -> Result<String, Refused> {
+        let _turn = self.turn.lock().expect("no panic while held");
+        let now = self.clock.monotonic_now();
+        self.limiter().check(from, now).map_err(Refused::TooMany)?;
+        let proven = self.proven(from, request);
+        if proven.is_err() {
+            self.limiter().failed(from, self.clock.monotonic_now());
+        }
+        Ok(proven?)
+    }
+
     /// The passphrase that was shown, when it is a good one.
     fn proven(&self, from: IpAddr, request: &RegisterRequest) -> Result<String, Failure> {
         // One answer for all that is wrong: it does not tell what exists.
         let refused = || {
-            self.limiter().failed(from, self.clock.monotonic_now());
             Failure::new(
                 FailureKind::Conflict,
                 "the passphrase is wrong, used up, expired, or for another role",

@@ -87,6 +87,36 @@ fn bad_registrations_are_refused_by_name_and_slowed_down() {
 }
 
 #[test]
+fn passphrases_that_are_shown_at_once_are_counted_as_those_one_after_the_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let registrar = registrar(folder.path());
+    let right = passphrase(&registrar, PeerRole::Agent, 100, None);
+    let id = right.split_once('-').expect("the first part names it").0;
+    let key = KeyRequest::new().unwrap();
+    let wrong = request(PeerRole::Agent, &format!("{id}-wrong"), &key);
+    let begun = std::sync::Barrier::new(20);
+    let refused = std::thread::scope(|scope| {
+        let show = || {
+            begun.wait();
+            matches!(registrar.register(HERE, &wrong), Err(Refused::TooMany(_)))
+        };
+        let shown: Vec<_> = (0..20).map(|_| scope.spawn(show)).collect();
+        shown.into_iter().map(|of| of.join().unwrap()).filter(|refused| *refused).count()
+    });
+    assert_eq!(refused, 15, "five were looked at");
+    // Right ones, as of many hosts behind one address, wait for each other and are all taken.
+    let elsewhere = IpAddr::from([10, 0, 0, 1]);
+    std::thread::scope(|scope| {
+        for _ in 0..20 {
+            scope.spawn(|| {
+                let asked = request(PeerRole::Agent, &right, &KeyRequest::new().unwrap());
+                issued(registrar.register(elsewhere, &asked).unwrap())
+            });
+        }
+    });
+}
+
+#[test]
 fn a_process_server_waits_for_approval_and_asks_again_with_its_key() {
     let folder = tempfile::tempdir().unwrap();
     let registrar = registrar(folder.path());
