@@ -30,6 +30,8 @@ const IDENTITY_FILE: &str = "identity.pem";
 const TOKEN_FILE: &str = "config-server/token";
 const CA_FILE: &str = "ca.pem";
 const AUTHORITY_FILE: &str = "authority/authority.pem";
+/// What is made after an authority, and only by it.
+const MADE_AFTER_AUTHORITY: [&str; 3] = ["identity.pem", "config.db", tidemark_config_server::installation::FILE];
 const RECOVERY_KEY_FILE: &str = "recovery-key";
 const CONFIG_SERVER_ADDRESSES: &str = "run/config-server.json";
 const PROCESS_SERVER_ADDRESS: &str = "run/process-server.json";
@@ -46,6 +48,8 @@ pub enum FolderError {
     NotUp { path: PathBuf, reason: String },
     #[error("the path {path} is too long for the sockets in it")]
     TooLong { path: PathBuf },
+    #[error("{authority} is missing, but {made} is there, which was made with it")]
+    AuthorityMissing { authority: PathBuf, made: PathBuf },
     #[error(transparent)]
     Identity(#[from] IdentityError),
 }
@@ -59,6 +63,10 @@ impl FolderError {
                 "start it with `tidemark up --dir DIR`, or set TIDEMARK_DIR to the folder of one that runs"
             }
             FolderError::TooLong { .. } => "use a folder whose full path has at most 90 bytes",
+            FolderError::AuthorityMissing { .. } => {
+                "put the file back, or restore a backup into a new folder (`tidemark config-server restore`); to begin anew \
+                 on purpose, with none of its machines, users and revocations, use another folder"
+            }
             FolderError::Identity(error) => error.help(),
         }
     }
@@ -166,17 +174,32 @@ impl Folder {
             .map_err(|error| self.io(error))
     }
 
-    /// The authority of the installation; made at the first start.
+    /// The authority of the installation; made at the first start, and never again: nobody would know a second one.
     pub fn authority(&self) -> Result<Authority, FolderError> {
         // Roles that start at the same time make one authority.
         let file = self.open_lock("authority.lock")?;
         let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| self.io(error.into()))?;
+        if !self.storage.exists(AUTHORITY_FILE).map_err(|error| self.io(error))? {
+            self.check_is_new()?;
+        }
         let authority = Authority::open_or_create(&*self.storage.folder("authority"))?;
         if !self.storage.exists(CA_FILE).map_err(|error| self.io(error))? {
             replace_file(&*self.storage, CA_FILE, authority.certificate_pem().as_bytes())
                 .map_err(|error| self.io(error))?;
         }
         Ok(authority)
+    }
+
+    /// Whether nothing is here that an authority was needed for.
+    fn check_is_new(&self) -> Result<(), FolderError> {
+        let own = self.role(Role::ConfigServer);
+        for name in MADE_AFTER_AUTHORITY {
+            if own.exists(name).map_err(|error| self.io(error))? {
+                let (authority, made) = (self.path.join(AUTHORITY_FILE), own.path(name));
+                return Err(FolderError::AuthorityMissing { authority, made });
+            }
+        }
+        Ok(())
     }
 
     /// Key and certificate of the authority.
@@ -321,6 +344,27 @@ mod tests {
         }
         for name in ["config-server/token", "agent/identity.pem", "authority/authority.pem"] {
             assert_eq!(mode(name), 0o600, "{name}");
+        }
+    }
+
+    #[test]
+    fn an_authority_that_is_missing_is_not_made_again() {
+        let top = tempfile::tempdir().unwrap();
+        let folder = Folder::create(top.path()).unwrap();
+        // A crash in the middle of the first set-up: what comes before the authority is no obstacle.
+        folder.token().unwrap();
+        let before = folder.authority().unwrap().fingerprint();
+        for made in MADE_AFTER_AUTHORITY {
+            let made = top.path().join("config-server").join(made);
+            File::create(&made).unwrap();
+            assert_eq!(folder.authority().unwrap().fingerprint(), before);
+            let (path, aside) = (top.path().join(AUTHORITY_FILE), top.path().join("aside"));
+            std::fs::rename(&path, &aside).unwrap();
+            let error = folder.authority().err().expect("it is not made again");
+            assert!(matches!(&error, FolderError::AuthorityMissing { made: named, .. } if *named == made), "{error}");
+            assert!(!path.exists() && error.help().contains("restore a backup"));
+            std::fs::rename(aside, path).unwrap();
+            std::fs::remove_file(made).unwrap();
         }
     }
 

@@ -26,6 +26,7 @@ mod groups;
 pub mod history;
 pub mod hub;
 pub mod identity;
+pub mod installation;
 pub mod jobs;
 mod kept;
 mod machines;

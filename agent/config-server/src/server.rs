@@ -19,6 +19,7 @@ use crate::database::{Database, DatabaseError, DatabaseSetting};
 use crate::history::{History, News};
 use crate::hub::{Hub, control_server};
 use crate::identity::{PassphraseRequest, Registrar};
+use crate::installation::{self, InstallationError};
 use crate::jobs::Jobs;
 use crate::model::PeerRole;
 use crate::store::{Store, StoreError};
@@ -54,6 +55,8 @@ pub enum StartError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Database(#[from] DatabaseError),
+    #[error(transparent)]
+    Installation(#[from] InstallationError),
     #[error("cannot listen on {address}")]
     Listen { address: SocketAddr, source: io::Error },
     #[error(transparent)]
@@ -69,6 +72,7 @@ impl StartError {
         match self {
             StartError::Store(error) => error.help(),
             StartError::Database(error) => error.help(),
+            StartError::Installation(error) => error.help(),
             StartError::Listen { .. } => "choose an address of this machine and a free port; port 0 takes any free one",
             StartError::Passphrase(_) => "see the log",
             StartError::Backup(_) => "make a new recovery key: `tidemark config-server recovery-key`",
@@ -90,8 +94,11 @@ fn first_passphrases(
     database: Database,
     authority: Authority,
 ) -> Result<[String; 2], StartError> {
+    let fingerprint = authority.fingerprint();
+    installation::check(&database, storage, &fingerprint)?;
     let history = Arc::new(History::open(database.clone())?);
-    let store = Arc::new(Store::open(database, storage)?);
+    let store = Arc::new(Store::open(database.clone(), storage)?);
+    installation::note(&database, storage, &fingerprint)?;
     let registrar = Registrar::new(store, history, authority);
     let make = |role| -> Result<String, StartError> {
         let request = PassphraseRequest { role, lifetime_seconds: 86_400, uses: 1, replaces: None };
@@ -131,10 +138,13 @@ impl ConfigServer {
             token: options.token.clone(),
             name: options.name.clone(),
         };
+        let fingerprint = options.authority.fingerprint();
         let opened = blocking(move || -> Result<_, StartError> {
+            installation::check(&database, &*storage, &fingerprint)?;
             let history = Arc::new(History::open(database.clone())?);
             let jobs = Jobs::open(database.clone(), history.clone(), &*storage)?;
             let store = Arc::new(Store::open(database.clone(), &*storage)?);
+            installation::note(&database, &*storage, &fingerprint)?;
             let incarnation = backup::content::incarnation(&database)?;
             if let Some(restored) = backup::content::take_restored(&database)? {
                 history.note(News {
