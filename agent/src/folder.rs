@@ -267,9 +267,13 @@ impl Folder {
         if let Some(token) = self.read(TOKEN_FILE)? {
             return Ok(token.trim().to_owned());
         }
-        let token = format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
-        replace_file(&*self.storage, TOKEN_FILE, format!("{token}\n").as_bytes()).map_err(|error| self.io(error))?;
-        Ok(token)
+        tidemark_config_server::write_token(&*self.role(Role::ConfigServer)).map_err(|error| self.io(error))
+    }
+
+    /// Another token in the place of the one there is, while no configuration server runs here.
+    pub fn rotate_token(&self) -> Result<(), FolderError> {
+        let own = self.role(Role::ConfigServer);
+        tidemark_config_server::write_token(&*own).map(drop).map_err(|error| self.io(error))
     }
 
     pub fn token_file(&self) -> PathBuf {

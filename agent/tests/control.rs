@@ -992,6 +992,9 @@ async fn tokens_allow_what_their_role_does() {
     operator.post("/policies", &json!({ "name": "p" })).await.unwrap();
     forbidden(operator.post("/passphrases", &json!({ "role": "agent" })).await);
     forbidden(operator.get("/tokens").await);
+    // Whoever may approve sees what waits.
+    assert_eq!(operator.get("/registrations").await.unwrap(), json!([]));
+    forbidden(reader.get("/registrations").await);
     admin.request(hyper::Method::DELETE, "/users/reader", None).await.unwrap();
     assert!(matches!(reader.get("/machines").await, Err(ClientError::Refused { status: 401, .. })));
 }
@@ -1330,6 +1333,8 @@ async fn the_first_set_up_prints_what_registering_needs_and_the_pages_are_made()
     assert!(std::fs::read_to_string(pages.join("tidemark-protect.1")).unwrap().contains("protect"));
 }
 
+#[path = "control/access.rs"]
+mod access;
 #[path = "control/recovery.rs"]
 mod recovery;
 #[path = "control/silence.rs"]

@@ -43,4 +43,5 @@ mod serves;
 mod status;
 pub mod store;
 
+pub use api::write_token;
 pub use server::{ConfigServer, Options, StartError, init};

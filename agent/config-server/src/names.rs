@@ -13,10 +13,11 @@ pub fn bad_request(message: impl Into<String>, help: impl Into<String>) -> Failu
 }
 
 /// Which version of a thing a change is meant for: what `If-Match` says.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Expected {
     Any,
-    Revision(u64),
+    /// One of these; none where the tags were no revisions.
+    OneOf(Vec<u64>),
 }
 
 /// Begins the message of a change that was meant for another version.
@@ -26,9 +27,9 @@ impl Expected {
     pub fn check(self, state: &State, table: &'static str, id: &str) -> Result<(), Failure> {
         let revision = state.revisions.get(&(table, id.to_owned())).copied().unwrap_or(0);
         match self {
-            Expected::Revision(expected) if expected != revision => Err(Failure::new(
+            Expected::OneOf(expected) if !expected.contains(&revision) => Err(Failure::new(
                 FailureKind::Conflict,
-                format!("{CHANGED_MEANWHILE}: {id:?} is at revision {revision}, not {expected}"),
+                format!("{CHANGED_MEANWHILE}: {id:?} is at revision {revision}, which If-Match does not name"),
                 "read it again and repeat the change if it still makes sense",
             )),
             _ => Ok(()),

@@ -37,7 +37,7 @@ pub struct Options {
     pub authority: Authority,
     /// As agents and process servers are told.
     pub name: String,
-    /// The bearer token of the REST API.
+    /// The bearer token of the REST API, as `token` in `storage` holds it.
     pub token: String,
     /// Key and certificate of the authority, PEM, for backups.
     pub authority_pem: String,
@@ -131,6 +131,7 @@ impl ConfigServer {
 
     async fn start_with(options: Options, database: Database) -> Result<Self, StartError> {
         let storage = options.storage.clone();
+        let access = Access::new(&options.token, storage.clone());
         let folder = storage.path("");
         let backup_options = BackupOptions {
             authority: options.authority_pem,
@@ -145,6 +146,7 @@ impl ConfigServer {
             let jobs = Jobs::open(database.clone(), history.clone(), &*storage)?;
             let store = Arc::new(Store::open(database.clone(), &*storage)?);
             installation::note(&database, &*storage, &fingerprint)?;
+            api::repeat::forget_secrets(&database)?;
             let incarnation = backup::content::incarnation(&database)?;
             if let Some(restored) = backup::content::take_restored(&database)? {
                 history.note(News {
@@ -190,7 +192,7 @@ impl ConfigServer {
         }
         let (serving_sender, serving) = watch::channel(serving(true));
 
-        let router = router(core.clone(), Access::new(&options.token), control.port());
+        let router = router(core.clone(), access, control.port());
         let service = control_server(hub, options.name);
         let service = ByPath::new("/grpc.health.v1.Health/", health_server(serving), service);
         let stop = core.stop.clone();

@@ -56,7 +56,10 @@ pub async fn user(client: &Client, verb: UserVerb, output: &Output) -> Result<()
             let request = json!({ "name": name, "role": role_name(role) });
             list(&client.post("/users", &request).await?, &columns, output)
         }
-        UserVerb::List => list(&client.get("/users").await?, &columns, output),
+        UserVerb::List => {
+            let columns = [("USER", "/name"), ("ROLE", "/role"), ("NOTE", "/note")];
+            list(&client.get("/users").await?, &columns, output)
+        }
         UserVerb::Set { name, role } => {
             let (path, request) = (format!("/users/{}", escape(&name)), json!({ "role": role_name(role) }));
             list(&client.request(Method::PUT, &path, Some(&request)).await?, &columns, output)

@@ -263,6 +263,9 @@ pub enum ConfigServerVerb {
     Restore(RestoreArgs),
     /// Makes another recovery key and shows it, this once; backups from now on are opened by it. Offline.
     RecoveryKey(RoleArgs),
+    /// Writes another token of the administrator into its file on this host; the one before is refused at once. Whether
+    /// the configuration server runs does not matter.
+    RotateToken(RoleArgs),
 }
 
 #[derive(Args)]

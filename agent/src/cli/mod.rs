@@ -82,6 +82,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             args::ConfigServerVerb::Backup { to, list } => client(backup::backup(&target.client()?, to, list, output)),
             args::ConfigServerVerb::Restore(args) => client(backup::restore(args, output)),
             args::ConfigServerVerb::RecoveryKey(args) => backup::recovery_key(args, output),
+            args::ConfigServerVerb::RotateToken(args) => client(run::rotate_token(args, output)),
         },
         Verb::Passphrase { verb } => client(account::passphrase(&target.client()?, verb, output)),
         Verb::Identity { verb } => client(account::identity(&target.client()?, verb, output)),

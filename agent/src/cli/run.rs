@@ -7,7 +7,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::CliError;
 use super::args::{RegisterArgs, RoleArgs, Target, UpArgs};
 use super::output::Output;
-use crate::folder::Folder;
+use crate::client::Client;
+use crate::folder::{Folder, FolderError};
 use crate::roles::notify::Manager;
 use crate::roles::place::{Config, Place, RoleConfig};
 use crate::roles::register::{self, Outcome, Registration};
@@ -128,6 +129,31 @@ pub async fn init(args: RoleArgs, output: &Output) -> Result<(), CliError> {
         output.line(&format!("  {}", key.text()))?;
     }
     Ok(())
+}
+
+/// Another token of the administrator, by whoever has the folder.
+pub async fn rotate_token(args: RoleArgs, output: &Output) -> Result<(), CliError> {
+    let (folder, _) = config_server_place(&args)?;
+    let token_file = folder.token_file();
+    if !token_file.exists() {
+        return Err(CliError::new(
+            format!("there is no {}", token_file.display()),
+            "name the folder of a configuration server, with --dir or --config",
+        ));
+    }
+    match folder.lock(Role::ConfigServer) {
+        Ok(_lock) => folder.rotate_token().map_err(RoleError::from)?,
+        // It runs, and has to know.
+        Err(FolderError::InUse { .. }) => {
+            Client::of_folder(folder.path())?.post("/token-file/rotate", &json!({})).await?;
+        }
+        Err(error) => return Err(RoleError::from(error).into()),
+    }
+    if output.is_json() {
+        return Ok(output.json(&json!({ "token_file": token_file }))?);
+    }
+    output.line(&format!("{} holds another token; the one before is refused", token_file.display()))?;
+    Ok(output.line("Backups from before hold the old one: rotate it again after one of them was restored.")?)
 }
 
 /// Gets a certificate for a role of this machine.

@@ -1,21 +1,33 @@
 //! Who a request is from, and what they may do.
 
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use futures_util::{Stream, StreamExt};
 use serde_json::json;
 use tidemark_base::Clock;
+use tidemark_base::storage::{Storage, replace_file};
+use uuid::Uuid;
 
 use crate::core::Core;
 use crate::identity::hex_encode;
 use crate::model::UserRole;
 
+/// How often it is looked whether whoever follows a stream may still do so.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
 /// The first administrator's token, which a file holds, kept as its digest.
 #[derive(Clone)]
-pub struct Access(Arc<blake3::Hash>);
+pub struct Access {
+    token: Arc<Mutex<blake3::Hash>>,
+    /// Of the file.
+    storage: Arc<dyn Storage>,
+}
 
 /// Whose token was shown.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -24,19 +36,30 @@ pub struct Caller {
     pub role: UserRole,
 }
 
+/// In the configuration server's folder.
+pub const TOKEN_FILE: &str = "token";
 /// The user of the token in the file.
 pub const FIRST_USER: &str = "admin";
 
 impl Access {
-    pub fn new(text: &str) -> Self {
-        Self(Arc::new(blake3::hash(text.trim().as_bytes())))
+    /// `text` is what the file [`TOKEN_FILE`] in `storage` holds.
+    pub fn new(text: &str, storage: Arc<dyn Storage>) -> Self {
+        Self { token: Arc::new(Mutex::new(blake3::hash(text.trim().as_bytes()))), storage }
+    }
+
+    /// Writes another token into the file; the one before is refused when this returns. Blocks.
+    pub fn rotate(&self) -> io::Result<String> {
+        let mut token = self.token.lock().expect("no panic while held");
+        let text = write_token(&*self.storage)?;
+        *token = blake3::hash(text.as_bytes());
+        Ok(text)
     }
 
     fn caller(&self, core: &Core, header: Option<&HeaderValue>) -> Option<Caller> {
         let given = header?.to_str().ok()?.strip_prefix("Bearer ")?;
         let digest = blake3::hash(given.trim().as_bytes());
         // `blake3::Hash` compares in constant time.
-        if digest == *self.0 {
+        if digest == *self.token.lock().expect("no panic while held") {
             return Some(Caller { user: FIRST_USER.to_owned(), role: UserRole::Administrator });
         }
         // Finding a digest tells nothing of the token: nobody can choose what it hashes to.
@@ -50,20 +73,66 @@ impl Access {
     }
 }
 
+/// Makes a token and writes it into the file.
+pub fn write_token(storage: &dyn Storage) -> io::Result<String> {
+    let text = new_token();
+    replace_file(storage, TOKEN_FILE, format!("{text}\n").as_bytes())?;
+    Ok(text)
+}
+
+/// 244 random bits.
+pub fn new_token() -> String {
+    format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple())
+}
+
+/// By what a request was let in, for answers that go on: the token may be deleted or expire meanwhile, its user too.
+#[derive(Clone)]
+pub struct Ticket {
+    core: Arc<Core>,
+    access: Access,
+    header: Option<HeaderValue>,
+    caller: Caller,
+}
+
+impl Ticket {
+    /// Whether it would be let in again, as the same user, to what readers may.
+    pub fn holds(&self) -> bool {
+        self.access.caller(&self.core, self.header.as_ref()).is_some_and(|caller| caller.user == self.caller.user)
+    }
+
+    /// Nothing is told after it stopped to hold, and the stream ends soon after.
+    pub fn while_it_holds<T>(self, told: impl Stream<Item = T>) -> impl Stream<Item = T> {
+        let looking = self.clone();
+        let ended = async move {
+            let mut looks = tokio::time::interval(LOOK_EVERY);
+            while looking.holds() {
+                looks.tick().await;
+            }
+        };
+        told.take_while(move |_| std::future::ready(self.holds())).take_until(ended)
+    }
+}
+
+pub fn no_token() -> Response {
+    let body = json!({
+        "error": "the request shows no valid token",
+        "help": "send `Authorization: Bearer TOKEN`; the token is in the file that the server's ready line names (--token-file)",
+    });
+    (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, "Bearer")], axum::Json(body)).into_response()
+}
+
 /// Refuses whoever does not show a token, and notes who it is.
 pub async fn require_token(
     State((core, access)): State<(Arc<Core>, Access)>,
     mut request: Request,
     next: Next,
 ) -> Response {
-    let Some(caller) = access.caller(&core, request.headers().get(header::AUTHORIZATION)) else {
-        let body = json!({
-            "error": "the request shows no valid token",
-            "help": "send `Authorization: Bearer TOKEN`; the token is in the file that the server's ready line names (--token-file)",
-        });
-        return (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, "Bearer")], axum::Json(body)).into_response();
+    let header = request.headers().get(header::AUTHORIZATION).cloned();
+    let Some(caller) = access.caller(&core, header.as_ref()) else {
+        return no_token();
     };
-    request.extensions_mut().insert(caller);
+    request.extensions_mut().insert(caller.clone());
+    request.extensions_mut().insert(Ticket { core, access, header, caller });
     next.run(request).await
 }
 

@@ -7,18 +7,20 @@ use std::time::Duration;
 use axum::body::Bytes;
 use axum::extract::{ConnectInfo, Path, State};
 use axum::http::StatusCode;
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tidemark_base::{Clock, Timestamp};
-use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_proto::control::{Failure, FailureKind, Severity};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::access::FIRST_USER;
+use super::access::{Access, FIRST_USER, new_token};
+use super::repeat::ShownOnce;
 use super::routes::parse;
 use super::{Answer, blocking, ok};
 use crate::core::Core;
+use crate::history::News;
 use crate::identity::{PassphraseRequest, RegisterRequest, hex_encode};
 use crate::model::{ApiToken, PeerRole, User, UserRole};
 use crate::names::{check_label, check_name};
@@ -60,15 +62,39 @@ pub struct TokenInfo {
     pub token: Option<String>,
 }
 
+/// A user as it is listed.
+#[derive(Serialize, ToSchema)]
+pub struct UserInfo {
+    pub name: String,
+    pub role: UserRole,
+    /// What is special about it.
+    pub note: Option<&'static str>,
+}
+
+const FIRST_NOTE: &str = "of the first set-up: its token is in a file on the configuration server, and stays";
+
+/// The one of the first set-up is none of those that can be changed.
+fn check_not_first(name: &str) -> Result<(), Failure> {
+    if name != FIRST_USER {
+        return Ok(());
+    }
+    Err(Failure::new(
+        FailureKind::Conflict,
+        format!("{FIRST_USER} is the administrator of the first set-up, and stays what it is"),
+        "where its token is known to others: `tidemark config-server rotate-token` on the configuration server writes \
+         another one, and the one before is refused at once",
+    ))
+}
+
 fn not_found(what: &str, help: &str) -> Failure {
     Failure::new(FailureKind::NotFound, what, help)
 }
 
 pub async fn list_users(State(core): App) -> Answer {
     let state = core.store.state();
-    let first = (FIRST_USER.to_owned(), UserRole::Administrator);
-    let others = state.users.iter().map(|(name, user)| (name.clone(), user.role));
-    ok(std::iter::once(first).chain(others).map(|(name, role)| UserBody { name, role }).collect::<Vec<_>>())
+    let first = UserInfo { name: FIRST_USER.to_owned(), role: UserRole::Administrator, note: Some(FIRST_NOTE) };
+    let others = state.users.iter().map(|(name, user)| UserInfo { name: name.clone(), role: user.role, note: None });
+    ok(std::iter::once(first).chain(others).collect::<Vec<_>>())
 }
 
 pub async fn create_user(State(core): App, body: Bytes) -> Answer {
@@ -102,6 +128,7 @@ pub struct RoleBody {
 
 pub async fn set_user(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
     let RoleBody { role } = parse(&body)?;
+    check_not_first(&name)?;
     let user = name.clone();
     blocking(move || {
         core.store.change(|state| {
@@ -114,6 +141,7 @@ pub async fn set_user(State(core): App, Path(name): Path<String>, body: Bytes) -
 }
 
 pub async fn delete_user(State(core): App, Path(name): Path<String>) -> Answer {
+    check_not_first(&name)?;
     blocking(move || {
         core.store.change(|state| {
             state.users.remove(&name).ok_or_else(|| not_found("there is no such user", "see GET /users"))?;
@@ -144,7 +172,7 @@ pub async fn list_tokens(State(core): App) -> Answer {
 pub async fn create_token(State(core): App, body: Bytes) -> Answer {
     let TokenRequest { user, label, lifetime_seconds } = parse(&body)?;
     check_label(&label)?;
-    let text = format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
+    let text = new_token();
     let created = core.clock.wall_now();
     let lifetime = lifetime_seconds.map(Duration::from_secs);
     let expires = lifetime.map(|of| Timestamp(created.0.saturating_add(of.as_nanos().min(u64::MAX.into()) as u64)));
@@ -169,7 +197,29 @@ pub async fn create_token(State(core): App, body: Bytes) -> Answer {
         })
     })
     .await?;
-    ok(token_info(&id, &token, Some(text)))
+    let help = format!("delete it (DELETE /tokens/{id}), and make another with a new key");
+    let instead = ShownOnce::new(&format!("the token {id} of {}", token.user), help);
+    Ok(shown_once(token_info(&id, &token, Some(text)), instead))
+}
+
+/// Of the first set-up.
+pub async fn rotate_token_file(State(core): App, axum::Extension(access): axum::Extension<Access>) -> Answer {
+    let rotated = access.clone();
+    let text = blocking(move || {
+        rotated.rotate().map_err(|error| {
+            Failure::from_error(FailureKind::Failed, &error, "check the owner, the mode and the room of its folder")
+        })
+    })
+    .await?;
+    core.backups.set_token(text);
+    core.history.note(News {
+        severity: Severity::Info,
+        kind: "token_rotated",
+        machine: None,
+        message: format!("the token of {FIRST_USER}, which is in a file, is another one"),
+        help: "backups from before hold the old one: rotate it again after one of them was restored".to_owned(),
+    });
+    ok(json!({}))
 }
 
 pub async fn delete_token(State(core): App, Path(id): Path<String>) -> Answer {
@@ -191,10 +241,17 @@ pub async fn list_passphrases(State(core): App) -> Answer {
 pub async fn create_passphrase(State(core): App, body: Bytes) -> Answer {
     let request: PassphraseRequest = parse(&body)?;
     let registrar = core.registrar.clone();
-    let mut answer = blocking(move || registrar.create_passphrase(&request)).await.map(axum::Json)?.into_response();
-    // It is shown once: nobody on the way is to keep it.
+    let made = blocking(move || registrar.create_passphrase(&request)).await?;
+    let help = format!("delete it (DELETE /passphrases/{}), and make another with a new key", made.id);
+    Ok(shown_once(&made, ShownOnce::new(&format!("the passphrase {}", made.id), help)))
+}
+
+/// It is shown once: nobody on the way is to keep it.
+fn shown_once(body: impl Serialize, instead: ShownOnce) -> Response {
+    let mut answer = axum::Json(body).into_response();
     answer.headers_mut().insert("cache-control", axum::http::HeaderValue::from_static("no-store"));
-    Ok(answer)
+    answer.extensions_mut().insert(instead);
+    answer
 }
 
 pub async fn delete_passphrase(State(core): App, Path(id): Path<String>) -> Answer {

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::{Query, State};
 use axum::http::HeaderMap;
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -14,6 +15,7 @@ use tidemark_proto::control::{Failure, Severity};
 use tokio::sync::broadcast::error::RecvError;
 use utoipa::ToSchema;
 
+use super::access::{Ticket, no_token};
 use super::{Answer, blocking, ok};
 use crate::core::Core;
 use crate::database::DatabaseError;
@@ -49,7 +51,11 @@ async fn page(core: &Arc<Core>, query: history::Query) -> Result<Vec<Stored>, su
     blocking(move || core.history.list(&query).map_err(|error: DatabaseError| Failure::from(error))).await
 }
 
-pub async fn list(State(core): State<Arc<Core>>, query: Query<EventQuery>) -> Answer {
+pub async fn list(
+    State(core): State<Arc<Core>>,
+    Extension(ticket): Extension<Ticket>,
+    query: Query<EventQuery>,
+) -> Answer {
     let mut newest = core.history.newest();
     let deadline = tokio::time::Instant::now() + Duration::from_secs(query.wait_seconds).min(POLL_MAX);
     loop {
@@ -62,6 +68,9 @@ pub async fn list(State(core): State<Arc<Core>>, query: Query<EventQuery>) -> An
             changed = tokio::time::timeout_at(deadline, newest.changed()) => matches!(changed, Ok(Ok(()))),
             () = core.stop.cancelled() => false,
         };
+        if !ticket.holds() {
+            return Ok(no_token());
+        }
         if !waited {
             return ok(found);
         }
@@ -69,7 +78,12 @@ pub async fn list(State(core): State<Arc<Core>>, query: Query<EventQuery>) -> An
 }
 
 /// Server-sent events from `after`, or the `Last-Event-ID` that a client that was cut off names, or from now.
-pub async fn follow(State(core): State<Arc<Core>>, headers: HeaderMap, query: Query<EventQuery>) -> Response {
+pub async fn follow(
+    State(core): State<Arc<Core>>,
+    Extension(ticket): Extension<Ticket>,
+    headers: HeaderMap,
+    query: Query<EventQuery>,
+) -> Response {
     let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
     let newest = core.history.newest();
     let after = query.after.or(last).unwrap_or(*newest.borrow());
@@ -106,7 +120,7 @@ pub async fn follow(State(core): State<Arc<Core>>, headers: HeaderMap, query: Qu
             }
         }
     });
-    Sse::new(following).keep_alive(KeepAlive::default()).into_response()
+    Sse::new(ticket.while_it_holds(following)).keep_alive(KeepAlive::default()).into_response()
 }
 
 fn told(stored: &Stored) -> Event {
@@ -115,7 +129,7 @@ fn told(stored: &Stored) -> Event {
 }
 
 /// Server-sent events: the jobs that run, then every change of any.
-pub async fn follow_jobs(State(core): State<Arc<Core>>) -> Response {
+pub async fn follow_jobs(State(core): State<Arc<Core>>, Extension(ticket): Extension<Ticket>) -> Response {
     // First the subscription, then the list: a change in between is told twice, not lost.
     let changes = core.jobs.follow();
     let running = running(&core);
@@ -136,7 +150,7 @@ pub async fn follow_jobs(State(core): State<Arc<Core>>) -> Response {
             }
         }
     });
-    Sse::new(following).keep_alive(KeepAlive::default()).into_response()
+    Sse::new(ticket.while_it_holds(following)).keep_alive(KeepAlive::default()).into_response()
 }
 
 fn running(core: &Core) -> Vec<Job> {

@@ -11,7 +11,8 @@ mod events;
 mod listen;
 mod metrics;
 mod operations;
-mod repeat;
+mod refusals;
+pub(crate) mod repeat;
 mod routes;
 pub mod schema;
 
@@ -24,7 +25,7 @@ use tidemark_proto::control::{Failure, FailureKind};
 use crate::identity::Refused;
 use crate::names::CHANGED_MEANWHILE;
 
-pub use access::Access;
+pub use access::{Access, write_token};
 pub use listen::serve;
 pub use routes::router;
 

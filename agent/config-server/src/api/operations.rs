@@ -34,6 +34,7 @@ pub struct Operation {
     answers: Option<(&'static str, RefOr<Schema>)>,
     query: Vec<(&'static str, &'static str, Type)>,
     schemas: Schemas,
+    takes_if_match: bool,
 }
 
 impl Operation {
@@ -46,6 +47,7 @@ impl Operation {
             answers: None,
             query: Vec::new(),
             schemas: Schemas::new(),
+            takes_if_match: false,
         }
     }
 
@@ -87,6 +89,11 @@ impl Operation {
         let any = ObjectBuilder::new().schema_type(utoipa::openapi::schema::SchemaType::AnyValue).build();
         self.answers = Some((content, any.into()));
         self
+    }
+
+    /// A change that may be meant for one version of the thing: its handler looks at `If-Match`.
+    pub fn takes_if_match(self) -> Self {
+        Self { takes_if_match: true, ..self }
     }
 
     pub fn status(self, status: u16) -> Self {
@@ -151,7 +158,10 @@ impl Operations {
         handler: H,
         operation: Operation,
     ) {
-        let route = axum::routing::on(filter, handler);
+        let mut route = axum::routing::on(filter, handler);
+        if !operation.takes_if_match && !matches!(method, HttpMethod::Get) {
+            route = route.layer(axum::middleware::from_fn(super::refusals::without_if_match));
+        }
         match operation.role {
             None => self.public = std::mem::take(&mut self.public).route(path, route),
             Some(role) => {
@@ -175,6 +185,12 @@ impl Operations {
             let description = "The same key with the same request answers as the first time and does nothing again.";
             let header = parameter("Idempotency-Key", ParameterIn::Header, Type::String, description, false);
             described = described.parameter(header);
+        }
+        if operation.takes_if_match {
+            let description =
+                "The ETag of the version that the change is meant for, or several; 412 when it is another.";
+            described =
+                described.parameter(parameter("If-Match", ParameterIn::Header, Type::String, description, false));
         }
         if let Some(schema) = operation.takes {
             let content = ContentBuilder::new().schema(Some(schema)).build();
@@ -238,6 +254,7 @@ impl Operations {
     /// What was declared, behind the token where it is needed, and what answers everything else.
     pub fn into_router(self, otherwise: impl FnOnce(Router<Arc<Core>>) -> Router<Arc<Core>>) -> Router {
         let guarded = otherwise(self.router)
+            .layer(axum::Extension(self.access.clone()))
             .layer(axum::middleware::from_fn_with_state(self.core.clone(), super::repeat::once))
             .layer(axum::middleware::from_fn_with_state(
                 (self.core.clone(), self.access),

@@ -1,5 +1,7 @@
 //! Creations that may be repeated: with the same `Idempotency-Key` the answer is the first one's, and nothing is done again.
 //!
+//! Answers that show a secret are not stored: whoever repeats such a request is told that it was done ([`ShownOnce`]).
+//!
 //! *Crash.* The answer is stored after it was made: a crash between the two does the work again when it is repeated, which
 //! then finds what the first one made.
 
@@ -13,6 +15,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use tidemark_base::{Clock, Timestamp};
+use tidemark_proto::control::{Failure, FailureKind};
 
 use super::access::Caller;
 use crate::core::Core;
@@ -22,6 +25,18 @@ const KEY: &str = "idempotency-key";
 const KEY_BYTES_MAX: usize = 255;
 const KEPT: Duration = Duration::from_secs(86_400);
 const BODY_BYTES_MAX: usize = 2 << 20;
+
+/// On an answer that shows a secret: what is answered to whoever repeats the request.
+#[derive(Clone)]
+pub struct ShownOnce(pub Failure);
+
+impl ShownOnce {
+    /// `what` is made, and its secret was in the first answer.
+    pub fn new(what: &str, help: String) -> Self {
+        let message = format!("this was done already and made {what}; its text was shown once, and is not kept");
+        Self(Failure::new(FailureKind::Conflict, message, help))
+    }
+}
 
 pub async fn once(State(core): State<Arc<Core>>, request: Request, next: Next) -> Response {
     let Some(key) = request.headers().get(KEY).cloned().filter(|_| request.method() == Method::POST) else {
@@ -63,13 +78,22 @@ async fn run(core: &Core, user: &str, key: &HeaderValue, request: Request, next:
     // What failed at our end may succeed when it is repeated.
     if parts.status.is_success() {
         let now = core.clock.wall_now();
-        let text = String::from_utf8_lossy(&answer).into_owned();
-        let status = u64::from(parts.status.as_u16());
+        let (status, text) = match parts.extensions.get::<ShownOnce>() {
+            Some(ShownOnce(instead)) => (StatusCode::CONFLICT, serde_json::to_string(instead).unwrap_or_default()),
+            None => (parts.status, String::from_utf8_lossy(&answer).into_owned()),
+        };
+        let status = u64::from(status.as_u16());
         if let Err(error) = keep(&database, id, asked, now, oldest, status, text).await {
             tracing::warn!(%error, "an answer cannot be kept for whoever repeats the request");
         }
     }
     Ok(Response::from_parts(parts, Body::from(answer)))
+}
+
+/// Takes out the secrets that earlier versions stored.
+pub fn forget_secrets(database: &Database) -> Result<(), DatabaseError> {
+    let sql = "DELETE FROM answers WHERE body LIKE $1 OR body LIKE $2";
+    database.write(vec![Statement::new(sql, ["%\"token\":\"%".into(), "%\"passphrase\":\"%".into()])])
 }
 
 const REPLAYED: header::HeaderName = header::HeaderName::from_static("idempotency-replayed");
@@ -116,7 +140,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 fn unavailable(error: DatabaseError) -> Response {
-    super::ApiError::from(tidemark_proto::control::Failure::from(error)).into_response()
+    super::ApiError::from(Failure::from(error)).into_response()
 }
 
 fn refused(status: StatusCode, error: &str, help: &str) -> Response {

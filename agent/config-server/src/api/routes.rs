@@ -18,7 +18,9 @@ use utoipa::ToSchema;
 use utoipa::openapi::schema::Type;
 use uuid::Uuid;
 
-use super::accounts::{self, ControlPort, RegistrationInfo, RevokeBody, RoleBody, TokenInfo, TokenRequest, UserBody};
+use super::accounts::{
+    self, ControlPort, RegistrationInfo, RevokeBody, RoleBody, TokenInfo, TokenRequest, UserBody, UserInfo,
+};
 use super::operations::{Operation, Operations};
 use super::schema::{
     CreatePolicySchema, DescriptionSchema, EmptySchema, HeldPointSchema, NamedPolicySchema, PointSchema,
@@ -67,7 +69,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
         Type::Boolean,
         "Whether its replica and points go as well.",
     );
-    let one = one.query("force", Type::Boolean, "Whether locked and served points go as well.");
+    let one = one.query("force", Type::Boolean, "Whether locked and served points go as well.").takes_if_match();
     api.delete("/machines/{name}", unprotect, one);
     let job = |summary| Operation::new(Operator, summary).starts_job();
     api.post("/machines/{name}/disks", add_disks, job("Adds disks to a machine").takes::<disks::AddRequest>());
@@ -148,10 +150,10 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let policy = |role, summary| Operation::new(role, summary).answers::<NamedPolicySchema>();
     api.post("/policies", create_policy, policy(Operator, "Creates a policy").takes::<CreatePolicySchema>());
     api.get("/policies/{name}", show_policy, policy(Reader, "A policy"));
-    let one = policy(Operator, "Changes settings of a policy").takes::<PolicySettingsSchema>();
+    let one = policy(Operator, "Changes settings of a policy").takes::<PolicySettingsSchema>().takes_if_match();
     api.patch("/policies/{name}", set_policy, one);
     let one = Operation::new(Operator, "Deletes a policy that no machine has").answers::<EmptySchema>();
-    api.delete("/policies/{name}", delete_policy, one);
+    api.delete("/policies/{name}", delete_policy, one.takes_if_match());
 
     let list = Operation::new(Reader, "All groups with their machines").answers_list::<ShownGroup>();
     api.get("/groups", list_groups, list);
@@ -159,9 +161,9 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.post("/groups", create_group, group(Operator, "Makes a group").takes::<CreateGroup>());
     api.get("/groups/{name}", show_group, group(Reader, "A group"));
     let one = Operation::new(Operator, "Deletes a group; its machines stay").answers::<EmptySchema>();
-    api.delete("/groups/{name}", delete_group, one);
+    api.delete("/groups/{name}", delete_group, one.takes_if_match());
     let one = group(Operator, "Changes settings of a group").takes::<GroupSettings>();
-    api.patch("/groups/{name}", set_group, one);
+    api.patch("/groups/{name}", set_group, one.takes_if_match());
     let list = Operation::new(Reader, "The points that all machines of a group have, at one instant, oldest first");
     api.get("/groups/{name}/points", list_group_points, list.answers_list::<groups::points::GroupPoint>());
     let one = job("Makes a point of all machines of a group at one instant").takes::<groups::points::CreatePoint>();
@@ -176,9 +178,9 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.post("/plans", create_plan, plan(Operator, "Makes a recovery plan").takes::<CreatePlan>());
     api.get("/plans/{name}", show_plan, plan(Reader, "A recovery plan and its last run"));
     let one = plan(Operator, "Gives a recovery plan other steps").takes::<PlanSteps>();
-    api.put("/plans/{name}", set_plan, one);
+    api.put("/plans/{name}", set_plan, one.takes_if_match());
     let one = Operation::new(Operator, "Deletes a recovery plan; its machines stay").answers::<EmptySchema>();
-    api.delete("/plans/{name}", delete_plan, one);
+    api.delete("/plans/{name}", delete_plan, one.takes_if_match());
     let one = job("Runs a recovery plan, or says what that would do").takes::<plans::run::RunRequest>();
     api.post("/plans/{name}/run", run_plan, one);
     let one =
@@ -199,7 +201,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.post("/channels", create_channel, one);
     api.get("/channels/{name}", show_channel, channel("A channel and how it does"));
     let one = Operation::new(Administrator, "Deletes a channel").answers::<EmptySchema>();
-    api.delete("/channels/{name}", delete_channel, one);
+    api.delete("/channels/{name}", delete_channel, one.takes_if_match());
     let one = Operation::new(Administrator, "Tells a channel something now, once").answers::<EmptySchema>();
     api.post("/channels/{name}/test", test_channel, one);
 
@@ -231,7 +233,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.get("/metrics", metrics_text, one);
 
     let admin = |summary| Operation::new(Administrator, summary);
-    api.get("/users", accounts::list_users, admin("Users of the API").answers_list::<UserBody>());
+    api.get("/users", accounts::list_users, admin("Users of the API").answers_list::<UserInfo>());
     api.post("/users", accounts::create_user, admin("Makes a user").takes::<UserBody>().answers::<UserBody>());
     api.put("/users/{name}", accounts::set_user, admin("Sets a user's role").takes::<RoleBody>().answers::<UserBody>());
     api.delete(
@@ -243,6 +245,8 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let one = admin("Makes a token, shown this once").takes::<TokenRequest>().answers::<TokenInfo>();
     api.post("/tokens", accounts::create_token, one);
     api.delete("/tokens/{id}", accounts::delete_token, admin("Deletes a token").answers::<EmptySchema>());
+    let one = admin("Writes another token into the file of the first set-up; the one before is refused at once");
+    api.post("/token-file/rotate", accounts::rotate_token_file, one.answers::<EmptySchema>());
     let list = admin("Backups of the configuration, the newest first").answers_list::<BackupInfo>();
     api.get("/backups", list_backups, list);
     api.post("/backups", create_backup, admin("Backs up the configuration now").starts_job());
@@ -254,7 +258,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.post("/passphrases", accounts::create_passphrase, one);
     let one = admin("Deletes a passphrase").answers::<EmptySchema>();
     api.delete("/passphrases/{id}", accounts::delete_passphrase, one);
-    let list = admin("Process servers that wait for approval").answers_list::<RegistrationInfo>();
+    let list = Operation::new(Operator, "Process servers that wait for approval").answers_list::<RegistrationInfo>();
     api.get("/registrations", accounts::list_registrations, list);
     let one = Operation::new(Operator, "Approves a registration").answers::<RegistrationInfo>();
     api.post("/registrations/{id}/approve", accounts::approve, one);
@@ -290,6 +294,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
         .route("/ready", ready)
         .nest("/api/v1", api)
         .fallback(nothing_there)
+        .layer(axum::middleware::from_fn(super::refusals::as_json))
 }
 
 async fn metrics_text(State(core): App) -> Answer {
@@ -302,15 +307,42 @@ async fn metrics_text(State(core): App) -> Answer {
 
 /// What `If-Match` says.
 fn expected(headers: &HeaderMap) -> Result<Expected, Failure> {
-    let Some(value) = headers.get(axum::http::header::IF_MATCH) else { return Ok(Expected::Any) };
-    let text = value.to_str().unwrap_or_default().trim();
-    if text == "*" {
+    let mut lines = headers.get_all(axum::http::header::IF_MATCH).iter().peekable();
+    if lines.peek().is_none() {
         return Ok(Expected::Any);
     }
-    let revision = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).and_then(|text| text.parse().ok());
-    revision.map(Expected::Revision).ok_or_else(|| {
-        bad_request("the If-Match header is no tag of this API", "send the ETag of the last answer as it was")
+    let text = lines.map(|line| line.to_str().unwrap_or("?")).collect::<Vec<_>>().join(",");
+    if text.trim() == "*" {
+        return Ok(Expected::Any);
+    }
+    tags(&text).map(Expected::OneOf).ok_or_else(|| {
+        bad_request("the If-Match header is no list of tags", "send the ETag of the last answer as it was, or `*`")
     })
+}
+
+/// The revisions in a list of entity tags (RFC 9110, 8.8.3 and 13.1.1): weak ones match nothing here, nor do those that
+/// this API never made. `None`: it is no such list.
+fn tags(text: &str) -> Option<Vec<u64>> {
+    let (mut rest, mut revisions) = (text.trim(), Vec::new());
+    loop {
+        // Empty elements of a list are passed over.
+        rest = rest.trim_start_matches([',', ' ', '\t']);
+        if rest.is_empty() {
+            return Some(revisions);
+        }
+        let (is_weak, opaque) = match rest.strip_prefix("W/") {
+            Some(opaque) => (true, opaque),
+            None => (false, rest),
+        };
+        let (tag, after) = opaque.strip_prefix('"')?.split_once('"')?;
+        if !is_weak && let Ok(revision) = tag.parse() {
+            revisions.push(revision);
+        }
+        rest = after.trim_start();
+        if !rest.is_empty() && !rest.starts_with(',') {
+            return None;
+        }
+    }
 }
 
 async fn nothing_there() -> Answer {
@@ -803,4 +835,25 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     serde_json::from_slice(body).map_err(|error| {
         bad_request(format!("the request's body is not what is expected: {error}"), "send a JSON object").into()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tags_are_lists_of_which_weak_and_foreign_ones_match_nothing() {
+        for (text, revisions) in [
+            ("\"3\"", vec![3]),
+            (" \"3\" ,\"4\",, \"5\"", vec![3, 4, 5]),
+            ("W/\"3\"", vec![]),
+            ("W/\"3\", \"a,b\", \"7\"", vec![7]),
+            ("\"gold\"", vec![]),
+        ] {
+            assert_eq!(tags(text), Some(revisions), "{text}");
+        }
+        for text in ["3", "gold", "\"3", "\"3\" \"4\"", "*, \"3\"", "w/\"3\""] {
+            assert_eq!(tags(text), None, "{text}");
+        }
+    }
 }

@@ -95,7 +95,8 @@ pub struct Backups {
     keeper: Option<Keeper>,
     authority: String,
     fingerprint: String,
-    token: String,
+    /// The administrator's.
+    token: Mutex<String>,
     name: String,
     incarnation: u64,
     /// The last backup that each process server took.
@@ -205,7 +206,7 @@ impl Backups {
             keeper,
             authority,
             fingerprint,
-            token,
+            token: Mutex::new(token),
             name,
             incarnation,
             kept: Mutex::default(),
@@ -219,6 +220,11 @@ impl Backups {
         let newest_at = backups.newest().map(|(_, head)| head.created);
         *backups.newest_at.lock().expect("no panic while held") = newest_at;
         Ok(backups)
+    }
+
+    /// Backups from now on hold this one.
+    pub fn set_token(&self, token: String) {
+        *self.token.lock().expect("no panic while held") = token;
     }
 
     /// Makes a backup, and opens what was written. Blocks.
@@ -249,7 +255,7 @@ impl Backups {
             incarnation: self.incarnation,
             schema: crate::database::VERSION,
             authority: self.authority.clone(),
-            token: self.token.clone(),
+            token: self.token.lock().expect("no panic while held").clone(),
             keeper: keeper.to_text(),
             tables,
         };

@@ -28,6 +28,8 @@ impl Sqlite {
         connection.pragma_update(None, "locking_mode", "EXCLUSIVE").map_err(failed)?;
         connection.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
         connection.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
+        // What was deleted may have been secret.
+        connection.pragma_update(None, "secure_delete", true).map_err(failed)?;
         if let Some(pages) = pages_max {
             connection.pragma_update(None, "max_page_count", pages).map_err(failed)?;
         }
