@@ -362,12 +362,12 @@ mod tests {
             let made = top.path().join("config-server").join(made);
             File::create(&made).unwrap();
             assert_eq!(folder.authority().unwrap().fingerprint(), before);
-            let (path, aside) = (top.path().join(AUTHORITY_FILE), top.path().join("aside"));
-            std::fs::rename(&path, &aside).unwrap();
+            let path = top.path().join(AUTHORITY_FILE);
+            folder.storage.rename(AUTHORITY_FILE, "aside").unwrap();
             let error = folder.authority().err().expect("it is not made again");
             assert!(matches!(&error, FolderError::AuthorityMissing { made: named, .. } if *named == made), "{error}");
             assert!(!path.exists() && error.help().contains("restore a backup"));
-            std::fs::rename(aside, path).unwrap();
+            folder.storage.rename("aside", AUTHORITY_FILE).unwrap();
             std::fs::remove_file(made).unwrap();
         }
     }

@@ -1,9 +1,14 @@
 //! Who may use the API, what it keeps of its secrets, and what it says to requests that make no sense.
 
+use tidemark_base::storage::RealStorage;
 use tidemark_config_server::backup;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
 use super::*;
+
+const DATABASE: &str = "config-server/config.db";
+const AUTHORITY: &str = "authority/authority.pem";
+const ASIDE: &str = "aside";
 
 /// As somebody who has this token.
 fn client_with(site: &Site, name: &str, token: &str) -> Client {
@@ -196,28 +201,30 @@ async fn an_installation_that_lost_its_database_or_its_authority_does_not_begin_
     let mut site = Site::start().await;
     site.stop_config_server().await;
     let own = site.folder.path().join("config-server");
-    let (database, aside) = (own.join("config.db"), own.join("aside"));
+    let database = own.join("config.db");
+    let storage = RealStorage::open_folder(site.folder.path());
+    let move_to = |from: &str, to: &str| storage.rename(from, to).unwrap();
     let refused = async |part: &str| {
         let error = config_server::start(&site.folder, Settings::default()).await.err().expect("it does not start");
         assert!(error.message.contains(part) && error.help.contains("restore a backup"), "{}", error.message);
     };
-    std::fs::rename(&database, &aside).unwrap();
+    move_to(DATABASE, ASIDE);
     refused("is empty").await;
     File::create(&database).unwrap();
     refused("is empty").await;
-    std::fs::rename(&aside, &database).unwrap();
+    move_to(ASIDE, DATABASE);
     let _ = std::fs::remove_file(own.join("config.db-wal"));
 
-    let authority = site.folder.path().join("authority/authority.pem");
-    std::fs::rename(&authority, &aside).unwrap();
+    let authority = site.folder.path().join(AUTHORITY);
+    move_to(AUTHORITY, ASIDE);
     refused("authority.pem is missing").await;
     assert!(!authority.exists());
     // Another one beside this database is refused as well.
     let other = Folder::create(&site.top.path().join("other")).unwrap();
     other.authority().unwrap();
-    std::fs::copy(other.path().join("authority/authority.pem"), &authority).unwrap();
+    std::fs::copy(other.path().join(AUTHORITY), &authority).unwrap();
     refused("belongs to the authority").await;
-    std::fs::rename(&aside, &authority).unwrap();
+    move_to(ASIDE, AUTHORITY);
     site.start_config_server().await;
     site.settled(2).await;
 }
