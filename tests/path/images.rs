@@ -200,6 +200,10 @@ fn an_agent_that_is_killed_under_load_loses_nothing_in_an_image() {
             &["compare", "-U", "-f", "qcow2", "-F", "qcow2", path.to_str().unwrap(), exported.to_str().unwrap()],
         );
     }
-    let events = site.run(&["events", "--json"]).stdout;
-    assert_eq!(events.matches("the whole of disk").count(), 1, "the first time alone: {events}");
+    // What a killed agent was about to tell may be lost; what the last one found is told.
+    let events = wait::until("the last start is told", LIMIT, || {
+        let events = site.run(&["events", "--json"]).stdout;
+        events.contains("goes on after its agent was killed").then_some(events)
+    });
+    assert!(events.matches("the whole of disk").count() <= 1, "the first time at most: {events}");
 }
