@@ -50,6 +50,8 @@ impl Control {
             }
             never.wait_for(Duration::from_millis(5));
         };
+        // One that hangs is named by the question that it does not answer.
+        stream.set_read_timeout(Some(SOON)).unwrap();
         let mut this = Self(BufReader::new(stream));
         this.0.read_line(&mut String::new()).unwrap();
         this.ask("qmp_capabilities", json!({})).unwrap();
@@ -61,8 +63,12 @@ impl Control {
         self.0.get_mut().write_all(format!("{question}\n").as_bytes()).map_err(|error| error.to_string())?;
         loop {
             let mut line = String::new();
-            if self.0.read_line(&mut line).unwrap_or(0) == 0 {
-                return Err("it ended".to_owned());
+            match self.0.read_line(&mut line) {
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    panic!("QEMU does not answer {command}")
+                }
+                Ok(1..) => {}
+                _ => return Err("it ended".to_owned()),
             }
             let mut answer: Value = serde_json::from_str(&line).unwrap();
             if let Some(error) = answer.get("error") {
@@ -136,7 +142,11 @@ impl Guest {
         } else {
             self.child.kill().unwrap();
         }
-        self.child.wait().unwrap();
+        let (deadline, never) = (Instant::now() + SOON, Stop::new());
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "QEMU does not end, asked to quit: {is_clean}");
+            never.wait_for(Duration::from_millis(5));
+        }
     }
 
     fn start_again(&mut self) {
