@@ -60,8 +60,8 @@ fn h44_a_machine_goes_home_to_another_host_and_back_there_without_where_it_ran()
     let new = store.join("web.img");
     wait::until("that is its home", LIMIT, || (site.status("web")["state"] == "reprotecting").then_some(()));
     site.kill_role("host-2");
+    wait::until("its end is seen", LIMIT, || (site.connected() == Some(2)).then_some(()));
     site.start_host_again("host-2");
-    site.wait_connected();
     assert_eq!(site.json(&["reprotect", "web"])["method"], "full");
     let synced = there.goes_on();
     let back = site.json(&["failback", "web", AT_ONCE[0], AT_ONCE[1]]);

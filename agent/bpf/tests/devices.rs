@@ -147,7 +147,10 @@ fn writes_to_partitions_are_told_of_the_disk_and_of_the_partition() {
     let Some(device) = Loop::new("writes_to_partitions_are_told_of_the_disk_and_of_the_partition", 64 << 20) else {
         return;
     };
-    run("addpart", &[device.path.to_str().unwrap(), "2", "20480", "32768"]);
+    let disk = device.path.to_str().unwrap();
+    // A loop device keeps its partitions when it is detached: one of a run that was killed may be there.
+    let _ = Command::new("delpart").args([disk, "2"]).output().unwrap();
+    run("addpart", &[disk, "2", "20480", "32768"]);
     let partition = PathBuf::from(format!("{}p2", device.path.display()));
     let number =
         std::fs::read_to_string(format!("/sys/class/block/{}/dev", partition.file_name().unwrap().to_str().unwrap()));
@@ -171,8 +174,9 @@ fn writes_to_partitions_are_told_of_the_disk_and_of_the_partition() {
     write_direct(&device.direct(), 20480 * 512 - 4096, 8192);
     discard(&device.direct(), BLKZEROOUT, 1 << 20, 4 << 20);
     assert_eq!(part.claim().iter().collect::<Vec<_>>(), granules(&[(0, 1)]).iter().collect::<Vec<_>>());
-    drop((whole, part));
+    drop((whole, part, file));
     BlockTracker::remove(part_id).unwrap();
+    run("delpart", &[disk, "2"]);
 }
 
 #[test]

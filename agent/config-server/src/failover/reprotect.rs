@@ -117,6 +117,10 @@ async fn run(
     let machine = core.machine(name)?;
     let failover = state::find(&machine)?;
     refuse_phase(name, &failover)?;
+    // A reprotect of before that went on by itself may have arrived since.
+    if failover.phase == Phase::Reprotected {
+        return Ok(shown(name, &failover, &report(core, &machine).await?, None));
+    }
     let place = elsewhere::wanted(core, &machine, &request)?;
     if let Some(place) = place {
         let disks = elsewhere::new_disks(&machine, &place, true, &difference);
