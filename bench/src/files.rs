@@ -52,9 +52,13 @@ pub fn measure(options: &Options, folder: &Path, report: &mut Report) -> Result<
     Ok(())
 }
 
-fn loads(options: &Options, file: &Path) -> Result<Vec<Load>, Failure> {
+fn loads(options: &Options, folder: &Path, file: &Path) -> Result<Vec<Load>, Failure> {
     let target = format!("--filename={}", file.display());
-    LOADS.iter().map(|(_, load)| fio(options, &["--ioengine=libaio", "--direct=1", &target], load)).collect()
+    let run = |(_, load): &(_, [&str; 3])| {
+        options.before_a_turn(folder)?;
+        fio(options, &["--ioengine=libaio", "--direct=1", &target], load)
+    };
+    LOADS.iter().map(run).collect()
 }
 
 fn bindfs(options: &Options, folder: &Path, source: &Path, has_threads: bool) -> Result<Vec<Load>, Failure> {
@@ -65,7 +69,7 @@ fn bindfs(options: &Options, folder: &Path, source: &Path, has_threads: bool) ->
     let server = Owned::start("bindfs", command, None);
     let file = shown.join("disk.img");
     wait::until("bindfs shows the file", START_LIMIT, || file.exists().then_some(()));
-    let results = loads(options, &file);
+    let results = loads(options, folder, &file);
     unmount_beneath(&shown);
     drop(server);
     results
@@ -79,7 +83,7 @@ fn ours(options: &Options, folder: &Path, file: &Path) -> Result<Vec<Load>, Fail
     let shown = PathBuf::from(text(&protected["disks"][0]["attach"]["file"]));
     ours.wait_protected();
     ours.pause();
-    let results = loads(options, &shown);
+    let results = loads(options, folder, &shown);
     let status = ours.status();
     if status["mode"] != "data" {
         return Err(format!("the log did not hold what was written: {}", status["problems"]).into());

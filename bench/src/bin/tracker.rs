@@ -1,7 +1,8 @@
 //! What the eBPF tracker costs a writer: fio's 4 KiB random writes at QD32 on a loop device over tmpfs, with and without it.
 //!
-//! Rounds alternate off, on, off; the ratio of the two without it is what a difference means here. The time of the programs is taken in runs of their
-//! own, because counting it costs as well. Needs root, fio and losetup.
+//! Rounds alternate off, on, off; the ratio of the two without it is what a difference means here. A run that is not counted comes before each that
+//! is: the kernel takes a program off its events some time after it was asked to. The time of the programs is taken in runs of their own,
+//! because counting it costs as well. Needs root, fio and losetup.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -83,23 +84,28 @@ fn fio(device: &Path) -> Result<f64, Failure> {
     said["jobs"][0]["write"]["iops"].as_f64().ok_or_else(|| "fio told no figures".into())
 }
 
+/// The second of two runs.
+fn settled(device: &Path) -> Result<f64, Failure> {
+    fio(device)?;
+    fio(device)
+}
+
 fn measure(rounds: usize) -> Result<(), Failure> {
     let device = Loop::new()?;
     let disk = DiskId::random();
-    fio(&device.path)?;
     let (mut with, mut control, mut programs) = (Vec::new(), Vec::new(), Vec::new());
     let mut absolute = Vec::new();
     for _ in 0..rounds {
-        let before = fio(&device.path)?;
+        let before = settled(&device.path)?;
         let (tracker, _) = BlockTracker::open(&device.path, disk)?;
-        let tracked = fio(&device.path)?;
+        let tracked = settled(&device.path)?;
         if tracker.witness() != Witness::Whole {
             return Err("the kernel missed events".into());
         }
         let counted = counted(&device.path, &tracker);
         BlockTracker::remove(disk)?;
         programs.push(counted?);
-        let after = fio(&device.path)?;
+        let after = settled(&device.path)?;
         with.push(tracked / ((before + after) / 2.0));
         control.push(after / before);
         absolute.push(before);
