@@ -902,8 +902,10 @@ async fn roles_register_with_passphrase_fingerprint_and_approval() {
         database: None,
         metrics_listen: None,
         config_server: None,
+        name: None,
     };
     let place = Place::configured(config, Role::Agent).unwrap();
+    assert_eq!(place.name, "second", "as it registered");
     let second = Dialling::at(place, "second");
     site.settled(3).await;
     // Revoked: its stream ends, others are told, it does not come back.
@@ -950,6 +952,7 @@ async fn a_certificate_is_renewed_over_the_stream_and_kept() {
         database: None,
         metrics_listen: None,
         config_server: Some(config_server.addresses.control.to_string()),
+        name: None,
     };
     let place = Place::configured(config, Role::Agent).unwrap();
     let agent = Dialling::at(place, "old");
@@ -1124,6 +1127,9 @@ async fn everything_that_is_in_the_way_is_named_before_anything_is_touched() {
     let failing: Vec<&Value> =
         looked["checks"].as_array().unwrap().iter().filter(|check| check["ok"] == false).collect();
     assert!(failing.len() == 1 && failing[0]["check"] == "disk" && failing[0]["help"].is_string(), "{looked}");
+    let output = site.run(&["protect", "web", "--disk", odd.to_str().unwrap(), "--check", "--json"]).await;
+    let looked: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((output.status.code(), &looked["machine"]), (Some(1), &json!("web")), "what fails is an exit code");
     // What is left out is not looked at.
     let other = site.disk("other.img", 1 << 20);
     let request = json!({ "name": "web", "disks": [other, odd], "exclude": [odd] });
@@ -1184,6 +1190,10 @@ async fn policies_that_contradict_themselves_are_refused_and_short_retention_sho
         (json!({ "retention_seconds": 600, "any_time_seconds": 7200 }), "any_time_seconds"),
         (json!({ "retention_seconds": 600, "point_interval_seconds": 3600 }), "point_interval_seconds"),
         (json!({ "throttle_bytes_per_second": 0 }), "throttle"),
+        (json!({ "throttle_bytes_per_second": 1023 }), "throttle"),
+        (json!({ "throttle_schedule": [{ "bytes_per_second": 1 }] }), "next to nothing"),
+        (json!({ "retention_seconds": 0 }), "retention_seconds"),
+        (json!({ "any_time_seconds": 1u64 << 60, "retention_seconds": null }), "any_time_seconds"),
         (json!({ "log_limit_bytes": 1 }), "log"),
         (json!({ "alarm_log_percent": 101 }), "alarm_log_percent"),
         (json!({ "throttle_schedule": [{ "from": "9", "to": "10:00" }] }), "time of a day"),
@@ -1237,6 +1247,26 @@ async fn policies_that_contradict_themselves_are_refused_and_short_retention_sho
     let policy: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(policy["retention_grid"][2], json!({ "within_seconds": null, "every_seconds": 21600 }));
     assert_eq!((&policy["alarm_missed_percent"], &policy["compression"]), (&json!(50), &json!("auto")));
+    // Limits that were set are lifted, and what a new policy does not name is as in the default one.
+    let limits = ["--retention", "--retention-count", "--log-limit", "--throttle", "--throttle-window"];
+    let given = ["2days", "9", "5G", "9M", "22:00-06:00 1M"];
+    let all =
+        |values: [&'static str; 5]| -> Vec<&str> { limits.into_iter().zip(values).flat_map(<[_; 2]>::from).collect() };
+    for (arguments, expected) in [
+        (all(given), json!([172_800, 9, 5u64 << 30, 9 << 20, 1])),
+        (all(["none"; 5]), json!([null, null, null, null, 0])),
+    ] {
+        let set = [&["policy", "set", "continuous", "--json"][..], &arguments].concat();
+        let output = site.run(&set).await;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let output = site.run(&["policy", "create", expected[1].as_u64().map_or("free", |_| "bound"), "--json"]).await;
+        let policy: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let windows = policy["throttle_schedule"].as_array().unwrap().len();
+        let names = ["retention_seconds", "retention_count", "log_limit_bytes", "throttle_bytes_per_second"];
+        let mut found: Vec<Value> = names.iter().map(|name| policy[name].clone()).collect();
+        found.push(json!(windows));
+        assert_eq!(json!(found), expected);
+    }
 }
 
 /// Grid, throttle and intervals reach those who follow them, at once and without anything being restarted.

@@ -12,6 +12,10 @@ use crate::names::{Expected, bad_request, check_name};
 
 /// Less is never enough for one rotation.
 const LOG_LIMIT_BYTES_MIN: u64 = 1 << 20;
+/// A chunk of a scan takes minutes at that.
+pub const THROTTLE_BYTES_MIN: u64 = 1 << 10;
+/// A hundred years.
+const SECONDS_MAX: u64 = 100 * 365 * 24 * 3600;
 
 pub fn show(name: &str, policy: &Policy) -> Value {
     let mut value = serde_json::to_value(policy).expect("a policy is plain data");
@@ -25,8 +29,10 @@ pub fn list(core: &Core) -> Vec<Value> {
 
 pub fn create(core: &Core, name: &str, settings: Map<String, Value>) -> Result<Value, Failure> {
     check_name("policy", name)?;
-    let policy = with_settings(&Policy::default(), settings)?;
     core.store.change(|state| {
+        // What is not named is as in the default policy, as it is now.
+        let default = state.policies.get(DEFAULT_POLICY).cloned().unwrap_or_default();
+        let policy = with_settings(&default, settings)?;
         if state.policies.contains_key(name) {
             return Err(Failure::new(
                 FailureKind::Conflict,
@@ -35,9 +41,8 @@ pub fn create(core: &Core, name: &str, settings: Map<String, Value>) -> Result<V
             ));
         }
         state.policies.insert(name.to_owned(), policy.clone());
-        Ok(())
-    })?;
-    Ok(show(name, &policy))
+        Ok(show(name, &policy))
+    })
 }
 
 /// Changes the named settings and tells those that they concern; who is away is told on coming back.
@@ -158,8 +163,7 @@ fn grid_contradictions(policy: &Policy, is_named: bool) -> Result<(), Failure> {
         if step.within_seconds.is_some_and(|within| step.every_seconds > within - from) {
             return refuse(format!("{reach} is shorter than its interval of {} s", step.every_seconds));
         }
-        if is_named && policy.retention_seconds.is_some_and(|retention| retention > 0 && from >= retention) && from > 0
-        {
+        if is_named && policy.retention_seconds.is_some_and(|retention| from >= retention) && from > 0 {
             let retention = policy.retention_seconds.unwrap_or_default();
             return refuse(format!("{reach} begins at an age of {from} s, and retention_seconds is {retention}"));
         }
@@ -181,10 +185,37 @@ fn shorten(fields: &mut Map<String, Value>, settings: &Map<String, Value>) {
     }
 }
 
+/// A limit under which nothing arrives.
+pub fn refuse_throttle(what: &str, limit: Option<u64>) -> Result<(), Failure> {
+    match limit.filter(|limit| *limit < THROTTLE_BYTES_MIN) {
+        Some(limit) => Err(bad_request(
+            format!("{what} of {limit} bytes in a second sends next to nothing"),
+            format!("give at least {THROTTLE_BYTES_MIN}, no limit (`none`), or pause the machine instead"),
+        )),
+        None => Ok(()),
+    }
+}
+
 /// A policy that contradicts itself is refused by the names of the settings that do.
 fn contradictions(policy: &Policy) -> Result<(), Failure> {
-    if policy.throttle_bytes_per_second == Some(0) {
-        return Err(bad_request("a throttle of 0 bytes in a second sends nothing", "pause the machine instead"));
+    for (name, seconds) in [
+        ("any_time_seconds", policy.any_time_seconds),
+        ("retention_seconds", policy.retention_seconds.unwrap_or(0)),
+        ("point_interval_seconds", policy.point_interval_seconds),
+        ("app_point_interval_seconds", policy.app_point_interval_seconds),
+        ("alarm_rpo_seconds", policy.alarm_rpo_seconds),
+        ("alarm_no_contact_seconds", policy.alarm_no_contact_seconds),
+    ] {
+        if seconds > SECONDS_MAX {
+            return Err(bad_request(format!("{name} is {seconds}"), format!("give at most {SECONDS_MAX}")));
+        }
+    }
+    refuse_throttle("a throttle", policy.throttle_bytes_per_second)?;
+    if policy.retention_seconds == Some(0) {
+        return Err(bad_request(
+            "retention_seconds is 0: no point would be kept",
+            "give the age at which points expire, or no limit (`--retention none`)",
+        ));
     }
     if policy.retention_count == Some(0) {
         return Err(bad_request("retention_count is 0: no point would be kept", "keep at least 1"));
@@ -229,7 +260,7 @@ fn contradictions(policy: &Policy) -> Result<(), Failure> {
             ("point_interval_seconds", policy.point_interval_seconds),
             ("app_point_interval_seconds", policy.app_point_interval_seconds),
         ] {
-            if interval > retention && retention > 0 {
+            if interval > retention {
                 return Err(bad_request(
                     format!(
                         "{name} is {interval}, longer than retention_seconds, {retention}: points expire before the next"
@@ -238,7 +269,7 @@ fn contradictions(policy: &Policy) -> Result<(), Failure> {
                 ));
             }
         }
-        if policy.any_time_seconds > retention && retention > 0 {
+        if policy.any_time_seconds > retention {
             return Err(bad_request(
                 format!("any_time_seconds is {}, longer than retention_seconds, {retention}", policy.any_time_seconds),
                 "keep history at least as long as any moment of it shall be recovered",

@@ -4,6 +4,7 @@ use tidemark_proto::control::{DAY_MINUTES, Failure, Network, THROTTLE_RULES_MAX,
 
 use crate::model::{ThrottleWindow, minutes};
 use crate::names::bad_request;
+use crate::policies::refuse_throttle;
 
 /// Refuses a schedule that makes no sense, by name.
 pub fn check(schedule: &[ThrottleWindow]) -> Result<(), Failure> {
@@ -30,9 +31,7 @@ pub fn check(schedule: &[ThrottleWindow]) -> Result<(), Failure> {
         if let Some(Err(reason)) = window.network.as_ref().map(|text| text.parse::<Network>()) {
             return Err(bad_request(reason, "name the addresses of process servers that the limit is for"));
         }
-        if window.bytes_per_second == Some(0) {
-            return Err(bad_request("a limit of 0 bytes in a second sends nothing", "pause the machine instead"));
-        }
+        refuse_throttle("a window's limit", window.bytes_per_second)?;
         let Some(rule) = window.rule() else { return wrong("a window of throttle_schedule makes no sense".to_owned()) };
         if is_hidden(&rule, &before) {
             let to = window.network.as_ref().map_or(String::new(), |network| format!(" for {network}"));
@@ -74,7 +73,7 @@ mod tests {
             from: from.into(),
             to: to.into(),
             network: None,
-            bytes_per_second: Some(limit),
+            bytes_per_second: Some(limit << 10),
         }
     }
 

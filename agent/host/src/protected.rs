@@ -91,7 +91,7 @@ pub struct ProtectedDisk {
     pub(crate) write_failures: AtomicBool,
     /// What it holds now is between two instants of the disk that it is a copy of.
     pub(crate) importing: AtomicBool,
-    /// It was seen smaller than it was attached: what its end held is gone, whatever size it has since.
+    /// It was seen smaller than it was attached, and not yet with its size again.
     pub(crate) has_shrunk: AtomicBool,
     pub(crate) barrier: OnceLock<Weak<dyn Barrier>>,
 }

@@ -947,16 +947,16 @@ pub struct PolicyArgs {
     #[arg(long)]
     pub frequency: Option<String>,
     /// Any position of the last so long can be recovered, such as 2h.
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = whole_seconds)]
     pub any_time: Option<Duration>,
-    /// Points older than that expire, such as 3days.
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
-    pub retention: Option<Duration>,
-    /// At most so many points.
-    #[arg(long, value_name = "COUNT")]
-    pub retention_count: Option<u64>,
+    /// Points older than that expire, such as 3days; `none`: at no age.
+    #[arg(long, value_name = "DURATION", value_parser = limit(whole_seconds))]
+    pub retention: Option<Limit<Duration>>,
+    /// At most so many points; `none`: any number.
+    #[arg(long, value_name = "COUNT", value_parser = limit(count))]
+    pub retention_count: Option<Limit<u64>>,
     /// A kept crash-consistent point that often; 0s: none.
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = whole_seconds)]
     pub point_interval: Option<Duration>,
     /// How many points stay as they grow older: `2h:all,1day:1h,7days:2h,rest:4h`, the default; `all` keeps all.
     #[arg(long, value_name = "STEPS")]
@@ -964,21 +964,21 @@ pub struct PolicyArgs {
     /// auto, the default, adapts to link and processors; off; or a level of zstd.
     #[arg(long, value_name = "LEVEL", allow_negative_numbers = true)]
     pub compression: Option<String>,
-    /// The most that the log of one disk may occupy, such as 10G.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub log_limit: Option<u64>,
-    /// The most that is sent in a second, such as 50M.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub throttle: Option<u64>,
+    /// The most that the log of one disk may occupy, such as 10G; `none`: the agent's own default, half of the disk.
+    #[arg(long, value_name = "SIZE", value_parser = limit(parse_size))]
+    pub log_limit: Option<Limit<u64>>,
+    /// The most that is sent in a second, such as 50M; `none`: as much as there is.
+    #[arg(long, value_name = "SIZE", value_parser = limit(parse_size))]
+    pub throttle: Option<Limit<u64>>,
     /// Another limit for some hours, in UTC, or some addresses of process servers: `1-5 08:00-18:00 10M` (Monday is 1),
-    /// `22:00-06:00 none`, `10.1.0.0/16 5M`; may be repeated, the first that fits counts.
+    /// `22:00-06:00 none`, `10.1.0.0/16 5M`; may be repeated, the first that fits counts. `none` alone: no window.
     #[arg(long, value_name = "WINDOW")]
     pub throttle_window: Vec<String>,
     /// A kept app-consistent point that often; 0s: none.
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = whole_seconds)]
     pub app_interval: Option<Duration>,
     /// An alert when the RPO is over this; 0s: three cycles, at least a minute.
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = whole_seconds)]
     pub alarm_rpo: Option<Duration>,
     /// An alert when a log takes so much of its limit.
     #[arg(long, value_name = "PERCENT")]
@@ -987,7 +987,7 @@ pub struct PolicyArgs {
     #[arg(long, value_name = "PERCENT")]
     pub alarm_missed: Option<u8>,
     /// An alert when nothing was heard of a host or process server for so long.
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = whole_seconds)]
     pub alarm_no_contact: Option<Duration>,
     /// at-rest: only process servers whose volume is encrypted take the machine. Networks are always encrypted.
     #[arg(long, value_enum)]
@@ -1339,6 +1339,35 @@ pub struct FailoverArgs {
     pub release: bool,
 }
 
+/// A limit of a policy, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit<T>(pub Option<T>);
+
+/// `none`, or what a limit is written as.
+fn limit<T, E: ToString>(
+    parse: impl Fn(&str) -> Result<T, E> + Clone + Send + Sync + 'static,
+) -> impl Fn(&str) -> Result<Limit<T>, String> + Clone + Send + Sync + 'static {
+    move |text| match text {
+        "none" => Ok(Limit(None)),
+        text => {
+            parse(text).map(|value| Limit(Some(value))).map_err(|error| format!("{}, or `none`", error.to_string()))
+        }
+    }
+}
+
+fn count(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("{text:?} is no count"))
+}
+
+/// A duration of whole seconds: less than one would count as none.
+fn whole_seconds(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    match duration.subsec_nanos() {
+        0 => Ok(duration),
+        _ => Err(format!("{text:?} is not a number of whole seconds")),
+    }
+}
+
 /// A size in bytes: `512M`, `10G`, `4096`, in powers of 1024.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no size: give bytes, or a number with K, M, G or T");
@@ -1361,6 +1390,18 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
+
+    #[test]
+    fn limits_are_lifted_by_name_and_parts_of_seconds_are_refused() {
+        let seconds = limit(whole_seconds);
+        assert_eq!(seconds("none"), Ok(Limit(None)));
+        assert_eq!(seconds("2h"), Ok(Limit(Some(Duration::from_secs(7200)))));
+        for wrong in ["500ms", "", "x", "None", "-1s"] {
+            assert!(seconds(wrong).unwrap_err().contains("`none`"), "{wrong}");
+        }
+        assert_eq!(limit(parse_size)("5M"), Ok(Limit(Some(5 << 20))));
+        assert!(limit(count)("-1").is_err());
+    }
 
     /// Whoever types --help is there because something else failed.
     #[test]

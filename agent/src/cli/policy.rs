@@ -38,22 +38,24 @@ fn settings(args: &PolicyArgs) -> Result<Map<String, Value>, CliError> {
     };
     set("frequency", args.frequency.as_ref().map(|value| json!(value)));
     set("any_time_seconds", args.any_time.map(|value| json!(value.as_secs())));
-    set("retention_seconds", args.retention.map(|value| json!(value.as_secs())));
-    set("retention_count", args.retention_count.map(|value| json!(value)));
+    set("retention_seconds", args.retention.map(|limit| json!(limit.0.map(|value| value.as_secs()))));
+    set("retention_count", args.retention_count.map(|limit| json!(limit.0)));
     set("point_interval_seconds", args.point_interval.map(|value| json!(value.as_secs())));
     set("retention_grid", args.grid.as_deref().map(grid).transpose()?);
     let compression = |text: &String| text.parse::<i32>().map_or_else(|_| json!(text), |level| json!(level));
     set("compression", args.compression.as_ref().map(compression));
-    set("log_limit_bytes", args.log_limit.map(|value| json!(value)));
-    set("throttle_bytes_per_second", args.throttle.map(|value| json!(value)));
+    set("log_limit_bytes", args.log_limit.map(|limit| json!(limit.0)));
+    set("throttle_bytes_per_second", args.throttle.map(|limit| json!(limit.0)));
     set("app_point_interval_seconds", args.app_interval.map(|value| json!(value.as_secs())));
     set("alarm_rpo_seconds", args.alarm_rpo.map(|value| json!(value.as_secs())));
     set("alarm_log_percent", args.alarm_log.map(|value| json!(value)));
     set("alarm_missed_percent", args.alarm_missed.map(|value| json!(value)));
     set("encryption", args.encryption.map(|value| json!(value.name())));
     set("alarm_no_contact_seconds", args.alarm_no_contact.map(|value| json!(value.as_secs())));
-    let windows = args.throttle_window.iter().map(|text| window(text)).collect::<Result<Vec<_>, _>>()?;
-    set("throttle_schedule", (!windows.is_empty()).then(|| json!(windows)));
+    let is_none = args.throttle_window == ["none"];
+    let windows = args.throttle_window.iter().filter(|_| !is_none).map(|text| window(text));
+    let windows = windows.collect::<Result<Vec<_>, _>>()?;
+    set("throttle_schedule", (is_none || !windows.is_empty()).then(|| json!(windows)));
     Ok(settings)
 }
 

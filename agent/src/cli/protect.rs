@@ -34,11 +34,11 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
     });
     let started = client.post("/machines", &request).await?;
     let Some(result) = job::finish(client, started, &args.wait, output).await? else { return Ok(()) };
+    if args.check {
+        return checks(&args.name, &result, output);
+    }
     if output.is_json() {
         return Ok(output.json(&result)?);
-    }
-    if args.check {
-        return checks(&result, output);
     }
     let rows: Vec<Vec<String>> = result["disks"]
         .as_array()
@@ -59,14 +59,22 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
     Ok(output.table(&["DISK", "ADDRESS"], &rows)?)
 }
 
-fn checks(result: &Value, output: &Output) -> Result<(), CliError> {
-    let rows: Vec<Vec<String>> = result["checks"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|check| ["/check", "/of", "/ok", "/error", "/help"].map(|at| text(check, at)).to_vec())
-        .collect();
-    Ok(output.table(&["CHECK", "OF", "OK", "IN THE WAY", "HELP"], &rows)?)
+fn checks(name: &str, result: &Value, output: &Output) -> Result<(), CliError> {
+    let checks = result["checks"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if output.is_json() {
+        output.json(result)?;
+    } else {
+        let row = |check: &Value| ["/check", "/of", "/ok", "/error", "/help"].map(|at| text(check, at)).to_vec();
+        let rows: Vec<Vec<String>> = checks.iter().map(row).collect();
+        output.table(&["CHECK", "OF", "OK", "IN THE WAY", "HELP"], &rows)?;
+    }
+    match checks.iter().filter(|check| check["ok"] != Value::Bool(true)).count() {
+        0 => Ok(()),
+        failing => Err(CliError::new(
+            format!("{name:?} cannot be protected so: {failing} of {} checks failed", checks.len()),
+            "mend what each of them says; nothing was changed",
+        )),
+    }
 }
 
 pub async fn unprotect(client: &Client, args: UnprotectArgs, output: &Output) -> Result<(), CliError> {

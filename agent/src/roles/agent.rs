@@ -21,7 +21,7 @@ use super::outbox::Draft;
 use super::owner::Owners;
 use super::place::Place;
 use super::quiet::Applications;
-use super::{RoleError, boot_id, host_name};
+use super::{RoleError, boot_id};
 
 /// A folder for each machine, with what makes its applications quiet.
 const FREEZE_FOLDER: &str = "freeze.d";
@@ -67,7 +67,15 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
     let heard = Mutex::new(host.events().subscribe(0));
     let denied = Denied::open(place.identity.clone(), place.storage());
     let owners = Owners::new(place.state.join(OWNER_FOLDER));
-    let handler = Arc::new(AgentHandler { id, host: host.clone(), targets: targets.clone(), owners, heard, denied });
+    let handler = Arc::new(AgentHandler {
+        id,
+        name: place.name.clone(),
+        host: host.clone(),
+        targets: targets.clone(),
+        owners,
+        heard,
+        denied,
+    });
     if let Some(listen) = place.metrics {
         metrics::serve(listen, handler.clone(), stop.clone()).await?;
     }
@@ -93,6 +101,7 @@ impl RunningAgent {
 
 struct AgentHandler {
     id: HostId,
+    name: String,
     host: Arc<Host>,
     targets: Arc<MasterTargets>,
     owners: Owners,
@@ -143,7 +152,7 @@ impl Handler for AgentHandler {
     fn register(&self) -> Register {
         Register {
             peer: Peer::Agent { id: self.id },
-            name: host_name(),
+            name: self.name.clone(),
             software: env!("CARGO_PKG_VERSION").to_owned(),
             boot: boot_id(),
             instance: None,

@@ -44,6 +44,9 @@ pub struct RoleConfig {
     /// The others: where metrics and health are told over plain HTTP, such as `127.0.0.1:7324`; absent: nowhere.
     #[serde(default)]
     pub metrics_listen: Option<SocketAddr>,
+    /// The others: as people know it; absent: as it registered.
+    #[serde(default)]
+    pub name: Option<String>,
     /// The others: where that is, HOST:PORT, or several of them with commas between; absent: where they registered.
     #[serde(default)]
     pub config_server: Option<String>,
@@ -71,6 +74,8 @@ impl Config {
 /// What an agent or a process server needs to know of its surroundings.
 pub struct Place {
     pub identity: Identity,
+    /// As people know it.
+    pub name: String,
     /// The role's own folder.
     pub state: PathBuf,
     /// A short path of mode 0700 for sockets.
@@ -94,6 +99,7 @@ impl Place {
         let asking = folder.clone();
         Ok(Self {
             identity,
+            name: super::host_name(),
             state: folder.role_path(role),
             run: folder.path().join("run"),
             listen: folder.process_server()?.unwrap_or(loopback),
@@ -110,10 +116,11 @@ impl Place {
             message: format!("the section of the {role} does not say {what}"),
             help: "add it; packaging/tidemark.toml shows every setting".to_owned(),
         };
-        let registered = super::register::registered_address(&config.dir);
+        let registered = super::register::registered(&config.dir);
+        let (control, name) = registered.map_or((None, None), |registered| (Some(registered.control), registered.name));
         let address = config
             .config_server
-            .or(registered)
+            .or(control)
             .ok_or_else(|| missing("where the configuration server is (config-server), and it is not registered"))?;
         let unusable = |error: std::io::Error| RoleError {
             message: format!("cannot use the folder {}: {error}", config.dir.display()),
@@ -133,6 +140,7 @@ impl Place {
         create_private_folder(&run).map_err(unusable)?;
         Ok(Self {
             identity,
+            name: config.name.or(name).unwrap_or_else(super::host_name),
             run,
             state: config.dir,
             listen: config.listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 7320)),

@@ -43,6 +43,7 @@ pub async fn start(place: Place) -> Result<RunningProcessServer, RoleError> {
         server: server.clone(),
         machines: machines.clone(),
         peer: peer(&place, server.address())?,
+        name: place.name.clone(),
         heard: Mutex::default(),
     });
     if let Some(listen) = place.metrics {
@@ -88,6 +89,7 @@ struct ServerHandler {
     server: ProcessServer,
     machines: Arc<Machines>,
     peer: Peer,
+    name: String,
     heard: Mutex<Heard>,
 }
 
@@ -179,7 +181,7 @@ impl Handler for ServerHandler {
     fn register(&self) -> Register {
         Register {
             peer: self.peer.clone(),
-            name: host_name(),
+            name: self.name.clone(),
             software: env!("CARGO_PKG_VERSION").to_owned(),
             boot: boot_id(),
             instance: None,

@@ -55,15 +55,19 @@ pub enum Outcome {
     },
 }
 
+/// What a role that registered starts with.
 #[derive(Serialize, Deserialize)]
-struct RegisteredAddress {
-    control: String,
+pub struct Registered {
+    /// Where it dials the configuration server.
+    pub control: String,
+    /// As people know it; absent where an earlier version registered.
+    #[serde(default)]
+    pub name: Option<String>,
 }
 
-/// Where a role that registered dials the configuration server.
-pub fn registered_address(dir: &Path) -> Option<String> {
+pub fn registered(dir: &Path) -> Option<Registered> {
     let content = std::fs::read(dir.join(ADDRESS_FILE)).ok()?;
-    serde_json::from_slice::<RegisteredAddress>(&content).ok().map(|registered| registered.control)
+    serde_json::from_slice(&content).ok()
 }
 
 /// `tell` hears, once, that an approval is waited for.
@@ -142,7 +146,7 @@ pub async fn register(registration: Registration, tell: impl Fn(&str)) -> Result
         });
     }
     let control = format!("{}:{port}", client.host());
-    let address = RegisteredAddress { control: control.clone() };
+    let address = Registered { control: control.clone(), name: Some(name) };
     let address = serde_json::to_vec(&address).expect("an address is plain data");
     replace_file(&*storage, ADDRESS_FILE, &address).map_err(unusable)?;
     replace_file(&*storage, CA_FILE, identity.authority_pem().as_bytes()).map_err(unusable)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tidemark_base::{ExtentSet, Position, Sequence};
+use tidemark_base::{Extent, ExtentSet, Position, Sequence};
 
 use super::{HELP_ROOM, ProtectedDisk, insert_granules};
 use crate::consumer::Consumer;
@@ -29,6 +29,8 @@ pub(crate) struct Keeper {
     synced_writes: Option<u64>,
     /// Of the program that has an image open.
     restarts: u64,
+    /// The disk's size when it was looked at last.
+    bytes: Option<u64>,
 }
 
 impl ProtectedDisk {
@@ -56,29 +58,45 @@ impl ProtectedDisk {
     }
 
     fn watch_size(&self) {
-        match self.disk.current_bytes() {
-            Ok(bytes) if bytes == self.identity.disk_bytes => {}
-            Ok(bytes) => {
-                if bytes < self.identity.disk_bytes {
-                    self.has_shrunk.store(true, Ordering::Release);
-                }
-                self.alarm(
-                    "size",
-                    true,
-                    format!(
-                        "disk {} changed its size from {} to {bytes} bytes while it was attached",
-                        self.path.display(),
-                        self.identity.disk_bytes
-                    ),
-                    "one that grew is taken over by itself, or by `tidemark machine disk resize`; one that shrank needs its size back",
-                );
+        let attached = self.identity.disk_bytes;
+        let bytes = match self.disk.current_bytes() {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                let message = format!("disk {} cannot be examined: {error}", self.path.display());
+                return self.alarm("size", true, message, "check the medium");
             }
-            Err(error) => self.alarm(
-                "size",
-                true,
-                format!("disk {} cannot be examined: {error}", self.path.display()),
-                "check the medium",
-            ),
+        };
+        // What lay beyond is gone, whatever size it has later: it is compared once it can be read again, and there are no points
+        // until then.
+        let mut lost = None;
+        {
+            let mut keeper = self.keeper.lock().expect("no panic while held");
+            let before = keeper.bytes.replace(bytes).unwrap_or(attached);
+            if bytes < before.min(attached) {
+                lost = Some(Extent::new(bytes, attached - bytes));
+            }
+        }
+        if let Some(lost) = lost {
+            self.has_shrunk.store(true, Ordering::Release);
+            if self.add_for_all(&ExtentSet::from_iter([lost]), ScanReason::Unclean).is_err() {
+                // Survives a killed process; an attach adds it to the scans.
+                self.dirty.mark(lost);
+            }
+        }
+        if bytes != attached {
+            let message = format!(
+                "disk {} changed its size from {attached} to {bytes} bytes while it was attached",
+                self.path.display()
+            );
+            let help = "one that grew is taken over by itself, or by `tidemark machine disk resize`; one that shrank needs its size back";
+            return self.alarm("size", true, message, help);
+        }
+        if self.alarms().remove("size").is_some() && self.has_shrunk.swap(false, Ordering::AcqRel) {
+            let message = format!(
+                "disk {} shrank, and has its size of {attached} bytes again: what may have been lost is compared",
+                self.path.display()
+            );
+            self.events.publish(Severity::Warning, EventKind::DiskResized, message, "find out who resized it");
         }
     }
 

@@ -89,6 +89,36 @@ fn a_disk_that_grew_while_it_was_attached_goes_on_and_its_new_end_alone_is_compa
     assert_eq!(fixture.attach().decision, Decision::ReadSlots, "it is a disk like any other now");
 }
 
+/// What a disk lost that shrank is compared when its size is back; then it is as before, with a clean end.
+#[test]
+fn a_disk_that_shrank_and_has_its_size_again_is_compared_where_it_was_cut() {
+    let fixture = Fixture::new(BEFORE);
+    let disk = fixture.attach_in_sync();
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    write(&splitter, 0, &[1; 4096]).unwrap();
+    write(&splitter, 9 * MIB, &vec![2; 5 << 20]).unwrap();
+    fixture.settle(&disk);
+    let mut replica = fixture.content();
+    let lost = |offset: u64| Extent::new(offset, BEFORE - offset);
+    for (bytes, expected) in [(12 * MIB, 12 * MIB), (13 * MIB, 12 * MIB), (10 * MIB, 10 * MIB), (BEFORE, 10 * MIB)] {
+        grow(&fixture, bytes);
+        disk.tick();
+        assert!(covers(&fixture.pending(&disk), lost(expected)), "at {bytes}");
+        assert_eq!(disk.alarms().contains_key("size"), bytes != BEFORE, "at {bytes}");
+    }
+    assert!(!covers(&fixture.pending(&disk), Extent::new(9 * MIB, 512)), "and nothing else");
+    let event = fixture.events.after(0).into_iter().next_back().unwrap();
+    assert_eq!((event.kind, event.severity), (EventKind::DiskResized, Severity::Warning));
+    write(&splitter, 11 * MIB, &[3; 512]).unwrap();
+    drop(splitter);
+    disk.detach().unwrap();
+    drop(disk);
+    let attached = fixture.attach();
+    assert_eq!(attached.decision, Decision::Continue);
+    assert!(covers(&fixture.pending(&attached.disk), lost(10 * MIB)));
+    converges(&attached, &fixture, &mut replica);
+}
+
 /// Also where the attach that grew it was killed before its session was stored.
 #[test]
 fn what_was_pending_before_it_grew_is_pending_after() {
