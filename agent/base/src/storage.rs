@@ -79,6 +79,14 @@ pub trait StorageFile: Send + Sync {
     }
 }
 
+/// Removes a file that may be gone already: by an earlier try, whose removal was perhaps not synced. The caller syncs the folder.
+pub fn remove_if_there(storage: &dyn Storage, name: &str) -> io::Result<()> {
+    match storage.remove(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
 /// Replaces the content of a small file so that a crash leaves the old or the new one, never a mix.
 ///
 /// 1. write `name.new`, 2. sync it, 3. rename it over `name`, 4. sync the folder.

@@ -14,7 +14,7 @@
 //!
 //! [`state`] has what is stored of it and its moves, [`start`] begins it, [`source`] is the machine where it was protected, [`after`] is what follows; [`reprotect`] and [`failback`]
 //! are the way home, [`elsewhere`] is one that is not the original, and [`taken`] one
-//! without where it ran. What they promise is in `host/src/master_target/FORMAT.md`.
+//! without where it ran; [`rights`] is a failover that nobody here knows of. What they promise is in `host/src/master_target/FORMAT.md`.
 //!
 //! *Consistency.* What is to be done is durable, with raised generations, before a process server is asked: whatever else stops,
 //! the source's old generation is refused from then on. *Retries.* Each step may be repeated: the same failover is gone on
@@ -26,6 +26,7 @@ pub mod drill;
 pub mod elsewhere;
 pub mod failback;
 pub mod reprotect;
+pub mod rights;
 pub mod source;
 pub mod start;
 pub mod state;
@@ -34,6 +35,7 @@ pub mod taken;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tidemark_base::ServerId;
 use tidemark_hypervisor::call::{Call, Description, encode};
 use tidemark_proto::control::{Failure, FailureKind, Reply, ServerCommand};
 
@@ -81,10 +83,21 @@ pub async fn describe(core: &Core, name: &str, description: Description) -> Resu
 }
 
 async fn ask(core: &Core, machine: &Machine, call: &Call, limit: Duration) -> Result<String, Failure> {
-    let answered = core.server(machine.server, &ServerCommand::Hypervisor(encode(call)), limit).await;
+    ask_at(core, machine, machine.server, call, limit).await
+}
+
+/// The same of one of several that a machine is replicated to.
+async fn ask_at(
+    core: &Core,
+    machine: &Machine,
+    server: ServerId,
+    call: &Call,
+    limit: Duration,
+) -> Result<String, Failure> {
+    let answered = core.server(server, &ServerCommand::Hypervisor(encode(call)), limit).await;
     match answered.map_err(|failure| by_name(machine, failure))? {
         Reply::Hypervisor(answer) => Ok(answer),
-        other => Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
+        other => Err(unexpected(PeerId::ProcessServer(server), &other)),
     }
 }
 

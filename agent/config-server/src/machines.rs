@@ -723,6 +723,11 @@ pub fn resync(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
         let lock = core.lock(&name).await;
         let machine = core.machine(&name)?;
         refuse_without_source(&machine)?;
+        // A source that a process server refuses would be waited for in vain.
+        match settle_server(&core, &machine).await {
+            Err(failure) if !is_away(&failure) => return Err(failure),
+            _ => {}
+        }
         progress.step("tell the agent");
         core.agent_does(machine.host, &AgentCommand::Resync(machine.id), QUICK).await?;
         drop(lock);

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tidemark_base::storage::{OpenMode, Storage};
+use tidemark_base::storage::{OpenMode, Storage, remove_if_there};
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::time::Instant;
 use tidemark_base::{Extent, ExtentSet, Position, ServerId};
@@ -502,10 +502,8 @@ impl Consumer {
 
     /// Forgets the consumer: its files go.
     pub fn remove(&self) -> io::Result<()> {
-        self.storage.remove(&Self::state_file(self.server))?;
-        self.storage.remove(&Self::scan_file(self.server))?;
-        if self.storage.exists(&Self::kept_file(self.server))? {
-            self.storage.remove(&Self::kept_file(self.server))?;
+        for file in [Self::state_file(self.server), Self::scan_file(self.server), Self::kept_file(self.server)] {
+            remove_if_there(&*self.storage, &file)?;
         }
         self.storage.sync_folder("")
     }

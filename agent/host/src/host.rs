@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use prost::Message;
 use tidemark_base::stop::Stop;
-use tidemark_base::storage::{RealStorage, Storage, read_file, replace_file};
+use tidemark_base::storage::{RealStorage, Storage, read_file, remove_if_there, replace_file};
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_base::thread::JoinHandle;
 use tidemark_base::time::Instant;
@@ -702,7 +702,7 @@ impl Shared {
 
     fn forget(&self, machine: MachineId) -> Result<(), HostError> {
         let remove = || {
-            self.storage.remove(&Self::file(machine))?;
+            remove_if_there(&*self.storage, &Self::file(machine))?;
             self.storage.sync_folder("machines")
         };
         remove().map_err(|source| HostError::Io { what: "store what is protected", source })

@@ -1,11 +1,12 @@
 //! What the control plane asks of whoever runs machines at a recovery site, as it goes over the control stream: JSON, checked
 //! by these types on both ends.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tidemark_base::{DiskId, MachineId, MarkId, Timestamp};
+use tidemark_base::{DiskId, Generation, MachineId, MarkId, Timestamp};
 use uuid::Uuid;
 
 use crate::drill::{Report, Sign};
@@ -47,6 +48,10 @@ pub enum Call {
     Loss {
         machine: MachineId,
         point: String,
+    },
+    /// Who may write a machine's replica, whether by a configuration server's word or with the recovery key. Changes nothing.
+    Rights {
+        machine: MachineId,
     },
     /// Runs a machine from a point, for good. The same again changes nothing.
     FailOver(Box<FailOverCall>),
@@ -236,6 +241,23 @@ pub struct Drilled {
     pub time: Timestamp,
     #[serde(flatten)]
     pub report: Report,
+}
+
+/// Who may write a machine's replica here.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rights {
+    /// Older ones are refused.
+    pub generations: BTreeMap<DiskId, Generation>,
+    /// The machine runs here, or could: since when.
+    pub failed_over: Option<Timestamp>,
+    /// It was failed over with the recovery key, without any configuration server.
+    pub by_recovery_key: Option<ByRecoveryKey>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ByRecoveryKey {
+    pub at: Timestamp,
+    pub point_time: Timestamp,
 }
 
 /// Why a text is no call, or no answer.

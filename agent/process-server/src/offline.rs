@@ -77,6 +77,41 @@ pub fn records(storage: Arc<dyn Storage>) -> Result<BTreeMap<MachineId, Record>,
     Ok(table.map_err(|error| Failure::from_error(FailureKind::Failed, &error, error.help()))?.all())
 }
 
+/// A configuration server lets the source write again, under a generation above that of the failover: what that holds is given
+/// back, and its record goes. Blocks.
+pub(crate) fn supersede(
+    storage: Arc<dyn Storage>,
+    set: &ReplicaSet,
+    machine: MachineId,
+    granted: &BTreeMap<DiskId, Generation>,
+) -> Result<(), Failure> {
+    if !storage.exists(RECORDS_FILE).map_err(|error| failed(&error, "check the process server's volume"))? {
+        return Ok(());
+    }
+    let table = Table::<BTreeMap<MachineId, Record>>::open(storage, RECORDS_FILE)
+        .map_err(|error| failed(&error, error.help()))?;
+    let is_above = |record: &Record| {
+        let above = |(disk, of): (&DiskId, &FailedOverDisk)| granted.get(disk).is_none_or(|now| *now > of.generation);
+        record.disks.iter().all(above)
+    };
+    match table.read(|records| records.get(&machine).is_some_and(is_above)) {
+        true => give_back(&table, set, machine),
+        false => Ok(()),
+    }
+}
+
+fn give_back(table: &Table<BTreeMap<MachineId, Record>>, set: &ReplicaSet, machine: MachineId) -> Result<(), Failure> {
+    for replica in set.of_machine(machine) {
+        replica.unpin(HOLDER).map_err(|error| failed(&error, error.help()))?;
+    }
+    // Last: until it is gone this can be repeated.
+    let removed = table.change(|records| {
+        records.remove(&machine);
+        Ok(())
+    });
+    removed.map(drop).map_err(|error: crate::table::TableError| failed(&error, error.help()))
+}
+
 /// A machine that was failed over, and the folder that nobody else uses meanwhile.
 pub struct FailedOver {
     pub record: Record,
@@ -251,16 +286,7 @@ pub fn release(folder: &Path, machine: Option<&str>, key: &RecoveryKey) -> Resul
             "see `failovers.json` in the process server's folder for those that were",
         )
     })?;
-    for replica in set.of_machine(machine) {
-        replica.unpin(HOLDER).map_err(|error| failed(&error, error.help()))?;
-    }
-    // Last: until it is gone the release can be repeated.
-    table
-        .change(|records| {
-            records.remove(&machine);
-            Ok(())
-        })
-        .map_err(|error: crate::table::TableError| failed(&error, error.help()))?;
+    give_back(&table, &set, machine)?;
     Ok(record)
 }
 

@@ -111,6 +111,7 @@ impl Machines {
                 "{}".to_owned()
             }
             Call::Loss { machine, point } => self.loss(machine, &point).await?,
+            Call::Rights { machine } => self.rights(machine).await?,
             Call::Failover { failover } => self.failover_shown(failover).await?,
             change => {
                 let (began, machines) = (Instant::now(), self.clone());
@@ -152,7 +153,12 @@ impl Machines {
             Call::SeeAgain { failover } => self.see_again(failover).await,
             Call::StayAway { failover } => self.server.stay_away(failover).await.map(|()| "{}".to_owned()),
             Call::Return { failover } => self.return_home(failover).await.map(|()| "{}".to_owned()),
-            Call::Check | Call::Drill(_) | Call::EndDrill { .. } | Call::Loss { .. } | Call::Failover { .. } => {
+            Call::Check
+            | Call::Drill(_)
+            | Call::EndDrill { .. }
+            | Call::Loss { .. }
+            | Call::Rights { .. }
+            | Call::Failover { .. } => {
                 Err(Failure::new(FailureKind::BadRequest, "that changes no failover", "ask for it alone"))
             }
         }

@@ -187,7 +187,27 @@ async fn a_restored_server_lowers_no_generation_and_says_which_machine_was_faile
     tokio::time::timeout(SOON, critical).await.expect("the machine's status says why");
     let authorised = std::fs::read_to_string(root.join("authorisations.json")).unwrap();
     assert!(authorised.contains(&format!("\"generation\": {}", generation.0)), "{authorised}");
-    assert_eq!(offline::records(tidemark_base::storage::RealStorage::open_folder(&root)).unwrap().len(), 1);
+    let records = || offline::records(tidemark_base::storage::RealStorage::open_folder(&root)).unwrap().len();
+    assert_eq!(records(), 1);
+
+    // What cannot work says so at once, and how the source goes on, where that is what is wanted.
+    let job = client.post("/machines/web/resync", &json!({})).await.unwrap();
+    let refused = client.finish(job, |_| {}).await.unwrap_err();
+    assert!(refused.help().contains("tidemark failover cancel"), "{refused}");
+    let taken_back = finished(&client, "/machines/web/failover/cancel", json!({})).await;
+    assert_eq!((&taken_back["source"], records()), (&json!("goes on"), 0), "{taken_back}");
+    assert!(taken_back["by_recovery_key"]["point_time"].is_string(), "{taken_back}");
+    let protected = async {
+        loop {
+            let status = client.get("/machines/web").await.unwrap();
+            if status["state"] == "protected" && status["health"] == "ok" {
+                break;
+            }
+        }
+    };
+    tokio::time::timeout(SOON, protected).await.expect("it is protected again");
+    assert_eq!(finished(&client, "/machines/web/points", json!({})).await["consistency"], "crash");
+    assert!(client.post("/machines/web/failover/cancel", &json!({})).await.is_err(), "there is none any more");
     whole.stop().await;
 }
 

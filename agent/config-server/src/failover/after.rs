@@ -10,8 +10,8 @@ use tidemark_proto::control::{Failure, FailureKind};
 
 use super::start::{call, note, settle_source};
 use super::state::{self, Failover, Phase};
-use super::{ask, elsewhere, failback, not_understood, reprotect, source};
-use crate::core::{Core, SETTLE};
+use super::{ask, elsewhere, failback, not_understood, reprotect, rights, source};
+use crate::core::{Core, SETTLE, Side};
 use crate::jobs::Job;
 use crate::machines::{settle_unprotected, vanished};
 use crate::model::{Machine, Wanted};
@@ -94,10 +94,17 @@ pub fn change_point(core: &Arc<Core>, name: &str, request: ChangePointRequest) -
 
 /// The source goes on; what was written since the failover is gone.
 pub fn cancel(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
-    state::find(&core.machine(name)?)?;
+    let machine = core.machine(name)?;
+    // One that a process server refuses may have been failed over without us.
+    if !core.is_unsettled(machine.id, Side::Server) {
+        state::find(&machine)?;
+    }
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("failover_cancel", Some(&name.clone()), |progress| async move {
         let _lock = core.lock(&name).await;
+        if core.machine(&name)?.failover.is_none() {
+            return rights::take_back(&core, &progress, &name).await;
+        }
         let failover = state::find(&core.machine(&name)?)?;
         if !matches!(
             failover.phase,

@@ -223,7 +223,7 @@ pub fn find(machine: &Machine) -> Result<Failover, Failure> {
     machine.failover.clone().ok_or_else(|| none(&machine.name))
 }
 
-fn none(name: &str) -> Failure {
+pub fn none(name: &str) -> Failure {
     Failure::new(
         FailureKind::Conflict,
         format!("machine {name:?} has not failed over"),

@@ -10,7 +10,7 @@ use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_base::storage::{Storage, read_file, remove_if_there, replace_file};
 use tidemark_base::sync::Mutex;
 use tidemark_base::thread::JoinHandle;
 use tidemark_base::{DiskId, Generation, MachineId, Timestamp};
@@ -309,10 +309,11 @@ impl MasterTargets {
         self.targets.lock().expect("no panic while held").remove(&machine);
         // First what says that there is something.
         let name = machine.to_string();
-        let removed = target.storage.remove(STATE).and_then(|()| target.storage.sync_folder("")).and_then(|()| {
-            self.storage.remove_folder(&name)?;
-            self.storage.sync_folder("")
-        });
+        let removed =
+            remove_if_there(&*target.storage, STATE).and_then(|()| target.storage.sync_folder("")).and_then(|()| {
+                self.storage.remove_folder(&name)?;
+                self.storage.sync_folder("")
+            });
         removed.map_err(|error| state_failed(&error))
     }
 }

@@ -11,7 +11,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use tidemark_base::storage::{OpenMode, Storage, StorageFile};
+use tidemark_base::storage::{OpenMode, Storage, StorageFile, remove_if_there};
 
 const MAGIC: &[u8; 8] = b"TMSTATE1";
 const HEADER_BYTES: usize = 48;
@@ -150,9 +150,9 @@ impl<T: Serialize + for<'de> Deserialize<'de>> SealedFile<T> {
         (self.storage, self.file) = (storage, None);
     }
 
-    /// Forgets the file.
+    /// Forgets the file. Durable when it succeeds; one that was removed already, and perhaps not durably, is removed again.
     pub fn remove(&self) -> io::Result<()> {
-        self.storage.remove(&self.name)?;
+        remove_if_there(&*self.storage, &self.name)?;
         self.storage.sync_folder("")
     }
 }
@@ -174,6 +174,19 @@ pub(crate) mod tests {
 
     fn open(storage: &Arc<dyn Storage>) -> (File, Option<Vec<String>>) {
         File::open(storage.clone(), "state", SLOT_BYTES).unwrap()
+    }
+
+    /// A power cut brings a file back whose removal was not synced.
+    #[test]
+    fn a_removal_that_could_not_be_synced_is_tried_again() {
+        let memory = MemoryStorage::new();
+        let (mut file, _) = open(&memory.storage());
+        file.store(&content(1)).unwrap();
+        memory.stop_at(2);
+        file.remove().unwrap_err();
+        memory.go_on();
+        file.remove().unwrap();
+        assert!((0..16).all(|seed| !memory.content_after_power_loss(seed).contains_key("state")));
     }
 
     #[test]

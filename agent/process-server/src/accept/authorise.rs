@@ -42,7 +42,7 @@ impl AuthoriseError {
     pub fn help(&self) -> &'static str {
         match self {
             AuthoriseError::Superseded { .. } => {
-                "the configuration server is behind this process server: restore its latest backup, or reprotect"
+                "the machine was failed over since, and the configuration server does not know: restore its latest backup; or, if the source is to go on, `tidemark failover cancel NAME`"
             }
             AuthoriseError::Size { .. } => {
                 "a disk only grows (`tidemark machine disk resize`); one that shrank is removed from its machine and added again"

@@ -19,7 +19,7 @@ mod tend;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::TryLockError;
 use std::io;
 use std::net::SocketAddr;
@@ -30,7 +30,7 @@ use std::time::Duration;
 use tidemark_base::meter::Meter;
 use tidemark_base::storage::{OpenMode, RealStorage, Storage, StorageFile};
 use tidemark_base::sync::Mutex;
-use tidemark_base::{DiskId, MachineId, Timestamp};
+use tidemark_base::{DiskId, Generation, MachineId, Timestamp};
 use tidemark_proto::control::{Failure, FailureKind, MachineGrant, Reply, Retention, ServerCommand};
 use tidemark_proto::health::{Serving, health_server};
 use tidemark_transport::{ByPath, Identity, TlsListener, serve, tls};
@@ -41,6 +41,7 @@ use crate::accept::authorise::{Authorisation, Authorisations, AuthoriseError};
 use crate::accept::{Acceptor, POOL_BYTES, ReplicaStores};
 use crate::failed_over::FailedOvers;
 use crate::journal::Limits;
+use crate::offline;
 use crate::points::{self, PointError};
 use crate::replica::{OpenFailure, ReplicaError, ReplicaInfo, ReplicaSet, SetError};
 use crate::serve::Serves;
@@ -355,6 +356,9 @@ impl ProcessServer {
                 self.0.acceptor.end_stream(id).await;
             }
         }
+        let generations = grant.disks.iter().map(|disk| (disk.disk, disk.generation)).collect();
+        let inner = self.0.clone();
+        blocking(move || offline::supersede(inner.storage.clone(), &inner.set, grant.machine, &generations)).await?;
         let is_gone = |disk: &DiskId| !granted.contains(disk);
         let authorised = self.0.authorisations.all().into_iter();
         let of_machine = authorised.filter(|(_, authorisation)| authorisation.machine == grant.machine);
@@ -374,6 +378,25 @@ impl ProcessServer {
             change.map_err(table_failed)?;
             inner.set.leave(left);
             Ok(())
+        })
+        .await
+    }
+
+    /// Who may write a machine's replica.
+    pub async fn rights(&self, machine: MachineId) -> Result<Rights, Failure> {
+        let inner = self.0.clone();
+        blocking(move || {
+            let mut rights = Rights::default();
+            for replica in inner.set.of_machine(machine) {
+                let authorised = inner.authorisations.get(replica.disk()).map(|known| known.generation);
+                let generation = authorised.map_or(replica.generation(), |known| known.max(replica.generation()));
+                rights.generations.insert(replica.disk(), generation);
+            }
+            let of_machine = inner.failed_over.all().into_values().find(|entry| entry.machine == machine);
+            rights.failed_over = of_machine.map(|entry| entry.since);
+            let record = offline::records(inner.storage.clone())?.remove(&machine);
+            rights.by_recovery_key = record.map(|record| (record.at, record.point_time));
+            Ok(rights)
         })
         .await
     }
@@ -559,6 +582,16 @@ fn store_failed(error: &io::Error) -> Failure {
 
 fn table_failed(error: TableError) -> Failure {
     Failure::from_error(FailureKind::Failed, &error, error.help())
+}
+
+/// Who may write a machine's replica here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rights {
+    pub generations: BTreeMap<DiskId, Generation>,
+    /// The machine was made one of a point, and is not back: since when.
+    pub failed_over: Option<Timestamp>,
+    /// It was failed over with the recovery key: when, and to the point of when.
+    pub by_recovery_key: Option<(Timestamp, Timestamp)>,
 }
 
 fn authorise_failed(error: AuthoriseError) -> Failure {

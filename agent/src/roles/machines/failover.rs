@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tidemark_base::MachineId;
-use tidemark_hypervisor::call::{FailOverCall, FailedOver, FailedOverDisk, Lost, Promotion, encode};
+use tidemark_hypervisor::call::{
+    ByRecoveryKey, FailOverCall, FailedOver, FailedOverDisk, Lost, Promotion, Rights, encode,
+};
 use tidemark_hypervisor::drill;
 use tidemark_hypervisor::hypervisor::Power;
 use tidemark_hypervisor::machine::{Kernel, Purpose};
@@ -34,6 +36,12 @@ impl Machines {
         let loss = self.server.loss(machine, selector(point)?).await?;
         let (point, time) = (loss.point.id, loss.point.time);
         Ok(encode(&Lost { point, time, newest: loss.newest, bytes: loss.bytes }))
+    }
+
+    pub(super) async fn rights(&self, machine: MachineId) -> Result<String, Failure> {
+        let rights = self.server.rights(machine).await?;
+        let by_recovery_key = rights.by_recovery_key.map(|(at, point_time)| ByRecoveryKey { at, point_time });
+        Ok(encode(&Rights { generations: rights.generations, failed_over: rights.failed_over, by_recovery_key }))
     }
 
     pub(super) async fn fail_over(&self, call: FailOverCall, began: Instant) -> Result<String, Failure> {
