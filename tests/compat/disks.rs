@@ -8,6 +8,7 @@ use std::process::Stdio;
 
 use tidemark_tests::block::{self, Loop, Mount, NbdFile};
 use tidemark_tests::image::{self, MIB};
+use tidemark_tests::nbd::Client;
 use tidemark_tests::process::Owned;
 use tidemark_tests::{Machine, Site, need, need_root, tools, wait};
 
@@ -116,9 +117,14 @@ fn a_medium_that_fails_costs_the_guest_its_own_requests_and_the_replica_nothing(
     site.wait_sent("web");
     site.point("web");
     let recovered = site.export("web", "latest", "recovered.raw", "raw");
-    let mut found = [0; 64 << 10];
-    File::open(recovered).unwrap().read_exact_at(&mut found, 8 * MIB).unwrap();
+    let (mut found, mut read) = ([0; 64 << 10], [0; 64 << 10]);
+    let recovered = File::open(recovered).unwrap();
+    recovered.read_exact_at(&mut found, 8 * MIB).unwrap();
     assert!(found == [3; 64 << 10], "the write after the failed ones is in the replica");
+    // Where a write failed, nobody knows what is there: it was read again.
+    recovered.read_exact_at(&mut found, MIB).unwrap();
+    Client::connect(machine.nbd()).unwrap().read(MIB, &mut read).unwrap();
+    assert!(found == read, "what was half written is as the guest reads it");
 
     // Attached anew: what the medium really holds is what counts.
     site.down();
@@ -127,6 +133,12 @@ fn a_medium_that_fails_costs_the_guest_its_own_requests_and_the_replica_nothing(
     site.wait_protected("web");
     assert_works(&machine, "write -P 4 4M 64k");
     assert!(flushes(&machine), "a disk that is attached anew takes flushes again");
+    // The same of a write that nobody wanted durable at once, and of the flush after it.
+    disk.fail("pwrite");
+    assert_works(&machine, "write -P 5 5M 64k");
+    assert!(!flushes(&machine));
+    disk.heal("pwrite");
+    assert!(!flushes(&machine));
     site.point("web");
     site.down();
     disk.forget();
@@ -190,6 +202,23 @@ fn a_block_device_is_taken_alone_and_refused_while_somebody_has_it() {
     } else {
         tools::skipped("disks::a_partition_in_use", "this kernel shows no partitions of loop devices");
     }
+    // A device without partitions, on every kernel: it is mounted, or protected, and never both.
+    block::make_ext4(&site.path("whole.img"), 16 * MIB, "^has_journal");
+    let whole = Loop::attach(&site.path("whole.img"));
+    let folder = site.path("whole");
+    std::fs::create_dir(&folder).unwrap();
+    let [whole_text, folder_text] = [whole.path(), &folder].map(|path| path.to_str().unwrap());
+    tools::run("mount", &[whole_text, folder_text]);
+    site.run(&["protect", "whole", "--disk", whole_text]).assert_refused(&[whole_text, "in use"]);
+    tools::run("umount", &[folder_text]);
+    site.protect("whole", &[whole.path()], &[]);
+    let mounted = tools::outcome("mount", &[whole_text, folder_text]);
+    assert!(!mounted.status.success(), "{}", tools::describe("mount", &[whole_text], &mounted));
+    site.json(&["unprotect", "whole"]);
+    tools::run("mount", &[whole_text, folder_text]);
+    tools::run("umount", &[folder_text]);
+    drop(whole);
+
     let machine = site.protect("web", &[path], &[]);
     site.wait_protected("web");
     // Now nobody else gets it.

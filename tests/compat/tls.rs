@@ -121,6 +121,11 @@ fn only_certificates_of_this_machine_open_it() {
         std::fs::copy(other.certificates.join(file), mixed.join(file)).unwrap();
     }
     assert_refused(&web.with(Some(&mixed)));
+    // The same client with no certificate at all: nobody but the server can turn it away.
+    let nobody = site.path("nobody");
+    std::fs::create_dir(&nobody).unwrap();
+    std::fs::copy(web.certificates.join("ca-cert.pem"), nobody.join("ca-cert.pem")).unwrap();
+    assert_refused(&web.with(Some(&nobody)));
     // The identity of a role opens no disk either.
     let identity = std::fs::read_to_string(site.state().join("process-server/identity.pem")).unwrap();
     let certificate = identity.find("-----BEGIN CERTIFICATE-----").unwrap();
@@ -136,6 +141,7 @@ fn only_certificates_of_this_machine_open_it() {
     tools::run("cp", &["-r", web.certificates.to_str().unwrap(), stolen.to_str().unwrap()]);
     assert_opens(&web.with(Some(&stolen)));
     site.json(&["unprotect", "web"]);
+    assert!(!web.certificates.exists(), "they go with the machine");
     let again = remote(&protect(&site, "web", &disk, &format!("127.0.0.1:{}", web.port)));
     assert_eq!(again.port, web.port);
     assert_opens(&again.uri);

@@ -9,6 +9,7 @@
 //! * [`guest`]: a Linux in QEMU.
 //! * [`image`]: disks with content, and the comparison of two of them.
 //! * [`block`]: loop devices, mounts, and programs that show a disk as a file, all gone with their test.
+//! * [`distance`]: a long way between two programs.
 //! * [`postgres`]: a database as a judge of disks.
 //! * [`net`]: networks of a test's own, and a proxy that misbehaves.
 //! * [`tools`]: programs that a test needs; a test without them says `SKIPPED` and why.
@@ -21,6 +22,7 @@
 pub mod api;
 pub mod binary;
 pub mod block;
+pub mod distance;
 pub mod guest;
 pub mod image;
 pub mod nbd;

@@ -1,5 +1,6 @@
 //! A running Tidemark on a temporary folder, and its verbs.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::distance::Distance;
 use crate::process::Owned;
 use crate::{binary, wait};
 
@@ -24,10 +26,17 @@ const VERB_LIMIT: Duration = Duration::from_secs(150);
 /// The roles as they run apart.
 pub const ROLES: [&str; 3] = ["config-server", "process-server", "agent"];
 
+/// Where the configuration server writes down where it is found, in its folder.
+const ADDRESSES: &str = "run/config-server.json";
+
 /// `tidemark up`, or each role as a process of its own, on a folder of its own. Everything ends with it.
 pub struct Site {
     folder: TempDir,
     processes: Vec<Owned>,
+    /// Of hosts that are far away.
+    distant: BTreeMap<String, Distance>,
+    /// Where the configuration server's own folder is now.
+    moved: Option<PathBuf>,
     pub ready: Value,
 }
 
@@ -68,7 +77,7 @@ impl Site {
 
     fn new_in(parent: &Path) -> Self {
         let folder = tempfile::Builder::new().prefix("tidemark-").tempdir_in(parent).expect("a folder can be made");
-        Self { folder, processes: Vec::new(), ready: Value::Null }
+        Self { folder, processes: Vec::new(), distant: BTreeMap::new(), moved: None, ready: Value::Null }
     }
 
     /// A new site whose roles are three processes, so that each can be killed alone.
@@ -100,6 +109,28 @@ impl Site {
     #[track_caller]
     pub fn start_host(&mut self, name: &str) -> String {
         self.start_one_more("agent", name)
+    }
+
+    /// The same, where what the configuration server says and hears takes so long each way.
+    #[track_caller]
+    pub fn start_distant_host(&mut self, name: &str, delay: Duration) -> String {
+        let control = text(&self.addresses().expect("the site is up")["control"]).parse().expect("it is an address");
+        self.distant.insert(name.to_owned(), Distance::start(control, delay));
+        self.start_one_more("agent", name)
+    }
+
+    /// The configuration server runs in another folder from now on.
+    pub fn move_control(&mut self, folder: &Path) {
+        self.moved = Some(folder.to_owned());
+    }
+
+    fn control(&self) -> PathBuf {
+        self.moved.clone().unwrap_or_else(|| self.state())
+    }
+
+    /// Where the configuration server is found; `None`: it never said so.
+    pub fn addresses(&self) -> Option<Value> {
+        serde_json::from_slice(&std::fs::read(self.control().join(ADDRESSES)).ok()?).ok()
     }
 
     /// The same, a process server.
@@ -136,8 +167,12 @@ impl Site {
     }
 
     fn start_again(&mut self, role: &str, name: &str) {
-        let (address, folder) = ("run/config-server.json", self.path(name));
-        std::fs::copy(self.state().join(address), folder.join(address)).expect("the site's address is known");
+        let (mut addresses, folder) = (self.addresses().expect("the site is up"), self.path(name));
+        if let Some(distance) = self.distant.get(name) {
+            addresses["control"] = distance.address().to_string().into();
+        }
+        let known = std::fs::File::create(folder.join(ADDRESSES)).expect("a file can be made");
+        serde_json::to_writer(known, &addresses).expect("it can be written");
         let mut command = Command::new(binary::tidemark());
         command.args([role, "run", "--dir"]).arg(folder).stdin(Stdio::null()).stdout(Stdio::null());
         self.processes.push(Owned::start(name, command, Some(&self.path("site.log"))));
@@ -161,12 +196,10 @@ impl Site {
     }
 
     fn api_address(&self) -> Option<Value> {
-        let host = self.state().join("run/config-server.json");
-        let addresses: Value = serde_json::from_slice(&std::fs::read(&host).ok()?).ok()?;
         Some(serde_json::json!({
-            "api": format!("https://{}/api/v1", addresses["api"].as_str()?),
-            "token_file": self.state().join("config-server/token"),
-            "ca_file": self.state().join("ca.pem"),
+            "api": format!("https://{}/api/v1", self.addresses()?["api"].as_str()?),
+            "token_file": self.control().join("config-server/token"),
+            "ca_file": self.control().join("ca.pem"),
         }))
     }
 
@@ -224,16 +257,9 @@ impl Site {
 
     /// How many roles have a stream to the configuration server; `None` while that cannot be asked.
     pub fn connected(&self) -> Option<usize> {
-        let host = self.state().join("run/config-server.json");
-        let addresses: Value = serde_json::from_slice(&std::fs::read(&host).ok()?).ok()?;
-        let ready = serde_json::json!({
-            "api": format!("https://{}/api/v1", addresses["api"].as_str()?),
-            "token_file": self.state().join("config-server/token"),
-            "ca_file": self.state().join("ca.pem"),
-        });
         // An address from before a restart may be there before its server is.
-        std::net::TcpStream::connect(addresses["api"].as_str()?).ok()?;
-        let peers = crate::api::Api::connect(&ready).get("peers");
+        std::net::TcpStream::connect(self.addresses()?["api"].as_str()?).ok()?;
+        let peers = crate::api::Api::connect(&self.api_address()?).get("peers");
         Some(peers["connected"].as_array()?.len())
     }
 
@@ -336,7 +362,7 @@ impl Site {
     /// The command with this site's address, for arguments of the caller's own.
     pub fn command(&self) -> Command {
         let mut command = Command::new(binary::tidemark());
-        command.env("TIDEMARK_DIR", self.state());
+        command.env("TIDEMARK_DIR", self.control());
         command
     }
 

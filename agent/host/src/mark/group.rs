@@ -195,9 +195,11 @@ fn run(machines: &[Joining], request: &HoldGroup, round: &Round, let_go: bool) -
     let mut disks: Vec<Arc<ProtectedDisk>> = members.iter().flat_map(|member| member.disks.iter().cloned()).collect();
     // Whoever holds several disks takes them in this order.
     disks.sort_by_key(|disk| disk.identity.disk);
-    let (began, holds) = hold_until(&disks, give_up)?;
+    let (began, mut holds) = hold_until(&disks, give_up)?;
     round.set(Stage::Held);
-    let holds = if let_go { Vec::new() } else { holds };
+    if let_go {
+        holds.clear();
+    }
     let verdict = round.verdict(began + request.limit);
     let group = match verdict {
         Some(Verdict::Nothing) => None,

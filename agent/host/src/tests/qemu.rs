@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
 use tidemark_base::{Extent, MachineId};
 use tidemark_proto::replication::Consistency;
@@ -510,8 +511,9 @@ fn a_machine_that_cannot_be_asked_says_why() {
     assert_eq!(provider.probe(&subject.guest.image(0), &folder).unwrap(), DISK_BYTES);
     assert_eq!(provider.probe(&folder.join("agent.qmp/disk0"), &folder).unwrap(), DISK_BYTES);
     assert!(refused(&folder.join("agent.qmp/other")).contains("no node"));
-    // Somebody else's backup has the one NBD server.
+    // Somebody else's backup has the one NBD server, which we had last.
     let (disk, marker) = in_sync(&mut fixture, &mut subject);
+    disk.disk.read_at(0, &mut [0; 4096]).unwrap();
     let socket = folder.join("theirs.sock");
     let address = json!({ "addr": { "type": "unix", "data": { "path": socket } } });
     let deadline = Instant::now() + SOON;
