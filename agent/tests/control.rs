@@ -1138,6 +1138,24 @@ async fn everything_that_is_in_the_way_is_named_before_anything_is_touched() {
     site.refused(&["protect", "x", "--disk", &text(&other), "--exclude", &text(&odd)], "left out").await;
 }
 
+/// F18: nothing is planned with a machine whose health is critical, though it is replicated: what is wrong is said.
+#[tokio::test(flavor = "multi_thread")]
+async fn f18_a_planned_failover_of_a_machine_that_is_not_well_is_refused() {
+    let site = Site::start().await;
+    let disk = site.disk("a.img", 1 << 20);
+    site.protect("web", &[&disk]).await.unwrap();
+    let client = site.client();
+    let problem = Problem { critical: true, message: "the disk is on fire".into(), help: "extinguish it".into() };
+    site.agent().problems.lock().unwrap().push(problem);
+    let status = client.get("/machines/web").await.unwrap();
+    assert_eq!((&status["state"], &status["health"]), (&json!("protected"), &json!("critical")), "{status}");
+    for check in [&["--check"][..], &[]] {
+        let planned = [&["failover", "planned", "web", "--disks-only"][..], check].concat();
+        site.refused(&planned, "is not OK: the disk is on fire").await;
+    }
+    assert_eq!(client.get("/machines/web").await.unwrap()["state"], "protected", "nothing was begun");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_lasts_is_an_alert_and_metrics_tell_it() {
     let site = Site::start().await;

@@ -199,30 +199,3 @@ fn f5_a_migrated_machine_keeps_its_plain_disks_and_has_no_way_back() {
     site.run(&["failover", "planned", "web", "--disks-only"]).assert_refused(&["no machine"]);
     image::assert_same(&expected, Path::new(&plain));
 }
-
-/// F18: nothing is planned with a machine whose health is critical; what is wrong is said, and nothing is begun.
-#[test]
-fn f18_a_planned_failover_of_a_machine_that_is_not_well_is_refused() {
-    let mut site = Site::start();
-    let machine = protected(&site, "web", "disk.img", BYTES, 6);
-    let resize = |bytes: u64| {
-        let disk = std::fs::File::options().write(true).open(&machine.disks[0].path);
-        disk.and_then(|disk| disk.set_len(bytes)).expect("it can be resized");
-    };
-    resize(BYTES / 2);
-    wait::until("its health is critical, and it is replicated all the same", LIMIT, || {
-        let status = site.status("web");
-        (status["health"] == "critical" && status["state"] == "protected").then_some(())
-    });
-    site.run(&["failover", "planned", "web", "--disks-only"]).assert_refused(&["health", "changed its size"]);
-    assert_eq!(site.run(&["failover", "show", "web", "--json"]).stdout.matches("\"phase\"").count(), 0);
-    write(machine.nbd(), 0, 4096, 7);
-    // With its size back it is compared when it is attached anew, and well.
-    resize(BYTES);
-    site.kill_9();
-    site.up();
-    site.wait_protected("web");
-    wait::until("it is well", LIMIT, || (site.status("web")["health"] == "ok").then_some(()));
-    let result = site.json(&["failover", "planned", "web", "--disks-only"]);
-    image::assert_same(&machine.disks[0].path, &content(&site, &nbd(&result), "there.img"));
-}

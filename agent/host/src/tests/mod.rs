@@ -29,7 +29,7 @@ use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tidemark_base::disk::DiskError;
@@ -234,6 +234,15 @@ pub fn record_bytes(record: &Record) -> u64 {
     match &record.body {
         RecordBody::Write { extent, .. } | RecordBody::Zeroes { extent } => extent.length,
         RecordBody::Mark(_) => 0,
+    }
+}
+
+/// Ends a writer also when an assertion failed: a test that fails must not hang.
+pub struct OverOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for OverOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 

@@ -16,7 +16,7 @@ use tidemark_base::{Extent, MachineId};
 use tidemark_proto::replication::Consistency;
 
 use super::conformance::{DISK_BYTES, Replica, SEEDS, Subject, conforms, skipped};
-use super::{Fixture, Random, records_after, replay};
+use super::{Fixture, OverOnDrop, Random, records_after, replay};
 use crate::attach::Decision;
 use crate::capture::CaptureProvider;
 use crate::capture::qemu::QemuTracker;
@@ -304,6 +304,7 @@ fn two_disks_are_taken_at_one_instant_while_they_are_written() {
     let mut writer = guest.writer();
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _over = OverOnDrop(&is_over);
         scope.spawn(|| {
             let writer = &mut writer;
             let mut random = Random(7);
@@ -342,7 +343,6 @@ fn two_disks_are_taken_at_one_instant_while_they_are_written() {
             assert!(one > last, "round {round}: nothing was written");
             last = one;
         }
-        is_over.store(true, Ordering::SeqCst);
     });
     assert_eq!(guest.names(), Vec::<String>::new(), "nothing is left of a copy");
     disks.iter().for_each(|disk| disk.detach().unwrap());

@@ -11,7 +11,7 @@ use tidemark_proto::replication::Consistency;
 use tidemark_tests::vcenter::{MACHINE, Vcenter};
 
 use super::conformance::{DISK_BYTES, Replica, SEEDS, Subject, conforms};
-use super::{Fixture, Random};
+use super::{Fixture, OverOnDrop, Random};
 use crate::attach::Decision;
 use crate::capture::CaptureProvider;
 use crate::capture::tracker::Changes;
@@ -238,6 +238,7 @@ fn two_disks_are_taken_at_one_instant() {
     let ids = [fixtures[0].disk, fixtures[1].disk];
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _over = OverOnDrop(&is_over);
         scope.spawn(|| {
             for counter in 1u64.. {
                 if is_over.load(Ordering::SeqCst) {
@@ -261,7 +262,6 @@ fn two_disks_are_taken_at_one_instant() {
             assert!(one >= last);
             last = one;
         }
-        is_over.store(true, Ordering::SeqCst);
     });
     provider.stop().unwrap();
     disks.iter().for_each(|disk| disk.detach().unwrap());
