@@ -19,8 +19,6 @@ use tokio_rustls::rustls::ClientConfig;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 
-use crate::folder::{Folder, FolderError};
-
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Lists of points of years fit.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
@@ -45,8 +43,8 @@ pub enum ClientError {
     Address(String),
     #[error("no server was named")]
     Unnamed,
-    #[error(transparent)]
-    Folder(#[from] FolderError),
+    #[error("{message}")]
+    Folder { message: String, help: &'static str },
 }
 
 impl ClientError {
@@ -67,7 +65,7 @@ impl ClientError {
                 "set TIDEMARK_DIR to the folder of `tidemark up`, or give --server, --token-file and --ca-file"
                     .to_owned()
             }
-            ClientError::Folder(error) => error.help().to_owned(),
+            ClientError::Folder { help, .. } => (*help).to_owned(),
         }
     }
 }
@@ -107,16 +105,6 @@ impl Client {
     /// The name or address that was dialled.
     pub fn host(&self) -> String {
         if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() }
-    }
-
-    /// The server of an all-in-one's folder.
-    pub fn of_folder(path: &Path) -> Result<Self, ClientError> {
-        let folder = Folder::open(path)?;
-        let addresses = folder.config_server()?.ok_or_else(|| FolderError::NotUp {
-            path: path.to_owned(),
-            reason: "it names no configuration server".to_owned(),
-        })?;
-        Self::new(&format!("https://{}", addresses.api), &folder.token_file(), &folder.ca_file())
     }
 
     pub async fn get(&self, path: &str) -> Result<Value, ClientError> {

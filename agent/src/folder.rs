@@ -72,6 +72,18 @@ impl FolderError {
     }
 }
 
+impl From<FolderError> for crate::roles::RoleError {
+    fn from(error: FolderError) -> Self {
+        Self::new(&error, error.help())
+    }
+}
+
+impl From<FolderError> for crate::client::ClientError {
+    fn from(error: FolderError) -> Self {
+        Self::Folder { message: tidemark_base::error::with_causes(&error), help: error.help() }
+    }
+}
+
 #[derive(Clone)]
 pub struct Folder {
     path: PathBuf,
@@ -318,6 +330,18 @@ impl Folder {
     fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), FolderError> {
         let content = serde_json::to_vec(value).expect("addresses are plain data");
         replace_file(&*self.storage, name, &content).map_err(|error| self.io(error))
+    }
+}
+
+impl crate::client::Client {
+    /// The server of an all-in-one's folder.
+    pub fn of_folder(path: &Path) -> Result<Self, crate::client::ClientError> {
+        let folder = Folder::open(path)?;
+        let addresses = folder.config_server()?.ok_or_else(|| FolderError::NotUp {
+            path: path.to_owned(),
+            reason: "it names no configuration server".to_owned(),
+        })?;
+        Self::new(&format!("https://{}", addresses.api), &folder.token_file(), &folder.ca_file())
     }
 }
 

@@ -4,12 +4,12 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     keep_large_blocks();
-    tidemark::cli::main()
+    tidemark::main()
 }
 
 /// Frames are a few hundred KiB each. By default glibc maps and unmaps every such block, and the kernel clears its pages
 /// each time: a tenth of the time of an initial replication. Freed memory is still given back above the limit.
-#[cfg(target_env = "gnu")]
+#[cfg(all(unix, target_env = "gnu"))]
 fn keep_large_blocks() {
     const MAPPED_FROM_BYTES: i32 = 16 << 20;
     const KEPT_BYTES_MAX: i32 = 32 << 20;
@@ -22,5 +22,5 @@ fn keep_large_blocks() {
     }
 }
 
-#[cfg(not(target_env = "gnu"))]
+#[cfg(not(all(unix, target_env = "gnu")))]
 fn keep_large_blocks() {}

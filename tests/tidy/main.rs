@@ -3,6 +3,7 @@
 mod arrows;
 mod commands;
 mod seams;
+mod systems;
 mod text;
 
 use std::path::{Path, PathBuf};

@@ -71,11 +71,7 @@ pub trait StorageFile: Send + Sync {
     /// The first place from `from` on, before `until`, that may hold something else than zeroes.
     fn next_data(&self, from: u64, until: u64) -> io::Result<Option<u64>> {
         let Some(file) = self.as_file() else { return Ok((from < until).then_some(from)) };
-        match nix::unistd::lseek(file, from as i64, nix::unistd::Whence::SeekData) {
-            Ok(place) => Ok(Some(place as u64).filter(|place| *place < until)),
-            Err(nix::Error::ENXIO) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
+        Ok(platform::next_data(file, from)?.filter(|place| *place < until))
     }
 }
 
@@ -212,6 +208,41 @@ impl std::error::Error for PathError {}
 /// The system's error number, looked for inside errors that carry a path.
 pub fn os_error(error: &io::Error) -> Option<i32> {
     error.raw_os_error().or_else(|| error.get_ref()?.downcast_ref::<PathError>()?.error.raw_os_error())
+}
+
+/// What kind of error the system's number is, wherever it is.
+fn kind_of(error: &io::Error) -> io::ErrorKind {
+    os_error(error).map_or(error.kind(), |number| io::Error::from_raw_os_error(number).kind())
+}
+
+/// Whether there is no room, or no more for this user.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(kind_of(error), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Whether it is the rights that are missing.
+pub fn is_denied(error: &io::Error) -> bool {
+    matches!(kind_of(error), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
+}
+
+/// Whether nothing is there.
+pub fn is_absent(error: &io::Error) -> bool {
+    kind_of(error) == io::ErrorKind::NotFound
+}
+
+/// A number that is the same for all folders that share their room.
+pub fn volume_of(folder: &Path) -> io::Result<u64> {
+    platform::volume_of(folder)
+}
+
+/// How much room the content of a file takes.
+pub fn allocated_bytes(path: &Path) -> io::Result<u64> {
+    platform::allocated_bytes(&File::open(path)?)
+}
+
+/// Fills `buffer` from there on, whatever the file's own position is.
+pub fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    platform::read_exact_at(file, buffer, offset)
 }
 
 impl Storage for RealStorage {

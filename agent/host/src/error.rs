@@ -4,15 +4,13 @@ use std::io;
 use std::path::PathBuf;
 
 use tidemark_base::disk::DiskError;
-use tidemark_base::{DiskId, MachineId};
+use tidemark_base::{DiskId, MachineId, storage};
 use tidemark_hrl::LogError;
-use tidemark_nbd::ListenError;
 use tidemark_proto::control::{Failure, FailureKind};
-use tidemark_qemu::QemuError;
 use tidemark_transport::ExportTlsError;
 use tidemark_vsphere::VsphereError;
 
-use crate::capture::images::DiskImageError;
+use crate::capture::providers::{ProviderError, help_within};
 use crate::freeze::FreezeError;
 
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +42,7 @@ pub enum HostError {
     #[error(transparent)]
     Image(#[from] crate::capture::images::DiskImageError),
     #[error(transparent)]
-    Tracker(#[from] tidemark_bpf::TrackerError),
+    Provider(#[from] ProviderError),
     #[error(transparent)]
     Import(#[from] crate::capture::hrl::ImportError),
     #[error("machine {machine} has several disks, and Hyper-V's logs can be followed for one")]
@@ -52,13 +50,9 @@ pub enum HostError {
     #[error("no mark can be made: a log of disk {disk}'s host is being replayed")]
     Replaying { disk: DiskId },
     #[error(transparent)]
-    Qemu(#[from] tidemark_qemu::QemuError),
-    #[error(transparent)]
     Vsphere(#[from] VsphereError),
     #[error("no mark can be made: the hypervisor made no instant of the machine's disks")]
     Instant { source: io::Error },
-    #[error(transparent)]
-    File(#[from] tidemark_fuse::FuseError),
     #[error("machine {machine} is protected in another way ({before})")]
     OtherWay { machine: String, before: &'static str },
     #[error("no mark can be made: the changes of disk {disk} are not logged now ({reason})")]
@@ -76,8 +70,6 @@ pub enum HostError {
     Barriers { most: usize },
     #[error("machine {machine} cannot be made quiet")]
     Freeze { machine: String, source: FreezeError },
-    #[error("cannot serve disks")]
-    Listen(#[from] ListenError),
     #[error("cannot make certificates for remote clients")]
     Certificates(#[from] ExportTlsError),
     #[error("cannot {what}")]
@@ -91,21 +83,19 @@ impl HostError {
     pub fn help(&self) -> String {
         match self {
             HostError::Disk(error) => error.help().to_owned(),
-            HostError::State { source, folder, .. } => match tidemark_base::storage::os_error(source) {
-                Some(libc::ENOSPC | libc::EDQUOT) => {
-                    format!("make room in {}: the log and its bitmaps are kept there", folder.display())
-                }
-                Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
-                    format!("let the agent write to {}: the log and its bitmaps are kept there", folder.display())
-                }
-                _ => format!("see the system's message; {} must be a usable folder", folder.display()),
-            },
-            HostError::Log(error) => match error.os_error() {
-                Some(libc::ENOSPC | libc::EDQUOT) => {
-                    "make room in the folder of the disk: its log is kept there".into()
-                }
-                _ => error.help().to_owned(),
-            },
+            HostError::State { source, folder, .. } if storage::is_full(source) => {
+                format!("make room in {}: the log and its bitmaps are kept there", folder.display())
+            }
+            HostError::State { source, folder, .. } if storage::is_denied(source) => {
+                format!("let the agent write to {}: the log and its bitmaps are kept there", folder.display())
+            }
+            HostError::State { folder, .. } => {
+                format!("see the system's message; {} must be a usable folder", folder.display())
+            }
+            HostError::Log(error) if error.is_full() => {
+                "make room in the folder of the disk: its log is kept there".into()
+            }
+            HostError::Log(error) => error.help().to_owned(),
             HostError::DuplicateDisk { .. } => "name each disk once".into(),
             HostError::AlreadyProtected { machine, .. } => format!("unprotect {machine} first, or leave this disk out"),
             HostError::OtherDisks { machine } => {
@@ -127,19 +117,16 @@ impl HostError {
                 "keep the agent's state on another disk (`state-folder`): it must go on while this one is frozen".into()
             }
             HostError::Image(error) => error.help().into(),
-            HostError::Tracker(error) => error.help().into(),
+            HostError::Provider(error) => error.help().into(),
             HostError::Import(error) => error.help().into(),
-            HostError::Qemu(error) => error.help().into(),
             HostError::Vsphere(error) => error.help(),
             HostError::Instant { source } => {
                 let inner = source.get_ref();
-                let of_qemu = inner.and_then(|inner| inner.downcast_ref::<QemuError>()).map(|error| error.help().to_owned());
                 let of_vsphere = inner.and_then(|inner| inner.downcast_ref::<VsphereError>()).map(VsphereError::help);
-                of_qemu.or(of_vsphere).unwrap_or_else(|| "see the system's message".into())
+                of_vsphere.or_else(|| help_within(source)).unwrap_or_else(|| "see the system's message".into())
             }
             HostError::OneDisk { .. } => "protect each disk as a machine of its own: marks are made where its host switches logs".into(),
             HostError::Replaying { .. } => "wait until its host closed the next log and that was replayed".into(),
-            HostError::File(error) => error.help().into(),
             HostError::OtherWay { machine, .. } => format!("unprotect {machine} first, then protect it in the other way"),
             HostError::NotLogging { .. } => {
                 "try again when the mode of the disk is `data` (see `tidemark status`)".into()
@@ -154,16 +141,8 @@ impl HostError {
             HostError::NoBarrier { .. } => "it was ended long ago, or the agent was started since; the next one will do".into(),
             HostError::Barriers { .. } => "give groups longer intervals".into(),
             HostError::Freeze { source, .. } => source.help().to_owned(),
-            HostError::Listen(ListenError::Tcp { .. }) => {
-                "choose an address of this machine and a port that is free, or 0 for any: `tidemark protect … --listen IP:PORT`"
-                    .into()
-            }
-            HostError::Listen(error) => error.help().into(),
             HostError::Certificates(error) => error.help().into(),
-            HostError::Io { source, .. } => {
-                let of_a_file = source.get_ref().and_then(|inner| inner.downcast_ref::<tidemark_fuse::FuseError>());
-                of_a_file.map_or("see the system's message", |error| error.help()).into()
-            }
+            HostError::Io { source, .. } => help_within(source).unwrap_or_else(|| "see the system's message".into()),
             HostError::Stopping => "start the agent again".into(),
         }
     }
@@ -179,25 +158,12 @@ impl HostError {
             | HostError::StateOnDisk { .. }
             | HostError::NotHeld { .. }
             | HostError::OtherDisks { .. } => FailureKind::Conflict,
-            HostError::Image(
-                DiskImageError::Ambiguous { .. }
-                | DiskImageError::Misnamed { .. }
-                | DiskImageError::Refused { .. }
-                | DiskImageError::Below { .. },
-            )
-            | HostError::Disk(_)
+            HostError::Image(error) if error.is_a_wrong_question() => FailureKind::BadRequest,
+            HostError::Disk(_)
             | HostError::DuplicateDisk { .. }
-            | HostError::NoName { .. } => FailureKind::BadRequest,
-            HostError::Tracker(tidemark_bpf::TrackerError::Device(_))
             | HostError::OneDisk { .. }
-            | HostError::Qemu(
-                QemuError::Absent { .. }
-                | QemuError::NoNode { .. }
-                | QemuError::NotTheRoot { .. }
-                | QemuError::ReadOnly { .. }
-                | QemuError::OddSize { .. }
-                | QemuError::TwoMachines { .. },
-            ) => FailureKind::BadRequest,
+            | HostError::NoName { .. } => FailureKind::BadRequest,
+            HostError::Provider(error) => error.kind(),
             HostError::Vsphere(error) if error.is_a_wrong_question() => FailureKind::BadRequest,
             HostError::Busy { .. }
             | HostError::Unsettled { .. }

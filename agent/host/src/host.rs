@@ -28,15 +28,10 @@ use tidemark_transport::{Identity, PeerIdentity};
 use tokio::runtime::Handle;
 
 use crate::capture::CaptureProvider;
-use crate::capture::bpf::BpfTracker;
-use crate::capture::fuse::FuseSplitter;
-use crate::capture::hrl::HrlImporter;
-use crate::capture::nbd::NbdSplitter;
-use crate::capture::qemu::QemuTracker;
-use crate::capture::vsphere::VsphereTracker;
+use crate::capture::providers::{self, Providers};
 use crate::error::HostError;
 use crate::events::{EventKind, Events, News, Severity};
-use crate::freeze::{Freezer, ScriptFreezer};
+use crate::freeze::Freezer;
 use crate::machine::{Machine, send_policy};
 use crate::mark::{Barriers, MarkOutcome};
 use crate::pack::Workers;
@@ -125,7 +120,7 @@ impl HostConfig {
             run_folder,
             allowed_uids: Vec::new(),
             link,
-            freezer: freeze_folder.map(|folder| Arc::new(ScriptFreezer::new(folder)) as Arc<dyn Freezer>),
+            freezer: freeze_folder.and_then(providers::freezer),
             limits: HostLimits::default(),
             boot: Boot::current().map_err(|source| HostError::Io { what: "find out which boot this is", source })?,
             events: Events::new(clock.clone()),
@@ -161,17 +156,7 @@ pub struct Host {
 
 struct Shared {
     config: HostConfig,
-    /// The one that the workload writes through.
-    splitter: Arc<dyn CaptureProvider>,
-    tracker: Arc<dyn CaptureProvider>,
-    /// The one that the workload writes through as to a file.
-    files: Arc<dyn CaptureProvider>,
-    /// The one that takes logs which somebody else wrote.
-    importer: Arc<dyn CaptureProvider>,
-    /// The one that asks running QEMUs.
-    machines_of_qemu: Arc<dyn CaptureProvider>,
-    /// The one that asks vCenters.
-    machines_of_vsphere: Arc<dyn CaptureProvider>,
+    providers: Providers,
     workers: Arc<Workers>,
     session: SessionId,
     storage: Arc<dyn Storage>,
@@ -201,12 +186,12 @@ impl Entry {
 impl Host {
     /// Attaches again whatever was protected. Machines that cannot be attached now show in the status and are tried again.
     pub fn start(config: HostConfig) -> Result<Self, HostError> {
-        let provider = Arc::new(NbdSplitter::start(&config.run_folder, &config.allowed_uids, config.storage()?)?);
-        Self::start_with(config, provider)
+        let splitter = providers::splitter(&config)?;
+        Self::start_with(config, splitter)
     }
 
     /// As [`Host::start`], with another way to catch changes.
-    pub fn start_with(config: HostConfig, provider: Arc<dyn CaptureProvider>) -> Result<Self, HostError> {
+    pub fn start_with(config: HostConfig, splitter: Arc<dyn CaptureProvider>) -> Result<Self, HostError> {
         let storage = config.storage()?;
         let failed = |source| HostError::Io { what: "read what is protected", source };
         if !storage.exists("machines").map_err(failed)? {
@@ -214,18 +199,9 @@ impl Host {
             storage.sync_folder("").map_err(failed)?;
         }
         let workers = Workers::start().map_err(|source| HostError::Io { what: "start threads", source })?;
-        let files = Arc::new(FuseSplitter::new(&config.run_folder, &config.allowed_uids));
-        let importer = Arc::new(HrlImporter::new(&config.state_folder));
-        let machines_of_qemu = Arc::new(QemuTracker::new(&config.state_folder));
-        let machines_of_vsphere = Arc::new(VsphereTracker::new(&config.state_folder));
         let shared = Arc::new(Shared {
+            providers: Providers::new(&config, splitter),
             config,
-            splitter: provider,
-            tracker: Arc::new(BpfTracker),
-            files,
-            importer,
-            machines_of_qemu,
-            machines_of_vsphere,
             workers,
             session: SessionId::random(),
             storage,
@@ -468,7 +444,7 @@ impl Host {
         if let Some(retry) = self.retry.lock().expect("no panic while held").take() {
             let _ = retry.join();
         }
-        for provider in [&self.shared.splitter, &self.shared.files, &self.shared.importer] {
+        for provider in self.shared.providers.writers() {
             if let Err(error) = provider.stop() {
                 tracing::warn!(%error, "exports are still in use");
             }
@@ -515,14 +491,7 @@ impl Shared {
     }
 
     fn provider(&self, via: Via) -> &Arc<dyn CaptureProvider> {
-        match via {
-            Via::Nbd => &self.splitter,
-            Via::Bpf => &self.tracker,
-            Via::Fuse => &self.files,
-            Via::Hrl => &self.importer,
-            Via::Qemu => &self.machines_of_qemu,
-            Via::Vsphere => &self.machines_of_vsphere,
-        }
+        self.providers.of(via)
     }
 
     /// Feeds whoever else is named now, changes the disks, and stores what is wanted. Whoever is not named any more is fed still.

@@ -13,6 +13,7 @@ pub mod machine;
 pub mod mark;
 pub mod master_target;
 pub mod pack;
+mod platform;
 pub mod protected;
 pub mod scan;
 pub mod send;

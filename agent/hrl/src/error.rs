@@ -1,7 +1,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use tidemark_base::{DiskId, Position};
+use tidemark_base::{DiskId, Position, storage};
 
 pub type Result<T, E = LogError> = std::result::Result<T, E>;
 
@@ -55,11 +55,20 @@ impl LogError {
         }
     }
 
-    /// The system's number for an I/O error, such as `ENOSPC`.
-    pub fn os_error(&self) -> Option<i32> {
+    fn io(&self) -> Option<&io::Error> {
         match self {
-            LogError::Io { source, .. } => tidemark_base::storage::os_error(source),
+            LogError::Io { source, .. } => Some(source),
             _ => None,
         }
+    }
+
+    /// Whether there was no room.
+    pub fn is_full(&self) -> bool {
+        self.io().is_some_and(storage::is_full)
+    }
+
+    /// Whether a file was not there.
+    pub fn is_absent(&self) -> bool {
+        self.io().is_some_and(storage::is_absent)
     }
 }

@@ -1,49 +1,13 @@
 //! Any [`Disk`] as an [`Export`]: plain serving, and the reference that other exports are measured against.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use tidemark_base::Extent;
 use tidemark_base::disk::{Allocation, Disk, Durability, FileDisk};
 
+use crate::cached::CachedReader;
 use crate::export::{Export, WriteRequest};
-
-/// Reads of a file that never wait for its device.
-pub struct CachedReader {
-    file: OwnedFd,
-    in_memory: bool,
-    /// The file system does not know RWF_NOWAIT, or has no page cache for this file.
-    refused: AtomicBool,
-}
-
-impl CachedReader {
-    pub fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
-        let in_memory = nix::sys::statfs::fstatfs(file)?.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC;
-        Ok(Self { file: file.try_clone_to_owned()?, in_memory, refused: AtomicBool::new(false) })
-    }
-
-    /// Fills `buffer` if all of it is in memory; see [`Export::try_read`].
-    pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Option<io::Result<()>> {
-        if self.refused.load(Ordering::Relaxed) {
-            return None;
-        }
-        // tmpfs does not know RWF_NOWAIT, and does not need it.
-        let flags = if self.in_memory { 0 } else { libc::RWF_NOWAIT };
-        let range = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-        // SAFETY: `range` is exactly `buffer`, which is borrowed mutably for the call.
-        let count = unsafe { libc::preadv2(self.file.as_raw_fd(), &raw const range, 1, offset as i64, flags) };
-        if count == buffer.len() as isize {
-            return Some(Ok(()));
-        }
-        if count < 0 && matches!(io::Error::last_os_error().raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL)) {
-            self.refused.store(true, Ordering::Relaxed);
-        }
-        // Partly cached, interrupted, or an error: the blocking read finds out which.
-        None
-    }
-}
 
 /// Serves a [`Disk`].
 pub struct DiskExport {
@@ -62,8 +26,7 @@ impl DiskExport {
 
     /// A file or device: cached reads and all writes without a change of thread.
     pub fn of_file(disk: Arc<FileDisk>) -> io::Result<Self> {
-        use std::os::fd::AsFd;
-        let reader = CachedReader::new(disk.file().as_fd())?;
+        let reader = CachedReader::new(disk.file())?;
         let zeroes_fast = !disk.is_block_device();
         Ok(Self { disk, reader: Some(reader), read_only: false, writes_inline: true, zeroes_fast })
     }

@@ -76,7 +76,7 @@ pub trait Export: Send + Sync + 'static {
 
     /// Reserves room for a range without changing what it reads as, so that writes there do not fail for want of it.
     fn allocate(&self, _extent: Extent) -> io::Result<()> {
-        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+        Err(tidemark_base::error::not_supported())
     }
 
     /// Everything acknowledged before is on stable storage when this returns.

@@ -11,24 +11,38 @@
 //! * [`client`]: a blocking client with pipelined writes.
 //! * [`qemu`]: images of other formats, through `qemu-nbd`; [`image`]: one as a disk that a guest writes to.
 //!
+//! On Windows there is what is served, which the write path of the host stands on, and nothing that serves it.
+//!
 //! The numbers and layouts are those of the protocol's specification (NetworkBlockDevice/nbd, `doc/proto.md`). Extended
 //! headers, RESIZE, CACHE and metadata contexts other than `base:allocation` are not offered; clients do without.
 
 pub mod address;
+mod cached;
+#[cfg(unix)]
 pub mod client;
 pub mod disk;
 pub mod export;
+#[cfg(unix)]
 pub mod image;
 pub mod limits;
+#[cfg(unix)]
 pub mod qemu;
+#[cfg(unix)]
 pub mod remote;
+#[cfg(unix)]
 pub mod server;
+#[cfg(unix)]
 mod stream;
+#[cfg(unix)]
 mod wire;
 
+pub use cached::CachedReader;
+#[cfg(unix)]
 pub use client::{Client, ClientError, ExportInfo};
-pub use disk::{CachedReader, DiskExport};
+pub use disk::DiskExport;
 pub use export::{Export, ExportProvider, Exports, OpenError, Peer, WriteRequest};
 pub use limits::Limits;
+#[cfg(unix)]
 pub use remote::Remote;
+#[cfg(unix)]
 pub use server::{ListenError, Server, StillBusy};

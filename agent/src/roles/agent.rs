@@ -18,9 +18,8 @@ use tokio_util::sync::CancellationToken;
 use super::link::{self, Command, Handler, not_mine};
 use super::metrics::{self, Figures, Sheet};
 use super::outbox::Draft;
-use super::owner::Owners;
 use super::place::Place;
-use super::quiet::Applications;
+use super::system::{self, Owners};
 use super::{RoleError, boot_id};
 
 /// A folder for each machine, with what makes its applications quiet.
@@ -49,7 +48,7 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
     let (state, run, identity) = (place.state.clone(), place.run.clone(), place.identity.clone());
     let host = blocking(move || {
         let mut config = HostConfig::new(state.clone(), run, None, identity, runtime)?;
-        config.freezer = Some(Arc::new(Applications::new(state.join(FREEZE_FOLDER))));
+        config.freezer = system::applications(state.join(FREEZE_FOLDER));
         Host::start(config)
     })
     .await

@@ -13,6 +13,12 @@ use tidemark_transport::{Identity, Role};
 use super::RoleError;
 use crate::folder::{ConfigServerAddresses, Folder, RoleLock};
 
+impl From<tidemark_config_server::StartError> for RoleError {
+    fn from(error: tidemark_config_server::StartError) -> Self {
+        RoleError::new(&error, error.help())
+    }
+}
+
 pub struct RunningConfigServer {
     pub server: ConfigServer,
     pub addresses: ConfigServerAddresses,

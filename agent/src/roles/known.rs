@@ -9,7 +9,6 @@
 use std::sync::{Arc, Mutex};
 
 use tidemark_base::storage::{Storage, read_file, replace_file};
-use tidemark_process_server::Directory;
 use tidemark_proto::control::Whereabouts;
 
 const FILE: &str = "config-server-known.json";
@@ -93,16 +92,6 @@ impl Known {
             }
         }
         candidates
-    }
-}
-
-impl Directory for Known {
-    fn locate(&self) -> Option<Whereabouts> {
-        self.get()
-    }
-
-    fn announce(&self, whereabouts: Whereabouts) -> Result<(), String> {
-        self.take(whereabouts)
     }
 }
 

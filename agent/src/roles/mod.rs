@@ -1,18 +1,26 @@
 //! The roles as they run: each with its part of a folder, dialling the configuration server.
 
 pub mod agent;
+#[cfg(unix)]
 pub mod config_server;
 pub mod known;
 pub mod link;
+#[cfg(unix)]
 pub mod machines;
 pub mod metrics;
+#[cfg(unix)]
 pub mod notify;
 pub mod outbox;
+#[cfg(unix)]
 pub mod owner;
 pub mod place;
+#[cfg(unix)]
 pub mod process_server;
+#[cfg(unix)]
 pub mod quiet;
 pub mod register;
+pub mod system;
+#[cfg(unix)]
 pub mod up;
 
 use tidemark_proto::control::{Failure, FailureKind};
@@ -38,21 +46,9 @@ impl From<Failure> for RoleError {
     }
 }
 
-impl From<crate::folder::FolderError> for RoleError {
-    fn from(error: crate::folder::FolderError) -> Self {
-        RoleError::new(&error, error.help())
-    }
-}
-
-impl From<tidemark_config_server::StartError> for RoleError {
-    fn from(error: tidemark_config_server::StartError) -> Self {
-        RoleError::new(&error, error.help())
-    }
-}
-
 /// The host's name, as people know it.
 pub fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = system::host_name();
     let name = name.trim();
     if name.is_empty() { "localhost".to_owned() } else { name.to_owned() }
 }
@@ -69,5 +65,5 @@ pub fn plain_host_name() -> String {
 
 /// Tells one boot of this machine from the next.
 pub fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+    tidemark_host::state::session::Boot::current().map(|boot| boot.id).unwrap_or_default()
 }

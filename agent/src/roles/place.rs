@@ -1,5 +1,8 @@
 //! Where a role runs: in the folder of an all-in-one, or as the configuration of a machine says.
 
+#[cfg(unix)]
+mod folder;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,7 +13,6 @@ use tidemark_transport::{Identity, Role};
 
 use super::RoleError;
 use super::link::Address;
-use crate::folder::{Folder, RoleLock};
 
 /// In a role's own folder.
 pub const IDENTITY_FILE: &str = "identity.pem";
@@ -85,32 +87,15 @@ pub struct Place {
     pub config_server: Address,
     /// Where metrics and health are told.
     pub metrics: Option<SocketAddr>,
-    /// Where the address that was bound is noted.
-    folder: Option<Folder>,
-    _lock: Option<RoleLock>,
+    /// Notes the address that was bound; `None`: it is as configured.
+    note: Option<Note>,
+    /// Held while the role runs.
+    _lock: Option<Box<dyn Send + Sync>>,
 }
 
-impl Place {
-    /// Takes the role's place in an all-in-one's folder.
-    pub fn in_folder(folder: &Folder, role: Role) -> Result<Self, RoleError> {
-        let lock = folder.lock(role)?;
-        let identity = folder.identity(role, &[])?;
-        let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
-        let asking = folder.clone();
-        Ok(Self {
-            identity,
-            name: super::host_name(),
-            state: folder.role_path(role),
-            run: folder.path().join("run"),
-            listen: folder.process_server()?.unwrap_or(loopback),
-            // It may move while we run.
-            metrics: None,
-            config_server: Arc::new(move || Some(asking.config_server().ok()??.control.to_string())),
-            folder: Some(folder.clone()),
-            _lock: Some(lock),
-        })
-    }
+type Note = Box<dyn Fn(SocketAddr) -> Result<(), RoleError> + Send + Sync>;
 
+impl Place {
     pub fn configured(config: RoleConfig, role: Role) -> Result<Self, RoleError> {
         let missing = |what: &str| RoleError {
             message: format!("the section of the {role} does not say {what}"),
@@ -146,7 +131,7 @@ impl Place {
             listen: config.listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 7320)),
             metrics: config.metrics_listen,
             config_server: Arc::new(move || Some(address.clone())),
-            folder: None,
+            note: None,
             _lock: None,
         })
     }
@@ -163,15 +148,12 @@ impl Place {
 
     /// The address that a process server listens on, for its next start.
     pub fn note_process_server(&self, address: SocketAddr) -> Result<(), RoleError> {
-        match &self.folder {
-            Some(folder) => Ok(folder.note_process_server(address)?),
-            None => Ok(()),
-        }
+        self.note.as_ref().map_or(Ok(()), |note| note(address))
     }
 
     /// Whether another port will do, when the one that was used before is taken.
     pub fn may_move(&self) -> bool {
-        self.folder.is_some() && self.listen.port() != 0
+        self.note.is_some() && self.listen.port() != 0
     }
 }
 

@@ -7,8 +7,10 @@ use std::sync::{Arc, Mutex};
 use prometheus_client::registry::Unit;
 use tidemark_base::DiskId;
 use tidemark_base::meter::Meter;
-use tidemark_process_server::{ProcessServer, ProcessServerConfig};
-use tidemark_proto::control::{Failure, Peer, Problem, Register, Reply, ServerCommand, ServerReport, Severity};
+use tidemark_process_server::{Directory, ProcessServer, ProcessServerConfig};
+use tidemark_proto::control::{
+    Failure, Peer, Problem, Register, Reply, ServerCommand, ServerReport, Severity, Whereabouts,
+};
 use tidemark_transport::PeerIdentity;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +22,16 @@ use super::metrics::{self, Figures, Sheet};
 use super::outbox::Draft;
 use super::place::Place;
 use super::{RoleError, boot_id, host_name};
+
+impl Directory for Known {
+    fn locate(&self) -> Option<Whereabouts> {
+        self.get()
+    }
+
+    fn announce(&self, whereabouts: Whereabouts) -> Result<(), String> {
+        self.take(whereabouts)
+    }
+}
 
 pub struct RunningProcessServer {
     server: ProcessServer,

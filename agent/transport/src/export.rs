@@ -172,7 +172,6 @@ impl ResolvesServerCert for Renewing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
     use tidemark_base::storage::RealStorage;
 
     #[test]
@@ -186,7 +185,9 @@ mod tests {
         first.server(vec!["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
         open();
         assert_eq!(names.map(read), before);
+        #[cfg(unix)]
         for name in names {
+            use std::os::unix::fs::PermissionsExt;
             let mode = std::fs::metadata(first.client_folder().join(name)).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600, "{name}");
         }
@@ -199,6 +200,7 @@ mod tests {
     }
 
     /// QEMU looks at what a certificate may be used for before it connects anywhere.
+    #[cfg(unix)]
     #[test]
     fn qemu_takes_the_clients_folder() {
         let folder = tempfile::tempdir().unwrap();

@@ -550,7 +550,6 @@ pub fn validity(certificate: &[u8]) -> Result<Validity, IdentityError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
     use tidemark_base::storage::RealStorage;
 
     #[test]
@@ -566,7 +565,9 @@ mod tests {
         let loaded = Identity::load(&*storage, "agent.pem").unwrap();
         assert_eq!((loaded.peer(), loaded.chain(), &loaded.authority), (peer, identity.chain(), &identity.authority));
         assert_eq!(loaded.key().secret_der(), identity.key().secret_der());
+        #[cfg(unix)]
         for name in ["authority.pem", "agent.pem"] {
+            use std::os::unix::fs::PermissionsExt;
             let mode = std::fs::metadata(folder.path().join(name)).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600, "{name}");
         }

@@ -1,5 +1,7 @@
 //! A machine of a simulated vCenter (`tests/src/vcenter.rs`), which tracks changes by rules of its own, and everything that goes wrong between it and us.
 
+#![cfg(unix)]
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

@@ -249,6 +249,14 @@ impl FileDisk {
         &self.file
     }
 
+    /// Takes the room for a range now, and leaves what it reads as.
+    pub fn reserve(&self, extent: Extent) -> io::Result<()> {
+        if self.is_block_device || self.image.is_some() {
+            return Err(crate::error::not_supported());
+        }
+        crate::platform::reserve(&self.file, extent.offset, extent.length)
+    }
+
     /// Reads whole blocks into memory that a device takes as it is, and copies out of it.
     fn read_past_cache(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         thread_local! {

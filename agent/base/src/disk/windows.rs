@@ -5,9 +5,10 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::windows::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Access, Allocation, Disk, DiskError, DiskIdentity, Durability};
+use super::{Access, Allocation, Disk, DiskError, DiskIdentity, Durability, ImageDisk, RemoteDisk};
 use crate::platform;
 use crate::{Extent, SECTOR_BYTES};
 
@@ -18,13 +19,18 @@ const ERROR_WRITE_PROTECT: i32 = 19;
 const ERROR_SHARING_VIOLATION: i32 = 32;
 const ERROR_LOCK_VIOLATION: i32 = 33;
 
-/// A raw disk image.
+/// A raw disk image; or what another program reads for us, which proves as little of itself as a block device elsewhere.
 pub struct FileDisk {
     file: File,
     path: PathBuf,
     bytes: u64,
+    is_observed: bool,
     flush_failed: AtomicBool,
+    remote: Option<Arc<dyn RemoteDisk>>,
 }
+
+/// Where nothing is, and what is written goes nowhere.
+const NULL_DEVICE: &str = r"\\.\NUL";
 
 impl FileDisk {
     /// Who writes to it shares it with readers alone: others cannot open it to write, and it cannot be opened to be written while they
@@ -49,7 +55,42 @@ impl FileDisk {
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskError::OddSize { path: named(), bytes });
         }
-        Ok(Self { file, path: named(), bytes, flush_failed: AtomicBool::new(false) })
+        let (is_observed, flush_failed) = (access == Access::Observe, AtomicBool::new(false));
+        Ok(Self { file, path: named(), bytes, is_observed, flush_failed, remote: None })
+    }
+
+    /// A disk that another program reads for us, under the name that it has here.
+    pub fn through(path: &Path, remote: Arc<dyn RemoteDisk>) -> Result<Self, DiskError> {
+        let open = |source| DiskError::Open { path: path.to_owned(), source };
+        Ok(Self {
+            // Not opened for writing: whoever tries is refused.
+            file: File::open(NULL_DEVICE).map_err(open)?,
+            path: path.to_owned(),
+            bytes: remote.bytes(),
+            is_observed: true,
+            flush_failed: AtomicBool::new(false),
+            remote: Some(remote),
+        })
+    }
+
+    /// Images of other formats are not opened here.
+    pub fn image(&self) -> Option<&dyn ImageDisk> {
+        None
+    }
+
+    /// Nothing is written to it any more: its content and its times are on the media when this returns, and stay as they are.
+    pub fn finish(&self) -> io::Result<()> {
+        if self.is_observed { Ok(()) } else { self.file.sync_all() }
+    }
+
+    /// Others write to it: see [`Access::Observe`].
+    pub fn is_observed(&self) -> bool {
+        self.is_observed
+    }
+
+    /// Takes the room for a range now, and leaves what it reads as.
+    pub fn reserve(&self, extent: Extent) -> io::Result<()> {
+        platform::reserve(&self.file, extent.offset, extent.length)
     }
 
     pub fn path(&self) -> &Path {
@@ -58,15 +99,29 @@ impl FileDisk {
 
     /// The size as the system says it now; differs from [`Disk::bytes`] once someone resized the disk.
     pub fn current_bytes(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.len())
+        match &self.remote {
+            Some(remote) => remote.current_bytes(),
+            None => Ok(self.file.metadata()?.len()),
+        }
     }
 
     pub fn identity(&self) -> io::Result<DiskIdentity> {
-        platform::identity(&self.file)
+        let Some(remote) = &self.remote else { return platform::identity(&self.file) };
+        Ok(DiskIdentity {
+            device: 0,
+            inode: 0,
+            bytes: remote.current_bytes()?,
+            changed_ns: 0,
+            modified_ns: 0,
+            born_ns: None,
+            is_block_device: true,
+            data_write_guid: None,
+        })
     }
 
+    /// What others read for us has no folder of its own either, and no times.
     pub fn is_block_device(&self) -> bool {
-        false
+        self.remote.is_some()
     }
 
     pub fn file(&self) -> &File {
@@ -92,7 +147,10 @@ impl Disk for FileDisk {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        platform::read_exact_at(&self.file, buffer, offset)
+        match &self.remote {
+            Some(remote) => remote.read_at(offset, buffer),
+            None => platform::read_exact_at(&self.file, buffer, offset),
+        }
     }
 
     fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> io::Result<()> {
@@ -106,6 +164,9 @@ impl Disk for FileDisk {
     }
 
     fn flush(&self) -> io::Result<()> {
+        if self.is_observed {
+            return Ok(());
+        }
         if self.has_failed_to_sync() {
             return Err(io::Error::other("an earlier flush failed"));
         }
@@ -113,7 +174,10 @@ impl Disk for FileDisk {
     }
 
     fn allocation(&self, offset: u64) -> io::Result<(u64, Allocation)> {
-        platform::allocation(&self.file, offset, self.bytes)
+        match &self.remote {
+            Some(remote) => remote.allocation(offset),
+            None => platform::allocation(&self.file, offset, self.bytes),
+        }
     }
 }
 

@@ -44,6 +44,25 @@ pub(crate) fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()
     nix::fcntl::fallocate(file, flags, offset as i64, length as i64).map_err(io::Error::from)
 }
 
+/// The first place from `from` on that is no hole; `None`: nothing but holes up to the end.
+pub(crate) fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+    match nix::unistd::lseek(file, from as i64, nix::unistd::Whence::SeekData) {
+        Ok(place) => Ok(Some(place as u64)),
+        Err(nix::Error::ENXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Which file system a folder is on.
+pub(crate) fn volume_of(folder: &Path) -> io::Result<u64> {
+    Ok(std::fs::metadata(folder)?.dev())
+}
+
+/// What is asked for is not done here.
+pub(crate) const NOT_SUPPORTED: i32 = libc::EOPNOTSUPP;
+/// Who is asked has ended.
+pub(crate) const SHUT_DOWN: i32 = libc::ESHUTDOWN;
+
 pub(crate) fn reserve(file: &File, offset: u64, length: u64) -> io::Result<()> {
     nix::fcntl::fallocate(file, FallocateFlags::empty(), offset as i64, length as i64).map_err(io::Error::from)
 }

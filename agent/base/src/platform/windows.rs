@@ -1,6 +1,6 @@
-//! Windows. Folders and files have the rights that the folder above gives them: a service's state folder is its own.
+//! Windows. Files have the rights that the folder above gives them: a service's state folder is its own.
 
-use std::ffi::c_void;
+use std::ffi::{OsStr, c_void};
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::windows::ffi::OsStrExt;
@@ -9,10 +9,15 @@ use std::os::windows::io::AsRawHandle;
 use std::path::Path;
 use std::ptr::{null, null_mut};
 
+use windows_sys::Win32::Foundation::LocalFree;
+use windows_sys::Win32::Security::Authorization::{
+    ConvertStringSecurityDescriptorToSecurityDescriptorW, SDDL_REVISION_1,
+};
+use windows_sys::Win32::Security::SECURITY_ATTRIBUTES;
 use windows_sys::Win32::Storage::FileSystem::{
-    BY_HANDLE_FILE_INFORMATION, FILE_BASIC_INFO, FILE_FLAG_BACKUP_SEMANTICS, FILE_FLAG_OPEN_REPARSE_POINT,
-    FILE_STANDARD_INFO, FileBasicInfo, FileStandardInfo, GetDiskFreeSpaceExW, GetFileInformationByHandle,
-    GetFileInformationByHandleEx,
+    BY_HANDLE_FILE_INFORMATION, CreateDirectoryW, FILE_BASIC_INFO, FILE_FLAG_BACKUP_SEMANTICS,
+    FILE_FLAG_OPEN_REPARSE_POINT, FILE_READ_ATTRIBUTES, FILE_STANDARD_INFO, FileBasicInfo, FileStandardInfo,
+    GetDiskFreeSpaceExW, GetFileInformationByHandle, GetFileInformationByHandleEx,
 };
 use windows_sys::Win32::System::IO::DeviceIoControl;
 use windows_sys::Win32::System::Ioctl::{
@@ -31,8 +36,48 @@ pub(crate) fn open_private(options: &mut OpenOptions) {
     options.custom_flags(FILE_FLAG_OPEN_REPARSE_POINT);
 }
 
+/// For the system, for administrators and for who made it, in whatever folder it lies: everybody may read what is below
+/// `C:\ProgramData`. What is made in it inherits that.
+const PRIVATE: &str = "D:P(A;OICI;FA;;;SY)(A;OICI;FA;;;BA)(A;OICI;FA;;;OW)";
+
+/// A folder that is there already is left as it is.
 pub(crate) fn create_private_folder(path: &Path) -> io::Result<()> {
-    std::fs::DirBuilder::new().recursive(true).create(path)
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        create_private_folder(parent)?;
+    }
+    let (mut descriptor, rights) = (null_mut(), wide(PRIVATE.as_ref()));
+    // SAFETY: a terminated text, and the address of one pointer, whose memory is freed below.
+    let done = unsafe {
+        let text = rights.as_ptr();
+        ConvertStringSecurityDescriptorToSecurityDescriptorW(text, SDDL_REVISION_1, &raw mut descriptor, null_mut())
+    };
+    if done == 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let attributes = SECURITY_ATTRIBUTES {
+        nLength: size_of::<SECURITY_ATTRIBUTES>() as u32,
+        lpSecurityDescriptor: descriptor,
+        bInheritHandle: 0,
+    };
+    let name = wide(path.as_os_str());
+    // SAFETY: a terminated name, and a descriptor that lives until the call returned.
+    let made = match unsafe { CreateDirectoryW(name.as_ptr(), &raw const attributes) } {
+        0 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    };
+    // SAFETY: what the conversion allocated, once.
+    unsafe { LocalFree(descriptor) };
+    match made {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        made => made,
+    }
+}
+
+fn wide(text: &OsStr) -> Vec<u16> {
+    text.encode_wide().chain([0]).collect()
 }
 
 /// A folder that is opened to be written can be flushed.
@@ -43,10 +88,10 @@ pub(crate) fn sync_folder(path: &Path) -> io::Result<()> {
 }
 
 pub(crate) fn available_bytes(folder: &Path) -> io::Result<u64> {
-    let wide: Vec<u16> = folder.as_os_str().encode_wide().chain([0]).collect();
+    let name = wide(folder.as_os_str());
     let mut available = 0;
     // SAFETY: a terminated name, and the address of one number.
-    match unsafe { GetDiskFreeSpaceExW(wide.as_ptr(), &raw mut available, null_mut(), null_mut()) } {
+    match unsafe { GetDiskFreeSpaceExW(name.as_ptr(), &raw mut available, null_mut(), null_mut()) } {
         0 => Err(io::Error::last_os_error()),
         _ => Ok(available),
     }
@@ -125,6 +170,19 @@ pub(crate) fn write_all_vectored_at(file: &File, mut offset: u64, slices: &[IoSl
     Ok(())
 }
 
+/// Which volume a folder is on.
+pub(crate) fn volume_of(folder: &Path) -> io::Result<u64> {
+    let mut options = OpenOptions::new();
+    // Its name and times alone.
+    options.access_mode(FILE_READ_ATTRIBUTES).custom_flags(FILE_FLAG_BACKUP_SEMANTICS);
+    Ok(identity(&options.open(folder)?)?.device)
+}
+
+/// ERROR_NOT_SUPPORTED: what is asked for is not done here.
+pub(crate) const NOT_SUPPORTED: i32 = 50;
+/// WSAESHUTDOWN: who is asked has ended.
+pub(crate) const SHUT_DOWN: i32 = 10058;
+
 /// Asks the file system; how many bytes it answered.
 fn control(file: &File, code: u32, input: &[u8], output: &mut [u8]) -> io::Result<usize> {
     let mut answered = 0;
@@ -199,7 +257,35 @@ pub(crate) fn allocation(file: &File, offset: u64, bytes: u64) -> io::Result<(u6
     })
 }
 
+/// The first place from `from` on that is no hole; `None`: nothing but holes up to the end.
+pub(crate) fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+    let bytes = file.metadata()?.len();
+    if from >= bytes {
+        return Ok(None);
+    }
+    match allocation(file, from, bytes)? {
+        (_, Allocation::Data) => Ok(Some(from)),
+        (length, Allocation::Hole) => Ok(Some(from + length).filter(|place| *place < bytes)),
+    }
+}
+
 /// Its access list would say it, and is not looked at: nothing that others could have changed is run.
 pub(crate) fn distrust(path: &Path) -> io::Result<Option<&'static str>> {
     path.metadata().map(|_| Some("who may write it cannot be told on Windows"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn private_folders_are_made_with_all_above_them_and_left_where_they_are() {
+        let top = tempfile::tempdir().unwrap();
+        let path = top.path().join("a").join("b");
+        create_private_folder(&path).unwrap();
+        create_private_folder(&path).unwrap();
+        assert!(path.is_dir());
+        std::fs::write(path.join("file"), b"x").unwrap();
+        assert!(create_private_folder(&path.join("file")).is_err(), "that is a file");
+    }
 }

@@ -227,7 +227,7 @@ impl Remains {
         match examination.finish(now) {
             Ok(_) if found == LogFound::Sound => return Ok(LogFound::Sound),
             Ok(_) => {}
-            Err(error) if is_full && matches!(error.os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => {
+            Err(error) if is_full && error.is_full() => {
                 self.defect = Some(format!("there is no room to close the log: {error}"));
             }
             Err(error) => return Err(error.into()),
@@ -256,7 +256,7 @@ impl Remains {
                 }
                 // The one that could not be closed, last of all.
                 Err(LogError::NotClosed { .. }) if found == LogFound::Held => break,
-                Err(error @ LogError::Io { .. }) if error.os_error() != Some(libc::ENOENT) => return Err(error.into()),
+                Err(error @ LogError::Io { .. }) if !error.is_absent() => return Err(error.into()),
                 Err(error) => return Ok(self.unknown(format!("the log cannot be read: {error}"))),
             }
         }

@@ -76,6 +76,17 @@ impl DiskImageError {
             DiskImageError::Below { .. } => "make it an image that lies on nothing: `qemu-img convert`",
         }
     }
+
+    /// Another disk must be named, or this one another way.
+    pub fn is_a_wrong_question(&self) -> bool {
+        match self {
+            DiskImageError::Ambiguous { .. }
+            | DiskImageError::Misnamed { .. }
+            | DiskImageError::Refused { .. }
+            | DiskImageError::Below { .. } => true,
+            DiskImageError::Tools { .. } | DiskImageError::Unreadable { .. } | DiskImageError::Open(_) => false,
+        }
+    }
 }
 
 /// What `qemu-img info` says of one image of a chain.

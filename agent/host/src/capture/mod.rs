@@ -2,15 +2,26 @@
 //!
 //! A *splitter* sees each write with its data, in order; the NBD front end ([`nbd`]) is the first. A *tracker* knows only
 //! which blocks changed; an *importer* takes logs that someone else wrote. Whatever it is, it is told of disks to watch, and
-//! says where the workload opens them from then on.
+//! says where the workload opens them from then on. [`providers`] says which of them there are on this system: what only Linux has
+//! ends here, and nothing beyond this folder (but [`crate::freeze`] and [`crate::platform`]) asks which system it is.
 
+#[cfg(unix)]
 pub mod bpf;
+#[cfg(unix)]
 pub mod freezer;
+#[cfg(unix)]
 pub mod fuse;
 pub mod hrl;
+#[cfg(unix)]
+pub mod images;
+#[cfg(windows)]
+#[path = "images_windows.rs"]
 pub mod images;
 pub mod in_flight;
+#[cfg(unix)]
 pub mod nbd;
+pub mod providers;
+#[cfg(unix)]
 pub mod qemu;
 pub mod splitter;
 pub mod tracker;

@@ -8,12 +8,12 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tidemark_base::Extent;
 use tidemark_base::disk::{Allocation, Disk, DiskWrite, Durability};
+use tidemark_base::error::{not_supported, shut_down};
 use tidemark_hrl::{Append, DataHash};
 use tidemark_nbd::{CachedReader, Export, WriteRequest};
 
@@ -44,7 +44,7 @@ thread_local! {
 impl Splitter {
     pub fn new(disk: Arc<ProtectedDisk>) -> io::Result<Self> {
         let reader = match disk.disk.image() {
-            None => Some(CachedReader::new(disk.disk.file().as_fd())?),
+            None => Some(CachedReader::new(disk.disk.file())?),
             Some(_) => None,
         };
         Ok(Self { disk, reader })
@@ -204,15 +204,14 @@ impl Export for Splitter {
     fn allocate(&self, extent: Extent) -> io::Result<()> {
         let disk = &*self.disk;
         if disk.disk.is_block_device() || disk.disk.image().is_some() {
-            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+            return Err(not_supported());
         }
         let extents = [extent];
         let admitted = disk.in_flight.admit(&extents).map_err(|Closed| detached())?;
         self.prepare(&admitted, &extents);
-        let none = nix::fcntl::FallocateFlags::empty();
-        let result = nix::fcntl::fallocate(disk.disk.file(), none, extent.offset as i64, extent.length as i64);
+        let result = disk.disk.reserve(extent);
         self.end(admitted, &extents, 0);
-        Ok(result?)
+        result
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -238,7 +237,7 @@ pub(crate) fn log_from_disk(disk: &dyn Disk, log: &DiskLog, extents: &[Extent]) 
 }
 
 fn detached() -> io::Error {
-    io::Error::from_raw_os_error(libc::ESHUTDOWN)
+    shut_down()
 }
 
 /// The empty vector with its room, for slices of another lifetime.

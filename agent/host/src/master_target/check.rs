@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use tidemark_base::storage::RealStorage;
+use tidemark_base::storage::{self, RealStorage};
 use tidemark_base::{DiskId, MachineId};
 use tidemark_proto::control::{Failure, FailureKind, Via};
 use tidemark_proto::failback::{NewDisk, Obstacle};
@@ -85,7 +85,6 @@ struct Needed<'a> {
 
 /// Whether all of these disks can be made, and each volume has room for what they will hold.
 pub fn room(disks: &[NewDisk]) -> Result<(), Failure> {
-    use std::os::unix::fs::MetadataExt;
     let mut volumes: BTreeMap<u64, Needed> = BTreeMap::new();
     for disk in disks {
         let path = Path::new(&disk.path);
@@ -97,7 +96,7 @@ pub fn room(disks: &[NewDisk]) -> Result<(), Failure> {
             }
         }
         let (folder, _) = place_of(disk)?;
-        let volume = folder.metadata().map(|of| of.dev()).map_err(|error| unreadable(folder, &error))?;
+        let volume = storage::volume_of(folder).map_err(|error| unreadable(folder, &error))?;
         let needed = volumes.entry(volume).or_insert(Needed { folder, bytes: 0, disks: 0 });
         needed.bytes += disk.data_bytes;
         needed.disks += 1;
@@ -150,8 +149,8 @@ pub fn make(disk: &NewDisk) -> Result<(), Failure> {
 
 /// An empty file of the disk's size is what an attempt that was cut off left.
 fn refuse_filled(path: &Path, bytes: u64) -> Result<(), Failure> {
-    use std::os::unix::fs::MetadataExt;
-    let is_empty = path.metadata().is_ok_and(|of| of.is_file() && of.len() == bytes && of.blocks() == 0);
+    let is_of_size = path.metadata().is_ok_and(|of| of.is_file() && of.len() == bytes);
+    let is_empty = is_of_size && storage::allocated_bytes(path).is_ok_and(|allocated| allocated == 0);
     if is_empty {
         return Ok(());
     }
@@ -186,13 +185,12 @@ fn holder_of(path: &Path) -> Option<String> {
 
 /// The image that a qcow2 overlay lies on: its header has the name's place at 8 and its length at 16, big end first.
 fn backing_file(path: &Path) -> Option<String> {
-    use std::os::unix::fs::FileExt;
     if !path.is_file() {
         return None;
     }
     let file = std::fs::File::open(path).ok()?;
     let mut header = [0; 20];
-    file.read_exact_at(&mut header, 0).ok()?;
+    storage::read_exact_at(&file, &mut header, 0).ok()?;
     if header[..4] != *QCOW2_MAGIC {
         return None;
     }
@@ -202,7 +200,7 @@ fn backing_file(path: &Path) -> Option<String> {
         return None;
     }
     let mut name = vec![0; length];
-    file.read_exact_at(&mut name, at).ok()?;
+    storage::read_exact_at(&file, &mut name, at).ok()?;
     String::from_utf8(name).ok()
 }
 

@@ -21,6 +21,7 @@ use crate::capture::CaptureProvider;
 use crate::capture::bpf::BpfTracker;
 use crate::capture::fuse::FuseSplitter;
 use crate::capture::nbd::{NbdSplitter, SOCKET};
+use crate::capture::providers::ProviderError;
 use crate::capture::tracker::Tracker;
 use crate::error::HostError;
 use crate::freeze::{FreezeError, Frozen};
@@ -578,7 +579,7 @@ impl Bpf {
                 assert_eq!(bytes, DISK_BYTES);
                 Some(this)
             }
-            Err(error @ HostError::Tracker(_)) => {
+            Err(error @ HostError::Provider(ProviderError::Tracker(_))) => {
                 skipped(test, &error.to_string());
                 None
             }

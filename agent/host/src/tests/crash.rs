@@ -48,7 +48,7 @@ fn whoever_writes_to_a_detached_disk_causes_a_whole_scan() {
     disk.detach().unwrap();
     drop(disk);
     let file = std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &[1], 5).unwrap();
+    super::write_all_at(&file, &[1], 5).unwrap();
     drop(file);
     let attached = fixture.attach();
     assert_eq!(attached.decision, Decision::ScanWhole(Why::WrittenMeanwhile));
@@ -155,7 +155,7 @@ fn a_lost_intent_bitmap_means_the_whole_disk() {
     let mut fixture = Fixture::new(DISK_BYTES);
     let disk = fixture.attach_in_sync();
     write(&Splitter::new(disk.clone()).unwrap(), 0, &[1; 512]).unwrap();
-    disk.intent_failed(&std::io::Error::from_raw_os_error(libc::EIO));
+    disk.intent_failed(&std::io::Error::other("the medium failed"));
     // The guest goes on.
     write(&Splitter::new(disk.clone()).unwrap(), 50 * MIB, &[1; 512]).unwrap();
     drop(disk);
@@ -193,7 +193,7 @@ fn damaged_files_are_noticed() {
         drop(disk);
         let file = std::fs::OpenOptions::new().write(true).open(fixture.folder.path().join(name)).unwrap();
         for place in places {
-            std::os::unix::fs::FileExt::write_all_at(&file, &[0xa5], place).unwrap();
+            super::write_all_at(&file, &[0xa5], place).unwrap();
         }
         let attached = fixture.attach();
         assert_eq!(attached.decision, expected, "{name}");
@@ -277,7 +277,7 @@ fn a_consumer_that_got_records_is_not_taken_for_an_empty_one() {
     disk.detach().unwrap();
     drop(disk);
     let file = std::fs::OpenOptions::new().write(true).open(fixture.path()).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &[0; 4096], 4096).unwrap();
+    super::write_all_at(&file, &[0; 4096], 4096).unwrap();
     drop(file);
     let attached = fixture.attach();
     assert_eq!(attached.decision, Decision::ScanWhole(Why::WrittenMeanwhile));
@@ -320,6 +320,7 @@ fn an_epoch_that_cannot_begin_leaves_no_log_behind() {
     assert_eq!(attached.decision, Decision::ReadSlots);
 }
 
+#[cfg(unix)]
 #[test]
 fn the_state_of_a_disk_behind_a_link_is_removed() {
     let fixture = Fixture::new(DISK_BYTES);

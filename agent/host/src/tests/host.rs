@@ -11,6 +11,7 @@ use tidemark_proto::control::{
 };
 use tidemark_proto::replication::HostFrame;
 
+use crate::capture::providers::ProviderError;
 use crate::capture::splitter::Splitter;
 use crate::error::HostError;
 use crate::events::Events;
@@ -385,7 +386,7 @@ fn a_machine_is_served_over_tls_at_an_address_that_stays() {
     let taken = MachineSpec { listen: Some(squatter.local_addr().unwrap()), ..spec.clone() };
     let refused = host.protect(taken).unwrap_err();
     assert!(
-        matches!(refused, HostError::Listen(_)) && refused.help().contains("--listen"),
+        matches!(refused, HostError::Provider(ProviderError::Listen(_))) && refused.help().contains("--listen"),
         "{refused}: {}",
         refused.help()
     );

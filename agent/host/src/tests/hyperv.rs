@@ -1,9 +1,18 @@
-//! Logs of Hyper-V, replayed: VHDX images made by qemu-img, and logs by a writer of the tests' own, after Microsoft's specification and not by
-//! our library.
+//! Logs of Hyper-V, replayed: VHDX images made and written by QEMU's tools (on Windows by a writer of the tests' own, [`own`]), and logs by a
+//! writer of the tests' own, after Microsoft's specification and not by our library.
+
+#[cfg_attr(unix, allow(dead_code, reason = "compared with what QEMU makes"))]
+mod own;
+#[cfg(unix)]
+mod qemu;
+
+#[cfg(windows)]
+use own as images;
+#[cfg(unix)]
+use qemu as images;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -98,11 +107,7 @@ impl Host {
     fn new() -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let host = Self { folder, random: super::Random(5) };
-        let made = Command::new("qemu-img")
-            .args(["create", "-q", "-f", "vhdx", "-o", "block_size=1M"])
-            .args([host.image().to_str()?, "32M"])
-            .status();
-        made.ok().filter(std::process::ExitStatus::success).map(|_| host)
+        images::create(&host.image(), DISK_BYTES).then_some(host)
     }
 
     fn image(&self) -> PathBuf {
@@ -116,24 +121,15 @@ impl Host {
     /// The guest writes to the image; returns what a log of it holds.
     fn write(&mut self, number: u8, previous: u8) -> Log {
         let mut writes = Vec::new();
-        let mut commands: Vec<String> = Vec::new();
         for _ in 0..7 {
             let sectors = 1 + self.random.below(40);
             let offset = self.random.below(DISK_BYTES / 512 - sectors) * 512;
             let pattern = (self.random.below(255) + 1) as u8;
-            commands.push(format!("write -q -P {pattern} {offset} {}", sectors * 512));
             writes.push((offset, vec![pattern; (sectors * 512) as usize]));
         }
         // Zeroes are data there.
-        commands.push("write -q -P 0 1048576 65536".to_owned());
         writes.push((MIB, vec![0; 65536]));
-        let mut qemu = Command::new("qemu-io");
-        qemu.args(["-f", "vhdx"]);
-        for command in &commands {
-            qemu.args(["-c", command]);
-        }
-        let output = qemu.arg(self.image()).output().unwrap();
-        assert!(output.status.success(), "{output:?}");
+        images::write(&self.image(), &writes);
         Log { number, previous, guid: self.guid(), writes }
     }
 
@@ -157,18 +153,9 @@ impl Host {
         self.put(&self.log_path(log.number), &log.bytes(true));
     }
 
-    /// The disk, by qemu-img.
+    /// The disk, by whoever made it.
     fn content(&self) -> Vec<u8> {
-        let raw = self.folder.path().join("raw");
-        let output = Command::new("qemu-img")
-            .args(["convert", "-f", "vhdx", "-O", "raw"])
-            .args([self.image(), raw.clone()])
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{output:?}");
-        let content = std::fs::read(&raw).unwrap();
-        std::fs::remove_file(raw).unwrap();
-        content
+        images::content(&self.image())
     }
 
     fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -368,4 +355,35 @@ fn what_cannot_be_imported_says_why() {
         let error = probe(name);
         assert!(error.to_string().contains(expected) && !error.help().is_empty(), "{name}: {error}");
     }
+}
+
+/// What reads images on Windows is asked here, for what QEMU made; and QEMU for what the tests' own writer made, so that what passes
+/// under Windows rests on a VHDX that others can read.
+#[cfg(unix)]
+#[test]
+fn each_reader_of_vhdx_reads_what_the_others_wrote() {
+    use crate::capture::hrl::vhdx::{OpenError, Reader};
+    let Some(mut host) = skipped("each_reader_of_vhdx_reads_what_the_others_wrote") else { return };
+    let by_the_crate = |path: &Path| {
+        let mut reader = Reader::open(path, crate::capture::hrl::Format::Vhdx).unwrap();
+        let mut content = vec![1; reader.bytes() as usize];
+        content.chunks_mut(1 << 20).enumerate().for_each(|(at, part)| reader.read(at as u64 * MIB, part).unwrap());
+        content
+    };
+    let ours = host.folder.path().join("own.vhdx");
+    assert!(own::create(&ours, DISK_BYTES));
+    for round in 0..3 {
+        let log = host.write(round, 0);
+        own::write(&ours, &log.writes);
+        let expected = host.content();
+        assert!(by_the_crate(&host.image()) == expected, "an image of QEMU's");
+        assert!(own::content(&ours) == expected && qemu::content(&ours) == expected, "an image of ours");
+        assert!(by_the_crate(&ours) == expected);
+    }
+    let child = host.folder.path().join("child.avhdx");
+    std::fs::copy(&ours, &child).unwrap();
+    own::set_parent(&child);
+    let refused = |format| Reader::open(&child, format).err().unwrap();
+    assert!(matches!(refused(crate::capture::hrl::Format::Vhdx), OpenError::Differencing { .. }));
+    assert!(matches!(refused(crate::capture::hrl::Format::Vhd), OpenError::Vhd { .. }));
 }

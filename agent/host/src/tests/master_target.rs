@@ -142,7 +142,7 @@ impl Home {
         (spec.fenced, spec.paused) = (true, true);
         let original = pattern(1);
         let file = std::fs::File::create(&spec.disks[0].path).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&file, &original, 0).unwrap();
+        super::write_all_at(&file, &original, 0).unwrap();
         drop(file);
         host.protect(spec.clone()).unwrap();
         let mut image = pattern(1);

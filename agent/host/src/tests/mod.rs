@@ -1,32 +1,41 @@
 //! Capture as a whole: the write path against a model, marks under load, crashes, limits.
 
 mod barrier;
+#[cfg(unix)]
 mod conformance;
+#[cfg(unix)]
 mod consumers;
 mod crash;
 pub mod gaps;
 mod growth;
+#[cfg(unix)]
 mod host;
 mod hyperv;
+#[cfg(unix)]
 mod images;
 mod limits;
 mod marks;
+#[cfg(unix)]
 mod master_target;
 #[allow(dead_code, reason = "the tests of logs use the rest")]
 #[path = "../../../hrl/tests/support/memory.rs"]
 pub mod memory;
 mod power;
+#[cfg(unix)]
 mod qemu;
+#[cfg(unix)]
 mod room;
-#[cfg(feature = "sabotage")]
+#[cfg(all(feature = "sabotage", unix))]
 mod sabotage;
 mod scenarios;
+#[cfg(unix)]
 mod unwitnessed;
+#[cfg(unix)]
 mod vsphere;
 mod write_path;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -192,6 +201,12 @@ impl Fixture {
     pub fn pending(&self, disk: &ProtectedDisk) -> ExtentSet {
         disk.pending_scan(self.server, ScanRevision(0)).unwrap().extents
     }
+}
+
+/// As whoever is not us writes to a file.
+pub fn write_all_at(mut file: &File, data: &[u8], offset: u64) -> io::Result<()> {
+    file.seek(SeekFrom::Start(offset))?;
+    file.write_all(data)
 }
 
 pub fn write(splitter: &Splitter, offset: u64, data: &[u8]) -> io::Result<()> {

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,7 @@ use tidemark_base::random::Random;
 use tidemark_base::{Extent, ExtentSet, Position};
 use tidemark_nbd::Export;
 
-use super::{Ahead, Fixture, records_after, replay, write};
+use super::{Ahead, Fixture, records_after, replay, write, write_all_at};
 use crate::attach::Decision;
 use crate::capture::splitter::Splitter;
 use crate::protected::ProtectedDisk;
@@ -135,7 +134,7 @@ impl Media {
             for at in (0..left.len()).step_by(64 << 10) {
                 let end = (at + (64 << 10)).min(left.len());
                 if now.get(at..end) != Some(&left[at..end]) {
-                    file.write_all_at(&left[at..end], at as u64).unwrap();
+                    write_all_at(&file, &left[at..end], at as u64).unwrap();
                 }
             }
         }
@@ -253,7 +252,7 @@ fn the_phantom_leaves_the_replica() {
         if !is_written_through(path) {
             let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
             file.set_len(content.len() as u64).unwrap();
-            file.write_all_at(content, 0).unwrap();
+            write_all_at(&file, content, 0).unwrap();
         }
     }
     super::crash::reboot(&mut fixture);

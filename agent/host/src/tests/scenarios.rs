@@ -2,17 +2,17 @@
 //! is paused with a full log, a crash in the middle of a scan or of a new epoch.
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use tidemark_base::disk::Durability;
+use tidemark_base::storage::read_exact_at;
 use tidemark_base::{Extent, Position};
 use tidemark_hrl::LogError;
 use tidemark_nbd::Export;
 
 use super::power::{DISK_BYTES, REGION_BYTES, Replica};
-use super::{Ahead, Fixture, covers, data_refs, records_after, write};
+use super::{Ahead, Fixture, covers, data_refs, records_after, write, write_all_at};
 use crate::attach::{Decision, Why};
 use crate::capture::splitter::Splitter;
 use crate::events::EventKind;
@@ -38,8 +38,8 @@ fn four_writes(disk: &Arc<ProtectedDisk>) -> Vec<u64> {
 fn flip(path: PathBuf, at: u64) {
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut byte = [0];
-    file.read_exact_at(&mut byte, at).unwrap();
-    file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+    read_exact_at(&file, &mut byte, at).unwrap();
+    write_all_at(&file, &[byte[0] ^ 0x10], at).unwrap();
 }
 
 const RECORDS: u64 = 4096;
@@ -381,7 +381,7 @@ fn a_paused_machine_with_a_full_log_keeps_its_history() {
     consumer.set_paused(true);
     let logged = disk.state().logged;
     // Also when something is to be scanned by now.
-    disk.write_failed(Extent::new(5 * REGION_BYTES, 512), &std::io::Error::from_raw_os_error(libc::EIO));
+    disk.write_failed(Extent::new(5 * REGION_BYTES, 512), &std::io::Error::other("the medium failed"));
     for _ in 0..3 {
         disk.tick();
     }
@@ -451,13 +451,13 @@ pub fn a_log_that_fails_steps_down_and_comes_back() {
     let mut replica = Replica::of(&fixture, &disk);
     let splitter = Splitter::new(disk.clone()).unwrap();
     write(&splitter, 0, &[1; 4096]).unwrap();
-    let source = std::io::Error::from_raw_os_error(libc::EIO);
+    let source = std::io::Error::other("the medium failed");
     disk.log.end();
     let error = LogError::Io { verb: "append to", path: "disk.img.00000001.hrl".into(), source };
     disk.unlogged(&[Extent::new(4096, 4096)], &Unlogged::Failed(error));
     write(&splitter, REGION_BYTES, &[2; 4096]).unwrap();
     let Mode::Bitmap { reason } = disk.mode() else { panic!("still logging") };
-    assert!(reason.contains("append to log") && reason.contains("Input/output error"), "{reason}");
+    assert!(reason.contains("append to log") && reason.contains("the medium failed"), "{reason}");
     disk.tick();
     assert!(matches!(disk.mode(), Mode::Bitmap { .. }), "its records were not taken yet");
     replica.ship(&fixture, &disk);

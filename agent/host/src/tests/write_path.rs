@@ -2,6 +2,7 @@ use std::io;
 use std::sync::Arc;
 
 use tidemark_base::disk::Durability;
+use tidemark_base::error::shut_down;
 use tidemark_base::{Extent, Sequence};
 use tidemark_nbd::{Export, WriteRequest};
 
@@ -120,7 +121,7 @@ fn a_damaged_log_is_noticed_when_it_is_read() {
     let refs = data_refs(&records_after(&disk, &start));
     let log = fixture.folder.path().join("disk.img.00000001.hrl");
     let file = std::fs::OpenOptions::new().write(true).open(log).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &[9], refs[2].offset + 7).unwrap();
+    super::write_all_at(&file, &[9], refs[2].offset + 7).unwrap();
     let mut buffer = vec![0; 4 * 4096];
     let error = disk.read_data(&refs, &mut buffer).unwrap_err();
     assert!(matches!(error, ReadDataError::Damaged { indices } if indices == [2]));
@@ -132,7 +133,7 @@ fn a_failed_write_is_scanned_and_not_logged() {
     let fixture = Fixture::new(DISK_BYTES);
     let disk = fixture.attach_in_sync();
     let before = disk.state();
-    disk.write_failed(Extent::new(65536, 4096), &io::Error::from_raw_os_error(libc::EIO));
+    disk.write_failed(Extent::new(65536, 4096), &io::Error::other("the medium failed"));
     let pending = disk.pending_scan(fixture.server, before.scan_revision).unwrap();
     assert_eq!(pending.reason, Some(ScanReason::Dirty));
     assert_eq!(pending.extents.iter().collect::<Vec<_>>(), [Extent::new(65536, 65536)]);
@@ -156,7 +157,7 @@ fn a_failed_write_is_scanned_for_each_consumer_whatever_fails_for_another() {
         let broken = if is_first_broken { fixture.server } else { other };
         let nowhere = tidemark_base::storage::RealStorage::open_folder("/nonexistent");
         disk.consumer(broken).unwrap().set_storage(nowhere);
-        disk.write_failed(Extent::new(65536, 4096), &io::Error::from_raw_os_error(libc::EIO));
+        disk.write_failed(Extent::new(65536, 4096), &io::Error::other("the medium failed"));
         for server in [fixture.server, other] {
             let pending = disk.pending_scan(server, ScanRevision(0)).unwrap().extents;
             assert_eq!(pending.iter().collect::<Vec<_>>(), [Extent::new(65536, 65536)], "{is_first_broken}");
@@ -171,7 +172,7 @@ fn a_detached_disk_takes_no_writes() {
     let splitter = Splitter::new(disk.clone()).unwrap();
     write(&splitter, 0, &[1; 512]).unwrap();
     disk.detach().unwrap();
-    assert_eq!(write(&splitter, 0, &[2; 512]).unwrap_err().raw_os_error(), Some(libc::ESHUTDOWN));
+    assert_eq!(write(&splitter, 0, &[2; 512]).unwrap_err().raw_os_error(), shut_down().raw_os_error());
     assert!(disk.state().closed);
     assert_eq!(fixture.content()[0], 1);
 }

@@ -1,7 +1,6 @@
 //! The thread that follows the logs of one disk.
 
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +11,7 @@ use tidemark_base::stop::Stop;
 use tidemark_base::storage::{RealStorage, Storage};
 use tidemark_base::thread::{Builder, JoinHandle};
 use tidemark_base::time::Instant;
-use tidemark_base::{DiskId, Extent};
+use tidemark_base::{DiskId, Extent, Timestamp};
 use tidemark_hrl::tools::ToolError;
 use tidemark_hrl::tools::apply::ApplyPlan;
 use tidemark_nbd::{Export, WriteRequest};
@@ -268,9 +267,10 @@ impl Follower {
     }
 
     /// What tells whether somebody wrote to the image.
-    fn face(&self) -> Result<(u64, i64, i64, Option<Uuid>), ImportError> {
+    fn face(&self) -> Result<(u64, Timestamp, Option<Uuid>), ImportError> {
         let metadata = std::fs::metadata(&self.origin).map_err(self.io("examine"))?;
-        Ok((metadata.len(), metadata.mtime(), metadata.mtime_nsec(), data_write_guid(&self.origin)))
+        let modified = metadata.modified().map_err(self.io("examine"))?;
+        Ok((metadata.len(), Timestamp::from_system(modified), data_write_guid(&self.origin)))
     }
 
     fn write_differences(&self) -> Result<u64, ImportError> {

@@ -3,7 +3,7 @@
 //!
 //! What they are replayed onto is a raw *copy* of the disk in the agent's state folder, through the same write path as a guest's writes over NBD: the copy is the
 //! protected disk, so log, marks, scans and what follows from crashes are those of any other. It costs the room of the disk's allocated blocks on the agent's
-//! volume; nothing of the host's is ever written, locked for writing, renamed or deleted. The image itself is read (by qemu-nbd, read-only) when there is no copy yet,
+//! volume; nothing of the host's is ever written, locked for writing, renamed or deleted. The image itself is read (by qemu-nbd, read-only; on Windows by a reader of VHDX) when there is no copy yet,
 //! and when the logs do not tell everything: the chain is broken, a log is damaged, or the VHDX was written to by somebody who kept no log
 //! (DataWriteGuid). Then it is compared with the copy, and what differs is written there.
 //!
@@ -20,19 +20,20 @@ mod logs;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tidemark_base::DiskId;
-use tidemark_base::storage::RealStorage;
+use tidemark_base::storage::{OpenMode, RealStorage};
 use tidemark_base::sync::{Mutex, MutexGuard};
 
 use super::{Address, CaptureProvider};
 use crate::error::HostError;
 use crate::protected::ProtectedDisk;
 pub use image::ImageError;
+#[cfg(all(test, unix))]
+pub use image::{Format, vhdx};
 use importer::{Importer, Patience};
 
 /// How long logs and image may contradict what was taken before the image is compared.
@@ -96,8 +97,12 @@ impl HrlImporter {
         Self { folder: state_folder.join(FOLDER), patience: Patience::new(PATIENCE), state: Mutex::default() }
     }
 
+    fn name_of(disk: DiskId) -> String {
+        format!("{disk}.raw")
+    }
+
     fn copy_of(&self, disk: DiskId) -> PathBuf {
-        self.folder.join(format!("{disk}.raw"))
+        self.folder.join(Self::name_of(disk))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -123,9 +128,12 @@ impl CaptureProvider for HrlImporter {
             let storage = RealStorage::create(self.folder.clone()).map_err(failed)?;
             // Whatever an earlier copy was is not what an empty one is.
             cursor::forget(&*storage, disk).map_err(failed)?;
-            let mut options = std::fs::OpenOptions::new();
-            let file = options.write(true).create_new(true).mode(0o600).open(&copy).map_err(failed)?;
-            file.set_len(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
+            let file = storage.open(&Self::name_of(disk), OpenMode::Create).map_err(failed)?;
+            // Where files are not sparse by themselves: its blocks that are zeroes take no room.
+            file.set_bytes(bytes)
+                .and_then(|()| file.punch_hole(0, bytes))
+                .and_then(|()| file.sync())
+                .map_err(failed)?;
             storage.sync_folder("").map_err(failed)?;
         }
         self.state().origins.insert(disk, path.to_owned());
