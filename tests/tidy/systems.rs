@@ -148,10 +148,11 @@ fn modules_of_one_system_are_built_for_it_alone() {
         let is_behind = texts.into_iter().any(|text| {
             let lines: Vec<&str> = text.lines().collect();
             lines.iter().enumerate().any(|(at, line)| {
-                let names =
-                    line.trim_start_matches("pub ").trim_start_matches("pub(crate) ") == format!("mod {module};");
-                let before = lines[..at].iter().rev().take_while(|line| line.starts_with("#["));
-                names && before.into_iter().any(|attribute| *attribute == format!("#[cfg({system})]"))
+                let attributes: Vec<&&str> =
+                    lines[..at].iter().rev().take_while(|line| line.starts_with("#[")).collect();
+                let is_named = line.ends_with(&format!("mod {module};"))
+                    || line.contains("mod ") && attributes.iter().any(|of| of.ends_with(&format!("/{module}.rs\"]")));
+                is_named && attributes.iter().any(|attribute| **attribute == format!("#[cfg({system})]"))
             })
         });
         assert!(is_behind, "{place} is not behind #[cfg({system})] where it is named");

@@ -15,6 +15,7 @@ use tidemark_base::{Extent, ExtentSet, MachineId, MarkId, Position};
 use tidemark_nbd::client::Client;
 use tidemark_proto::replication::Consistency;
 
+pub(super) use super::skipped;
 use super::{Fixture, Random, records_after};
 use crate::attach::Decision;
 use crate::capture::CaptureProvider;
@@ -592,16 +593,6 @@ impl Drop for Bpf {
     fn drop(&mut self) {
         let _ = BpfTracker.untrack(self.disk);
         let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.device).status();
-    }
-}
-
-pub(super) fn skipped(test: &str, why: &str) {
-    let line = format!("SKIPPED {test}: {why}");
-    println!("{line}");
-    if let Some(file) = std::env::var_os("TIDEMARK_SKIPPED")
-        && let Ok(mut file) = OpenOptions::new().create(true).append(true).open(file)
-    {
-        std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes()).unwrap();
     }
 }
 

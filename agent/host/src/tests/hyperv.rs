@@ -204,7 +204,7 @@ fn compares(fixture: &Fixture) -> usize {
 fn skipped(test: &str) -> Option<Host> {
     let host = Host::new();
     if host.is_none() {
-        super::conformance::skipped(test, "qemu-img cannot make a VHDX");
+        super::skipped(test, "qemu-img cannot make a VHDX");
     }
     host
 }

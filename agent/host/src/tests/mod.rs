@@ -203,6 +203,17 @@ impl Fixture {
     }
 }
 
+/// For the list of what could not run here.
+pub fn skipped(test: &str, why: &str) {
+    let line = format!("SKIPPED {test}: {why}");
+    println!("{line}");
+    if let Some(file) = std::env::var_os("TIDEMARK_SKIPPED")
+        && let Ok(mut file) = File::options().create(true).append(true).open(file)
+    {
+        file.write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
+}
+
 /// As whoever is not us writes to a file.
 pub fn write_all_at(mut file: &File, data: &[u8], offset: u64) -> io::Result<()> {
     file.seek(SeekFrom::Start(offset))?;
