@@ -250,6 +250,7 @@ impl Fake {
             }
             ServerCommand::Status => Ok(Reply::Server(ServerReport {
                 storage_encrypted: *self.storage_encrypted.lock().unwrap(),
+                volume: Some(Volume { bytes: 10 << 30, free_bytes: 4 << 30 }),
                 time: Timestamp(1),
                 disks: self.replicas(),
                 serves: self.serves.lock().unwrap().clone(),

@@ -63,6 +63,7 @@ pub struct Job {
     #[schema(value_type = Option<String>, format = "date-time")]
     pub finished: Option<Timestamp>,
     /// What it was for: of the shape that its kind has.
+    #[schema(value_type = Option<crate::api::shapes::JobResultSchema>)]
     pub result: Option<Value>,
     #[schema(value_type = Option<crate::api::schema::FailureSchema>)]
     pub failure: Option<Failure>,

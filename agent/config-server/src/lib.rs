@@ -27,6 +27,7 @@ pub mod history;
 pub mod hub;
 pub mod identity;
 pub mod installation;
+mod inventory;
 pub mod jobs;
 mod kept;
 mod machines;

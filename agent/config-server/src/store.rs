@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use tidemark_base::storage::{Storage, read_file};
 use tidemark_proto::control::{Failure, FailureKind};
 
+use crate::inventory::Inventories;
 use crate::database::{Connection, Database, DatabaseError, Row, Statement, Value};
 use crate::model::{STATE_VERSION, State};
 
@@ -53,6 +54,7 @@ impl StoreError {
 pub struct Store {
     database: Database,
     state: Mutex<Current>,
+    inventories: Inventories,
 }
 
 struct Current {
@@ -73,11 +75,17 @@ impl Store {
             database.write(statements)?;
             state = first;
         }
-        Ok(Self { database, state: Mutex::new(Current { state: Arc::new(state), stale: false }) })
+        let inventories = Inventories::open(database.clone())?;
+        Ok(Self { inventories, database, state: Mutex::new(Current { state: Arc::new(state), stale: false }) })
     }
 
     pub fn database(&self) -> &Database {
         &self.database
+    }
+
+    /// What hosts told of their disks.
+    pub fn inventories(&self) -> &Inventories {
+        &self.inventories
     }
 
     /// What is wanted now.

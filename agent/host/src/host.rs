@@ -5,6 +5,7 @@
 //! *Cancellation.* [`Host::stop`] leaves every disk cleanly. *Crash.* Dropping it without is one.
 
 mod group;
+mod inventory;
 
 use std::collections::BTreeMap;
 use std::io;

@@ -7,6 +7,7 @@ pub mod error;
 pub mod events;
 pub mod freeze;
 pub mod host;
+pub mod inventory;
 pub mod ledger;
 pub mod log;
 pub mod machine;

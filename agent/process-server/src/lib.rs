@@ -20,6 +20,7 @@ pub mod server;
 mod settings;
 mod table;
 pub mod view;
+mod volume;
 
 pub use server::failover::{FailoverDisk, FailoverState, Loss};
 pub use server::{Directory, ProcessServer, ProcessServerConfig};

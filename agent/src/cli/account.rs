@@ -96,11 +96,13 @@ pub async fn registrations(client: &Client, verb: ProcessServerVerb, output: &Ou
     let decide =
         async |id: &str, verb: &str| client.post(&format!("/registrations/{}/{verb}", escape(id)), &json!({})).await;
     match verb {
-        ProcessServerVerb::List => list(&client.get("/registrations").await?, &columns, output),
         ProcessServerVerb::Approve { registration } => list(&decide(&registration, "approve").await?, &columns, output),
         ProcessServerVerb::Reject { registration } => list(&decide(&registration, "reject").await?, &columns, output),
-        // Not asked of the server.
-        ProcessServerVerb::Run(_) | ProcessServerVerb::Register(_) => Ok(()),
+        // Those who list are elsewhere, and roles ask no server.
+        ProcessServerVerb::List
+        | ProcessServerVerb::Show { .. }
+        | ProcessServerVerb::Run(_)
+        | ProcessServerVerb::Register(_) => Ok(()),
     }
 }
 

@@ -76,6 +76,16 @@ pub enum Verb {
         #[command(subcommand)]
         verb: ProcessServerVerb,
     },
+    /// Hosts whose agents registered.
+    Host {
+        #[command(subcommand)]
+        verb: HostVerb,
+    },
+    /// The disks of all hosts, protected or not.
+    Disk {
+        #[command(subcommand)]
+        verb: DiskVerb,
+    },
     /// The configuration server, which knows what is wanted.
     ConfigServer {
         #[command(subcommand)]
@@ -229,8 +239,14 @@ pub enum ProcessServerVerb {
     Run(RoleArgs),
     /// Gets a certificate for this process server, with a passphrase and an operator's approval.
     Register(RegisterArgs),
-    /// Lists process servers that wait for approval.
+    /// All process servers, those that wait for approval first.
     List,
+    /// A process server with its volume and its machines.
+    Show {
+        /// Its name, or its id as `process-server list` shows it.
+        #[arg(value_name = "SERVER")]
+        process_server: String,
+    },
     /// Lets a process server have its certificate.
     Approve {
         /// As `process-server list` shows it.
@@ -240,6 +256,30 @@ pub enum ProcessServerVerb {
     Reject {
         /// As `process-server list` shows it.
         registration: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum HostVerb {
+    /// All hosts.
+    List,
+    /// A host with its disks.
+    Show {
+        /// Its name, or its id as `host list` shows it.
+        host: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum DiskVerb {
+    /// Disks as their hosts see them: who uses them, and how each could be protected.
+    List {
+        /// Of this host only, by its name or id.
+        #[arg(long)]
+        host: Option<String>,
+        /// Only those that are not protected.
+        #[arg(long)]
+        unprotected: bool,
     },
 }
 

@@ -10,6 +10,7 @@ mod failback;
 mod failover;
 mod group;
 mod hrl;
+mod inventory;
 mod job;
 mod output;
 mod plan;
@@ -74,8 +75,14 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::ProcessServer { verb } => match verb {
             args::ProcessServerVerb::Run(args) => role(run::process_server(args)),
             args::ProcessServerVerb::Register(args) => client(run::register(Role::ProcessServer, target, args, output)),
+            args::ProcessServerVerb::List => client(inventory::servers(&target.client()?, None, output)),
+            args::ProcessServerVerb::Show { process_server } => {
+                client(inventory::servers(&target.client()?, Some(&process_server), output))
+            }
             verb => client(account::registrations(&target.client()?, verb, output)),
         },
+        Verb::Host { verb } => client(inventory::host(&target.client()?, verb, output)),
+        Verb::Disk { verb } => client(inventory::disk(&target.client()?, verb, output)),
         Verb::ConfigServer { verb } => match verb {
             args::ConfigServerVerb::Run(args) => role(run::config_server(args)),
             args::ConfigServerVerb::Init(args) => client(run::init(args, output)),

@@ -8,7 +8,7 @@ use tidemark_base::{HostId, ServerId};
 use tidemark_host::events::Subscriber;
 use tidemark_host::{Host, HostConfig, HostError, MasterTargets, master_target};
 use tidemark_proto::control::{
-    AgentCommand, DenyList, Failure, FailureKind, Peer, ProbedDisk, Register, Reply, Severity, SourceDisk, SourceState,
+    AgentCommand, DenyList, Failure, FailureKind, Inventory, Peer, ProbedDisk, Register, Reply, Severity, SourceDisk, SourceState,
     Via,
 };
 use tidemark_transport::{Identity, PeerIdentity};
@@ -184,6 +184,11 @@ impl Handler for AgentHandler {
         servers.sort();
         servers.dedup();
         servers
+    }
+
+    fn inventory(&self) -> Option<Inventory> {
+        let found = self.host.inventory();
+        found.inspect_err(|error| tracing::warn!(%error, "it is not known which disks this host has")).ok()
     }
 
     fn events(&self) -> Vec<Draft> {

@@ -14,7 +14,7 @@ use tidemark_base::{Clock, ServerId, SystemClock};
 use tidemark_proto::control::wire::control_client::ControlClient;
 use tidemark_proto::control::wire::directory_client::DirectoryClient;
 use tidemark_proto::control::{
-    AgentCommand, Failure, FailureKind, Peer, Register, Reply, ServerCommand, Whereabouts, reply_to, wire,
+    AgentCommand, Failure, FailureKind, Inventory, Peer, Register, Reply, ServerCommand, Whereabouts, reply_to, wire,
 };
 use tidemark_transport::{Expected, Identity, KeyRequest, PeerIdentity, Role};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::known::Known;
+use super::looking::{Looking, Told};
 use super::outbox::{Draft, Outbox};
 
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -37,6 +38,8 @@ const REPORT_EVERY: Duration = Duration::from_secs(1);
 const UP_MAX: usize = 64;
 /// Commands under way at once; more are refused.
 const COMMANDS_MAX: usize = 256;
+/// How often it is looked which disks there are.
+const INVENTORY_EVERY: Duration = Duration::from_secs(10);
 /// How often it is looked whether the certificate is due.
 const RENEWAL_EVERY: Duration = Duration::from_secs(600);
 /// Commands carry specifications of machines: small.
@@ -61,6 +64,10 @@ pub trait Handler: Send + Sync + 'static {
     /// What happened since the last call.
     fn events(&self) -> Vec<Draft> {
         Vec::new()
+    }
+    /// What disks its host has; `None` where it does not look. Blocks.
+    fn inventory(&self) -> Option<Inventory> {
+        None
     }
     /// Process servers that may know where the configuration server is now: id and address.
     fn neighbours(&self) -> Vec<(ServerId, String)> {
@@ -106,7 +113,8 @@ pub async fn run(
     let mut register = handler.register();
     // One for each process: two that live with the same identity are told apart by it.
     register.instance.get_or_insert_with(Uuid::new_v4);
-    let link = Arc::new(Link { identity, register, handler, kept, successor: watch::Sender::default() });
+    let (successor, looking) = (watch::Sender::default(), Arc::new(Looking::default()));
+    let link = Arc::new(Link { identity, register, handler, kept, successor, looking });
     let looking = tokio::spawn(look_for_successor(link.clone(), stop.clone()));
     let mut pause = PAUSE_MIN;
     let mut last_reason = String::new();
@@ -202,6 +210,7 @@ struct Link {
     kept: Arc<Kept>,
     /// Where a configuration server was restored, until it was dialled.
     successor: watch::Sender<Option<String>>,
+    looking: Arc<Looking>,
 }
 
 impl Link {
@@ -226,6 +235,9 @@ impl Link {
         let reporting = Arc::new(Semaphore::new(1));
         let mut reports = tokio::time::interval(REPORT_EVERY);
         reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let told = Told::nothing(self.looking.clone());
+        let mut looks = tokio::time::interval(INVENTORY_EVERY);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut renewals = tokio::time::interval(RENEWAL_EVERY);
         renewals.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut established = false;
@@ -250,11 +262,16 @@ impl Link {
                     // Beside the stream, one at a time: what a report waits for must not hold up commands.
                     if let Ok(permit) = reporting.clone().try_acquire_owned() {
                         let (handler, up, commands) = (handler.clone(), up.clone(), commands.clone());
+                        let told = told.clone();
                         tokio::spawn(async move {
-                            send_report(&handler, &up, &commands).await;
+                            send_report(&handler, &up, &commands, &told).await;
                             drop(permit);
                         });
                     }
+                    continue;
+                }
+                _ = looks.tick(), if established => {
+                    self.looking.begin(handler.clone());
                     continue;
                 }
                 _ = renewals.tick(), if established => {
@@ -384,13 +401,18 @@ impl Link {
     }
 }
 
-async fn send_report(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>, commands: &Commands) {
+async fn send_report(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>, commands: &Commands, told: &Told) {
     let status = match handler.register().peer {
         Peer::Agent { .. } => Command::Agent(AgentCommand::Status),
         Peer::ProcessServer { .. } => Command::Server(Box::new(ServerCommand::Status)),
     };
+    let mut news = None;
     let body = match handler.execute(status).await {
-        Ok(Reply::Agent(report)) => wire::up::Body::AgentReport((&report).into()),
+        Ok(Reply::Agent(report)) => {
+            news = told.news();
+            let inventory = news.as_ref().map(Into::into);
+            wire::up::Body::AgentReport(wire::AgentReport { inventory, ..(&report).into() })
+        }
         Ok(Reply::Server(report)) => {
             let report = wire::ServerReport { working: commands.working(), ..(&report).into() };
             wire::up::Body::ServerReport(report)
@@ -399,7 +421,11 @@ async fn send_report(handler: &Arc<dyn Handler>, up: &mpsc::Sender<wire::Up>, co
         Err(failure) => return tracing::warn!(%failure, "no report can be made"),
     };
     // Where there is no room, the next one is as good.
-    let _ = up.try_send(wire::Up { body: Some(body) });
+    if up.try_send(wire::Up { body: Some(body) }).is_ok()
+        && let Some(news) = news
+    {
+        told.note(news);
+    }
 }
 
 /// Those that are under way on a stream, by request.

@@ -6,6 +6,8 @@ pub mod config_server;
 pub mod known;
 pub mod link;
 #[cfg(unix)]
+mod looking;
+#[cfg(unix)]
 pub mod machines;
 pub mod metrics;
 #[cfg(unix)]

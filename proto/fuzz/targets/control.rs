@@ -6,13 +6,13 @@
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
 use tidemark_proto::control::{
-    AgentCommand, AgentReport, DenyList, EventBatch, Failure, MachineSpec, PointInfo, Register, Reply, ServerCommand,
-    ServerReport, Serving, wire,
+    AgentCommand, AgentReport, DenyList, EventBatch, Failure, Inventory, MachineSpec, PointInfo, Register, Reply,
+    ServerCommand, ServerReport, Serving, wire,
 };
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((&which, bytes)) = bytes.split_first() else { return };
-    match which % 12 {
+    match which % 13 {
         0 => drop(wire::Register::decode(bytes).ok().map(Register::try_from)),
         1 => drop(wire::AgentCommand::decode(bytes).ok().map(AgentCommand::try_from)),
         2 => drop(wire::MachineSpec::decode(bytes).ok().map(MachineSpec::try_from)),
@@ -23,6 +23,7 @@ fuzz_target!(|bytes: &[u8]| {
         7 => drop(wire::Serving::decode(bytes).ok().map(Serving::try_from)),
         8 => drop(wire::AgentReport::decode(bytes).ok().map(AgentReport::try_from)),
         10 => drop(wire::EventBatch::decode(bytes).ok().map(EventBatch::try_from)),
+        12 => drop(wire::Inventory::decode(bytes).ok().map(Inventory::try_from)),
         11 => drop(wire::DenyList::decode(bytes).ok().map(DenyList::try_from)),
         _ => drop(wire::ServerReport::decode(bytes).ok().map(ServerReport::try_from)),
     }

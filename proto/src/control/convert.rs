@@ -1014,7 +1014,9 @@ fn wire_problems(from: &[Problem]) -> Vec<wire::Problem> {
 
 impl From<&AgentReport> for wire::AgentReport {
     fn from(from: &AgentReport) -> Self {
-        wire::AgentReport { time_ns: from.time.0, disks: from.disks.iter().map(Into::into).collect() }
+        let disks = from.disks.iter().map(Into::into).collect();
+        // Told by the stream, which knows what it told before.
+        wire::AgentReport { time_ns: from.time.0, disks, inventory: None }
     }
 }
 
@@ -1125,6 +1127,8 @@ impl From<&ServerReport> for wire::ServerReport {
             // Of the stream, which alone knows its requests.
             working: Vec::new(),
             storage_encrypted: from.storage_encrypted,
+            volume_bytes: from.volume.map_or(0, |volume| volume.bytes),
+            volume_free_bytes: from.volume.map_or(0, |volume| volume.free_bytes),
             time_ns: from.time.0,
             disks: from
                 .disks
@@ -1164,6 +1168,8 @@ impl TryFrom<wire::ServerReport> for ServerReport {
     fn try_from(from: wire::ServerReport) -> Checked<Self> {
         Ok(ServerReport {
             storage_encrypted: from.storage_encrypted,
+            volume: optional(from.volume_bytes)
+                .map(|bytes| Volume { bytes, free_bytes: from.volume_free_bytes.min(bytes) }),
             time: Timestamp(from.time_ns),
             disks: list(from.disks, "disks", LIST_MAX, |of| {
                 Ok(ReplicaDisk {
@@ -1445,6 +1451,7 @@ mod tests {
             })),
             Ok(Reply::Server(ServerReport {
                 storage_encrypted: Some(true),
+                volume: Some(Volume { bytes: 9, free_bytes: 8 }),
                 time: Timestamp(5),
                 disks: vec![ReplicaDisk {
                     disk: DiskId::random(),

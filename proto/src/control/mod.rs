@@ -3,6 +3,7 @@
 //! [`wire`] is generated; everything that is received becomes a type of [`model`] by `TryFrom` before anyone acts on it.
 
 mod convert;
+mod inventory;
 mod model;
 mod policy;
 
@@ -11,6 +12,7 @@ pub mod wire {
 }
 
 pub use convert::{WireError, reply_to};
+pub use inventory::*;
 pub use model::*;
 pub use policy::*;
 
@@ -34,3 +36,13 @@ pub const HOLD_LIMIT_MAX: std::time::Duration = std::time::Duration::from_secs(1
 pub const EVENTS_MAX: usize = 256;
 /// The most addresses of a configuration server.
 pub const ADDRESSES_MAX: usize = 16;
+/// The most disks that a host tells of: with the limits below, a message stays far below what one may be.
+pub const INVENTORY_DISKS_MAX: usize = 1024;
+/// The longest text of an inventory.
+pub const INVENTORY_TEXT_BYTES_MAX: usize = 512;
+/// The longest word of an inventory: a kind, a way.
+pub const INVENTORY_WORD_BYTES_MAX: usize = 32;
+/// The most uses of one disk that are told.
+pub const INVENTORY_USES_MAX: usize = 16;
+/// The most ways of capture of one disk.
+pub const INVENTORY_WAYS_MAX: usize = 16;

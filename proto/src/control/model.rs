@@ -754,6 +754,16 @@ pub struct ServerReport {
     pub machines: Vec<ReplicaMachine>,
     /// Whether what it keeps is on an encrypted volume; `None`: it cannot tell.
     pub storage_encrypted: Option<bool>,
+    /// What it keeps replicas on; `None`: it does not say.
+    pub volume: Option<Volume>,
+}
+
+/// The volume of a process server's replicas.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Volume {
+    pub bytes: u64,
+    /// What can still be written.
+    pub free_bytes: u64,
 }
 
 #[derive(Clone, PartialEq, Debug)]

@@ -8,6 +8,7 @@
 mod access;
 mod accounts;
 mod events;
+mod inventory;
 mod listen;
 mod metrics;
 mod operations;
@@ -15,6 +16,7 @@ mod refusals;
 pub(crate) mod repeat;
 mod routes;
 pub mod schema;
+pub mod shapes;
 
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};

@@ -30,6 +30,7 @@ pub struct Operation {
     /// `None`: anybody, without a token.
     role: Option<UserRole>,
     status: u16,
+    or_status: Option<u16>,
     takes: Option<RefOr<Schema>>,
     answers: Option<(&'static str, RefOr<Schema>)>,
     query: Vec<(&'static str, &'static str, Type)>,
@@ -43,6 +44,7 @@ impl Operation {
             summary,
             role: Some(role),
             status: 200,
+            or_status: None,
             takes: None,
             answers: None,
             query: Vec::new(),
@@ -84,11 +86,15 @@ impl Operation {
         Self { status: 202, ..self.answers::<crate::jobs::Job>() }
     }
 
-    /// Of no shape that is told, as text or JSON.
+    /// Text, or bytes, that are no JSON.
     pub fn answers_plain(mut self, content: &'static str) -> Self {
-        let any = ObjectBuilder::new().schema_type(utoipa::openapi::schema::SchemaType::AnyValue).build();
-        self.answers = Some((content, any.into()));
+        self.answers = Some((content, ObjectBuilder::new().schema_type(Type::String).build().into()));
         self
+    }
+
+    /// The same answer with another status: what was asked for is not done yet.
+    pub fn or_status(self, status: u16) -> Self {
+        Self { or_status: Some(status), ..self }
     }
 
     /// A change that may be meant for one version of the thing: its handler looks at `If-Match`.
@@ -201,7 +207,10 @@ impl Operations {
         if let Some((content, schema)) = operation.answers {
             done = done.content(content, ContentBuilder::new().schema(Some(schema)).build());
         }
-        described = described.response(operation.status.to_string(), done.build());
+        let done = done.build();
+        for status in [Some(operation.status), operation.or_status].into_iter().flatten() {
+            described = described.response(status.to_string(), done.clone());
+        }
         let refusals = [
             ("400", "The request makes no sense"),
             ("401", "No valid token"),

@@ -26,6 +26,10 @@ use super::schema::{
     CreatePolicySchema, DescriptionSchema, EmptySchema, HeldPointSchema, NamedPolicySchema, PointSchema,
     PolicySettingsSchema, ServingSchema,
 };
+use super::shapes::{
+    DescribedMachineSchema, DocumentSchema, FailoverShownSchema, HealthSchema, LeaseSchema, MachineDescriptionSchema, PeersSchema,
+    PlanReportSchema, ReadySchema, RegisterAnswerSchema,
+};
 use super::{Access, Answer, ApiError, accepted, events, ok, versioned};
 use crate::backup::{self, BackupInfo};
 use crate::core::Core;
@@ -54,9 +58,9 @@ use UserRole::{Administrator, Operator, Reader};
 
 pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let mut api = Operations::new(core.clone(), access);
-    let ready = Operation::public("Whether requests can be answered").answers_plain("application/json");
+    let ready = Operation::public("Whether requests can be answered").answers::<ReadySchema>();
     api.get("/ready", ready_answer, ready);
-    api.get("/health", health, Operation::new(Reader, "Whether the server works").answers_plain("application/json"));
+    api.get("/health", health, Operation::new(Reader, "Whether the server works").answers::<HealthSchema>());
 
     let list = Operation::new(Reader, "All machines and how they do").answers_list::<MachineStatus>();
     api.get("/machines", list_machines, list);
@@ -106,19 +110,19 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let one = Operation::new(Operator, "Serves a point's disks; renew it within its lease");
     let one = one.takes::<points::ServeRequest>().answers::<ServingSchema>();
     api.post("/machines/{name}/points/{point}/serve", serve, one);
-    let one = Operation::new(Operator, "Renews the lease of a serve").answers_plain("application/json");
+    let one = Operation::new(Operator, "Renews the lease of a serve").answers::<LeaseSchema>();
     api.post("/serves/{id}/renew", renew_serve, one);
     let one = Operation::new(Operator, "Stops a serve").answers::<EmptySchema>();
     api.delete("/serves/{id}", stop_serve, one);
 
     let one = Operation::new(Reader, "How a machine is run where its replica is");
-    api.get("/machines/{name}/description", show_description, one.answers_plain("application/json"));
+    api.get("/machines/{name}/description", show_description, one.answers::<MachineDescriptionSchema>());
     let one = Operation::new(Operator, "Says how a machine is run where its replica is").takes::<DescriptionSchema>();
-    api.put("/machines/{name}/description", set_description, one.answers_plain("application/json"));
+    api.put("/machines/{name}/description", set_description, one.answers::<DescribedMachineSchema>());
     let one = job("Boots a point in isolation").takes::<failover::drill::TestRequest>();
     api.post("/machines/{name}/failover/test", failover_test, one);
     api.post("/machines/{name}/failover/cleanup", failover_cleanup, job("Ends the test failovers of a machine"));
-    let one = Operation::new(Reader, "How a machine that failed over does").answers_plain("application/json");
+    let one = Operation::new(Reader, "How a machine that failed over does").answers::<FailoverShownSchema>();
     api.get("/machines/{name}/failover", failover_show, one);
     let start = |summary| job(summary).takes::<failover::start::StartRequest>();
     let one = start("Stops the source, sends its last changes, and runs it where its replica is");
@@ -192,7 +196,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let one = plan(Operator, "Says that a manual step is done");
     api.post("/plans/{name}/confirm", confirm_plan, one);
     let one = Operation::new(Reader, "How the last run of a plan went, with the RTO of each machine");
-    api.get("/plans/{name}/report", report_plan, one.answers_plain("application/json"));
+    api.get("/plans/{name}/report", report_plan, one.answers::<PlanReportSchema>());
 
     let channel = |summary| Operation::new(Administrator, summary).answers::<ShownChannel>();
     let list = Operation::new(Administrator, "Where alerts are told").answers_list::<ShownChannel>();
@@ -214,8 +218,9 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.get("/jobs/{id}", show_job, one);
     let one = Operation::new(Operator, "Cancels a job that waits or reads").status(202).answers::<Job>();
     api.post("/jobs/{id}/cancel", cancel_job, one);
-    let one = Operation::new(Reader, "Hosts and process servers").answers_plain("application/json");
+    let one = Operation::new(Reader, "Hosts and process servers that connected").answers::<PeersSchema>();
     api.get("/peers", list_peers, one);
+    super::inventory::declare(&mut api);
 
     let list = Operation::new(Reader, "Events, oldest first").answers_list::<history::Stored>();
     let list = list.query("after", Type::Integer, "Only later ones than this id; without it, the newest.");
@@ -229,7 +234,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.get("/events/stream", events::follow, one);
     let list = Operation::new(Reader, "What lasts and needs someone, the worst first");
     api.get("/alerts", events::alerts, list.answers_list::<events::ListedAlert>());
-    let one = Operation::new(Reader, "Figures as Prometheus reads them").answers_plain("text/plain");
+    let one = Operation::new(Reader, "Figures as Prometheus reads them").answers_plain("application/openmetrics-text");
     api.get("/metrics", metrics_text, one);
 
     let admin = |summary| Operation::new(Administrator, summary);
@@ -271,9 +276,9 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let one = admin("Takes an identity again").answers::<IdentityInfo>();
     api.post("/identities/{id}/restore", accounts::restore, one);
     let one = Operation::public("Registers a host or process server, by its passphrase").takes::<RegisterRequest>();
-    api.post("/register", accounts::register, one.answers_plain("application/json"));
+    api.post("/register", accounts::register, one.answers::<RegisterAnswerSchema>().or_status(202));
 
-    let described = Operation::public("This document").answers_plain("application/json");
+    let described = Operation::public("This document").answers::<DocumentSchema>();
     let text = Arc::new(std::sync::OnceLock::<String>::new());
     let shown = text.clone();
     let describe = move || async move {

@@ -148,9 +148,7 @@ pub struct CreatePolicySchema {
 #[allow(dead_code)]
 pub struct DescriptionSchema {
     hardware: Option<HardwareSchema>,
-    /// What shows that it lives: `"agent"`, `{"port":{"port":22}}` or `{"console":{"text":"login:"}}`.
-    #[schema(value_type = Option<Object>)]
-    sign: Option<serde_json::Value>,
+    sign: Option<SignSchema>,
     sign_limit_seconds: Option<u64>,
 }
 
@@ -165,12 +163,60 @@ pub struct HardwareSchema {
     memory_mib: Option<u64>,
     /// Of the disks in their order: `ide`, `sata`, `scsi`, `virtio` or `nvme`. Further disks take the last one's.
     buses: Option<Vec<String>>,
-    /// Network cards: `{"network":"isolated"}`, `{"network":{"bridge":"br0"}}`, with `mac`, `model` and `addresses`.
-    #[schema(value_type = Option<Vec<Object>>)]
-    cards: Option<Vec<serde_json::Value>>,
-    /// Started instead of what a disk's boot loader names: `image`, `initrd`, `command_line`.
-    #[schema(value_type = Option<Object>)]
-    kernel: Option<serde_json::Value>,
+    cards: Option<Vec<CardSchema>>,
+    kernel: Option<KernelSchema>,
+}
+
+/// What shows that it lives: `"agent"`, `{"port":{"port":22}}` or `{"console":{"text":"login:"}}`.
+#[derive(ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = Sign)]
+#[allow(dead_code)]
+pub enum SignSchema {
+    /// Its agent answers.
+    Agent,
+    /// A program behind this port answers, at once or after it was sent something.
+    Port {
+        port: u16,
+        #[serde(default)]
+        send: String,
+    },
+    /// It says this on its first serial line.
+    Console { text: String },
+}
+
+/// A network card.
+#[derive(ToSchema)]
+#[schema(as = Card)]
+#[allow(dead_code)]
+pub struct CardSchema {
+    network: NetworkSchema,
+    /// `52:54:00:12:34:56`; absent: one that follows from the machine's id.
+    mac: Option<String>,
+    /// `virtio` or `e1000e`.
+    model: Option<String>,
+    /// `10.0.4.7/24`: what the isolated network's DHCP gives to the guest.
+    addresses: Option<Vec<String>>,
+}
+
+/// `"isolated"` or `{"bridge":"br0"}`.
+#[derive(ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = CardNetwork)]
+#[allow(dead_code)]
+pub enum NetworkSchema {
+    Isolated,
+    Bridge(String),
+}
+
+/// Started instead of what a disk's boot loader names.
+#[derive(ToSchema)]
+#[schema(as = Kernel)]
+#[allow(dead_code)]
+pub struct KernelSchema {
+    image: String,
+    initrd: Option<String>,
+    command_line: Option<String>,
 }
 
 /// Nothing to say.

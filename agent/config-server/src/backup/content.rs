@@ -13,8 +13,8 @@ use crate::database::{Connection, Database, DatabaseError, DatabaseSetting, Stat
 use crate::store::{Store, StoreError};
 
 pub const VERSION: u32 = 1;
-/// Rows that only serve those who repeat a request at once.
-const LEFT_OUT: [&str; 1] = ["answers"];
+/// Rows that only serve those who repeat a request at once, and what hosts tell again whenever they connect.
+const LEFT_OUT: [&str; 2] = ["answers", "inventories"];
 /// Of events the newest; the rest is history.
 const EVENTS_MAX: u64 = 10_000;
 const INCARNATION: &str = "incarnation";

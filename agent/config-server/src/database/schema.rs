@@ -3,10 +3,10 @@
 use super::{Backend, DatabaseError, Statement, Value};
 
 /// The version of the tables that this build writes.
-pub const VERSION: i64 = 4;
+pub const VERSION: i64 = 5;
 
 /// What each version adds to the one before. Never changed once released: a database may stand at any of them.
-const MIGRATIONS: [&[&str]; VERSION as usize] = [FIRST, GROUPS_AND_CHANNELS, KEPT_REPLICAS, PLANS];
+const MIGRATIONS: [&[&str]; VERSION as usize] = [FIRST, GROUPS_AND_CHANNELS, KEPT_REPLICAS, PLANS, INVENTORIES];
 
 const GROUPS_AND_CHANNELS: &[&str] = &[
     "CREATE TABLE machine_groups (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
@@ -17,6 +17,9 @@ const KEPT_REPLICAS: &[&str] =
     &["CREATE TABLE kept_replicas (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)"];
 
 const PLANS: &[&str] = &["CREATE TABLE plans (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)"];
+
+// What agents told, as it was told; they tell it again whenever they connect.
+const INVENTORIES: &[&str] = &["CREATE TABLE inventories (id TEXT PRIMARY KEY, time BIGINT NOT NULL, body TEXT NOT NULL)"];
 
 const FIRST: &[&str] = &[
     // One row a thing that is wanted; `revision` counts its changes, for `If-Match`.

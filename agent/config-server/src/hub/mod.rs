@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tidemark_base::{Clock, HostId, ServerId, SystemClock, Timestamp};
 use tidemark_proto::control::{
-    AgentCommand, AgentReport, EventBatch, Failure, FailureKind, Peer, Register, Reply, ServerCommand, ServerReport,
+    AgentCommand, AgentReport, EventBatch, Failure, FailureKind, Inventory, Peer, Register, Reply, ServerCommand, ServerReport,
     Whereabouts, wire,
 };
 use tidemark_transport::PeerIdentity;
@@ -64,6 +64,8 @@ pub trait Registry: Send + Sync + 'static {
     fn note(&self, register: &Register) -> Result<bool, Failure>;
     /// A new certificate, DER, for an identity that proved itself by `certificate`, by its request.
     fn renew(&self, identity: PeerIdentity, certificate: Option<[u8; 32]>, request: &[u8]) -> Result<Vec<u8>, Failure>;
+    /// Keeps what a host told of its disks.
+    fn keep_inventory(&self, host: HostId, inventory: Inventory) -> Result<(), Failure>;
     /// Keeps events; answers how far the sender's stream is kept.
     fn take_events(&self, peer: PeerId, name: &str, batch: EventBatch) -> Result<u64, Failure>;
 }

@@ -8,7 +8,7 @@ use futures_util::{Stream, StreamExt};
 use tidemark_base::Clock;
 use tidemark_proto::control::wire::control_server::{Control, ControlServer};
 use tidemark_proto::control::{
-    AgentCommand, EventBatch, Failure, FailureKind, Register, Reply, ServerCommand, WireError, wire,
+    AgentCommand, EventBatch, Failure, FailureKind, Inventory, Register, Reply, ServerCommand, WireError, wire,
 };
 use tidemark_transport::{PeerIdentity, PeerInfo};
 use tokio::sync::mpsc;
@@ -171,6 +171,9 @@ impl Hub {
                     self.renew(shown, renew, &out).await;
                     Ok(())
                 }
+                Ok(wire::Up { body: Some(wire::up::Body::AgentReport(report)) }) => {
+                    self.take_agent_report(peer, number, report).await.map_err(|error| error.to_string())
+                }
                 Ok(message) => self.take(peer, number, message).map_err(|error| error.to_string()),
                 Err(status) => Err(status.message().to_owned()),
             };
@@ -179,6 +182,22 @@ impl Hub {
                 break;
             }
         }
+    }
+
+    /// With the inventory that comes with it now and then. One that cannot be stored counts until we stop.
+    async fn take_agent_report(
+        &self,
+        peer: PeerId,
+        number: u64,
+        mut report: wire::AgentReport,
+    ) -> Result<(), WireError> {
+        if let (Some(inventory), PeerId::Agent(host)) = (report.inventory.take(), peer) {
+            let (registry, inventory) = (self.registry.clone(), Inventory::try_from(inventory)?);
+            let kept = blocking(move || registry.keep_inventory(host, inventory)).await;
+            kept.unwrap_or_else(|failure| tracing::warn!(%peer, %failure, "what disks it has cannot be stored"));
+        }
+        self.keep_report(peer, number, Report::Agent(report.try_into()?));
+        Ok(())
     }
 
     /// Events that cannot be kept now are not acknowledged: they come again with the next stream.
@@ -222,17 +241,13 @@ impl Hub {
                 self.answer(peer, number, request, outcome);
                 Ok(())
             }
-            wire::up::Body::AgentReport(report) => {
-                self.keep_report(peer, number, Report::Agent(report.try_into()?));
-                Ok(())
-            }
             wire::up::Body::ServerReport(report) => {
                 self.tell(peer, number, &report.working);
                 self.keep_report(peer, number, Report::Server(report.try_into()?));
                 Ok(())
             }
             // Taken before.
-            wire::up::Body::Events(_) | wire::up::Body::Renew(_) => Ok(()),
+            wire::up::Body::AgentReport(_) | wire::up::Body::Events(_) | wire::up::Body::Renew(_) => Ok(()),
         }
     }
 }
@@ -287,6 +302,10 @@ mod tests {
 
         fn renew(&self, _: PeerIdentity, _: Option<[u8; 32]>, request: &[u8]) -> Result<Vec<u8>, Failure> {
             Ok(request.to_vec())
+        }
+
+        fn keep_inventory(&self, _: HostId, _: Inventory) -> Result<(), Failure> {
+            Ok(())
         }
 
         fn take_events(&self, _: PeerId, _: &str, batch: EventBatch) -> Result<u64, Failure> {

@@ -18,12 +18,13 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::{Clock, HostId, ServerId, SystemClock, Timestamp};
-use tidemark_proto::control::{DenyList, EventBatch, Failure, FailureKind, Peer, Register, Severity};
+use tidemark_proto::control::{DenyList, EventBatch, Failure, FailureKind, Inventory, Peer, Register, Severity};
 use tidemark_transport::{Authority, PeerIdentity, Role, certificate_digest};
 use tokio::sync::watch;
 
 use crate::history::{History, News};
 use crate::hub::{PeerId, Registry};
+use crate::inventory::Told;
 use crate::model::{
     Host, IdentityRecord, IssuedCertificate, Passphrase, PeerRole, Registration, Server, Standing, State,
 };
@@ -666,6 +667,11 @@ impl Registry for Registrar {
         })?;
         tracing::info!(%identity, "a certificate was renewed");
         Ok(certificate)
+    }
+
+    fn keep_inventory(&self, host: HostId, inventory: Inventory) -> Result<(), Failure> {
+        let time = self.clock.wall_now();
+        Ok(self.store.inventories().keep(host, Told { time, inventory })?)
     }
 
     fn take_events(&self, peer: PeerId, name: &str, batch: EventBatch) -> Result<u64, Failure> {

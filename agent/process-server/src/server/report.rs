@@ -135,6 +135,7 @@ impl ProcessServer {
                 serves: inner.serves.list(),
                 machines,
                 storage_encrypted: inner.storage_encrypted,
+                volume: crate::volume::of(&inner.storage.path("")),
             })
         })
         .await
