@@ -48,6 +48,10 @@ struct Fake {
     durable: Mutex<Option<Timestamp>>,
     /// The last backup of the configuration that came.
     backup: Mutex<Vec<u8>>,
+    /// Answers what is asked of whoever runs machines there.
+    hypervisor: Mutex<Option<Box<dyn Fn(&str) -> String + Send>>>,
+    /// What disks its host has.
+    inventory: Mutex<Option<Inventory>>,
     /// An export stops in the middle until this is told to go on.
     halfway: Mutex<Option<Arc<tokio::sync::Notify>>>,
 }
@@ -234,7 +238,10 @@ impl Fake {
                     .collect();
                 Ok(Reply::Exported(Exported { point: MarkId::random(), time: Timestamp(1), files }))
             }
-            ServerCommand::Hypervisor(_) => Err(link::not_mine()),
+            ServerCommand::Hypervisor(call) => {
+                let hypervisor = self.hypervisor.lock().unwrap();
+                hypervisor.as_ref().map(|answer| Reply::Hypervisor(answer(&call))).ok_or_else(link::not_mine)
+            }
             ServerCommand::ConfirmPoint { .. } => Ok(Reply::Done),
             ServerCommand::KeepBackup(part) => {
                 let mut backup = self.backup.lock().unwrap();
@@ -307,6 +314,14 @@ impl Handler for Fake {
         self.execute(command).await
     }
 
+    fn inventory(&self) -> Option<Inventory> {
+        self.inventory.lock().unwrap().clone()
+    }
+
+    fn look_every(&self) -> Duration {
+        Duration::from_millis(100)
+    }
+
     fn events(&self) -> Vec<Draft> {
         std::mem::take(&mut self.news.lock().unwrap())
     }
@@ -347,6 +362,8 @@ impl Dialling {
             problems: Mutex::default(),
             durable: Mutex::default(),
             backup: Mutex::default(),
+            hypervisor: Mutex::default(),
+            inventory: Mutex::default(),
             halfway: Mutex::default(),
         });
         let stop = CancellationToken::new();
@@ -889,7 +906,9 @@ async fn roles_register_with_passphrase_fingerprint_and_approval() {
     let waiting = json_of(&register("process-server", &server_dir, &server, file_name, &fingerprint)).await;
     assert_eq!(waiting["state"], "waiting");
     assert!(!Path::new(&server_dir).join("identity.pem").exists());
-    assert_eq!(json_of(&["process-server", "list"]).await[0]["name"], "second");
+    let listed = json_of(&["process-server", "list"]).await;
+    assert_eq!((&listed[0]["name"], &listed[0]["approval"]), (&json!("second"), &json!("waiting")), "{listed}");
+    assert_eq!((&listed[0]["id"], listed.as_array().unwrap().len()), (&waiting["registration"], 2), "{listed}");
     json_of(&["process-server", "approve", waiting["registration"].as_str().unwrap()]).await;
     let registered = json_of(&register("process-server", &server_dir, &server, file_name, &fingerprint)).await;
     assert!(registered["identity"].as_str().unwrap().starts_with("tidemark://process-server/"));
@@ -1384,6 +1403,10 @@ async fn the_first_set_up_prints_what_registering_needs_and_the_pages_are_made()
 
 #[path = "control/access.rs"]
 mod access;
+#[path = "control/document.rs"]
+mod document;
+#[path = "control/inventory.rs"]
+mod inventory;
 #[path = "control/recovery.rs"]
 mod recovery;
 #[path = "control/silence.rs"]

@@ -14,6 +14,7 @@ use tidemark_proto::control::{EventBatch, Severity};
 use tokio::sync::watch;
 
 use crate::database::{Connection, Database, DatabaseError, Row, Statement, Value};
+use crate::tally::Tally;
 
 /// Older events are forgotten.
 pub const EVENTS_KEPT: u64 = 100_000;
@@ -72,6 +73,7 @@ pub struct History {
     /// The id that comes next; touched on the database's thread only.
     next: Arc<AtomicU64>,
     clock: SystemClock,
+    errors: Arc<Tally>,
 }
 
 impl History {
@@ -83,7 +85,13 @@ impl History {
             newest: Arc::new(watch::Sender::new(newest)),
             next: Arc::new(AtomicU64::new(newest + 1)),
             clock: SystemClock::new(),
+            errors: Arc::default(),
         })
+    }
+
+    /// Events that are no mere information, since we started: by machine, kind and severity.
+    pub fn errors(&self) -> &Tally {
+        &self.errors
     }
 
     /// Tells of the newest id.
@@ -105,9 +113,9 @@ impl History {
             message,
             help,
         };
-        let (newest, next) = (self.newest.clone(), self.next.clone());
+        let (newest, next, errors) = (self.newest.clone(), self.next.clone(), self.errors.clone());
         let posted = self.database.post(move |connection| {
-            if let Err(error) = store(connection, vec![stored], Vec::new(), &newest, &next) {
+            if let Err(error) = store(connection, vec![stored], Vec::new(), &newest, &next, &errors) {
                 tracing::warn!(%error, "an event cannot be stored");
             }
         });
@@ -125,6 +133,7 @@ impl History {
         machine_name: impl Fn(&str) -> Option<String> + Send + 'static,
     ) -> Result<u64, DatabaseError> {
         let (source, newest, next) = (source.to_owned(), self.newest.clone(), self.next.clone());
+        let errors = self.errors.clone();
         self.database.run(move |connection| {
             let sql = "SELECT stream, sequence FROM event_streams WHERE source = $1";
             let rows = connection.read(Statement::new(sql, [source.as_str().into()]))?;
@@ -154,7 +163,7 @@ impl History {
             let sql = "INSERT INTO event_streams (source, stream, sequence) VALUES ($1, $2, $3) \
                        ON CONFLICT (source) DO UPDATE SET stream = excluded.stream, sequence = excluded.sequence";
             let noted = Statement::new(sql, [source.into(), stream.into(), last.into()]);
-            store(connection, stored.collect(), vec![noted], &newest, &next)?;
+            store(connection, stored.collect(), vec![noted], &newest, &next, &errors)?;
             Ok(last)
         })
     }
@@ -200,11 +209,17 @@ fn store(
     also: Vec<Statement>,
     newest: &watch::Sender<u64>,
     next: &AtomicU64,
+    errors: &Tally,
 ) -> Result<(), DatabaseError> {
     let first = next.load(Ordering::Relaxed);
     let after = first + events.len() as u64;
     let sql = "INSERT INTO events (id, time, severity, source, machine, disk, kind, message, help) \
                VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)";
+    let counted: Vec<[String; 3]> = events
+        .iter()
+        .filter(|event| event.severity != severity_name(Severity::Info))
+        .map(|event| [event.machine.clone().unwrap_or_default(), event.kind.clone(), event.severity.clone()])
+        .collect();
     let mut statements: Vec<Statement> = (first..)
         .zip(events)
         .map(|(id, event)| {
@@ -236,6 +251,9 @@ fn store(
     }
     next.store(after, Ordering::Relaxed);
     newest.send_replace(after - 1);
+    for [machine, kind, severity] in &counted {
+        errors.add(&[("machine", machine), ("kind", kind), ("severity", severity)]);
+    }
     Ok(())
 }
 

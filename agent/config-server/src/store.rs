@@ -16,8 +16,8 @@ use serde::de::DeserializeOwned;
 use tidemark_base::storage::{Storage, read_file};
 use tidemark_proto::control::{Failure, FailureKind};
 
-use crate::inventory::Inventories;
 use crate::database::{Connection, Database, DatabaseError, Row, Statement, Value};
+use crate::inventory::Inventories;
 use crate::model::{STATE_VERSION, State};
 
 /// What the first version kept; read once.

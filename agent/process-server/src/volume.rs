@@ -23,7 +23,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let volume = of(folder.path()).unwrap();
         assert!(volume.bytes > 0 && volume.free_bytes <= volume.bytes, "{volume:?}");
-        let output = std::process::Command::new("df").args(["-B1", "--output=size"]).arg(folder.path()).output().unwrap();
+        let output =
+            std::process::Command::new("df").args(["-B1", "--output=size"]).arg(folder.path()).output().unwrap();
         let size = String::from_utf8(output.stdout).unwrap();
         assert_eq!(size.lines().nth(1).unwrap().trim().parse::<u64>().unwrap(), volume.bytes);
         assert_eq!(of(&folder.path().join("none")), None);

@@ -67,8 +67,7 @@ pub async fn servers(client: &Client, wanted: Option<&str>, output: &Output) -> 
             ]
         })
         .collect();
-    let header =
-        ["PROCESS SERVER", "APPROVAL", "CONTACT", "ADDRESS", "VERSION", "FREE", "VOLUME", "MACHINES", "ID"];
+    let header = ["PROCESS SERVER", "APPROVAL", "CONTACT", "ADDRESS", "VERSION", "FREE", "VOLUME", "MACHINES", "ID"];
     Ok(output.table(&header, &rows)?)
 }
 

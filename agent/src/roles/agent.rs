@@ -8,13 +8,14 @@ use tidemark_base::{HostId, ServerId};
 use tidemark_host::events::Subscriber;
 use tidemark_host::{Host, HostConfig, HostError, MasterTargets, master_target};
 use tidemark_proto::control::{
-    AgentCommand, DenyList, Failure, FailureKind, Inventory, Peer, ProbedDisk, Register, Reply, Severity, SourceDisk, SourceState,
-    Via,
+    AgentCommand, DenyList, Failure, FailureKind, Inventory, Peer, ProbedDisk, Register, Reply, Severity, SourceDisk,
+    SourceState, Via,
 };
 use tidemark_transport::{Identity, PeerIdentity};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::errors::Errors;
 use super::link::{self, Command, Handler, not_mine};
 use super::metrics::{self, Figures, Sheet};
 use super::outbox::Draft;
@@ -73,6 +74,7 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
         targets: targets.clone(),
         owners,
         heard,
+        errors: Errors::default(),
         denied,
     });
     if let Some(listen) = place.metrics {
@@ -105,6 +107,7 @@ struct AgentHandler {
     targets: Arc<MasterTargets>,
     owners: Owners,
     heard: Mutex<Subscriber>,
+    errors: Errors,
     denied: Arc<Denied>,
 }
 
@@ -193,7 +196,9 @@ impl Handler for AgentHandler {
 
     fn events(&self) -> Vec<Draft> {
         let heard = self.heard.lock().expect("no panic while held").take();
-        heard.into_iter().map(draft).collect()
+        let drafts: Vec<Draft> = heard.into_iter().map(draft).collect();
+        self.errors.note(&drafts);
+        drafts
     }
 }
 
@@ -203,6 +208,7 @@ impl Figures for AgentHandler {
         let host = self.host.clone();
         let machines = blocking(move || Ok(host.status())).await?;
         sheet.gauge("machines", "Machines that are protected here", None, &Vec::new(), machines.len() as f64);
+        self.errors.fill(sheet, |id, _| machines.iter().find(|of| Some(of.machine) == id).map(|of| of.name.clone()));
         for machine in machines {
             let labels = vec![("machine", machine.name.clone())];
             let seconds = machine.disks.iter().map(|disk| disk.rpo.as_secs_f64()).fold(0.0, f64::max);

@@ -69,6 +69,10 @@ pub trait Handler: Send + Sync + 'static {
     fn inventory(&self) -> Option<Inventory> {
         None
     }
+    /// How often that is looked at.
+    fn look_every(&self) -> Duration {
+        INVENTORY_EVERY
+    }
     /// Process servers that may know where the configuration server is now: id and address.
     fn neighbours(&self) -> Vec<(ServerId, String)> {
         Vec::new()
@@ -236,7 +240,7 @@ impl Link {
         let mut reports = tokio::time::interval(REPORT_EVERY);
         reports.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let told = Told::nothing(self.looking.clone());
-        let mut looks = tokio::time::interval(INVENTORY_EVERY);
+        let mut looks = tokio::time::interval(handler.look_every());
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut renewals = tokio::time::interval(RENEWAL_EVERY);
         renewals.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

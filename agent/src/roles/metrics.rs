@@ -63,10 +63,23 @@ impl Sheet {
         }
     }
 
+    /// Bytes.
     pub fn counter(&mut self, name: &'static str, help: &str, labels: &Labels, value: u64) {
+        self.counted(name, help, Some(Unit::Bytes), labels, value);
+    }
+
+    /// How often something happened.
+    pub fn count(&mut self, name: &'static str, help: &str, labels: &Labels, value: u64) {
+        self.counted(name, help, None, labels, value);
+    }
+
+    fn counted(&mut self, name: &'static str, help: &str, unit: Option<Unit>, labels: &Labels, value: u64) {
         if !self.counters.iter().any(|(known, _)| *known == name) {
             let family = Family::default();
-            self.registry.register_with_unit(name, help, Unit::Bytes, Family::clone(&family));
+            match unit {
+                Some(unit) => self.registry.register_with_unit(name, help, unit, Family::clone(&family)),
+                None => self.registry.register(name, help, Family::clone(&family)),
+            }
             self.counters.push((name, family));
         }
         if let Some((_, family)) = self.counters.iter().find(|(known, _)| *known == name) {
@@ -145,6 +158,7 @@ mod tests {
                 let labels = vec![("machine", machine.to_owned())];
                 sheet.gauge("rpo", "Age", Some(Unit::Seconds), &labels, seconds);
                 sheet.counter("sent", "Sent", &labels, 7);
+                sheet.count("errors", "Went wrong", &labels, 3);
             }
             Ok(())
         }
@@ -170,9 +184,12 @@ mod tests {
         let address = serve("127.0.0.1:0".parse().unwrap(), fixed.clone(), stop.clone()).await.unwrap();
         let text = get(address, "/metrics").await;
         assert!(text.starts_with("HTTP/1.1 200") && text.contains("openmetrics"), "{text}");
-        for line in
-            ["tidemark_rpo_seconds{machine=\"web\"} 1.5", "tidemark_sent_bytes_total{machine=\"db\"} 7", "# EOF"]
-        {
+        for line in [
+            "tidemark_rpo_seconds{machine=\"web\"} 1.5",
+            "tidemark_sent_bytes_total{machine=\"db\"} 7",
+            "tidemark_errors_total{machine=\"web\"} 3",
+            "# EOF",
+        ] {
             assert!(text.contains(line), "{line} in {text}");
         }
         assert!(get(address, "/health").await.contains("\"ok\""));

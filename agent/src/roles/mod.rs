@@ -3,6 +3,7 @@
 pub mod agent;
 #[cfg(unix)]
 pub mod config_server;
+mod errors;
 pub mod known;
 pub mod link;
 #[cfg(unix)]

@@ -15,6 +15,7 @@ use tidemark_transport::PeerIdentity;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::errors::Errors;
 use super::known::Known;
 use super::link::{self, Command, Handler, not_mine};
 use super::machines::Machines;
@@ -57,6 +58,7 @@ pub async fn start(place: Place) -> Result<RunningProcessServer, RoleError> {
         peer: peer(&place, server.address())?,
         name: place.name.clone(),
         heard: Mutex::default(),
+        errors: Errors::default(),
     });
     if let Some(listen) = place.metrics {
         metrics::serve(listen, handler.clone(), stop.clone()).await?;
@@ -103,6 +105,7 @@ struct ServerHandler {
     peer: Peer,
     name: String,
     heard: Mutex<Heard>,
+    errors: Errors,
 }
 
 /// Problems as they were reported last, and what is to be told of their coming and going.
@@ -153,6 +156,13 @@ impl Figures for ServerHandler {
         let now = report.time;
         let none = Vec::new();
         sheet.counter("received", "Received since the process server started", &none, self.server.appended_bytes());
+        let of_disk = |disk: DiskId| self.server.machine_of(disk).map(name);
+        self.errors.fill(sheet, |_, disk| disk.and_then(of_disk));
+        for (disk, reason, count) in self.server.refused_streams() {
+            let machine = disk.and_then(of_disk).unwrap_or_default();
+            let labels = vec![("machine", machine), ("reason", reason.to_owned())];
+            sheet.count("streams_refused", "Replication streams that were refused", &labels, count);
+        }
         sheet.gauge("serves", "Points that are served", None, &none, report.serves.len() as f64);
         for of in &report.machines {
             let labels = vec![("machine", name(of.machine))];
@@ -220,6 +230,8 @@ impl Handler for ServerHandler {
     }
 
     fn events(&self) -> Vec<Draft> {
-        std::mem::take(&mut self.heard.lock().expect("no panic while held").drafts)
+        let drafts = std::mem::take(&mut self.heard.lock().expect("no panic while held").drafts);
+        self.errors.note(&drafts);
+        drafts
     }
 }

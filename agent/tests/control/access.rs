@@ -197,6 +197,49 @@ async fn every_refusal_has_the_same_shape() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_sends_too_much_reads_why_and_the_connection_goes_on() {
+    use tokio::io::AsyncReadExt;
+    let site = Site::start().await;
+    let api = site.folder.config_server().unwrap().unwrap().api;
+    let authority = rustls_pki_types_pem(&std::fs::read(site.folder.ca_file()).unwrap());
+    let tls = tidemark_transport::tls::api_client(&authority).unwrap();
+    let mut stream = tidemark_transport::client::dial(&api.to_string(), tls).await.unwrap();
+    let token = site.folder.token().unwrap();
+    // Far more than the buffers of a connection hold; the third is refused for its token, without a look at its body.
+    let body = vec![b'x'; 24 << 20];
+    for (method, path, token, body, expected) in [
+        ("POST", "/policies", token.as_str(), body.as_slice(), 413),
+        ("GET", "/ready", &token, &[], 200),
+        ("POST", "/policies", "nobody's", &body, 401),
+        ("POST", "/nonesuch", &token, &body, 404),
+        ("GET", "/hosts", &token, &[], 200),
+    ] {
+        let length = body.len();
+        let head = format!(
+            "{method} /api/v1{path} HTTP/1.1\r\nHost: {api}\r\nAuthorization: Bearer {token}\r\nContent-Length: {length}\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(body).await.unwrap_or_else(|error| panic!("{path}: {error}"));
+        let mut answer = Vec::new();
+        let reading = async {
+            loop {
+                let text = String::from_utf8_lossy(&answer).into_owned();
+                if let Some((head, body)) = text.split_once("\r\n\r\n")
+                    && body.len() >= header(&head.to_lowercase(), "content-length").parse().unwrap()
+                {
+                    return (head.to_owned(), body.to_owned());
+                }
+                assert!(stream.read_buf(&mut answer).await.unwrap() > 0, "{path}: the connection was closed: {text}");
+            }
+        };
+        let (head, body) = tokio::time::timeout(SOON, reading).await.unwrap();
+        assert!(head.contains(&format!(" {expected} ")), "{path}: {head}");
+        let answer: Value = serde_json::from_str(&body).unwrap();
+        assert!(expected < 400 || answer["help"].as_str().is_some_and(|help| !help.is_empty()), "{answer}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_installation_that_lost_its_database_or_its_authority_does_not_begin_anew() {
     let mut site = Site::start().await;
     site.stop_config_server().await;

@@ -146,11 +146,7 @@ impl From<&Inventory> for wire::Inventory {
                 .map(|way| wire::DiskWay { via: way.via.clone(), obstacle: way.obstacle.clone() })
                 .collect(),
         };
-        wire::Inventory {
-            time_ns: from.time.0,
-            disks: from.disks.iter().map(disk).collect(),
-            left_out: from.left_out,
-        }
+        wire::Inventory { time_ns: from.time.0, disks: from.disks.iter().map(disk).collect(), left_out: from.left_out }
     }
 }
 

@@ -319,16 +319,15 @@ fn hosts(core: &Core) -> Vec<(HostInfo, Vec<DiskInfo>)> {
 
 /// What the host told, and what is protected there and is none of that: files, and disks of machines that it asks others about.
 fn disks(host: HostId, host_name: &str, machines: &[&Machine], told: Option<&Told>) -> Vec<DiskInfo> {
-    let mut protected: BTreeMap<DiskId, (&Machine, &model::MachineDisk)> = machines
-        .iter()
-        .flat_map(|machine| machine.disks.iter().map(|disk| (disk.id, (*machine, disk))))
-        .collect();
+    let mut protected: BTreeMap<DiskId, (&Machine, &model::MachineDisk)> =
+        machines.iter().flat_map(|machine| machine.disks.iter().map(|disk| (disk.id, (*machine, disk)))).collect();
     let mut disks = Vec::new();
     for seen in told.iter().flat_map(|told| &told.inventory.disks) {
         // By its id; by its path where it was protected since it was told.
-        let id = seen.disk.filter(|id| protected.contains_key(id)).or_else(|| {
-            protected.iter().find(|(_, (_, disk))| disk.path == seen.path).map(|(id, _)| *id)
-        });
+        let id = seen
+            .disk
+            .filter(|id| protected.contains_key(id))
+            .or_else(|| protected.iter().find(|(_, (_, disk))| disk.path == seen.path).map(|(id, _)| *id));
         let of = id.and_then(|id| protected.remove(&id));
         disks.push(info(host, host_name, seen, of, told.map(|told| told.time)));
     }
@@ -387,7 +386,8 @@ fn servers(core: &Core) -> Vec<ProcessServerInfo> {
         Ok(PeerIdentity::ProcessServer(id)) => Some((id, (record.name.clone(), String::new(), None))),
         _ => None,
     });
-    let connected = state.servers.iter().map(|(id, of)| (*id, (of.name.clone(), of.address.clone(), Some(of.last_seen))));
+    let connected =
+        state.servers.iter().map(|(id, of)| (*id, (of.name.clone(), of.address.clone(), Some(of.last_seen))));
     let known: BTreeMap<ServerId, (String, String, Option<Timestamp>)> = certified.chain(connected).collect();
     // One that has not connected yet is listed by its registration, which stays until then.
     let waits = |id: ServerId| {

@@ -36,6 +36,8 @@ pub fn text(core: &Core) -> Result<String, std::fmt::Error> {
     let connected = gauges(&mut registry, "connected", "1 while a host or process server is connected", None);
     let alerts = gauges(&mut registry, "alerts", "Alerts that last, by severity", None);
     let running = gauges(&mut registry, "jobs_running", "Jobs that run", None);
+    let machine_alerts =
+        gauges(&mut registry, "machine_alerts", "Alerts of a machine that last, by rule and severity", None);
     let (written, sent) = (Counters::default(), Counters::default());
     registry.register_with_unit(
         "written",
@@ -72,6 +74,17 @@ pub fn text(core: &Core) -> Result<String, std::fmt::Error> {
         written.get_or_create(&labels).inc_by(machine.written_bytes);
         sent.get_or_create(&labels).inc_by(machine.sent_bytes);
     }
+    let counted = [
+        ("errors", "Events that are warnings or worse, since the start", core.history.errors()),
+        ("control_streams_refused", "Control streams that were not taken, since the start", core.hub.refused()),
+    ];
+    for (name, help, tally) in counted {
+        let family = Counters::default();
+        registry.register(name, help, family.clone());
+        for (labels, count) in tally.all() {
+            family.get_or_create(&labels).inc_by(count);
+        }
+    }
     let store = core.store.state();
     let present: Vec<PeerId> = core.hub.connected().into_iter().map(|(peer, _)| peer).collect();
     let is_connected = |peer: PeerId| if present.contains(&peer) { 1.0 } else { 0.0 };
@@ -82,6 +95,13 @@ pub fn text(core: &Core) -> Result<String, std::fmt::Error> {
     for (id, server) in &store.servers {
         let labels = vec![("role", "process-server".to_owned()), ("name", server.name.clone()), ("id", id.to_string())];
         connected.get_or_create(&labels).set(is_connected(PeerId::ProcessServer(*id)));
+    }
+    for alert in store.alerts.values() {
+        let Some(machine) = &alert.machine else { continue };
+        let severity = crate::history::severity_name(alert.severity);
+        let labels =
+            vec![("machine", machine.clone()), ("kind", alert.kind.clone()), ("severity", severity.to_owned())];
+        machine_alerts.get_or_create(&labels).inc();
     }
     for severity in ["warning", "critical"] {
         let count = store.alerts.values().filter(|alert| crate::history::severity_name(alert.severity) == severity);

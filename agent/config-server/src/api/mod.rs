@@ -14,6 +14,7 @@ mod metrics;
 mod operations;
 mod refusals;
 pub(crate) mod repeat;
+mod rest;
 mod routes;
 pub mod schema;
 pub mod shapes;

@@ -27,8 +27,8 @@ use super::schema::{
     PolicySettingsSchema, ServingSchema,
 };
 use super::shapes::{
-    DescribedMachineSchema, DocumentSchema, FailoverShownSchema, HealthSchema, LeaseSchema, MachineDescriptionSchema, PeersSchema,
-    PlanReportSchema, ReadySchema, RegisterAnswerSchema,
+    DescribedMachineSchema, DocumentSchema, FailoverShownSchema, HealthSchema, LeaseSchema, MachineDescriptionSchema,
+    PeersSchema, PlanReportSchema, ReadySchema, RegisterAnswerSchema,
 };
 use super::{Access, Answer, ApiError, accepted, events, ok, versioned};
 use crate::backup::{self, BackupInfo};
@@ -300,6 +300,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
         .nest("/api/v1", api)
         .fallback(nothing_there)
         .layer(axum::middleware::from_fn(super::refusals::as_json))
+        .layer(axum::middleware::from_fn(super::rest::take_rest))
 }
 
 async fn metrics_text(State(core): App) -> Answer {

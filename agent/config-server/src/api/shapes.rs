@@ -1,9 +1,12 @@
 //! Shapes of answers that are put together from what several parts say: as [`super::schema`], for the document alone. A test holds
 //! them to what is really sent.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use utoipa::ToSchema;
+use utoipa::openapi::schema::{AdditionalProperties, KnownFormat, ObjectBuilder, SchemaFormat, Type};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
 use super::schema::DescriptionSchema;
 use crate::failover::state::Kind;
@@ -386,27 +389,51 @@ pub struct RegisterAnswerSchema {
     control_port: u16,
 }
 
-/// What a job was for; which of these are there depends on its kind, and so do further ones.
-#[derive(ToSchema)]
-#[schema(as = JobResult, additional_properties = true)]
-#[allow(dead_code)]
-pub struct JobResultSchema {
-    machine: Option<String>,
-    plan: Option<String>,
-    /// Of a point, a backup or a replica.
-    id: Option<String>,
-    #[schema(format = "uuid")]
-    point: Option<String>,
-    #[schema(format = "date-time")]
-    time: Option<String>,
-    /// From the request to the guest's first instruction.
-    rto_seconds: Option<f64>,
+/// What a job was for.
+pub struct JobResultSchema;
+
+impl PartialSchema for JobResultSchema {
+    fn schema() -> RefOr<Schema> {
+        let text = |format: Option<KnownFormat>| {
+            let format = format.map(SchemaFormat::KnownFormat);
+            ObjectBuilder::new().schema_type(Type::String).format(format)
+        };
+        ObjectBuilder::new()
+            .description(Some(
+                "What a job was for; which of these are there depends on its kind, and so do further ones.",
+            ))
+            .property("machine", text(None))
+            .property("plan", text(None))
+            .property("id", text(None).description(Some("Of a point, a backup or a replica.")))
+            .property("point", text(Some(KnownFormat::Uuid)))
+            .property("time", text(Some(KnownFormat::DateTime)))
+            .additional_properties(Some(AdditionalProperties::<Schema>::FreeForm(true)))
+            .into()
+    }
 }
 
-/// This document: OpenAPI 3.1, <https://spec.openapis.org/oas/v3.1.0>.
-#[derive(ToSchema)]
-#[schema(as = Document, additional_properties = true)]
-#[allow(dead_code)]
-pub struct DocumentSchema {
-    openapi: String,
+impl ToSchema for JobResultSchema {
+    fn name() -> Cow<'static, str> {
+        "JobResult".into()
+    }
+}
+
+/// The document of the API.
+pub struct DocumentSchema;
+
+impl PartialSchema for DocumentSchema {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .description(Some("OpenAPI 3.1, https://spec.openapis.org/oas/v3.1.0"))
+            .property("openapi", ObjectBuilder::new().schema_type(Type::String))
+            .required("openapi")
+            .additional_properties(Some(AdditionalProperties::<Schema>::FreeForm(true)))
+            .into()
+    }
+}
+
+impl ToSchema for DocumentSchema {
+    fn name() -> Cow<'static, str> {
+        "Document".into()
+    }
 }

@@ -19,7 +19,8 @@ const KEPT_REPLICAS: &[&str] =
 const PLANS: &[&str] = &["CREATE TABLE plans (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)"];
 
 // What agents told, as it was told; they tell it again whenever they connect.
-const INVENTORIES: &[&str] = &["CREATE TABLE inventories (id TEXT PRIMARY KEY, time BIGINT NOT NULL, body TEXT NOT NULL)"];
+const INVENTORIES: &[&str] =
+    &["CREATE TABLE inventories (id TEXT PRIMARY KEY, time BIGINT NOT NULL, body TEXT NOT NULL)"];
 
 const FIRST: &[&str] = &[
     // One row a thing that is wanted; `revision` counts its changes, for `If-Match`.

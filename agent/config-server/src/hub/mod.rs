@@ -13,13 +13,15 @@ use std::time::Duration;
 
 use tidemark_base::{Clock, HostId, ServerId, SystemClock, Timestamp};
 use tidemark_proto::control::{
-    AgentCommand, AgentReport, EventBatch, Failure, FailureKind, Inventory, Peer, Register, Reply, ServerCommand, ServerReport,
-    Whereabouts, wire,
+    AgentCommand, AgentReport, EventBatch, Failure, FailureKind, Inventory, Peer, Register, Reply, ServerCommand,
+    ServerReport, Whereabouts, wire,
 };
 use tidemark_transport::PeerIdentity;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
+
+use crate::tally::Tally;
 
 pub use service::{ControlService, control_server};
 
@@ -83,6 +85,8 @@ pub struct Hub {
     events: mpsc::Sender<Event>,
     registry: Arc<dyn Registry>,
     clock: SystemClock,
+    /// Streams that were not taken, by role and reason.
+    refused: Tally,
     /// What those who connect are told of us.
     whereabouts: OnceLock<Whereabouts>,
 }
@@ -157,7 +161,17 @@ impl Hub {
     pub fn new(registry: Arc<dyn Registry>) -> (Arc<Self>, mpsc::Receiver<Event>) {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let (inner, whereabouts) = (Mutex::default(), OnceLock::new());
-        (Arc::new(Self { inner, events, registry, clock: SystemClock::new(), whereabouts }), receiver)
+        (
+            Arc::new(Self {
+                inner,
+                events,
+                registry,
+                clock: SystemClock::new(),
+                refused: Tally::default(),
+                whereabouts,
+            }),
+            receiver,
+        )
     }
 
     /// Where we are, once that is known.
@@ -172,6 +186,11 @@ impl Hub {
             server: ServerId::random(),
             addresses: Vec::new(),
         })
+    }
+
+    /// Streams that were not taken since we started, by role and reason.
+    pub fn refused(&self) -> &Tally {
+        &self.refused
     }
 
     /// Asks an agent; waits at most `limit` for the answer.

@@ -50,6 +50,7 @@ impl Control for ControlService {
             .clone()
             .attach(&self.name, identity, certificate, up)
             .await
+            .inspect_err(|status| self.hub.note_refused(identity, status))
             .map(|down| Response::new(Box::pin(down) as Down))
     }
 }
@@ -184,6 +185,11 @@ impl Hub {
         }
     }
 
+    fn note_refused(&self, identity: PeerIdentity, status: &Status) {
+        let role = identity.role().to_string();
+        self.refused.add(&[("role", &role), ("reason", reason(status.code()))]);
+    }
+
     /// With the inventory that comes with it now and then. One that cannot be stored counts until we stop.
     async fn take_agent_report(
         &self,
@@ -249,6 +255,17 @@ impl Hub {
             // Taken before.
             wire::up::Body::AgentReport(_) | wire::up::Body::Events(_) | wire::up::Body::Renew(_) => Ok(()),
         }
+    }
+}
+
+/// For figures.
+fn reason(code: tonic::Code) -> &'static str {
+    match code {
+        tonic::Code::PermissionDenied => "not_admitted",
+        tonic::Code::FailedPrecondition => "version",
+        tonic::Code::InvalidArgument => "invalid",
+        tonic::Code::DeadlineExceeded => "silent",
+        _ => "cut",
     }
 }
 

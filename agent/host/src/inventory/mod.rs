@@ -3,9 +3,9 @@
 //! *Consistency.* Devices come and go while this looks: one that went is left out, and the next look is another one. *Retries.* The next
 //! look. *Cancellation.* None: it reads small files of virtual file systems. *Crash.* Nothing is kept here.
 
-mod uses;
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests;
+mod uses;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -93,7 +93,8 @@ impl Device {
             return None;
         }
         let number = text(&folder, "dev")?;
-        let number = number.split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)))?;
+        let number =
+            number.split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)))?;
         let is_partition = folder.join("partition").exists();
         let whole = if is_partition { folder.parent()? } else { &folder };
         let parent = is_partition.then(|| whole.file_name()?.to_str().map(str::to_owned)).flatten();
@@ -130,7 +131,8 @@ fn is_set(folder: &Path, name: &str) -> bool {
 
 fn path(places: &Places, name: &str, folder: &Path) -> Option<String> {
     // A device mapper's number changes with the order of starts; its name is somebody's choice, and stays.
-    let mapped = text(folder, "dm/name").map(|name| places.nodes.join("mapper").join(name)).filter(|path| path.exists());
+    let mapped =
+        text(folder, "dm/name").map(|name| places.nodes.join("mapper").join(name)).filter(|path| path.exists());
     let path = mapped.unwrap_or_else(|| places.nodes.join(name.replace('!', "/")));
     path.into_os_string().into_string().ok()
 }

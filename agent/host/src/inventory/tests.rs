@@ -87,13 +87,19 @@ fn disks_are_told_with_what_they_are_and_who_uses_them() {
     let sda2 = system.folder.path().join("devices/sda/sda2/holders");
     std::fs::create_dir_all(sda2.join("dm-0")).unwrap();
     std::fs::create_dir_all(system.folder.path().join("devices/sda/sda3/holders/md0")).unwrap();
-    System::write(&system.places.mounts, &format!(
-        "1 0 8:1 / /my\\040files rw,relatime shared:1 - ext4 /dev/somewhere rw\n\
+    System::write(
+        &system.places.mounts,
+        &format!(
+            "1 0 8:1 / /my\\040files rw,relatime shared:1 - ext4 /dev/somewhere rw\n\
          2 0 254:0 / / rw - xfs /dev/mapper/vg-root rw\n3 0 254:0 /x /again rw - xfs /dev/mapper/vg-root rw\n\
          4 0 0:27 / /pool rw - btrfs {} rw\n5 0 0:5 / /proc rw - proc proc rw\nnonsense\n",
-        system.node("cciss/c0d0")
-    ));
-    System::write(&system.places.swaps, &format!("Filename Type Size Used Priority\n{} partition 16 0 -2\n", system.node("dm-1")));
+            system.node("cciss/c0d0")
+        ),
+    );
+    System::write(
+        &system.places.swaps,
+        &format!("Filename Type Size Used Priority\n{} partition 16 0 -2\n", system.node("dm-1")),
+    );
     System::write(&system.places.found.join("b8:0"), "S:disk/by-id/x\nE:ID_PART_TABLE_TYPE=gpt\n");
     System::write(&system.places.found.join("b8:1"), "E:ID_FS_TYPE=ext4\nE:ID_PART_TABLE_TYPE=gpt\n");
 
@@ -107,7 +113,10 @@ fn disks_are_told_with_what_they_are_and_who_uses_them() {
     assert_eq!((sda.description.as_str(), sda.serial.as_str()), ("QEMU QEMU HARDDISK", "s-1"));
     assert!(sda.in_use && used(sda, "partition").len() == 10, "{sda:?}");
     let first = one(&disks, &system.node("sda1"));
-    assert_eq!((first.kind.as_str(), first.content.as_str(), used(first, "file_system")), ("partition", "ext4", vec!["/my files"]));
+    assert_eq!(
+        (first.kind.as_str(), first.content.as_str(), used(first, "file_system")),
+        ("partition", "ext4", vec!["/my files"])
+    );
     assert!(first.in_use && first.description == sda.description);
     assert_eq!(used(one(&disks, &system.node("sda2")), "holder"), [system.node("mapper/vg-root")]);
     assert_eq!(used(one(&disks, &system.node("sda3")), "holder"), [system.node("md0")]);

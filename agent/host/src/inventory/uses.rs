@@ -22,7 +22,8 @@ pub(super) fn note(places: &Places, devices: &mut BTreeMap<String, Device>) -> i
             of.push(new);
         }
     };
-    let numbers: BTreeMap<Number, &str> = devices.values().map(|device| (device.number, device.name.as_str())).collect();
+    let numbers: BTreeMap<Number, &str> =
+        devices.values().map(|device| (device.number, device.name.as_str())).collect();
     let by_path = by_path(places, devices);
     for mount in mounts(&read(places.mounts.as_path())?) {
         // File systems over several devices have a number of their own, and name one of them.
@@ -49,8 +50,7 @@ pub(super) fn note(places: &Places, devices: &mut BTreeMap<String, Device>) -> i
     }
     let is_used = |of: &[DiskUse]| of.iter().any(|of| of.kind != PARTITION);
     let mut used: Vec<String> = uses.iter().filter(|(_, of)| is_used(of)).map(|(name, _)| name.clone()).collect();
-    let parents: Vec<String> =
-        used.iter().filter_map(|name| devices.get(name.as_str())?.parent.clone()).collect();
+    let parents: Vec<String> = used.iter().filter_map(|name| devices.get(name.as_str())?.parent.clone()).collect();
     used.extend(parents);
     for (name, device) in devices.iter_mut() {
         device.disk.in_use = used.contains(name);

@@ -18,6 +18,7 @@ mod compare;
 mod lane;
 mod pool;
 mod progress;
+mod refused;
 mod store;
 mod stream;
 #[cfg(test)]
@@ -124,6 +125,7 @@ struct Inner {
     compares: Arc<Semaphore>,
     stop: CancellationToken,
     streams: TaskTracker,
+    refused: refused::RefusedStreams,
 }
 
 /// One disk that had a stream since the start.
@@ -168,6 +170,7 @@ impl Acceptor {
             compares: compare::places(),
             stop: CancellationToken::new(),
             streams: TaskTracker::new(),
+            refused: refused::RefusedStreams::default(),
         })))
     }
 
@@ -183,6 +186,11 @@ impl Acceptor {
         let inner = self.0.clone();
         // The committers finish the sync that they are at.
         let _ = tokio::task::spawn_blocking(move || inner.committer.stop()).await;
+    }
+
+    /// Streams that were refused since the start.
+    pub fn refused(&self) -> &refused::RefusedStreams {
+        &self.0.refused
     }
 
     /// Whether a stream of this disk is open.

@@ -64,6 +64,7 @@ pub async fn run(inner: Arc<Inner>, peer: PeerInfo, mut inbound: Messages, outbo
                 End::Cut(reason) => tracing::info!(%disk, reason, "replication stream was cut"),
                 End::Refused(refusal) if refusal.reason == RefusalReason::Stopping => {}
                 End::Refused(refusal) => {
+                    inner.refused.add(disk, refusal.reason);
                     tracing::warn!(%disk, peer = %peer.address, reason = ?refusal.reason, message = refusal.message, "replication stream refused");
                 }
             }

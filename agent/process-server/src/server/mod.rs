@@ -234,6 +234,11 @@ impl ProcessServer {
         self.0.set.appended_bytes()
     }
 
+    /// Replication streams that were refused since the start, by disk and reason; no disk: further ones.
+    pub fn refused_streams(&self) -> Vec<(Option<DiskId>, &'static str, u64)> {
+        self.0.acceptor.refused().all()
+    }
+
     /// As people know it; its id, where the name is not known.
     pub fn machine_name(&self, machine: MachineId) -> String {
         let name = self.0.settings.read(|machines| machines.get(&machine).map(|settings| settings.name.clone()));
