@@ -274,7 +274,7 @@ async fn what_is_answered_is_as_the_document_says() {
     let job = client.request(hyper::Method::DELETE, "/machines/gone", None).await.unwrap();
     client.finish(job, |_| {}).await.unwrap();
     for (path, body) in [
-        ("/policies", json!({ "name": "gold", "throttle_schedule": [{ "days": [1], "bytes_per_second": 9 }] })),
+        ("/policies", json!({ "name": "gold", "throttle_schedule": [{ "days": [1], "bytes_per_second": 9 << 20 }] })),
         ("/groups", json!({ "name": "shop", "machines": ["web", "db"] })),
         ("/plans", json!({ "name": "all", "steps": [{ "action": { "machines": ["web"] } }] })),
         ("/channels", json!({ "name": "hook", "webhook": { "url": "https://127.0.0.1:1/x" } })),

@@ -405,7 +405,7 @@ impl PartialSchema for JobResultSchema {
             .property("machine", text(None))
             .property("plan", text(None))
             .property("id", text(None).description(Some("Of a point, a backup or a replica.")))
-            .property("point", text(Some(KnownFormat::Uuid)))
+            .property("point", text(None).description(Some("Its id; of a plan, as it was asked for.")))
             .property("time", text(Some(KnownFormat::DateTime)))
             .additional_properties(Some(AdditionalProperties::<Schema>::FreeForm(true)))
             .into()

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use tidemark_base::error::with_causes;
 use tidemark_base::DiskId;
+use tidemark_base::error::with_causes;
 use tidemark_proto::control::{DiskWay, HostDisk, Inventory, Via};
 
 use super::Host;
