@@ -6,7 +6,6 @@ pub mod config_server;
 mod errors;
 pub mod known;
 pub mod link;
-#[cfg(unix)]
 mod looking;
 #[cfg(unix)]
 pub mod machines;
