@@ -680,6 +680,8 @@ impl Shared {
 
     fn stored(&self) -> io::Result<Vec<MachineSpec>> {
         let mut specs = Vec::new();
+        // Renames that a process before this one did not see the end of are durable before they are believed.
+        self.storage.sync_folder("machines")?;
         for name in self.storage.list("machines")? {
             if name.ends_with(".new") {
                 continue;

@@ -233,6 +233,12 @@ impl Replica {
         cache: Arc<BlockCache>,
         write: bool,
     ) -> Result<Arc<Self>, ReadError> {
+        if write {
+            // A rename that a process before this one did not see the end of, or whose sync failed, is seen to it before it is believed:
+            // what the manifest calls folded is removed from the journal below.
+            let io = |source| ReadError::Io { file: storage.path("").display().to_string(), source };
+            storage.sync_folder("").map_err(io)?;
+        }
         let manifest::Loaded { manifest, is_stale, damaged } = Manifest::load(&*storage)?;
         if is_stale
             && write

@@ -106,6 +106,11 @@ impl SimStorage {
         self.world.lock().unwrap().crash_at = Some(step);
     }
 
+    /// It was a kill and not the power: what was done until then is there, synced or not.
+    pub fn go_on(&self) {
+        self.world.lock().unwrap().crash_at = None;
+    }
+
     /// Leaves this much room on the volume; `None`: as much as anybody wants.
     pub fn set_room(&self, bytes: Option<u64>) {
         self.world.lock().unwrap().room = bytes;

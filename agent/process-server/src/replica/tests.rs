@@ -812,6 +812,32 @@ fn what_a_restart_acknowledges_outlives_the_power() {
     }
 }
 
+/// What a restart finds of a fold that was killed is durable before anything is removed for it.
+#[test]
+fn a_fold_that_was_killed_and_gone_on_with_outlives_the_power() {
+    for step in 0.. {
+        let storage = SimStorage::default();
+        let (set, replica, host, stream, _) = scanned(&storage, 20);
+        storage.crash_at(storage.steps() + step);
+        let _ = crate::fold::fold(&replica, 12, &Stop::new());
+        let is_whole = !storage.is_off();
+        drop((stream, replica, set));
+        storage.go_on();
+        drop(open(&storage));
+        for seed in 0..6 {
+            let set = open(&storage.after_crash(seed));
+            let replica = set.get(host.info.disk).unwrap();
+            assert_eq!(replica.open_report().damage, Vec::<String>::new(), "step {step} seed {seed}");
+            assert_eq!(replica.durable().cut, host.cut, "step {step} seed {seed}");
+            check(&replica, &host.contents);
+        }
+        if is_whole {
+            assert!(step > 10, "{step} steps");
+            break;
+        }
+    }
+}
+
 #[test]
 fn a_change_of_generation_that_was_cut_short_does_not_stop_the_next() {
     for step in 0..12 {

@@ -166,6 +166,8 @@ impl ProcessServer {
     fn open(config: ProcessServerConfig, address: SocketAddr) -> Result<Self, Failure> {
         raise_file_limit();
         let storage: Arc<dyn Storage> = RealStorage::create(&config.folder).map_err(|error| store_failed(&error))?;
+        // Tables whose rename a process before this one did not see the end of are durable before they are believed.
+        storage.sync_folder("").map_err(|error| store_failed(&error))?;
         let lock = lock_folder(&*storage, "another process server", "stop the other one, or choose another folder")?;
         let (set, open_failures) = ReplicaSet::open(storage.clone(), config.limits).map_err(set_failed)?;
         for failure in &open_failures {
