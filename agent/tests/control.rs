@@ -1,6 +1,8 @@
 //! The control plane from end to end, over real TLS: the command line and the REST client on one side, an agent and a
 //! process server without disks on the other.
 
+#![cfg(unix)]
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;

@@ -300,7 +300,7 @@ impl Machine {
     }
 
     /// The limit of each disk's first sender.
-    #[cfg(test)]
+    #[cfg(all(test, unix))]
     pub(crate) fn throttled_to(&self) -> Vec<Option<u64>> {
         let limit =
             |disk: &Arc<MachineDisk>| disk.feeds().first().and_then(|feed| feed.sender.policy().bytes_per_second_max);

@@ -12,7 +12,8 @@ use super::{Access, Allocation, Disk, DiskError, DiskIdentity, Durability, Image
 use crate::platform;
 use crate::{Extent, SECTOR_BYTES};
 
-const SHARE_READ: u32 = 1;
+/// Who removes the file is not held up, as elsewhere.
+const SHARE_READ_AND_DELETE: u32 = 5;
 const SHARE_ALL: u32 = 7;
 const ERROR_ACCESS_DENIED: i32 = 5;
 const ERROR_WRITE_PROTECT: i32 = 19;
@@ -45,7 +46,7 @@ impl FileDisk {
         }
         let is_writer = access == Access::Exclusive;
         let mut options = OpenOptions::new();
-        options.read(true).write(is_writer).share_mode(if is_writer { SHARE_READ } else { SHARE_ALL });
+        options.read(true).write(is_writer).share_mode(if is_writer { SHARE_READ_AND_DELETE } else { SHARE_ALL });
         let file = options.open(path).map_err(|source| match source.raw_os_error() {
             Some(ERROR_SHARING_VIOLATION | ERROR_LOCK_VIOLATION) => DiskError::InUse { path: named() },
             Some(ERROR_ACCESS_DENIED | ERROR_WRITE_PROTECT) if is_writer => DiskError::ReadOnly { path: named() },

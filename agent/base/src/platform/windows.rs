@@ -125,7 +125,8 @@ pub(crate) fn identity(file: &File) -> io::Result<DiskIdentity> {
         bytes: u64::from(of.nFileSizeHigh) << 32 | u64::from(of.nFileSizeLow),
         changed_ns: ns(times.ChangeTime),
         modified_ns: ns(times.LastWriteTime),
-        born_ns: Some(ns(times.CreationTime)),
+        // A file that takes another one's name within seconds takes this time as well; its index has a number that counts how often it was used.
+        born_ns: None,
         is_block_device: false,
         data_write_guid: None,
     })

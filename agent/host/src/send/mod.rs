@@ -246,7 +246,7 @@ impl Sender {
         }
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, unix))]
     pub(crate) fn policy(&self) -> SendPolicy {
         self.shared.control().policy
     }
