@@ -154,6 +154,7 @@ impl Handler for Simulated {
                 serves: Vec::new(),
                 machines: Vec::new(),
                 storage_encrypted: None,
+                volume: None,
             }),
             Command::Server(_) => Reply::Done,
         })
