@@ -20,7 +20,7 @@ const BUILT_FOR_WINDOWS: [&str; 8] = [
 ];
 
 /// Files and folders that Linux alone builds. The line that names the module stands behind `#[cfg(unix)]`.
-const OF_LINUX: [&str; 32] = [
+const OF_LINUX: [&str; 34] = [
     "agent/base/src/platform/unix.rs",
     "agent/base/src/disk/file.rs",
     "agent/nbd/src/cached/unix.rs",
@@ -32,6 +32,8 @@ const OF_LINUX: [&str; 32] = [
     "agent/nbd/src/stream.rs",
     "agent/nbd/src/wire.rs",
     "agent/host/src/platform/unix.rs",
+    "agent/host/src/inventory",
+    "agent/host/src/host/inventory.rs",
     "agent/host/src/freeze/guard.rs",
     "agent/host/src/freeze/scripts.rs",
     "agent/host/src/capture/bpf.rs",

@@ -5,6 +5,7 @@
 //! *Cancellation.* [`Host::stop`] leaves every disk cleanly. *Crash.* Dropping it without is one.
 
 mod group;
+#[cfg(unix)]
 mod inventory;
 
 use std::collections::BTreeMap;

@@ -7,6 +7,7 @@ pub mod error;
 pub mod events;
 pub mod freeze;
 pub mod host;
+#[cfg(unix)]
 pub mod inventory;
 pub mod ledger;
 pub mod log;

@@ -8,8 +8,8 @@ use tidemark_base::{HostId, ServerId};
 use tidemark_host::events::Subscriber;
 use tidemark_host::{Host, HostConfig, HostError, MasterTargets, master_target};
 use tidemark_proto::control::{
-    AgentCommand, DenyList, Failure, FailureKind, Inventory, Peer, ProbedDisk, Register, Reply, Severity, SourceDisk,
-    SourceState, Via,
+    AgentCommand, DenyList, Failure, FailureKind, Peer, ProbedDisk, Register, Reply, Severity, SourceDisk, SourceState,
+    Via,
 };
 use tidemark_transport::{Identity, PeerIdentity};
 use tokio::task::JoinHandle;
@@ -189,7 +189,8 @@ impl Handler for AgentHandler {
         servers
     }
 
-    fn inventory(&self) -> Option<Inventory> {
+    #[cfg(unix)]
+    fn inventory(&self) -> Option<tidemark_proto::control::Inventory> {
         let found = self.host.inventory();
         found.inspect_err(|error| tracing::warn!(%error, "it is not known which disks this host has")).ok()
     }

@@ -1,9 +1,9 @@
 //! How many streams were refused, for figures.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 
 use tidemark_base::DiskId;
+use tidemark_base::sync::Mutex;
 use tidemark_proto::replication::RefusalReason;
 
 /// Disks that are told apart: whoever shows a certificate may name any.
