@@ -73,8 +73,21 @@ const WITHIN_A_FILE: [(&str, &str); 2] = [
     ("agent/src/main.rs", "how the C library of Linux keeps memory"),
 ];
 
-const NAMES_OF_LINUX: [&str; 6] =
-    ["nix::", "libc::", "std::os::unix", "std::os::fd", "std::os::linux", "tokio::signal::unix"];
+/// Names of its system, and our own crates that nothing else builds.
+const NAMES_OF_LINUX: [&str; 12] = [
+    "nix::",
+    "libc::",
+    "std::os::unix",
+    "std::os::fd",
+    "std::os::linux",
+    "tokio::signal::unix",
+    "tidemark_bpf::",
+    "tidemark_config_server::",
+    "tidemark_fuse::",
+    "tidemark_hypervisor::",
+    "tidemark_process_server::",
+    "tidemark_qemu::",
+];
 const NAMES_OF_WINDOWS: [&str; 3] = ["windows_sys::", "windows_service::", "std::os::windows"];
 
 /// Without comments, and without the tests at the end.
@@ -166,6 +179,7 @@ fn uses_are_seen_and_tests_and_comments_are_not() {
     let found = |text: &str| mentions(&code(text), &NAMES_OF_LINUX);
     assert_eq!(found("use nix::fcntl::Flock;\n"), Some("nix::"));
     assert_eq!(found("fn a() {\n    let x = libc::ENOENT;\n}\n"), Some("libc::"));
+    assert_eq!(found("use tidemark_config_server::tally::Tally;\n"), Some("tidemark_config_server::"));
     assert_eq!(found("use unix::thing;\nuse phoenix::x;\n// nix::x\n"), None);
     assert_eq!(found("fn a() {}\n\n#[cfg(test)]\nmod tests {\n    use nix::x;\n}\n"), None);
     assert_eq!(found("fn a() {}\n\n#[cfg(all(test, unix))]\nmod tests {\n    use std::os::unix::x;\n}\n"), None);

@@ -20,6 +20,7 @@ pub mod seam;
 pub mod stop;
 pub mod storage;
 pub mod sync;
+pub mod tally;
 pub mod thread;
 pub mod time;
 pub mod trust;

@@ -50,13 +50,21 @@ impl Timestamp {
 
     /// Parses RFC 3339, with or without sub-seconds; a time zone other than `Z` is refused.
     pub fn parse(text: &str) -> Result<Self, humantime::TimestampError> {
-        humantime::parse_rfc3339(text).map(Self::from_system)
+        // A `SystemTime` of Windows counts in 100 ns: what is smaller is read from the text itself.
+        let Ok(since_epoch) = humantime::parse_rfc3339(text)?.duration_since(UNIX_EPOCH) else {
+            return Ok(Self::default());
+        };
+        let fraction = text.trim_end_matches('Z').split_once('.').map_or("", |(_, digits)| digits);
+        let nanoseconds = format!("{fraction:0<9}").parse().unwrap_or_default();
+        Ok(Self(since_epoch.as_secs().saturating_mul(1_000_000_000).saturating_add(nanoseconds)))
     }
 }
 
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        humantime::format_rfc3339_nanos(self.to_system()).fmt(f)
+        let (seconds, nanoseconds) = (self.0 / 1_000_000_000, self.0 % 1_000_000_000);
+        let whole = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds)).to_string();
+        write!(f, "{}.{nanoseconds:09}Z", whole.trim_end_matches('Z'))
     }
 }
 
@@ -199,6 +207,11 @@ mod tests {
         let time = Timestamp::parse("2026-11-21T10:04:05.250Z").unwrap();
         assert_eq!(time.to_string(), "2026-11-21T10:04:05.250000000Z");
         assert!(Timestamp::parse("yesterday").is_err());
+        for exact in [Timestamp(1_763_000_000_123_456_789), Timestamp(1), Timestamp(u64::MAX)] {
+            assert_eq!(Timestamp::parse(&exact.to_string()).unwrap(), exact);
+        }
+        assert_eq!(Timestamp::parse("1969-12-31T23:59:59.5Z").unwrap_or_default(), Timestamp(0));
+        assert_eq!(Timestamp::parse("9999-12-31T23:59:59Z").unwrap(), Timestamp(u64::MAX), "the last there is");
     }
 
     #[test]

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
+use tidemark_base::tally::Tally;
 use tidemark_base::{Clock, SystemClock, Timestamp};
 use tidemark_proto::control::{EventBatch, Severity};
 use tokio::sync::watch;
 
 use crate::database::{Connection, Database, DatabaseError, Row, Statement, Value};
-use crate::tally::Tally;
 
 /// Older events are forgotten.
 pub const EVENTS_KEPT: u64 = 100_000;

@@ -43,7 +43,6 @@ mod server;
 mod serves;
 mod status;
 pub mod store;
-pub mod tally;
 
 pub use api::write_token;
 pub use server::{ConfigServer, Options, StartError, init};

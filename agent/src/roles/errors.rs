@@ -1,7 +1,7 @@
 //! Events that are warnings or worse, counted for figures as they are told.
 
+use tidemark_base::tally::Tally;
 use tidemark_base::{DiskId, MachineId};
-use tidemark_config_server::tally::Tally;
 use tidemark_proto::control::Severity;
 
 use super::metrics::Sheet;

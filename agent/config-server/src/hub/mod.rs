@@ -11,6 +11,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use tidemark_base::tally::Tally;
 use tidemark_base::{Clock, HostId, ServerId, SystemClock, Timestamp};
 use tidemark_proto::control::{
     AgentCommand, AgentReport, EventBatch, Failure, FailureKind, Inventory, Peer, Register, Reply, ServerCommand,
@@ -20,8 +21,6 @@ use tidemark_transport::PeerIdentity;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
-
-use crate::tally::Tally;
 
 pub use service::{ControlService, control_server};
 
