@@ -2,12 +2,15 @@
 
 mod root;
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use tidemark_tests::{binary, need, need_root, tools};
+use tidemark_tests::block::Loop;
+use tidemark_tests::image::{self, MIB};
+use tidemark_tests::{Site, binary, need, need_root, site, tools, wait};
 
 const ROLES: [&str; 3] = ["agent", "process-server", "config-server"];
 /// systemd's own measure, of ten: 1 for who may do nothing, 9.6 for who may do all.
@@ -137,6 +140,80 @@ fn the_units_are_sound_and_may_do_little() {
         security.args(["security", "--offline=true", &format!("--threshold={exposure}")]).arg(&unit);
         succeeds(&mut security);
     }
+}
+
+/// System calls that a set of systemd's lets through, with those of the sets in it.
+fn calls_of(set: &str) -> BTreeSet<String> {
+    if !set.starts_with('@') {
+        return BTreeSet::from([set.to_owned()]);
+    }
+    let listed = succeeds(tools::command("systemd-analyze").args(["syscall-filter", set]));
+    let names = listed.lines().skip(1).map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    names.flat_map(calls_of).collect()
+}
+
+/// What systemd makes of the agent's unit that counts for a tracked device: capabilities, no new privileges, nothing to write
+/// in /sys but what the unit names. Its calls are watched, and compared with those that the unit lets through.
+#[test]
+fn an_agent_tracks_a_device_with_what_its_unit_gives_it() {
+    need!("losetup", "strace", "setpriv", "unshare", "systemd-analyze");
+    need_root!("programs in the kernel");
+    if !Path::new("/sys/kernel/btf/vmlinux").exists() {
+        let test = "an_agent_tracks_a_device_with_what_its_unit_gives_it";
+        return tools::skipped(test, "needs a kernel that describes its types");
+    }
+    let text = std::fs::read_to_string(repository().join("packaging/systemd/tidemark-agent.service")).unwrap();
+    let settings = |name: &str| -> Vec<String> {
+        let lines = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        lines.flat_map(|line| line.split(' ').map(str::to_owned)).collect()
+    };
+    let capabilities: Vec<String> = settings("CapabilityBoundingSet")
+        .iter()
+        .map(|name| format!("+{}", name.strip_prefix("CAP_").unwrap().to_lowercase()))
+        .collect();
+    let writable = settings("ReadWritePaths");
+    let pins = if writable.iter().any(|path| path == "-/sys/fs/bpf") { "rw" } else { "ro" };
+
+    let mut site = Site::prepare();
+    for role in ["config-server", "process-server"] {
+        site.start_role(role);
+    }
+    let calls = site.path("calls");
+    let mut agent = tools::command("strace");
+    // The tracer is a process beside it, so that a signal reaches the agent.
+    agent.args(["-D", "-f", "-q", "-s", "0", "-o"]).arg(&calls).args(["unshare", "--mount", "sh", "-c"]);
+    let sandbox = "mount -o remount,bind,ro /sys && mount -o remount,bind,$0 /sys/fs/bpf && exec \"$@\"";
+    agent.arg(sandbox).arg(pins).args(["setpriv", "--no-new-privs"]);
+    agent.arg(format!("--bounding-set=-all,{}", capabilities.join(","))).arg(binary::tidemark());
+    site.start_role_as("agent", agent);
+    site.wait_connected();
+    let image = site.path("disk.img");
+    image::make_mixed(&image, 4 * MIB, 5);
+    let device = Loop::attach(&image);
+    site.json(&["protect", "web", "--disk", device.path().to_str().unwrap(), "--via", "bpf"]);
+    site.wait_protected("web");
+    std::fs::OpenOptions::new().write(true).open(device.path()).unwrap().write_all_at(&[7; 4096], MIB).unwrap();
+    let point = site.point("web");
+    let exported = site.export("web", point["id"].as_str().unwrap(), "exported.raw", "raw");
+    image::assert_same(&image, &exported);
+    assert_eq!(site.run(&["unprotect", "web"]).code, 0);
+    site.down();
+
+    let allowed: BTreeSet<String> = settings("SystemCallFilter").iter().flat_map(|set| calls_of(set)).collect();
+    let made = wait::until("the tracer wrote everything", site::LIMIT, || {
+        std::fs::read_to_string(&calls).ok().filter(|text| text.trim_end().ends_with("+++ exited with 0 +++"))
+    });
+    // From where it is the agent.
+    let made = made.split_once("/tidemark\"").expect("the agent was started").1;
+    let name = |line: &str| {
+        let call = line.split_once(' ')?.1.trim_start();
+        let name = call.split_once('(')?.0;
+        name.chars().all(|letter| letter.is_ascii_alphanumeric() || letter == '_').then(|| name.to_owned())
+    };
+    let used: BTreeSet<String> = made.lines().filter_map(name).collect();
+    assert!(used.contains("bpf") && used.contains("fsync") && used.len() > 40, "{used:?}");
+    let refused: Vec<&String> = used.difference(&allowed).collect();
+    assert!(refused.is_empty(), "the unit does not let through {refused:?}");
 }
 
 /// As systemd starts it: a role says when it answers, that it lives, and that it ends.

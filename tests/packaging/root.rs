@@ -3,7 +3,8 @@
 //! done by this test.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -114,6 +115,16 @@ fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
+/// Status and text of an answer.
+fn asked(port: u16, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
+    (status, answer)
+}
+
 #[test]
 fn a_machine_that_is_protected_by_the_installed_package_is_upgraded_without_comparing_a_byte() {
     need!("mmdebstrap", "dpkg-deb", "python3", "unshare", "chroot");
@@ -129,13 +140,15 @@ fn a_machine_that_is_protected_by_the_installed_package_is_upgraded_without_comp
     });
     root.run(&["dpkg", "-i", &first]);
     // What an administrator changes: where it listens.
-    let [api, control, data] = [free_port(), free_port(), free_port()];
+    let [api, control, data, of_agent, of_server] = [(); 5].map(|()| free_port());
     let config = root.path("etc/tidemark/tidemark.toml");
     let text = std::fs::read_to_string(&config).unwrap();
     let text = text
         .replace("0.0.0.0:7321", &format!("127.0.0.1:{api}"))
         .replace("0.0.0.0:7322", &format!("127.0.0.1:{control}"))
-        .replace("0.0.0.0:7320", &format!("127.0.0.1:{data}"));
+        .replace("0.0.0.0:7320", &format!("127.0.0.1:{data}"))
+        .replace("# metrics-listen = \"127.0.0.1:7324\"", &format!("metrics-listen = \"127.0.0.1:{of_agent}\""))
+        .replace("# metrics-listen = \"127.0.0.1:7325\"", &format!("metrics-listen = \"127.0.0.1:{of_server}\""));
     std::io::Write::write_all(&mut std::fs::File::create(&config).unwrap(), text.as_bytes()).unwrap();
 
     let made: Value = serde_json::from_str(&root.run(&["tidemark", "config-server", "init", "--json"])).unwrap();
@@ -175,6 +188,25 @@ fn a_machine_that_is_protected_by_the_installed_package_is_upgraded_without_comp
     };
     wait::until("it is replicated", LIMIT, || replicated(&root));
     let point = client(&root, &["point", "create", "web"]).expect("a point");
+
+    // What somebody who collects figures and asks for health gets.
+    for (port, figures) in [
+        (of_agent, &["tidemark_rpo_seconds{machine=\"web\"", "tidemark_sent_bytes_total{", "tidemark_problems{"][..]),
+        (
+            of_server,
+            &[
+                "tidemark_recovery_points{machine=\"web\"} ",
+                "tidemark_received_bytes_total{} ",
+                "tidemark_stored_bytes{",
+            ],
+        ),
+    ] {
+        let (status, text) = asked(port, "/metrics");
+        assert!(status == 200 && figures.iter().all(|line| text.contains(line)), "{figures:?} in {status} {text}");
+        assert!(text.ends_with("# EOF\n"), "{text}");
+        let (status, text) = asked(port, "/ready");
+        assert!(status == 200 && text.contains("\"ready\""), "{status} {text}");
+    }
 
     // The files are replaced under the roles that run; then each is restarted, as the package's script has systemd do it.
     root.run(&["dpkg", "-i", "--force-confold", &second]);
