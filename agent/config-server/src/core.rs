@@ -12,7 +12,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backup::Backups;
 use crate::cycles::Cycles;
-use crate::database::Statement;
 use crate::deliver::Deliveries;
 use crate::history::History;
 use crate::hub::{Hub, PeerId, unexpected};
@@ -101,10 +100,9 @@ impl Core {
         self.folder.get().map(|folder| folder.join(kind)).unwrap_or_default()
     }
 
-    /// Whether requests can be answered: the database does. Blocks.
+    /// Whether requests can be answered: the database does, and stores what it is told. Blocks.
     pub fn is_ready(&self) -> Result<(), Failure> {
-        let database = self.store.database();
-        Ok(database.read(Statement::new("SELECT COUNT(*) FROM facts", [])).map(drop)?)
+        Ok(self.store.database().check()?)
     }
 
     /// Operations that change what is wanted of a machine, one after another.

@@ -76,6 +76,7 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
         heard,
         errors: Errors::default(),
         denied,
+        unseen: Mutex::default(),
     });
     if let Some(listen) = place.metrics {
         metrics::serve(listen, handler.clone(), stop.clone()).await?;
@@ -109,6 +110,8 @@ struct AgentHandler {
     heard: Mutex<Subscriber>,
     errors: Errors,
     denied: Arc<Denied>,
+    /// Why the last look at the host's disks failed.
+    unseen: Mutex<Option<String>>,
 }
 
 /// Process servers that are not dialled; kept, so that a restart without the configuration server forgets none.
@@ -192,7 +195,16 @@ impl Handler for AgentHandler {
     #[cfg(unix)]
     fn inventory(&self) -> Option<tidemark_proto::control::Inventory> {
         let found = self.host.inventory();
-        found.inspect_err(|error| tracing::warn!(%error, "it is not known which disks this host has")).ok()
+        let failure = found.as_ref().err().map(ToString::to_string);
+        let mut unseen = self.unseen.lock().expect("no panic while held");
+        // Looks are many: what stays the same is said once.
+        if *unseen != failure {
+            if let Some(error) = &failure {
+                tracing::warn!(error, "it is not known which disks this host has");
+            }
+            *unseen = failure;
+        }
+        found.ok()
     }
 
     fn events(&self) -> Vec<Draft> {
@@ -243,7 +255,7 @@ impl Figures for AgentHandler {
         Ok(())
     }
 
-    fn is_ready(&self) -> Result<(), String> {
+    async fn is_ready(&self) -> Result<(), String> {
         let failed = self.host.status().into_iter().flat_map(|machine| machine.disks).find_map(|disk| {
             (disk.state == SourceState::Failed).then(|| disk.problems.first().map(|problem| problem.message.clone()))
         });

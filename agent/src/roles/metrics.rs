@@ -32,7 +32,7 @@ type Labels = Vec<(&'static str, String)>;
 pub trait Figures: Send + Sync + 'static {
     async fn fill(&self, sheet: &mut Sheet) -> Result<(), Failure>;
     /// `Err` says what it waits for.
-    fn is_ready(&self) -> Result<(), String>;
+    async fn is_ready(&self) -> Result<(), String>;
 }
 
 /// Figures as they are written down.
@@ -134,7 +134,7 @@ async fn metrics(State(figures): State<Arc<dyn Figures>>) -> Response {
 }
 
 async fn ready(State(figures): State<Arc<dyn Figures>>) -> Response {
-    match figures.is_ready() {
+    match figures.is_ready().await {
         Ok(()) => Json(json!({ "status": "ready" })).into_response(),
         Err(reason) => {
             let body = Json(json!({ "status": "not_ready", "error": reason }));
@@ -163,7 +163,7 @@ mod tests {
             Ok(())
         }
 
-        fn is_ready(&self) -> Result<(), String> {
+        async fn is_ready(&self) -> Result<(), String> {
             self.0.lock().unwrap().clone()
         }
     }

@@ -192,9 +192,8 @@ impl Figures for ServerHandler {
         Ok(())
     }
 
-    fn is_ready(&self) -> Result<(), String> {
-        // It listens from its start on, and refuses by name what it cannot take.
-        Ok(())
+    async fn is_ready(&self) -> Result<(), String> {
+        self.server.is_ready().await
     }
 }
 

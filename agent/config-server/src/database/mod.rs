@@ -13,9 +13,11 @@ mod schema;
 mod sqlite;
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
 use serde::{Deserialize, Serialize};
+use tidemark_base::Timestamp;
 use tidemark_proto::control::{Failure, FailureKind};
 
 pub use schema::{VERSION, tables};
@@ -157,15 +159,23 @@ trait Backend: Send {
 }
 
 /// What runs on the thread.
-pub struct Connection<'a>(&'a mut dyn Backend);
+pub struct Connection<'a> {
+    backend: &'a mut dyn Backend,
+    refuses_writes: &'a AtomicBool,
+}
 
 impl Connection<'_> {
     pub fn write(&mut self, statements: &[Statement]) -> Result<(), DatabaseError> {
-        if statements.is_empty() { Ok(()) } else { self.0.write(statements) }
+        if statements.is_empty() {
+            return Ok(());
+        }
+        let outcome = self.backend.write(statements);
+        self.refuses_writes.store(outcome.is_err(), Ordering::Relaxed);
+        outcome
     }
 
     pub fn read(&mut self, statement: Statement) -> Result<Vec<Row>, DatabaseError> {
-        self.0.read(&statement)
+        self.backend.read(&statement)
     }
 }
 
@@ -176,6 +186,8 @@ type Call = Box<dyn FnOnce(&mut dyn Backend) + Send>;
 pub struct Database(Arc<Inner>);
 
 struct Inner {
+    /// The last write failed.
+    refuses_writes: Arc<AtomicBool>,
     calls: Mutex<Option<mpsc::SyncSender<Call>>>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
     name: String,
@@ -239,7 +251,7 @@ impl Database {
             Err(_) => return Err(gone()),
         };
         let (calls, thread) = (Mutex::new(Some(calls)), Mutex::new(Some(thread)));
-        Ok(Self(Arc::new(Inner { calls, thread, name })))
+        Ok(Self(Arc::new(Inner { refuses_writes: Arc::default(), calls, thread, name })))
     }
 
     /// Runs `work` on the thread of the connection and waits for it.
@@ -256,7 +268,8 @@ impl Database {
 
     /// Has `work` run on the thread of the connection, after everything before it.
     pub fn post(&self, work: impl FnOnce(&mut Connection<'_>) + Send + 'static) -> Result<(), DatabaseError> {
-        let call: Call = Box::new(move |backend| work(&mut Connection(backend)));
+        let refuses_writes = self.0.refuses_writes.clone();
+        let call: Call = Box::new(move |backend| work(&mut Connection { backend, refuses_writes: &refuses_writes }));
         let calls = self.0.calls.lock().expect("no panic while held").clone().ok_or_else(|| self.gone())?;
         calls.send(call).map_err(|_| self.gone())
     }
@@ -267,6 +280,15 @@ impl Database {
 
     pub fn read(&self, statement: Statement) -> Result<Vec<Row>, DatabaseError> {
         self.run(move |connection| connection.read(statement))
+    }
+
+    /// Whether it answers, and where the last write was refused, whether it takes one again.
+    pub fn check(&self) -> Result<(), DatabaseError> {
+        if self.0.refuses_writes.load(Ordering::Relaxed) {
+            let sql = "INSERT INTO facts (id, value) VALUES ('checked', $1) ON CONFLICT (id) DO UPDATE SET value = $1";
+            return self.write(vec![Statement::new(sql, [Timestamp::now().to_string().into()])]);
+        }
+        self.read(Statement::new("SELECT COUNT(*) FROM facts", [])).map(drop)
     }
 
     /// As people know it.

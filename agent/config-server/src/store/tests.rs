@@ -193,6 +193,7 @@ fn a_database_that_is_locked_full_newer_or_damaged_is_named() {
     let failure = set(&store, &wide, 1).unwrap_err();
     assert!(failure.message.contains("no room") && failure.help.contains("nothing was changed"), "{failure:?}");
     assert!(!store.state().policies.contains_key(&wide));
+    store.database().check().expect("what is smaller is stored again");
     set(&store, "small", 1).unwrap();
     drop(store);
     let store = Store::open(Database::open(&setting).unwrap(), &*storage).unwrap();
@@ -204,6 +205,24 @@ fn a_database_that_is_locked_full_newer_or_damaged_is_named() {
 
     std::fs::File::create(&path).unwrap().write_all(&[7; 8192]).unwrap();
     named(Database::open(&setting).err().unwrap(), "damaged");
+}
+
+/// Whoever asks whether the server is ready must not hear yes from one that can store nothing.
+#[test]
+fn a_database_that_refused_a_write_is_asked_for_one_before_it_counts_as_ready() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::open(&DatabaseSetting::Sqlite(folder.path().join("config.db"))).unwrap();
+    database.check().unwrap();
+    let run = |sql: &str| database.write(vec![Statement::new(sql, [])]);
+    let refuse = "CREATE TRIGGER refuse BEFORE INSERT ON facts BEGIN SELECT RAISE(ABORT, 'no more'); END";
+    run(refuse).unwrap();
+    database.check().expect("nobody wrote yet");
+    run("INSERT INTO facts (id, value) VALUES ('a', 'b')").unwrap_err();
+    for _ in 0..2 {
+        assert!(database.check().unwrap_err().to_string().contains("no more"));
+    }
+    run("DROP TRIGGER refuse").unwrap();
+    database.check().unwrap();
 }
 
 #[test]

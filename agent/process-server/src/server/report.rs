@@ -94,6 +94,20 @@ impl ProcessServer {
         })
     }
 
+    /// Whether what comes for each of its disks is taken; otherwise why not.
+    pub async fn is_ready(&self) -> Result<(), String> {
+        let inner = self.0.clone();
+        let refused = blocking(move || {
+            let unopened = inner.open_failures.iter().filter_map(unopened_disk).flat_map(|disk| disk.problems);
+            Ok(inner.set.replicas().iter().flat_map(|replica| refusals(replica)).chain(unopened).next())
+        });
+        match refused.await {
+            Ok(None) => Ok(()),
+            Ok(Some(problem)) => Err(problem.message),
+            Err(failure) => Err(failure.message),
+        }
+    }
+
     /// Positions, sizes, serves, points: all that the status shows.
     pub async fn status(&self) -> Result<ServerReport, Failure> {
         let inner = self.0.clone();
@@ -181,19 +195,7 @@ impl Inner {
             message: format!("disk {}: {message}", replica.disk()),
             help: "the recovery points at these marks are lost, others are whole; check the volume, and `tidemark point verify` them".to_owned(),
         }));
-        problems.extend(replica.failure().map(|message| Problem {
-            critical: true,
-            message: format!("disk {}: the journal failed and takes nothing more: {message}", replica.disk()),
-            help: "check the process server's volume (see its kernel log), then restart the process server".to_owned(),
-        }));
-        problems.extend(replica.lacks_room().map(|free| Problem {
-            critical: true,
-            message: format!(
-                "disk {}: what comes is refused for want of room: {free} bytes were free on the volume",
-                replica.disk()
-            ),
-            help: "free or add room on the process server's volume, or shorten the retention; nothing was lost, the host waits and goes on by itself".to_owned(),
-        }));
+        problems.extend(refusals(replica));
         problems.extend(self.scrubber.file_problems().into_iter().map(|message| Problem {
             critical: false,
             message: format!("a file of the process server was damaged, and was written again: {message}"),
@@ -276,6 +278,24 @@ fn unopened_disk(failure: &OpenFailure) -> Option<ReplicaDisk> {
         scrub_started: None,
         scrub_bytes: 0,
     })
+}
+
+/// Why nothing that comes for this disk is taken.
+fn refusals(replica: &Replica) -> impl Iterator<Item = Problem> {
+    let failed = replica.failure().map(|message| Problem {
+        critical: true,
+        message: format!("disk {}: the journal failed and takes nothing more: {message}", replica.disk()),
+        help: "check the process server's volume (see its kernel log), then restart the process server".to_owned(),
+    });
+    let full = replica.lacks_room().map(|free| Problem {
+        critical: true,
+        message: format!(
+            "disk {}: what comes is refused for want of room: {free} bytes were free on the volume",
+            replica.disk()
+        ),
+        help: "free or add room on the process server's volume, or shorten the retention; nothing was lost, the host waits and goes on by itself".to_owned(),
+    });
+    failed.into_iter().chain(full)
 }
 
 pub(super) fn point_info(point: &Point) -> PointInfo {
