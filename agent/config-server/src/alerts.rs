@@ -8,18 +8,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidemark_base::{Clock, Timestamp};
+use tidemark_base::{Clock, MachineId, Timestamp};
 use tidemark_proto::control::Severity;
 use tidemark_transport::PeerIdentity;
 
 use crate::core::Core;
 use crate::history::News;
 use crate::model::{Alert, IdentityRecord, Machine, Policy, Standing, State};
-use crate::status::{self, Health};
+use crate::status::{self, Health, Reason};
 
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// A start is no alarm: agents and process servers need a moment to connect.
 const GRACE: Duration = Duration::from_secs(30);
+/// Machines that a message names.
+const NAMED_MAX: usize = 10;
 /// Nor is somebody else's: who comes back within this time was hardly away.
 const ABSENCE: Duration = Duration::from_secs(15);
 
@@ -72,15 +74,17 @@ fn find(core: &Core) -> BTreeMap<String, Found> {
             let alert = Alert {
                 severity,
                 kind: reason.kind.to_owned(),
-                machine: Some(machine.name.clone()),
+                machine: None,
+                machines: Vec::new(),
                 message: reason.message.clone(),
                 help: reason.help.clone(),
                 since: now,
             };
-            let told = blake3::hash(without_figures(&reason.message).as_bytes()).to_hex();
-            let of = reason.of.map_or_else(String::new, |server| format!("/{server}"));
-            let found_now = Found { alert, is_absence: reason.is_absence };
-            found.entry(format!("{}/{}/{}{of}", machine.id, reason.kind, &told[..16])).or_insert(found_now);
+            let of = found.entry(key(machine.id, reason)).or_insert(Found { alert, is_absence: reason.is_absence });
+            of.alert.severity = of.alert.severity.max(severity);
+            if of.alert.machines.last() != Some(&machine.name) {
+                of.alert.machines.push(machine.name.clone());
+            }
         }
         // What they said last still holds while they are not heard of: silence is not an all-clear.
         if !machine.host.connected || machine.process_servers.iter().any(|server| !server.peer.connected) {
@@ -91,6 +95,13 @@ fn find(core: &Core) -> BTreeMap<String, Found> {
                     found.entry(key.clone()).or_insert(Found { alert, is_absence: false });
                 }
             }
+        }
+    }
+    for Found { alert, .. } in found.values_mut() {
+        match &alert.machines[..] {
+            [] => {}
+            [only] => alert.machine = Some(only.clone()),
+            several => alert.message = format!("{}; machines: {}", alert.message, listed(several)),
         }
     }
     let certain = |alert| Found { alert, is_absence: false };
@@ -105,6 +116,25 @@ fn find(core: &Core) -> BTreeMap<String, Found> {
         }
     }
     found
+}
+
+/// Stays the same while it lasts. What is about an agent or a process server is one alert for all of its machines.
+fn key(machine: MachineId, reason: &Reason) -> String {
+    if let Some(peer) = &reason.peer {
+        // One that is away and then silent for too long is the same that got worse, and no end of the first.
+        return format!("peer/{peer}/{}", if reason.is_absence { "absence" } else { reason.kind });
+    }
+    let told = blake3::hash(without_figures(&reason.message).as_bytes()).to_hex();
+    let of = reason.of.map_or_else(String::new, |server| format!("/{server}"));
+    format!("{machine}/{}/{}{of}", reason.kind, &told[..16])
+}
+
+fn listed(machines: &[String]) -> String {
+    let named = machines.iter().take(NAMED_MAX).cloned().collect::<Vec<_>>().join(", ");
+    match machines.len().saturating_sub(NAMED_MAX) {
+        0 => named,
+        more => format!("{named} and {more} more"),
+    }
 }
 
 /// Of an identity that is refused while machines depend on it.
@@ -125,12 +155,13 @@ fn refused(state: &State, identity: PeerIdentity, record: &IdentityRecord, now: 
         PeerIdentity::ProcessServer(server) => machine.servers().any(|of| of == server),
         _ => false,
     };
-    let machines: Vec<&str> = state.machines.values().filter(depends).map(|machine| machine.name.as_str()).collect();
+    let machines: Vec<String> = state.machines.values().filter(depends).map(|machine| machine.name.clone()).collect();
     (!machines.is_empty()).then(|| Alert {
         severity: Severity::Critical,
         kind: "identity_refused".to_owned(),
         machine: None,
-        message: format!("{} {what}; not protected meanwhile: {}", record.name, machines.join(", ")),
+        message: format!("{} {what}; not protected meanwhile: {}", record.name, listed(&machines)),
+        machines,
         help: help.to_owned(),
         since: now,
     })
@@ -147,17 +178,25 @@ fn take(core: &Core, found: BTreeMap<String, Alert>) -> Result<(), tidemark_prot
     let same = |key: &String, alert: &Alert| {
         before.alerts.get(key).is_some_and(|known| known.severity == alert.severity && known.kind == alert.kind)
     };
+    let has_other_machines =
+        |key: &String, alert: &Alert| before.alerts.get(key).is_some_and(|known| known.machines != alert.machines);
     let begun: Vec<(String, Alert)> = found
         .iter()
         .filter(|(key, alert)| !same(key, alert))
         .map(|(key, alert)| (key.clone(), alert.clone()))
         .collect();
+    // One machine more or less is shown, and not told again.
+    let changed: Vec<(String, Alert)> = found
+        .iter()
+        .filter(|(key, alert)| same(key, alert) && has_other_machines(key, alert))
+        .map(|(key, alert)| (key.clone(), alert.clone()))
+        .collect();
     let ended: Vec<String> = before.alerts.keys().filter(|key| !found.contains_key(*key)).cloned().collect();
-    if begun.is_empty() && ended.is_empty() {
+    if begun.is_empty() && changed.is_empty() && ended.is_empty() {
         return Ok(());
     }
     core.store.change(|state| {
-        for (key, alert) in &begun {
+        for (key, alert) in begun.iter().chain(&changed) {
             let since = state.alerts.get(key).map_or(alert.since, |known| known.since);
             state.alerts.insert(key.clone(), Alert { since, ..alert.clone() });
         }

@@ -170,7 +170,11 @@ pub struct Alert {
     pub severity: Severity,
     /// Which rule raised it.
     pub kind: String,
+    /// The one that it is about.
     pub machine: Option<String>,
+    /// All that it is about: one cause is one alert, however many suffer from it.
+    #[serde(default)]
+    pub machines: Vec<String>,
     pub message: String,
     pub help: String,
     #[schema(value_type = String, format = "date-time")]

@@ -84,6 +84,9 @@ pub struct Reason {
     /// The process server that it is about, where that is not the one that the machine is judged by.
     #[serde(skip)]
     pub of: Option<ServerId>,
+    /// The agent or process server, by its id, that it is about, and not this machine alone.
+    #[serde(skip)]
+    pub peer: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, ToSchema)]
@@ -345,23 +348,60 @@ fn reasons(
     views: &[View<'_>],
 ) -> Vec<Reason> {
     let sources = &best.sources;
-    let peers = || [host].into_iter().chain(views.iter().map(|view| &view.peer));
+    let servers = views.iter().map(|view| (&view.peer, "process server"));
+    let absent = || [(host, "agent")].into_iter().chain(servers.clone()).filter(|(peer, _)| !peer.connected);
     let store = core.store.state();
     let policy = store.policies.get(&machine.policy).cloned().unwrap_or_default();
     let is_active = machine.wanted == Wanted::Protected;
-    let mut reasons: Vec<Reason> = problems
-        .iter()
-        .map(|problem| Reason {
+    let now = core.clock.wall_now();
+    let limit = Duration::from_secs(policy.alarm_no_contact_seconds);
+    // One that was never seen since we started may be away for longer than that; it is not known to have been.
+    let is_silent = |peer: &PeerStatus| now.saturating_since(peer.since.unwrap_or(core.started)) > limit;
+    let mut reasons = Vec::new();
+    for problem in problems {
+        let of = absent().find(|(peer, what)| problem.message.starts_with(&is_not_connected(peer, what)));
+        // Silence that lasts is said below, once.
+        if of.is_some_and(|(peer, _)| is_silent(peer)) {
+            continue;
+        }
+        reasons.push(Reason {
             health: if problem.critical { Health::Critical } else { Health::Warning },
             kind: "problem",
             message: problem.message.clone(),
             help: problem.help.clone(),
-            is_absence: peers().any(|peer| !peer.connected && problem.message.contains("is not connected")),
+            is_absence: absent().next().is_some() && problem.message.contains("is not connected"),
             of: None,
-        })
-        .collect();
+            peer: of.map(|(peer, _)| peer.id.clone()),
+        });
+    }
+    for (peer, what) in absent().filter(|(peer, _)| is_silent(peer)) {
+        reasons.push(Reason {
+            health: Health::Critical,
+            kind: "no_contact",
+            message: format!("nothing was heard of {what} {} for longer than {} s", peer.name, limit.as_secs()),
+            help: "check that its machine runs and reaches the configuration server".to_owned(),
+            is_absence: true,
+            of: None,
+            peer: Some(peer.id.clone()),
+        });
+    }
+    for peer in [PeerId::Agent(machine.host)].into_iter().chain(machine.servers().map(PeerId::ProcessServer)) {
+        let ahead = core.hub.clock_ahead_seconds(peer);
+        if ahead.unsigned_abs() > CLOCK_OFF_SECONDS_MAX {
+            let side = if ahead > 0 { "ahead of" } else { "behind" };
+            reasons.push(Reason {
+                health: Health::Warning,
+                kind: "clock",
+                message: format!("the clock of {peer} is {} s {side} the configuration server's", ahead.unsigned_abs()),
+                help: "set the clock that is wrong; NTP on both does".to_owned(),
+                is_absence: false,
+                of: None,
+                peer: Some(peer.to_string()),
+            });
+        }
+    }
     let mut add = |health, kind, message: String, help: &str, is_absence| {
-        reasons.push(Reason { health, kind, message, help: help.to_owned(), is_absence, of: None });
+        reasons.push(Reason { health, kind, message, help: help.to_owned(), is_absence, of: None, peer: None });
     };
     if state == State::Failed {
         let help = "see the problems; `tidemark resync` begins again where nothing else helps";
@@ -370,26 +410,6 @@ fn reasons(
     if state == State::Disconnected {
         let help = "check that the process server runs and that the host reaches it; changes are kept at the host";
         add(Health::Warning, "disconnected", "the host has no stream to its process server".to_owned(), help, true);
-    }
-    let now = core.clock.wall_now();
-    let limit = Duration::from_secs(policy.alarm_no_contact_seconds);
-    for (peer, what) in peers().zip(["agent"].into_iter().chain(std::iter::repeat("process server"))) {
-        // One that was never seen since we started may be away for longer than that; it is not known to have been.
-        let away = now.saturating_since(peer.since.unwrap_or(core.started));
-        if !peer.connected && away > limit {
-            let message = format!("nothing was heard of {what} {} for longer than {} s", peer.name, limit.as_secs());
-            let help = "check that its machine runs and reaches the configuration server";
-            add(Health::Critical, "no_contact", message, help, true);
-        }
-    }
-    for peer in [PeerId::Agent(machine.host)].into_iter().chain(machine.servers().map(PeerId::ProcessServer)) {
-        let ahead = core.hub.clock_ahead_seconds(peer);
-        if ahead.unsigned_abs() > CLOCK_OFF_SECONDS_MAX {
-            let side = if ahead > 0 { "ahead of" } else { "behind" };
-            let message =
-                format!("the clock of {peer} is {} s {side} the configuration server's", ahead.unsigned_abs());
-            add(Health::Warning, "clock", message, "set the clock that is wrong; NTP on both does", false);
-        }
     }
     let rpo_limit = policy.alarm_rpo();
     let exposed = exposure(core, machine, best).filter(|exposed| *exposed > rpo_limit);
@@ -547,7 +567,11 @@ fn away(core: &Core, peer: &PeerStatus, what: &str) -> Problem {
     };
     Problem {
         critical: false,
-        message: format!("{what} {} is not connected {since}", peer.name),
+        message: format!("{} {since}", is_not_connected(peer, what)),
         help: "check that it runs and reaches the configuration server".to_owned(),
     }
+}
+
+fn is_not_connected(peer: &PeerStatus, what: &str) -> String {
+    format!("{what} {} is not connected", peer.name)
 }

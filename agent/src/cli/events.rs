@@ -71,8 +71,15 @@ pub async fn alert(client: &Client, verb: AlertVerb, output: &Output) -> Result<
         output.line("nothing needs anyone")?;
         return Ok(());
     }
-    let columns = ["/severity", "/machine", "/since", "/kind", "/message"];
-    let rows: Vec<Vec<String>> = list.iter().map(|alert| columns.map(|at| text(alert, at)).to_vec()).collect();
+    let of = |alert: &Value| match alert["machines"].as_array().map_or(0, Vec::len) {
+        0 | 1 => text(alert, "/machine"),
+        several => format!("{several} machines"),
+    };
+    let row = |alert: &Value| {
+        let [severity, since, kind, message] = ["/severity", "/since", "/kind", "/message"].map(|at| text(alert, at));
+        vec![severity, of(alert), since, kind, message]
+    };
+    let rows: Vec<Vec<String>> = list.iter().map(row).collect();
     output.table(&["SEVERITY", "MACHINE", "SINCE", "KIND", "MESSAGE"], &rows)?;
     for alert in list.iter().filter(|alert| !text(alert, "/help").eq("–")) {
         output.line(&format!("{}: {}", text(alert, "/message"), text(alert, "/help")))?;

@@ -66,6 +66,8 @@ async fn a_host_that_is_silent_has_an_rpo_and_keeps_its_alerts_over_a_restart_of
     let problem = Problem { critical: true, message: "the disk is on fire".into(), help: "extinguish it".into() };
     site.agent().problems.lock().unwrap().push(problem);
     site.job("/machines", json!({ "name": "web", "disks": [disk], "policy": "strict" })).await.unwrap();
+    let other = site.disk("b.img", 1 << 20);
+    site.job("/machines", json!({ "name": "db", "disks": [other], "policy": "strict" })).await.unwrap();
     let client = site.client();
     let status = client.get("/machines/web").await.unwrap();
     assert_eq!(status["rpo_seconds"], 0.25, "as the host says");
@@ -77,6 +79,14 @@ async fn a_host_that_is_silent_has_an_rpo_and_keeps_its_alerts_over_a_restart_of
     })
     .await;
     assert!(has(&alerts, "problem", "critical"), "what it said last still holds");
+    let silence: Vec<&Value> = alerts.iter().filter(|alert| alert["kind"] == "no_contact").collect();
+    assert_eq!(silence.len(), 1, "one cause is one alert: {alerts:?}");
+    assert_eq!((&silence[0]["machine"], &silence[0]["machines"]), (&Value::Null, &json!(["db", "web"])));
+    let says = |alert: &&Value, words: &str| alert["message"].as_str().is_some_and(|message| message.contains(words));
+    assert!(says(&silence[0], "machines: db, web"), "{silence:?}");
+    assert!(!alerts.iter().any(|alert| says(&alert, "is not connected")), "said twice: {alerts:?}");
+    let output = site.run(&["alert", "list"]).await;
+    assert!(String::from_utf8_lossy(&output.stdout).contains("2 machines"));
     let status = client.get("/machines/web").await.unwrap();
     assert!(status["rpo_seconds"].as_f64().unwrap() >= 600.0, "as old as what the replica holds: {status}");
 
@@ -95,7 +105,7 @@ async fn a_host_that_is_silent_has_an_rpo_and_keeps_its_alerts_over_a_restart_of
         }
     };
     tokio::time::timeout(SOON, told).await.expect("its silence since the start");
-    let events = client.get("/events?machine=web&limit=1000").await.unwrap();
+    let events = client.get("/events?limit=1000").await.unwrap();
     let cleared = |event: &&Value| {
         event["kind"] == "alert_cleared"
             && event["message"].as_str().is_some_and(|message| message.contains("nothing was heard"))

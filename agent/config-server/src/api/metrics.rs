@@ -97,11 +97,12 @@ pub fn text(core: &Core) -> Result<String, std::fmt::Error> {
         connected.get_or_create(&labels).set(is_connected(PeerId::ProcessServer(*id)));
     }
     for alert in store.alerts.values() {
-        let Some(machine) = &alert.machine else { continue };
         let severity = crate::history::severity_name(alert.severity);
-        let labels =
-            vec![("machine", machine.clone()), ("kind", alert.kind.clone()), ("severity", severity.to_owned())];
-        machine_alerts.get_or_create(&labels).inc();
+        for machine in &alert.machines {
+            let labels =
+                vec![("machine", machine.clone()), ("kind", alert.kind.clone()), ("severity", severity.to_owned())];
+            machine_alerts.get_or_create(&labels).inc();
+        }
     }
     for severity in ["warning", "critical"] {
         let count = store.alerts.values().filter(|alert| crate::history::severity_name(alert.severity) == severity);
