@@ -5,21 +5,18 @@
 //! `cargo +nightly fuzz run connection` in `agent/nbd`.
 #![no_main]
 
-use std::io::{self, Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
+use std::io;
+use std::sync::{Arc, LazyLock, Mutex};
 
 use libfuzzer_sys::fuzz_target;
 use tidemark_base::Extent;
 use tidemark_base::disk::{Allocation, Durability};
-use tidemark_nbd::{Export, Exports, Limits, Server, WriteRequest};
+use tidemark_nbd_fuzz::export::{Export, Exports, WriteRequest};
+use tidemark_nbd_fuzz::limits::Limits;
+use tidemark_nbd_fuzz::server::Server;
+use tidemark_nbd_fuzz::stream::Stream;
 
 const DISK_BYTES: usize = 64 << 10;
-/// A server that says nothing for so long hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Memory {
     data: Mutex<Vec<u8>>,
@@ -66,17 +63,18 @@ impl Export for Memory {
     }
 }
 
-fn server() -> &'static Server {
-    static SERVER: OnceLock<Server> = OnceLock::new();
-    SERVER.get_or_init(|| {
-        let exports = Arc::new(Exports::new());
-        for (name, inline) in [("disk", true), ("slow", false)] {
-            exports.insert(name, Arc::new(Memory { data: Mutex::new(vec![0; DISK_BYTES]), inline }));
-        }
-        // Connections of inputs before may still be ending.
-        Server::new(exports, Limits { connections_per_export_max: 4096, ..Limits::default() })
-    })
-}
+const NAMES: [&str; 2] = ["disk", "slow"];
+
+static SERVER: LazyLock<Server> = LazyLock::new(|| {
+    // A receive buffer is mapped, and only what is used of it is cleared; after the first one the allocator would clear all.
+    // SAFETY: a number for the allocator.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
+    let exports = Arc::new(Exports::new());
+    for name in NAMES {
+        exports.insert(name, Arc::new(Memory { data: Mutex::new(vec![0; DISK_BYTES]), inline: name == "disk" }));
+    }
+    Server::new(exports, Limits::default(), &NAMES)
+});
 
 fn option(number: u32, data: &[u8]) -> Vec<u8> {
     [&b"IHAVEOPT"[..], &number.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data].concat()
@@ -104,48 +102,14 @@ fuzz_target!(|input: &[u8]| {
         3 => opened(b"disk", true),
         _ => opened(b"slow", true),
     };
-    // The server runs on this thread; another one is the client, which wakes when there is something to read.
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
-    ours.write_all(&[&before[..], bytes].concat()).unwrap();
-    ours.shutdown(Shutdown::Write).unwrap();
-    let (client, read) = client();
-    client.send(ours).unwrap();
-    server().serve_stream_here(theirs).unwrap();
-    if let Err(error) = read.lock().unwrap().recv_timeout(PATIENCE).expect("the server neither answers nor hangs up") {
-        panic!("{error}");
+    // Mostly all at once, as a socket has it that was written to before.
+    let (piece, room) = match mode / 5 % 8 {
+        6 => (7, usize::MAX),
+        7 => (100, 40),
+        _ => (usize::MAX, usize::MAX),
+    };
+    SERVER.serve(Stream::new([&before[..], bytes].concat(), piece, room));
+    for name in NAMES {
+        assert_eq!(SERVER.connections(name), 1, "an export was not released");
     }
 });
-
-type Client = (Sender<UnixStream>, Mutex<Receiver<io::Result<()>>>);
-
-/// Reads what comes on each connection that it is given, to its end.
-fn client() -> &'static Client {
-    static CLIENT: OnceLock<Client> = OnceLock::new();
-    CLIENT.get_or_init(|| {
-        // As long as a connection has an export open, its worker threads stay.
-        for name in [b"disk", b"slow"] {
-            let (mut ours, theirs) = UnixStream::pair().unwrap();
-            server().serve_stream(theirs).unwrap();
-            ours.write_all(&opened(name, false)).unwrap();
-            ours.read_exact(&mut [0; 18 + 20 + 12 + 20]).unwrap();
-            std::mem::forget(ours);
-        }
-        let (streams, next) = channel::<UnixStream>();
-        let (results, read) = channel();
-        std::thread::spawn(move || {
-            let mut buffer = vec![0; 64 << 10];
-            for mut stream in next {
-                let result = loop {
-                    match stream.read(&mut buffer) {
-                        Ok(0) => break Ok(()),
-                        Ok(_) => {}
-                        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break Ok(()),
-                        Err(error) => break Err(error),
-                    }
-                };
-                results.send(result).unwrap();
-            }
-        });
-        (streams, Mutex::new(read))
-    })
-}

@@ -218,17 +218,19 @@ fn position(sequence: u64) -> Position {
     }
 }
 
-/// A replica of so many cuts: two and one hold a sealed segment and an active one, eleven merged indexes as well.
-pub fn damageable(cuts: u64) -> Memory {
+/// A replica of so many cuts, the first and sixth of which have no data and each other one an extent. A segment ends with two cuts, or so
+/// many extents.
+pub fn damageable(cuts: u64, segment_extents: usize) -> Memory {
     let memory = Memory::default();
     Replica::create(&memory, &info()).unwrap();
-    let limits = Limits { segment_cuts: 2, reserve_bytes: 0, ..Limits::default() };
+    let limits = Limits { segment_cuts: 2, segment_extents, reserve_bytes: 0, ..Limits::default() };
     let replica = Replica::open(Arc::new(memory.clone()), limits, BlockCache::new(1 << 20)).unwrap();
     let session = replica.begin_session(Generation::FIRST, DISK_BYTES).unwrap();
     let mut sealer = Sealer::new(ChunkKey::new(info().disk, Generation::FIRST), Compression::Level(1));
     for cut in 1..=cuts {
         let (kind, chunks) = match cut {
             1 => (CutKind::ScanStart, Vec::new()),
+            6 => (CutKind::Records, Vec::new()),
             _ => {
                 let extent = Extent::new(cut * 512, 1024);
                 let raw: Vec<u8> = (0..1024u32).map(|byte| (byte / 64) as u8 ^ cut as u8).collect();

@@ -11,17 +11,25 @@ use tidemark_process_server_fuzz::{Memory, damageable, look};
 
 const FOOTER_BYTES: usize = 512;
 
-static BASE: LazyLock<(Memory, Vec<String>)> = LazyLock::new(|| {
-    let memory = damageable(11);
+type Base = (Memory, Vec<String>);
+
+fn base(cuts: u64, segment_extents: usize) -> Base {
+    let memory = damageable(cuts, segment_extents);
     let mut names = memory.ending_with(".sealed");
     names.extend(memory.ending_with(".merged"));
     (memory, names)
-});
+}
+
+/// A sealed segment of two cuts, and an active one.
+static ONE: LazyLock<Base> = LazyLock::new(|| base(3, 2));
+/// Sealed segments of two cuts and of one, as many as a merged index takes, that index, and an active segment.
+static MERGED: LazyLock<Base> = LazyLock::new(|| base(6, 1));
 
 fuzz_target!(|bytes: &[u8]| {
-    let (base, names) = &*BASE;
     let [which, mend, changes @ ..] = bytes else { return };
-    let name = &names[usize::from(*which) % names.len()];
+    let (base, names) = if which % 4 == 0 { &*MERGED } else { &*ONE };
+    let which = which / 4;
+    let name = &names[usize::from(which) % names.len()];
     let memory = base.copy();
     let mut file = base.get(name);
     for change in changes.chunks_exact(6) {

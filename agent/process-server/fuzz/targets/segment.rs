@@ -10,7 +10,8 @@ use tidemark_process_server_fuzz::journal::{FRAME_HEADER_BYTES, Frame, FrameKey,
 use tidemark_process_server_fuzz::{Memory, damageable, look};
 
 static BASE: LazyLock<(Memory, String)> = LazyLock::new(|| {
-    let memory = damageable(3);
+    // A sealed segment, and the active one.
+    let memory = damageable(3, 2);
     let name = memory.ending_with(".active").remove(0);
     (memory, name)
 });

@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use tidemark_process_server_fuzz::points::PointStore;
 use tidemark_process_server_fuzz::{Memory, damageable, info, look};
 
-static BASE: LazyLock<Memory> = LazyLock::new(|| damageable(5));
+static BASE: LazyLock<Memory> = LazyLock::new(|| damageable(5, 2));
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((&which, content)) = bytes.split_first() else { return };
