@@ -3,6 +3,7 @@
 //! that. Afterwards the role runs again without faults, and nothing that was acknowledged may be missing.
 
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -189,6 +190,8 @@ struct Tally {
     lives: u64,
     kills: u64,
     errors: u64,
+    /// The farthest call that was hit.
+    farthest: u64,
 }
 
 /// Lives once with the injection; whether it happened.
@@ -204,23 +207,34 @@ fn trial(site: &mut Site, role: &str, injection: &Injection, tally: &mut Tally) 
     site.start_role_as(role, injection.command(trace.path()));
     let told = live(site, role, &name, &disk);
     let mut process = site.take_role(role);
-    let injected = match process.ending() {
-        Some(_) => injection.fault == Fault::Kill || trace.injected(),
-        None => {
-            // A clean end is part of the life, with its own calls.
-            process.signal(nix::sys::signal::Signal::SIGTERM);
-            wait::until("the role ends", STOP_LIMIT, || process.ending());
-            let killed = process.ending().is_some_and(|status| !status.success());
-            trace.injected() || injection.fault == Fault::Kill && killed
-        }
+    if process.ending().is_none() {
+        // A clean end is part of the life, with its own calls.
+        process.signal(nix::sys::signal::Signal::SIGTERM);
+    }
+    let ended = wait::until("the role ends", STOP_LIMIT, || process.ending());
+    let injected = match injection.fault {
+        Fault::Kill => ended.signal() == Some(libc::SIGKILL),
+        Fault::Error(_) => trace.injected(),
     };
     match injection.fault {
         Fault::Kill => tally.kills += u64::from(injected),
         Fault::Error(_) => tally.errors += u64::from(injected),
     }
+    if injected {
+        tally.farthest = tally.farthest.max(injection.at);
+    }
+    // Its stream may still look open, and be taken for that of the next process.
+    wait::until("its end is noticed", LIMIT, || (site.connected() == Some(1)).then_some(()));
     site.start_role(role);
     site.wait_connected();
-    // What an interrupted protect began is finished or begun again: the same words, the same machine.
+    // What an interrupted protect began is finished, or taken back first and begun again: the same words, the same machine.
+    wait::until("the machine is protected again", LIMIT, || {
+        let again = site.run(&["protect", &name, "--disk", disk.to_str().unwrap(), "--no-wait"]);
+        if again.code != 0 {
+            again.assert_refused(&["is just being unprotected"]);
+        }
+        (again.code == 0).then_some(())
+    });
     let machine = site.protect(&name, &[&disk], &[]);
     assert_kept(site, &machine, &told);
     site.json(&["unprotect", &name, "--delete-replica"]);
@@ -263,6 +277,7 @@ fn sweep(role: &str, injections: &[(&'static str, Fault, bool)]) {
     tools::counted("system calls of a real role made to fail", tally.errors);
     let happened = tally.kills + tally.errors;
     assert!(happened > injections.len() as u64 / 2, "{happened} faults in {} sweeps", injections.len());
+    assert!(tally.farthest > 5, "no call was hit but the first {}: faults get lost", tally.farthest);
 }
 
 fn kills() -> Vec<(&'static str, Fault, bool)> {

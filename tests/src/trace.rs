@@ -49,7 +49,11 @@ impl Injection {
         };
         let more = if self.from_then_on { "+" } else { "" };
         let mut command = tools::command("strace");
-        command.args(["--daemonize", "--follow-forks", "--seccomp-bpf", "--quiet=all", "--output"]).arg(log);
+        command.args(["--daemonize", "--follow-forks", "--quiet=all", "--output"]).arg(log);
+        if self.fault != Fault::Kill {
+            // Only the calls in question stop. A signal that is injected at such a stop gets lost.
+            command.arg("--seccomp-bpf");
+        }
         command.args(["-e", &format!("trace={}", self.call)]);
         command.args(["-e", &format!("inject={}:{fault}:when={}{more}", self.call, self.at)]);
         command.arg(binary::tidemark());

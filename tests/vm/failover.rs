@@ -122,7 +122,7 @@ fn f1_a_machine_fails_over_and_goes_on_through_a_kill_and_a_promotion() {
     drop(there);
     let plain = text(&promoted["disks"][0]["plain"]);
     let again = Guest::boot_file(&site, &parts.kernel, &parts.initrd, plain.as_ref());
-    assert!(again.says_number(ALIVE, last) >= last);
+    assert!(again.says_number(ALIVE, 0) >= last);
 }
 
 /// F21: unplanned, from a point that is not the latest; another point; promoted, and cancelled all the same: the source goes
@@ -167,5 +167,5 @@ fn f21_an_unplanned_failover_goes_to_any_point_and_back() {
     site.wait_protected("web");
     image::assert_same(&reference, &machine.disks[0].path);
     let source = Guest::boot(&site, &parts.kernel, &parts.initrd, machine.nbd());
-    assert!(source.says_number(ALIVE, late) >= late, "the source goes on with what it had");
+    assert!(source.says_number(ALIVE, 0) >= late, "the source goes on with what it had");
 }
