@@ -266,10 +266,17 @@ impl Folder {
             Some(identity) if role != Role::ConfigServer && !identity.renewal_due(SystemClock::new().wall_now()) => {
                 Ok(identity)
             }
-            _ => {
+            before => {
                 let identity = authority.issue(peer, hosts)?;
-                identity.save(&*own, IDENTITY_FILE)?;
-                Ok(identity)
+                match (identity.save(&*own, IDENTITY_FILE), before) {
+                    (Ok(()), _) => Ok(identity),
+                    // On a full volume the one of before does as long as it holds.
+                    (Err(error), Some(before)) if before.expires() > SystemClock::new().wall_now() => {
+                        tracing::warn!(%error, "a new certificate cannot be stored; the one of before is used");
+                        Ok(before)
+                    }
+                    (Err(error), _) => Err(error.into()),
+                }
             }
         }
     }
@@ -301,7 +308,11 @@ impl Folder {
     }
 
     pub fn note_config_server(&self, addresses: &ConfigServerAddresses) -> Result<(), FolderError> {
-        self.write_json(CONFIG_SERVER_ADDRESSES, addresses)
+        // A full volume is no reason not to start.
+        match self.config_server()? {
+            Some(known) if known == *addresses => Ok(()),
+            _ => self.write_json(CONFIG_SERVER_ADDRESSES, addresses),
+        }
     }
 
     pub fn process_server(&self) -> Result<Option<SocketAddr>, FolderError> {

@@ -1,7 +1,9 @@
 //! Who may ask: nobody without the token, and nobody is trusted that the authority did not certify.
 
-use tidemark_tests::Site;
-use tidemark_tests::site::text;
+use tidemark_tests::image::{self, MIB};
+use tidemark_tests::nbd::Client;
+use tidemark_tests::site::{LIMIT, text};
+use tidemark_tests::{Site, wait};
 
 #[test]
 fn a_wrong_token_and_a_foreign_authority_are_refused() {
@@ -29,4 +31,36 @@ fn what_the_site_keeps_is_for_its_owner_alone() {
     assert_eq!(mode(&site.state()), 0, "others can look into {}", site.state().display());
     let token = text(&site.ready["token_file"]);
     assert_eq!(mode(std::path::Path::new(&token)), 0, "others can read {token}");
+}
+
+/// A process server that is revoked gets nothing more, also over the streams that were open before.
+#[test]
+fn a_process_server_that_is_revoked_gets_nothing_more() {
+    let mut site = Site::start_roles();
+    let disk = site.path("disk.img");
+    image::make_mixed(&disk, 8 * MIB, 3);
+    let machine = site.protect("web", &[&disk], &[]);
+    site.wait_protected("web");
+    let server = site.peer_ids("process-server").remove(0);
+    assert_eq!(site.run(&["identity", "revoke", &server, "--reason", "stolen"]).code, 0);
+    let ended = wait::until("the streams end", LIMIT, || {
+        let status = site.status("web");
+        (status["state"] == "disconnected").then_some(status)
+    });
+    let mut client = Client::connect(machine.nbd()).unwrap();
+    client.write(MIB, &[9; 128 << 10]).unwrap();
+    client.flush().unwrap();
+    client.disconnect().unwrap();
+    let waiting = wait::until("the change waits at the host", LIMIT, || {
+        let status = site.status("web");
+        (status["pending_bytes"].as_u64() >= Some(128 << 10)).then_some(status)
+    });
+    assert_eq!(waiting["disks"][0]["positions"]["durable"], ended["disks"][0]["positions"]["durable"], "{waiting}");
+    // Taken back: it goes on where it was.
+    assert_eq!(site.run(&["identity", "restore", &server]).code, 0);
+    site.wait_protected("web");
+    let point = site.point("web");
+    let exported = site.export("web", &text(&point["id"]), "exported.raw", "raw");
+    image::assert_same(&disk, &exported);
+    site.down();
 }

@@ -3,7 +3,7 @@
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use tidemark_tests::block::Loop;
+use tidemark_tests::block::{self, Loop, Mount};
 use tidemark_tests::image::{self, MIB};
 use tidemark_tests::site::text;
 use tidemark_tests::{Site, need, need_root, tools};
@@ -13,6 +13,71 @@ fn write(device: &Path, offset: u64, data: &[u8]) {
     let file = std::fs::OpenOptions::new().write(true).open(device).unwrap();
     file.write_all_at(data, offset).unwrap();
     file.sync_all().unwrap();
+}
+
+fn make(path: &Path, data: &[u8]) {
+    let mut file = std::fs::File::create(path).unwrap();
+    std::io::Write::write_all(&mut file, data).unwrap();
+    file.sync_all().unwrap();
+}
+
+/// As on a server with one disk: the agent's own state lies on it.
+#[test]
+fn a_disk_that_the_agent_itself_lives_on_is_recovered_to_its_points() {
+    need!("losetup", "mke2fs", "mount", "umount", "e2fsck");
+    need_root!("programs in the kernel, file systems");
+    let test = "a_disk_that_the_agent_itself_lives_on_is_recovered_to_its_points";
+    if !Path::new("/sys/kernel/btf/vmlinux").exists() {
+        return tools::skipped(test, "needs a kernel that describes its types");
+    }
+    block::private_mounts();
+    // As systemd has it: /run is in memory.
+    std::fs::create_dir_all("/run/tidemark").unwrap();
+    let memory = Mount::memory(Path::new("/run/tidemark"), 256 * MIB);
+    let mut site = Site::start_roles();
+    let image = site.path("disk.img");
+    std::fs::File::create(&image).unwrap().set_len(64 * MIB).unwrap();
+    let device = Loop::attach(&image);
+    let path = device.path().to_str().unwrap().to_owned();
+    tools::run("mke2fs", &["-q", "-t", "ext4", &path]);
+    let root = Mount::device(device, &site.path("server"), "rw");
+    let host = site.start_host("server");
+    site.json(&["protect", "web", "--disk", &path, "--via", "bpf", "--host", &host]);
+    site.wait_protected("web");
+
+    let mut written = Vec::new();
+    for round in 1..=3u8 {
+        let file = root.path().join(format!("file-{round}"));
+        make(&file, &[round; 300_000]);
+        written.push(format!("file-{round}"));
+        let point = site.point("web");
+        let exported = site.export("web", &text(&point["id"]), &format!("exported-{round}.raw"), "raw");
+        // What the agent keeps there itself is a part of the disk, and no reason for changes without end.
+        let recovered = Mount::image(&exported, &site.path("recovered"));
+        for (file, round) in written.iter().zip(1u8..) {
+            assert!(std::fs::read(recovered.path().join(file)).unwrap() == vec![round; 300_000], "{file}");
+        }
+        assert!(recovered.path().join("authority").is_dir(), "the agent's own files as well");
+        recovered.unmount();
+        // Its journal was replayed by the mount.
+        tools::run("e2fsck", &["-fn", exported.to_str().unwrap()]);
+        if round == 2 {
+            // What the kernel told meanwhile, and what was kept in memory, outlive the agent.
+            site.kill_role("server");
+            make(&root.path().join("meanwhile"), &[7; 100_000]);
+            site.start_host_again("server");
+            site.wait_connected();
+            site.wait_protected("web");
+        }
+    }
+    let compared = site.run(&["events", "--json"]);
+    assert!(!compared.stdout.contains("nobody watched the block device"), "{}", compared.stdout);
+    let state = root.path().join("agent/devices");
+    assert!(!state.exists() || std::fs::read_dir(&state).unwrap().next().is_none(), "nothing of it lies on the disk");
+    assert_eq!(site.run(&["unprotect", "web"]).code, 0);
+    site.down();
+    root.unmount();
+    memory.unmount();
 }
 
 #[test]

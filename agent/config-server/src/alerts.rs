@@ -4,7 +4,7 @@
 //! *Consistency.* An alert is stored before it is told as an event. *Retries.* The next look. *Cancellation.* At the
 //! server's stop. *Crash.* Alerts are in the state with the time when they began, and go on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,12 +14,15 @@ use tidemark_transport::PeerIdentity;
 
 use crate::core::Core;
 use crate::history::News;
+use crate::hub::{PeerId, Presence};
 use crate::model::{Alert, IdentityRecord, Machine, Policy, Standing, State};
 use crate::status::{self, Health, Reason};
 
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// A start is no alarm: agents and process servers need a moment to connect.
 const GRACE: Duration = Duration::from_secs(30);
+/// Of an agent or process server that no machine needs.
+const IDLE_SILENCE: Duration = Duration::from_secs(900);
 /// Machines that a message names.
 const NAMED_MAX: usize = 10;
 /// Nor is somebody else's: who comes back within this time was hardly away.
@@ -105,6 +108,22 @@ fn find(core: &Core) -> BTreeMap<String, Found> {
         }
     }
     let certain = |alert| Found { alert, is_absence: false };
+    for (id, alert) in idle_and_silent(&state, now, |peer| core.hub.presence(peer)) {
+        found.insert(format!("peer/{id}/absence"), Found { alert, is_absence: true });
+    }
+    for (name, ids) in shared_names(&state) {
+        let alert = Alert {
+            severity: Severity::Warning,
+            kind: "name_shared".to_owned(),
+            machine: None,
+            machines: Vec::new(),
+            message: format!("{} hosts call themselves {name}: {}", ids.len(), ids.join(", ")),
+            help: "give each a `name` of its own in its tidemark.toml: until then commands must name them by id"
+                .to_owned(),
+            since: now,
+        };
+        found.insert(format!("name/{name}"), certain(alert));
+    }
     if let Some(alert) = core.backups.alert(&state) {
         found.insert("configuration/backup".to_owned(), certain(alert));
     }
@@ -127,6 +146,66 @@ fn key(machine: MachineId, reason: &Reason) -> String {
     let told = blake3::hash(without_figures(&reason.message).as_bytes()).to_hex();
     let of = reason.of.map_or_else(String::new, |server| format!("/{server}"));
     format!("{machine}/{}/{}{of}", reason.kind, &told[..16])
+}
+
+/// Whoever is not heard of and has no machine whose health would tell.
+fn idle_and_silent(state: &State, now: Timestamp, presence: impl Fn(PeerId) -> Presence) -> Vec<(String, Alert)> {
+    let busy_hosts: BTreeSet<_> = state.machines.values().map(|machine| machine.host).collect();
+    let busy_servers: BTreeSet<_> = state.machines.values().flat_map(Machine::servers).collect();
+    let hosts = state.hosts.iter().filter(|(id, _)| !busy_hosts.contains(*id)).map(|(id, host)| {
+        (PeerIdentity::Agent(*id), PeerId::Agent(*id), id.to_string(), "agent", &host.name, host.last_seen)
+    });
+    let servers = state.servers.iter().filter(|(id, _)| !busy_servers.contains(*id)).map(|(id, of)| {
+        (
+            PeerIdentity::ProcessServer(*id),
+            PeerId::ProcessServer(*id),
+            id.to_string(),
+            "process server",
+            &of.name,
+            of.last_seen,
+        )
+    });
+    let is_good = |identity: &PeerIdentity| {
+        state.identities.get(&identity.to_string()).is_none_or(|record| record.standing == Standing::Good)
+    };
+    let mut found = Vec::new();
+    for (identity, peer, id, what, name, last_seen) in hosts.chain(servers) {
+        let since = match presence(peer) {
+            Presence::Connected { .. } => continue,
+            Presence::Gone { since, .. } => since,
+            Presence::NeverSeen => last_seen,
+        };
+        if is_good(&identity) && now.saturating_since(since) > IDLE_SILENCE {
+            let alert = Alert {
+                severity: Severity::Warning,
+                kind: "no_contact".to_owned(),
+                machine: None,
+                machines: Vec::new(),
+                message: format!("nothing was heard of {what} {name} since {since}; it has no machines"),
+                help: "check that it runs, and that its `config-server` names this one; `tidemark identity revoke` for one that is gone for good"
+                    .to_owned(),
+                since: now,
+            };
+            found.push((id, alert));
+        }
+    }
+    found
+}
+
+/// Names that several hosts have, with their ids.
+fn shared_names(state: &State) -> BTreeMap<&str, Vec<String>> {
+    let mut ids: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for (id, host) in &state.hosts {
+        let is_refused = state
+            .identities
+            .get(&PeerIdentity::Agent(*id).to_string())
+            .is_some_and(|record| record.standing != Standing::Good);
+        if !is_refused {
+            ids.entry(&host.name).or_default().push(id.to_string());
+        }
+    }
+    ids.retain(|_, ids| ids.len() > 1);
+    ids
 }
 
 fn listed(machines: &[String]) -> String {
@@ -222,4 +301,55 @@ fn take(core: &Core, found: BTreeMap<String, Alert>) -> Result<(), tidemark_prot
         });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tidemark_base::HostId;
+
+    use super::*;
+    use crate::model::Host;
+
+    fn with_hosts(names: &[&str]) -> State {
+        let mut state = State::default();
+        for (number, name) in (1u8..).zip(names) {
+            let host = Host { name: (*name).to_owned(), last_seen: Timestamp(5) };
+            state.hosts.insert(HostId::from_bytes([number; 16]), host);
+        }
+        state
+    }
+
+    fn revoke(state: &mut State, number: u8) {
+        let standing = Standing::Revoked { reason: String::new(), since: Timestamp(6) };
+        let record =
+            IdentityRecord { name: String::new(), registered: Timestamp(1), certificates: Vec::new(), standing };
+        state.identities.insert(PeerIdentity::Agent(HostId::from_bytes([number; 16])).to_string(), record);
+    }
+
+    #[test]
+    fn hosts_that_share_a_name_are_told_but_for_those_that_were_revoked() {
+        let mut state = with_hosts(&["web", "db", "web"]);
+        let shared = shared_names(&state);
+        assert_eq!(shared.keys().collect::<Vec<_>>(), [&"web"]);
+        assert_eq!(shared["web"].len(), 2);
+        revoke(&mut state, 3);
+        assert!(shared_names(&state).is_empty(), "one was revoked");
+    }
+
+    #[test]
+    fn whoever_is_silent_is_told_also_without_machines() {
+        let mut state = with_hosts(&["web", "db", "old"]);
+        revoke(&mut state, 3);
+        let now = Timestamp(5 + 2 * IDLE_SILENCE.as_nanos() as u64);
+        let presence = |peer| match peer {
+            PeerId::Agent(id) if id == HostId::from_bytes([2; 16]) => {
+                Presence::Connected { name: "db".to_owned(), since: Timestamp(5) }
+            }
+            _ => Presence::NeverSeen,
+        };
+        let found = idle_and_silent(&state, now, presence);
+        let messages: Vec<&str> = found.iter().map(|(_, alert)| &*alert.message).collect();
+        assert!(messages.len() == 1 && messages[0].contains("agent web"), "{messages:?}");
+        assert!(idle_and_silent(&state, Timestamp(6), presence).is_empty(), "it may be back in a moment");
+    }
 }

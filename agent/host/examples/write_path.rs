@@ -46,6 +46,7 @@ fn main() {
         elsewhere: RealStorage::create(folder.join("write-path.elsewhere")).expect("a folder"),
         consumers: vec![ServerId::random()],
         limits: LogLimits { rotate_bytes: 256 << 20, limit_bytes: u64::MAX, reserve_bytes: 0 },
+        log_bytes_max: u64::MAX,
         boot: Boot::current().expect("a boot id"),
         clock: Arc::new(SystemClock::new()),
         events: Events::new(Arc::new(SystemClock::new())),

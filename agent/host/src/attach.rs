@@ -60,6 +60,8 @@ pub struct AttachRequest {
     /// The process servers that the disk feeds.
     pub consumers: Vec<ServerId>,
     pub limits: LogLimits,
+    /// What its logs never take more of.
+    pub log_bytes_max: u64,
     pub boot: Boot,
     pub clock: Arc<dyn Clock>,
     pub events: Arc<Events>,
@@ -289,6 +291,7 @@ pub fn attach(request: AttachRequest) -> Result<Attached, HostError> {
         watchers: Watchers::default(),
         clock: request.clock,
         attached,
+        log_bytes_max: request.log_bytes_max,
         session: Mutex::new(session),
         mode: Mutex::new(Mode::Data),
         adding: Mutex::new(()),

@@ -114,7 +114,7 @@ impl HostError {
                     .into()
             }
             HostError::StateOnDisk { .. } => {
-                "keep the agent's state on another disk (`state-folder`): it must go on while this one is frozen".into()
+                "keep the agent's state on another disk (`dir`): it must go on while this one is frozen, and /run is not in memory here".into()
             }
             HostError::Image(error) => error.help().into(),
             HostError::Provider(error) => error.help().into(),

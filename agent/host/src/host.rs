@@ -10,7 +10,7 @@ mod inventory;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -47,14 +47,18 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// How often a mark that is asked for looks whether a log was replayed.
 const REPLAY_POLL: Duration = Duration::from_millis(50);
 const SPEC_BYTES_MAX: u64 = 4 << 20;
+/// Holds a folder for each block device, named after its id.
+pub(crate) const DEVICES_FOLDER: &str = "devices";
 
 /// How to reach a process server.
 pub type LinkFactory = Arc<dyn Fn(&Endpoint) -> Arc<dyn Link> + Send + Sync>;
 
 #[derive(Clone)]
 pub struct HostConfig {
-    /// What is protected, and what is kept for block devices. Never on a protected disk.
+    /// What is protected, and what is kept for block devices.
     pub state_folder: PathBuf,
+    /// For the state of disks that the agent's own state lies on: in memory, there until the next boot. `None`: they are refused.
+    pub memory_folder: Option<PathBuf>,
     /// The sockets.
     pub run_folder: PathBuf,
     /// Users besides root and the agent's own who may open the exports.
@@ -119,6 +123,7 @@ impl HostConfig {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
         Ok(Self {
             state_folder,
+            memory_folder: None,
             run_folder,
             allowed_uids: Vec::new(),
             link,
@@ -131,11 +136,25 @@ impl HostConfig {
     }
 
     pub(crate) fn storage(&self) -> Result<Arc<dyn Storage>, HostError> {
-        RealStorage::create(self.state_folder.clone()).map_err(|source| HostError::State {
-            what: "make a folder",
-            folder: self.state_folder.clone(),
-            source,
-        })
+        Self::storage_in(&self.state_folder)
+    }
+
+    pub(crate) fn storage_in(folder: &Path) -> Result<Arc<dyn Storage>, HostError> {
+        let failed = |source| HostError::State { what: "make a folder", folder: folder.to_owned(), source };
+        RealStorage::create(folder.to_owned()).map(|storage| storage as _).map_err(failed)
+    }
+
+    /// Where the state of the disks of a machine is kept that is not beside them. They are frozen together, so that the state of none of
+    /// them may lie on another one.
+    pub(crate) fn state_of<'a>(
+        &self,
+        provider: &dyn CaptureProvider,
+        mut disks: impl Iterator<Item = &'a str>,
+    ) -> &Path {
+        let mut wants = |memory: &PathBuf| {
+            disks.any(|disk| provider.wants_state_in_memory(disk.as_ref(), &self.state_folder, memory))
+        };
+        self.memory_folder.as_ref().filter(|memory| wants(memory)).unwrap_or(&self.state_folder)
     }
 }
 
@@ -302,10 +321,11 @@ impl Host {
     /// Whether these disks could be protected. Nothing is changed.
     pub fn probe(&self, paths: &[String], via: Via) -> Result<Vec<ProbedDisk>, HostError> {
         let provider = self.shared.provider(via);
+        let state = self.shared.config.state_of(&**provider, paths.iter().map(String::as_str));
         paths
             .iter()
             .map(|path| {
-                let bytes = provider.probe(path.as_ref(), &self.shared.config.state_folder)?;
+                let bytes = provider.probe(path.as_ref(), state)?;
                 Ok(ProbedDisk { path: path.clone(), bytes })
             })
             .collect()
@@ -559,10 +579,15 @@ impl Shared {
     }
 
     fn remove_state(&self, via: Via, disk: &DiskSpec) {
-        let devices = self.config.state_folder.join("devices");
         let path = self.provider(via).place(disk.path.as_ref(), disk.disk);
-        if let Err(error) = crate::attach::remove_state(&path, &devices, &*self.storage, disk.disk) {
-            tracing::warn!(path = %disk.path, %error, "state of a disk could not be removed");
+        let mut folders = vec![(self.config.state_folder.join(DEVICES_FOLDER), self.storage.clone())];
+        if let Some(memory) = self.config.memory_folder.as_ref().filter(|memory| memory.exists()) {
+            folders.push((memory.join(DEVICES_FOLDER), RealStorage::open_folder(memory) as _));
+        }
+        for (devices, elsewhere) in folders {
+            if let Err(error) = crate::attach::remove_state(&path, &devices, &*elsewhere, disk.disk) {
+                tracing::warn!(path = %disk.path, %error, "state of a disk could not be removed");
+            }
         }
     }
 

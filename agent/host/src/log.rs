@@ -46,6 +46,12 @@ pub struct LogLimits {
 }
 
 impl LogLimits {
+    /// Of logs that may not occupy more than that, whatever the policy says.
+    pub fn within(self, bytes_max: u64) -> Self {
+        let limit_bytes = self.limit_bytes.min(bytes_max);
+        Self { limit_bytes, rotate_bytes: self.rotate_bytes.min(limit_bytes / 8), ..self }
+    }
+
     /// What must be free for logging to begin again: with some distance to the reserve, so that the mode does not change
     /// every second.
     pub fn resume_bytes(&self) -> u64 {

@@ -26,6 +26,7 @@ use tidemark_proto::replication::Consistency;
 use crate::attach::{AttachRequest, attach};
 use crate::capture::{Address, CaptureProvider};
 use crate::error::HostError;
+use crate::host::DEVICES_FOLDER;
 use crate::log::LogLimits;
 use crate::mark::{Joining, Marker};
 use crate::pack::CompressionPolicy;
@@ -34,6 +35,8 @@ use crate::send::{SendPolicy, SenderConfig, ShipMode};
 use crate::{HostConfig, HostLimits};
 use feed::Feed;
 
+/// Logs in memory: those of trackers are small, and what is more is marked in bitmaps.
+const MEMORY_LOG_BYTES_MAX: u64 = 64 << 20;
 const KEEPER_INTERVAL: Duration = Duration::from_secs(1);
 /// The places of any-time recovery are so far apart in continuous mode.
 const MARK_INTERVAL: Duration = Duration::from_secs(1);
@@ -502,23 +505,34 @@ fn attach_disk(
     provider: &dyn CaptureProvider,
 ) -> Result<Arc<ProtectedDisk>, HostError> {
     provider.prepare(disk.path.as_ref(), disk.disk)?;
+    let state = config.state_of(provider, spec.disks.iter().chain([disk]).map(|disk| &*disk.path));
+    let in_memory = state != config.state_folder;
+    let elsewhere = if in_memory { HostConfig::storage_in(state)? } else { config.storage()? };
     let request = AttachRequest {
         disk: disk.disk,
         machine: spec.machine,
         generation: disk.generation,
         path: provider.place(disk.path.as_ref(), disk.disk),
-        tracker: provider.track(disk.path.as_ref(), disk.disk, &config.state_folder)?,
-        device_folder: config.state_folder.join("devices"),
-        elsewhere: config.storage()?,
+        tracker: provider.track(disk.path.as_ref(), disk.disk, state)?,
+        device_folder: state.join(DEVICES_FOLDER),
+        elsewhere,
         consumers: spec.servers().map(|endpoint| endpoint.server).collect(),
         // The disk's size is not known yet; the limits follow below.
         limits: log_limits(&config.limits, &spec.policy, u64::MAX),
+        log_bytes_max: if in_memory { MEMORY_LOG_BYTES_MAX } else { u64::MAX },
         boot: config.boot.clone(),
         clock: config.clock.clone(),
         events: config.events.clone(),
     };
     let found = attach(request)?;
     found.disk.set_log_limits(log_limits(&config.limits, &spec.policy, found.disk.disk.bytes()));
+    if in_memory {
+        tracing::info!(
+            disk = %disk.disk,
+            folder = %state.display(),
+            "the agent's state lies on this disk itself: what tells of its changes is kept in memory, and after a reboot the whole disk is compared"
+        );
+    }
     report(&found.disk, found.lost_marks);
     Ok(found.disk)
 }

@@ -75,6 +75,8 @@ pub struct ProtectedDisk {
     pub(crate) watchers: Watchers,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) attached: Duration,
+    /// What its logs never take more of.
+    pub(crate) log_bytes_max: u64,
     pub(crate) session: Mutex<SessionFile>,
     pub(crate) mode: Mutex<Mode>,
     /// The current revision; held while an addition is made, so that they become visible in order.
@@ -421,7 +423,7 @@ impl ProtectedDisk {
     }
 
     pub fn set_log_limits(&self, limits: LogLimits) {
-        self.log.set_limits(limits);
+        self.log.set_limits(limits.within(self.log_bytes_max));
     }
 }
 

@@ -30,7 +30,13 @@ pub async fn passphrase(client: &Client, verb: PassphraseVerb, output: &Output) 
 }
 
 pub async fn identity(client: &Client, verb: IdentityVerb, output: &Output) -> Result<(), CliError> {
-    let columns = [("NAME", "/name"), ("STANDING", "/standing"), ("EXPIRES", "/expires"), ("IDENTITY", "/identity")];
+    let columns = [
+        ("NAME", "/name"),
+        ("STANDING", "/standing"),
+        ("REASON", "/reason"),
+        ("EXPIRES", "/expires"),
+        ("IDENTITY", "/identity"),
+    ];
     match verb {
         IdentityVerb::List => list(&client.get("/identities").await?, &columns, output),
         IdentityVerb::Revoke { identity, reason } => {

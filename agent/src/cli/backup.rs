@@ -22,6 +22,10 @@ pub async fn backup(client: &Client, to: Option<PathBuf>, list: bool, output: &O
         let rows: Vec<Vec<String>> = backups.as_array().into_iter().flatten().map(row).collect();
         return Ok(output.table(&["BACKUP", "MADE", "SIZE", "MACHINES", "RECOVERY KEY"], &rows)?);
     }
+    // Before one is made and kept everywhere.
+    if let Some(there) = to.as_ref().filter(|to| to.exists()) {
+        return Err(CliError::new(format!("{} is there already", there.display()), "name a new file"));
+    }
     let job = client.post("/backups", &json!({})).await?;
     let Some(mut made) = super::job::finish(client, job, &WaitArgs { no_wait: false }, output).await? else {
         return Ok(());
@@ -99,7 +103,11 @@ pub async fn restore(args: RestoreArgs, output: &Output) -> Result<(), CliError>
     }
     output
         .line(&format!("restored from the backup of {}, {} machines", restored.head.created, restored.head.machines))?;
-    output.line("Start it here: it tells the process servers where it is, and hosts come back by themselves.")?;
+    output.line("Start it here: it tells the process servers where it is, and they the hosts.")?;
+    output.line(
+        "Hosts without a machine are told by `config-server` in their tidemark.toml. \
+         Passphrases for registration are to be made anew.",
+    )?;
     output.line(
         "The configuration server that made the backup is refused from then on; see that it does not run any more.",
     )?;

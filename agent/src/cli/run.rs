@@ -82,6 +82,14 @@ pub async fn process_server(args: RoleArgs) -> Result<(), CliError> {
 pub async fn config_server(args: RoleArgs) -> Result<(), CliError> {
     let mut ends = Ends::new()?;
     let (folder, settings) = config_server_place(&args)?;
+    // A folder that is named in a configuration was set up before; an empty one is a mistake, or a volume that is not mounted.
+    if args.dir.is_none() && !folder.is_in_use().map_err(RoleError::from)? {
+        return Err(RoleError {
+            message: format!("{} holds no installation", folder.path().display()),
+            help: "check `dir` in the configuration, and that its volume is mounted; `tidemark config-server init` makes a new one".to_owned(),
+        }
+        .into());
+    }
     let running = config_server::start(&folder, settings).await?;
     serve_until(&mut ends).await;
     running.server.stop().await;

@@ -47,9 +47,11 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
     };
     let runtime = tokio::runtime::Handle::current();
     let (state, run, identity) = (place.state.clone(), place.run.clone(), place.identity.clone());
+    let memory = system::memory_folder(&state);
     let host = blocking(move || {
         let mut config = HostConfig::new(state.clone(), run, None, identity, runtime)?;
         config.freezer = system::applications(state.join(FREEZE_FOLDER));
+        config.memory_folder = memory;
         Host::start(config)
     })
     .await

@@ -19,6 +19,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tidemark_base::storage::{Storage, read_file, replace_file};
 use tidemark_base::{HostId, ServerId, Timestamp};
+use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 /// How long an issued certificate holds. It is renewed once a third of that has passed, which bridges an authority that is
@@ -148,10 +149,11 @@ pub struct Identity {
     peer: PeerIdentity,
     current: Arc<RwLock<Arc<Certified>>>,
     refused: Arc<RwLock<Refused>>,
+    refusals: Arc<watch::Sender<u64>>,
 }
 
 /// Servers that are not talked to although the authority signed their certificates.
-#[derive(Default)]
+#[derive(Default, PartialEq, Eq)]
 struct Refused {
     identities: BTreeSet<String>,
     certificates: BTreeSet<[u8; 32]>,
@@ -211,8 +213,18 @@ impl Identity {
         identities: impl IntoIterator<Item = String>,
         certificates: impl IntoIterator<Item = [u8; 32]>,
     ) {
-        *self.refused.write().expect("no panic while held") =
+        let refused =
             Refused { identities: identities.into_iter().collect(), certificates: certificates.into_iter().collect() };
+        let mut known = self.refused.write().expect("no panic while held");
+        if *known != refused {
+            *known = refused;
+            self.refusals.send_modify(|changes| *changes += 1);
+        }
+    }
+
+    /// How often it changed who is refused: a connection of before may be to one of them, and is to be made anew.
+    pub fn refusals(&self) -> watch::Receiver<u64> {
+        self.refusals.subscribe()
     }
 
     pub(crate) fn refuses(&self, peer: &PeerIdentity, certificate: &CertificateDer<'_>) -> bool {
@@ -265,7 +277,7 @@ impl Identity {
         let (peer, validity) = (PeerIdentity::of_certificate(leaf)?, validity(leaf)?);
         let pem = String::from_utf8_lossy(pem).into_owned();
         let current = Arc::new(RwLock::new(Arc::new(Certified { chain, key, validity, pem })));
-        Ok(Self { authority, peer, current, refused: Arc::default() })
+        Ok(Self { authority, peer, current, refused: Arc::default(), refusals: Arc::default() })
     }
 
     /// The authority's certificate, for HTTPS clients.

@@ -199,6 +199,7 @@ impl HostState {
         let links: Vec<Arc<dyn Link>> = self.networks.iter().map(link).collect();
         HostConfig {
             state_folder: "/host/state".into(),
+            memory_folder: None,
             run_folder: "/host/run".into(),
             allowed_uids: Vec::new(),
             link: Arc::new(move |endpoint| links[number_of(endpoint)].clone()),

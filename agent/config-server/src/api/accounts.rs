@@ -86,7 +86,7 @@ fn check_not_first(name: &str) -> Result<(), Failure> {
     ))
 }
 
-fn not_found(what: &str, help: &str) -> Failure {
+fn not_found(what: impl Into<String>, help: &str) -> Failure {
     Failure::new(FailureKind::NotFound, what, help)
 }
 
@@ -104,7 +104,7 @@ pub async fn create_user(State(core): App, body: Bytes) -> Answer {
     let taken = Failure::new(
         FailureKind::Conflict,
         format!("there is a user {name:?} already"),
-        "change the role with PUT, or choose another name",
+        "`tidemark user set` changes the role; or choose another name",
     );
     let user = name.clone();
     blocking(move || {
@@ -132,7 +132,11 @@ pub async fn set_user(State(core): App, Path(name): Path<String>, body: Bytes) -
     let user = name.clone();
     blocking(move || {
         core.store.change(|state| {
-            state.users.get_mut(&user).ok_or_else(|| not_found("there is no such user", "see GET /users"))?.role = role;
+            state
+                .users
+                .get_mut(&user)
+                .ok_or_else(|| not_found("there is no such user", "see `tidemark user list`"))?
+                .role = role;
             Ok(())
         })
     })
@@ -144,7 +148,7 @@ pub async fn delete_user(State(core): App, Path(name): Path<String>) -> Answer {
     check_not_first(&name)?;
     blocking(move || {
         core.store.change(|state| {
-            state.users.remove(&name).ok_or_else(|| not_found("there is no such user", "see GET /users"))?;
+            state.users.remove(&name).ok_or_else(|| not_found("there is no such user", "see `tidemark user list`"))?;
             state.tokens.retain(|_, token| token.user != name);
             Ok(())
         })
@@ -183,7 +187,10 @@ pub async fn create_token(State(core): App, body: Bytes) -> Answer {
     blocking(move || {
         core.store.change(|state| {
             if !state.users.contains_key(&kept.user) {
-                return Err(not_found("there is no such user", "make it with POST /users; see GET /users"));
+                return Err(not_found(
+                    format!("there is no user {:?} who could have tokens", kept.user),
+                    "`tidemark user create` makes one; the first token, of whoever set the server up, is renewed by `config-server rotate-token`",
+                ));
             }
             if state.tokens.values().filter(|known| known.user == kept.user).count() >= TOKENS_MAX {
                 return Err(Failure::new(
@@ -225,7 +232,11 @@ pub async fn rotate_token_file(State(core): App, axum::Extension(access): axum::
 pub async fn delete_token(State(core): App, Path(id): Path<String>) -> Answer {
     blocking(move || {
         core.store.change(|state| {
-            state.tokens.remove(&id).ok_or_else(|| not_found("there is no such token", "see GET /tokens")).map(drop)
+            state
+                .tokens
+                .remove(&id)
+                .ok_or_else(|| not_found("there is no such token", "see `tidemark token list`"))
+                .map(drop)
         })
     })
     .await?;

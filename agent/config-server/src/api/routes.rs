@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use serde::Deserialize;
@@ -355,8 +355,11 @@ async fn nothing_there() -> Answer {
     Err(Failure::new(FailureKind::NotFound, "there is nothing at this address", "the API is at /api/v1").into())
 }
 
-async fn wrong_method() -> Answer {
-    Err(bad_request("this address does not take that method", "see the documentation of the API").into())
+async fn wrong_method() -> axum::response::Response {
+    let failure = bad_request("this address does not take that method", "see the documentation of the API");
+    let mut answer = ApiError::from(failure).into_response();
+    *answer.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    answer
 }
 
 // ---- backups

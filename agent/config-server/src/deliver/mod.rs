@@ -343,6 +343,8 @@ async fn follow(core: &Core, name: &str, channel: &Channel) {
 fn is_told(channel: &Channel, event: &Stored) -> bool {
     match event.kind.as_str() {
         "alert_raised" => event.severity == "critical" || channel.severity <= Severity::Warning,
+        // Also where no machine suffers from it.
+        "identity_used_twice" => true,
         "alert_cleared" => channel.severity <= Severity::Warning,
         _ => false,
     }

@@ -564,10 +564,12 @@ impl Registry for Registrar {
         let last_seen = self.clock.wall_now();
         self.store.change(|state| match &register.peer {
             Peer::Agent { id } => {
+                name_identity(state, PeerIdentity::Agent(*id), &register.name);
                 state.hosts.insert(*id, Host { name: register.name.clone(), last_seen });
                 Ok(false)
             }
             Peer::ProcessServer { id, address } => {
+                name_identity(state, PeerIdentity::ProcessServer(*id), &register.name);
                 let server = Server { name: register.name.clone(), address: address.clone(), last_seen };
                 let before = state.servers.insert(*id, server);
                 Ok(before.is_some_and(|before| before.address != *address))
@@ -629,6 +631,7 @@ impl Registry for Registrar {
 
     fn fence(&self, identity: PeerIdentity) {
         let (uri, since) = (identity.to_string(), self.clock.wall_now());
+        let name = self.store.state().identities.get(&uri).map_or_else(String::new, |record| record.name.clone());
         let fenced = self.store.change(|state| {
             if let Some(record) = state.identities.get_mut(&uri) {
                 record.standing = Standing::Fenced { since };
@@ -643,7 +646,10 @@ impl Registry for Registrar {
             severity: Severity::Critical,
             kind: "identity_used_twice",
             machine: None,
-            message: format!("two live processes show the identity {uri}; both are refused"),
+            message: format!(
+                "two live processes show the identity of {} {name} ({uri}); both are refused",
+                identity.role()
+            ),
             help: "stop the copy, then `tidemark identity restore`, or register one of them again".to_owned(),
         });
     }
@@ -724,6 +730,13 @@ fn info(id: &str, passphrase: &Passphrase) -> PassphraseInfo {
 
 fn identity_of(uri: &str) -> Result<PeerIdentity, Failure> {
     PeerIdentity::from_str(uri).map_err(|error| Failure::from_error(FailureKind::Failed, &error, error.help()))
+}
+
+/// It is known as it calls itself now, not as it once registered.
+fn name_identity(state: &mut State, identity: PeerIdentity, name: &str) {
+    if let Some(record) = state.identities.get_mut(&identity.to_string()) {
+        record.name = name.to_owned();
+    }
 }
 
 /// A URI, an id, or a name that only one has.

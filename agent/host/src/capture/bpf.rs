@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use tidemark_base::{DiskId, ExtentSet};
 use tidemark_bpf::{BlockTracker, Device, Found, Witness};
 
@@ -36,6 +37,12 @@ impl CaptureProvider for BpfTracker {
         Ok(Some(Arc::new(Tracked { tracker, found })))
     }
 
+    fn wants_state_in_memory(&self, path: &Path, state: &Path, memory: &Path) -> bool {
+        let Ok(device) = Device::examine(path) else { return false };
+        let holds_state = matches!(keeps_away(&device, path, state), Err(HostError::StateOnDisk { .. }));
+        holds_state && is_in_memory(memory)
+    }
+
     fn untrack(&self, disk: DiskId) -> io::Result<()> {
         BlockTracker::remove(disk)
     }
@@ -51,6 +58,12 @@ impl CaptureProvider for BpfTracker {
     fn stop(&self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Whether what is written there is on no disk.
+fn is_in_memory(folder: &Path) -> bool {
+    let existing = folder.ancestors().find(|folder| folder.exists()).unwrap_or(folder);
+    statfs(existing).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC)
 }
 
 /// State on the disk that it is about would change the disk with each change, and wait for ever for a disk that is frozen.

@@ -67,6 +67,11 @@ pub trait CaptureProvider: Send + Sync {
         Ok(None)
     }
 
+    /// Whether what is kept for the disk cannot be kept on it, where the agent's state lies.
+    fn wants_state_in_memory(&self, _path: &Path, _state: &Path, _memory: &Path) -> bool {
+        false
+    }
+
     /// What is attached for the disk that was named: itself, but for an importer, which keeps a copy.
     fn place(&self, path: &Path, _disk: DiskId) -> PathBuf {
         path.to_owned()

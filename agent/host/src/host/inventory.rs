@@ -41,7 +41,9 @@ impl Host {
     fn ways(&self, disk: &HostDisk, all: &[Found], fuse: &str) -> Vec<DiskWay> {
         let taken = taken(disk, all);
         let splitter = |needs: &str| if taken.is_empty() { needs.to_owned() } else { taken.clone() };
-        let tracker = self.shared.provider(Via::Bpf).probe(disk.path.as_ref(), &self.shared.config.state_folder);
+        let provider = self.shared.provider(Via::Bpf);
+        let state = self.shared.config.state_of(&**provider, [&*disk.path].into_iter());
+        let tracker = provider.probe(disk.path.as_ref(), state);
         let tracker = tracker.err().map_or_else(String::new, |error| with_causes(&error));
         [(Via::Nbd, splitter("")), (Via::Fuse, splitter(fuse)), (Via::Bpf, tracker)]
             .map(|(via, obstacle)| DiskWay { via: via.name().to_owned(), obstacle })

@@ -35,7 +35,8 @@ struct Shared {
     address: String,
     expected: Expected,
     identity: Identity,
-    channels: tokio::sync::Mutex<HashMap<Traffic, Channel>>,
+    /// With how often it had changed before each was dialled who is refused.
+    channels: tokio::sync::Mutex<HashMap<Traffic, (u64, Channel)>>,
     remote: Remote,
 }
 
@@ -53,18 +54,20 @@ impl GrpcLink {
 }
 
 impl Shared {
-    async fn channel(&self, traffic: Traffic) -> Result<Channel, LinkError> {
+    async fn channel(&self, traffic: Traffic, refusals: u64) -> Result<Channel, LinkError> {
         // Held while dialling, so that disks that start together share one connection. Streams of the other kind wait
         // with them: it is the same server that they would dial.
         let mut channels = self.channels.lock().await;
-        if let Some(channel) = channels.get(&traffic) {
+        if let Some((of, channel)) = channels.get(&traffic)
+            && *of >= refusals
+        {
             return Ok(channel.clone());
         }
         let channel =
             tidemark_transport::connect_noting(&self.address, self.expected, &self.identity, self.remote.clone())
                 .await
                 .map_err(|error| LinkError::Unreachable { reason: error.to_string(), help: error.help().to_owned() })?;
-        channels.insert(traffic, channel.clone());
+        channels.insert(traffic, (refusals, channel.clone()));
         Ok(channel)
     }
 
@@ -87,7 +90,9 @@ impl Shared {
         outgoing: mpsc::Receiver<(HostFrame, Option<Permit>)>,
         events: &dyn LinkEvents,
     ) -> Result<(), LinkError> {
-        let channel = self.channel(traffic).await?;
+        let mut refused = self.identity.refusals();
+        let refusals = *refused.borrow_and_update();
+        let channel = self.channel(traffic, refusals).await?;
         // The permit is dropped when the frame is taken to be sent: what HTTP/2 holds is bounded by its windows.
         let frames = ReceiverStream::new(outgoing).map(|(frame, _permit)| {
             let (head, payload) = frame.encode();
@@ -102,7 +107,14 @@ impl Shared {
             }
         };
         loop {
-            match answers.next().await {
+            let answer = tokio::select! {
+                answer = answers.next() => answer,
+                // Somebody was revoked, perhaps this process server: the handshake of the next stream tells.
+                _ = refused.changed() => {
+                    return Err(LinkError::Cut { reason: "who is refused has changed".to_owned() });
+                }
+            };
+            match answer {
                 Ok(Some(answer)) => {
                     let frame = ServerFrame::decode(answer)
                         .map_err(|error| LinkError::Protocol { reason: error.to_string() })?;

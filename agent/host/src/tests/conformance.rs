@@ -715,6 +715,14 @@ fn a_file_system_that_is_written_all_the_time_is_frozen_for_a_mark() {
         let mounted = Mounted { place, is_over: &is_over };
         let refused = BpfTracker.probe(&device, &mounted.place).unwrap_err();
         assert!(matches!(refused, HostError::StateOnDisk { .. }) && !refused.help().is_empty(), "{refused}");
+        // A folder in memory is taken instead, and no other one.
+        let takes = |state: &std::path::Path, memory: &std::path::Path| {
+            BpfTracker.wants_state_in_memory(&device, state, memory)
+        };
+        assert!(
+            takes(&mounted.place, std::path::Path::new("/dev/shm/tidemark")) && !takes(&mounted.place, &mounted.place)
+        );
+        assert!(!takes(fixture.folder.path(), std::path::Path::new("/dev/shm/tidemark")), "it lies elsewhere");
         let (disk, _) = subject.attach(&mut fixture);
         drop(disk);
         let counting = Arc::new(Counting { tracker: fixture.tracker.take().unwrap(), frozen: AtomicU64::new(0) });

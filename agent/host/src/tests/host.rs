@@ -45,6 +45,7 @@ impl LinkStream for Closed {
 pub(super) fn config(folder: &Path) -> HostConfig {
     HostConfig {
         state_folder: folder.join("state"),
+        memory_folder: None,
         run_folder: folder.join("run"),
         allowed_uids: Vec::new(),
         link: Arc::new(|_| Arc::new(Nowhere)),

@@ -160,6 +160,7 @@ impl Fixture {
             elsewhere: self.elsewhere(),
             consumers: [self.server].into_iter().chain(self.others.iter().copied()).collect(),
             limits: self.limits,
+            log_bytes_max: u64::MAX,
             boot: self.boot.clone(),
             clock: self.clock.clone(),
             events: self.events.clone(),

@@ -141,6 +141,8 @@ pub struct Journal {
     failed: Option<String>,
     /// What was free when the volume last had no room for what came; none since something was appended again.
     no_room: Option<u64>,
+    /// What must have been free for what was refused.
+    needs_room: u64,
     /// The active segment ends with the cut that is open.
     end_soon: bool,
     /// Counts openings: a sync that began before the last one says nothing about it.
@@ -233,7 +235,10 @@ impl Journal {
     /// A full volume refuses and loses nothing; every other failure of a write latches.
     fn write_failed(&mut self, error: io::Error) -> JournalError {
         match os_error(&error) {
-            Some(libc::ENOSPC | libc::EDQUOT) => self.no_room(0),
+            Some(libc::ENOSPC | libc::EDQUOT) => {
+                self.needs_room = 0;
+                self.no_room(0)
+            }
             _ => self.store_failed(error),
         }
     }
@@ -247,6 +252,15 @@ impl Journal {
     /// The failure that latched, if one did.
     pub fn failure(&self) -> Option<&str> {
         self.failed.as_deref()
+    }
+
+    /// Whether what was refused for want of room would still be: its host need not send it to hear that again.
+    pub fn check_room(&mut self) -> Result<(), JournalError> {
+        let available = self.storage.available_bytes().unwrap_or(u64::MAX);
+        match self.no_room {
+            Some(_) if available < self.needs_room => Err(self.no_room(available)),
+            _ => Ok(()),
+        }
     }
 
     /// What was free when the last thing that came was refused for want of room.
@@ -326,7 +340,9 @@ impl Journal {
             return Err(JournalError::Protocol { disk, cut, what });
         }
         let available = self.storage.available_bytes().unwrap_or(u64::MAX);
-        if available < self.limits.reserve_bytes + bytes.len() as u64 {
+        let needed = self.limits.reserve_bytes + bytes.len() as u64;
+        if available < needed {
+            self.needs_room = needed;
             return Err(self.no_room(available));
         }
         let (disk_bytes, cut_extents_max) = (self.info.disk_bytes, self.limits.cut_extents_max);

@@ -105,6 +105,7 @@ impl Journal {
             mended: Vec::new(),
             failed: None,
             no_room: None,
+            needs_room: 0,
             end_soon: false,
             opened: 0,
         };

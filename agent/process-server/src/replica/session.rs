@@ -103,6 +103,7 @@ impl Replica {
         stored.map_err(|error| JournalError::StoreFailed { disk: self.disk, source: Some(error) })?;
         state.journal.discard_open()?;
         state.session += 1;
+        state.journal.check_room()?;
         Ok(Session { number: state.session, replica: self.clone() })
     }
 

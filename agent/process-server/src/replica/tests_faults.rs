@@ -836,6 +836,9 @@ fn a_small_volume_folds_what_would_not_fit_twice_and_outlives_being_full() {
     let _ = replica.merge_indexes(&Stop::new());
     let _ = maintain(&host);
     view(&replica, &host, host.cut);
+    // Whoever comes again hears it before anything is sent.
+    let again = replica.begin_session(host.info.generation, host.info.disk_bytes).map(drop).unwrap_err();
+    assert_eq!(again.reason(), RefusalReason::NoRoom, "{again}");
     storage.remove("filler").unwrap();
     // The cut that was refused is gone with its session; the host begins again.
     drop(stream);

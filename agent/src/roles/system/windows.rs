@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tidemark_host::freeze::Freezer;
@@ -6,6 +6,11 @@ use tidemark_proto::control::{Failure, FailureKind};
 
 pub fn host_name() -> String {
     std::env::var("COMPUTERNAME").unwrap_or_default()
+}
+
+/// No disk is tracked past which the agent's state could not be kept.
+pub fn memory_folder(_state: &Path) -> Option<PathBuf> {
+    None
 }
 
 /// Nothing is made quiet here: who asks for an app-consistent point of a machine is told so.
