@@ -66,6 +66,22 @@ fn initramfs(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
     archive
 }
 
+/// The firmware of machines that boot by UEFI, and the variables of one of them.
+pub struct Uefi {
+    code: PathBuf,
+    variables: PathBuf,
+}
+
+impl Uefi {
+    /// `None`: it is not installed.
+    pub fn of_machine(site: &Site) -> Option<Self> {
+        let folder = Path::new("/usr/share/OVMF");
+        let variables = site.path("variables.fd");
+        std::fs::copy(folder.join("OVMF_VARS_4M.fd"), &variables).ok()?;
+        Some(Self { code: folder.join("OVMF_CODE_4M.fd"), variables })
+    }
+}
+
 fn nbd_disk(nbd: &str) -> String {
     let address = nbd.strip_prefix("nbd+unix:///").and_then(|rest| rest.split_once("?socket="));
     let (export, socket) = address.expect("the address of a socket");
@@ -105,6 +121,30 @@ impl Guest {
             format!("driver=qcow2,node-name=disk,file.driver=file,file.filename={},discard=unmap", image.display());
         let monitor = format!("unix:{},server=on,wait=off", socket.display());
         Self::boot_from(site, kernel, initrd, &disk, &["-qmp", &monitor])
+    }
+
+    /// From a qcow2 image, with QMP sockets for whoever protects it and for whoever runs it, who finds its agent as well: `tracked.qmp`,
+    /// `qmp.sock` and `agent.sock` in `folder`.
+    pub fn boot_tracked(site: &Site, kernel: &Path, initrd: &Path, image: &Path, folder: &Path) -> Self {
+        let disk = format!("driver=qcow2,node-name=disk,file.driver=file,file.filename={}", image.display());
+        let socket = |name: &str| format!("unix:{},server=on,wait=off", folder.join(name).display());
+        let (tracked, qmp, agent) = (socket("tracked.qmp"), socket("qmp.sock"), socket("agent.sock"));
+        Self::boot_from(site, kernel, initrd, &disk, &["-qmp", &tracked, "-qmp", &qmp, "-serial", &agent])
+    }
+
+    /// As [`Guest::boot`], by UEFI.
+    pub fn boot_uefi(site: &Site, kernel: &Path, initrd: &Path, nbd: &str, firmware: &Uefi) -> Self {
+        let flash = |node: &str, path: &Path, read_only: &str| {
+            format!(
+                "driver=raw,node-name={node},read-only={read_only},file.driver=file,file.filename={}",
+                path.display()
+            )
+        };
+        let code = flash("code", &firmware.code, "on");
+        let variables = flash("variables", &firmware.variables, "off");
+        let machine = "q35,pflash0=code,pflash1=variables";
+        let extra = ["-M", machine, "-blockdev", &code, "-blockdev", &variables];
+        Self::boot_from(site, kernel, initrd, &nbd_disk(nbd), &extra)
     }
 
     fn boot_from(site: &Site, kernel: &Path, initrd: &Path, disk: &str, extra: &[&str]) -> Self {

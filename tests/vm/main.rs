@@ -7,6 +7,7 @@ mod drill;
 mod elsewhere;
 mod failback;
 mod failover;
+mod generations;
 mod group;
 mod qemu;
 mod shutdown;

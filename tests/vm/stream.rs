@@ -11,6 +11,9 @@ pub const ALIVE: &str = "ALIVE ";
 pub const SYNCED: &str = "SYNCED ";
 /// Before the number of its last record, when it was asked to shut down.
 pub const SHUT_DOWN: &str = "SHUT DOWN ";
+/// What it says of the firmware that started it.
+pub const UEFI: &str = "STARTED BY UEFI";
+pub const BIOS: &str = "STARTED BY BIOS";
 const FILE_SYSTEM_BYTES: u64 = 48 * MIB;
 
 /// The guest's first program.
@@ -28,6 +31,8 @@ listen() {{
 }}
 if [ -c /dev/ttyS1 ]; then listen & fi 2>/dev/null
 digest() {{ echo "$1" | md5sum | cut -c1-32; }}
+# Firmware leaves a line that it did not end.
+echo; [ -d /sys/firmware/efi ] && echo "{UEFI}" || echo "{BIOS}"
 mount -t ext4 $disk /mnt || fail "mount"
 touch /mnt/chain
 last="begin"; number=0
