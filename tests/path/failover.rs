@@ -197,5 +197,8 @@ fn f5_a_migrated_machine_keeps_its_plain_disks_and_has_no_way_back() {
     site.json(&["migrate", "web"]);
     site.run(&["status", "web"]).assert_refused(&["no machine"]);
     site.run(&["failover", "planned", "web", "--disks-only"]).assert_refused(&["no machine"]);
+    site.run(&["reprotect", "web"]).assert_refused(&["no way home", "migration was completed"]);
+    site.run(&["failback", "web"]).assert_refused(&["no way home", "migration was completed"]);
+    site.run(&["reprotect", "other"]).assert_refused(&["no machine"]);
     image::assert_same(&expected, Path::new(&plain));
 }

@@ -17,6 +17,7 @@ mod images;
 mod interval;
 mod logs;
 mod marks;
+mod off;
 mod plans;
 mod points;
 mod refusals;

@@ -10,6 +10,7 @@
 //! * [`image`]: disks with content, and the comparison of two of them.
 //! * [`block`]: loop devices, mounts, and programs that show a disk as a file, all gone with their test.
 //! * [`distance`]: a long way between two programs.
+//! * [`owner`]: who runs a machine at its home.
 //! * [`postgres`]: a database as a judge of disks.
 //! * [`net`]: networks of a test's own, and a proxy that misbehaves.
 //! * [`tools`]: programs that a test needs; a test without them says `SKIPPED` and why.
@@ -27,6 +28,7 @@ pub mod guest;
 pub mod image;
 pub mod nbd;
 pub mod net;
+pub mod owner;
 pub mod postgres;
 pub mod process;
 pub mod site;

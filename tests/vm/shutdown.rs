@@ -1,26 +1,14 @@
 //! Planned failovers whose source is shut down by whoever runs it: the guest itself says that it was.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use tidemark_tests::guest::{GUEST_LIMIT, Guest};
-use tidemark_tests::{Machine, Site, image, need, wait};
+use tidemark_tests::{Machine, Site, image, need, owner, wait};
 
 use crate::failover::There;
 use crate::stream::{ALIVE, Parts, SHUT_DOWN, SYNCED, protect};
 
 const GIB: u64 = 1 << 30;
-
-/// As an administrator of the machine's host writes down who runs it.
-fn write_owner(site: &Site, content: &str) {
-    let (top, folder) = (site.state().join("agent/owner.d"), site.state().join("agent/owner.d/web"));
-    std::fs::create_dir_all(&folder).expect("a folder can be made");
-    for folder in [top, folder.clone()] {
-        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)).expect("it is ours");
-    }
-    let file = std::fs::File::create(folder.join("owner.toml"));
-    file.and_then(|mut file| std::io::Write::write_all(&mut file, content.as_bytes())).expect("it can be written");
-}
 
 fn boot(site: &Site, parts: &Parts, machine: &Machine, folder: &Path) -> Guest {
     Guest::boot_owned(site, &parts.kernel, &parts.initrd, machine.nbd(), folder)
@@ -43,9 +31,9 @@ fn h36_a_planned_failover_shuts_its_source_down() {
     source.says_number(SYNCED, 5);
 
     // It knows no power button: it is left on, and nothing is begun.
-    write_owner(&site, "[xen]\n");
+    owner::settings(&site, "web", "[xen]\n");
     site.run(&["failover", "planned", "web"]).assert_refused(&["owner.toml"]);
-    write_owner(&site, &qemu);
+    owner::settings(&site, "web", &qemu);
     let deaf = site.run(&["failover", "planned", "web", "--shutdown-limit", "2"]);
     deaf.assert_refused(&["web", "did not shut down within 2 s"]);
     assert_eq!(site.status("web")["state"], "protected");
@@ -55,7 +43,7 @@ fn h36_a_planned_failover_shuts_its_source_down() {
     assert_eq!(odd.code, 2, "whose disks are only closed is not turned off: {}", odd.describe());
 
     // It listens, by its agent.
-    write_owner(&site, &listening);
+    owner::settings(&site, "web", &listening);
     let checked = site.json(&["failover", "planned", "web", "--check"]);
     assert_eq!((&checked["source"]["owner"], &checked["source"]["power"]), (&"QEMU".into(), &"on".into()), "{checked}");
     let before = source.next_number(SYNCED);
@@ -77,7 +65,7 @@ fn h36_a_planned_failover_shuts_its_source_down() {
     let synced = source.says_number(SYNCED, last + 3);
 
     // It does not listen again, and is turned off.
-    write_owner(&site, &qemu);
+    owner::settings(&site, "web", &qemu);
     let result = site.json(&["failover", "planned", "web", "--shutdown-limit", "1", "--turn-off"]);
     assert_eq!((&result["source"]["stopped"], &result["lost_bytes"]), (&"turned_off".into(), &0.into()), "{result}");
     wait::until("its QEMU ends", GUEST_LIMIT, || source.process.ending());
@@ -88,18 +76,10 @@ fn h36_a_planned_failover_shuts_its_source_down() {
     // Home again: whoever runs it there starts it, when that is a program that can.
     site.json(&["commit", "web"]);
     site.json(&["reprotect", "web"]);
-    let programs = site.state().join("agent/owner.d/web");
-    std::fs::remove_file(programs.join("owner.toml")).expect("it is there");
+    std::fs::remove_file(site.state().join("agent/owner.d/web/owner.toml")).expect("it is there");
     let started = site.path("started");
-    for (verb, text) in
-        [("power", "echo '{\"power\": \"off\"}'".to_owned()), ("start", format!("touch {}", started.display()))]
-    {
-        let path = programs.join(verb);
-        let file = std::fs::File::create(&path);
-        let text = format!("#!/bin/sh\n{text}\n");
-        file.and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes())).expect("it can be written");
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).expect("it is ours");
-    }
+    owner::program(&site, "web", "power", "echo '{\"power\": \"off\"}'");
+    owner::program(&site, "web", "start", &format!("touch {}", started.display()));
     let synced = there.says(SYNCED, 0);
     let home = site.json(&["failback", "web", "--shutdown-limit", "1"]);
     assert_eq!(home["source"]["owner"], "scripts", "{home}");

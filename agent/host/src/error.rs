@@ -72,6 +72,9 @@ pub enum HostError {
     Freeze { machine: String, source: FreezeError },
     #[error("cannot make certificates for remote clients")]
     Certificates(#[from] ExportTlsError),
+    /// Its workload, or anybody else.
+    #[error("somebody may still write to the disks of machine {machine}")]
+    NotKept { machine: String, source: io::Error },
     #[error("cannot {what}")]
     Io { what: &'static str, source: io::Error },
     #[error("the host is stopping")]
@@ -142,6 +145,9 @@ impl HostError {
             HostError::Barriers { .. } => "give groups longer intervals".into(),
             HostError::Freeze { source, .. } => source.help().to_owned(),
             HostError::Certificates(error) => error.help().into(),
+            HostError::NotKept { source, .. } => {
+                help_within(source).unwrap_or_else(|| "shut the machine down, then try again".into())
+            }
             HostError::Io { source, .. } => help_within(source).unwrap_or_else(|| "see the system's message".into()),
             HostError::Stopping => "start the agent again".into(),
         }
@@ -157,6 +163,7 @@ impl HostError {
             | HostError::OtherWay { .. }
             | HostError::StateOnDisk { .. }
             | HostError::NotHeld { .. }
+            | HostError::NotKept { .. }
             | HostError::OtherDisks { .. } => FailureKind::Conflict,
             HostError::Image(error) if error.is_a_wrong_question() => FailureKind::BadRequest,
             HostError::Disk(_)

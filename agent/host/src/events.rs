@@ -106,6 +106,8 @@ kinds! {
     CompareStarted = "compare_started",
     CompareEnded = "compare_ended",
     SendingHalted = "sending_halted",
+    /// Somebody may write to a disk whose machine runs elsewhere, or does.
+    SourceOpen = "source_open",
 }
 
 impl fmt::Display for EventKind {

@@ -279,9 +279,8 @@ impl Host {
                 // As stored: the workload goes on with its disks in any case.
                 machine.drop_servers(if changed.is_ok() { &spec } else { &before });
                 changed?;
-                let fenced = spec.fenced;
                 machine.adjust(spec);
-                machine.set_fenced(fenced)?;
+                machine.follow_fence()?;
                 return Ok(machine.attachments());
             }
             // Another generation: the same history, sealed with another key. Stored first: what does not start now is tried
@@ -346,6 +345,9 @@ impl Host {
             if let Err(error) = provider.untrack(disk.disk) {
                 tracing::warn!(path = %disk.path, %error, "the kernel goes on watching a disk");
             }
+        }
+        if let Err(error) = provider.fence(machine, &spec.disks, false) {
+            tracing::warn!(machine = %spec.name, %error, "the disks of a machine are kept from everybody still");
         }
         if let Err(error) = provider.forget(machine) {
             tracing::warn!(machine = %spec.name, %error, "certificates of a machine could not be removed");

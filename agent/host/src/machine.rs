@@ -5,10 +5,12 @@
 //! each disk cleanly. *Crash.* Dropping a machine without stopping it is what a crash is: the next attach finds out.
 
 mod feed;
+mod fence;
 mod status;
 mod watch;
 
 use std::net::IpAddr;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -42,6 +44,8 @@ const KEEPER_INTERVAL: Duration = Duration::from_secs(1);
 const MARK_INTERVAL: Duration = Duration::from_secs(1);
 /// How often it is looked whether a scan ended.
 const SCAN_POLL: Duration = Duration::from_millis(20);
+/// Who had a disk open and ends lets go of it within this.
+const KEEP_LIMIT: Duration = Duration::from_secs(3);
 
 /// How a disk of a machine is sent to a process server.
 pub(crate) type Senders<'a> = &'a dyn Fn(&MachineSpec, &Endpoint) -> SenderConfig;
@@ -66,6 +70,8 @@ struct MachineDisk {
     feeds: Mutex<Vec<Feed>>,
     stop: Stop,
     keeper: Mutex<Option<JoinHandle<()>>>,
+    /// What changed before everybody was kept from it is told elsewhere.
+    is_at_rest: AtomicBool,
 }
 
 impl Machine {
@@ -76,6 +82,7 @@ impl Machine {
         provider: Arc<dyn CaptureProvider>,
         sender: Senders<'_>,
     ) -> Result<Arc<Self>, HostError> {
+        keep(&*provider, &spec)?;
         let mut attached: Vec<Arc<ProtectedDisk>> = Vec::new();
         for disk in &spec.disks {
             match attach_disk(&spec, disk, config, &*provider) {
@@ -118,6 +125,7 @@ impl Machine {
                 }
             }
         }
+        machine.watch_fence();
         machine.start_threads().map_err(|source| HostError::Io { what: "start a thread", source })?;
         Ok(machine)
     }
@@ -132,7 +140,6 @@ impl Machine {
     ) -> std::io::Result<Arc<MachineDisk>> {
         let barrier: Weak<dyn Barrier> = Arc::downgrade(&(self.marker.clone() as Arc<dyn Barrier>));
         let _ = disk.barrier.set(barrier);
-        self.provider.fence(&named.export, spec.fenced)?;
         let address = self.provider.attach(&named.export, disk)?;
         let feeds = spec.servers().map(|server| Feed::start(disk, server, spec, sender)).collect::<Result<_, _>>()?;
         let opened = Arc::new(MachineDisk {
@@ -142,6 +149,7 @@ impl Machine {
             feeds: Mutex::new(feeds),
             stop: Stop::new(),
             keeper: Mutex::default(),
+            is_at_rest: AtomicBool::new(false),
         });
         let (disk, stop) = (disk.clone(), opened.stop.clone());
         let keeper = tidemark_base::thread::Builder::new().name("keeper".to_owned()).spawn(move || {
@@ -170,6 +178,7 @@ impl Machine {
         config: &HostConfig,
         sender: Senders<'_>,
     ) -> Result<(), HostError> {
+        keep(&*self.provider, spec)?;
         let disk = attach_disk(spec, named, config, &*self.provider)?;
         // Before anything is sent: the end of its scan is a mark of all disks.
         self.marker.add(disk.clone(), named.added);
@@ -217,6 +226,7 @@ impl Machine {
             while !stop.wait_for(MARK_INTERVAL) {
                 let Some(machine) = machine.upgrade() else { break };
                 machine.opened().iter().for_each(|disk| disk.watch_feeds());
+                machine.watch_fence();
                 machine.follow_throttle();
                 machine.mark_by_policy(&mut marked);
                 machine.mark_app_by_policy(&mut app_tried);
@@ -378,11 +388,21 @@ impl Machine {
         }
     }
 
-    /// Keeps the workload from its disks, or lets it back. After this nothing more is written.
-    pub(crate) fn set_fenced(&self, fenced: bool) -> Result<(), HostError> {
-        let fence = |disk: &Arc<MachineDisk>| self.provider.fence(&disk.export, fenced);
-        let outcome = self.opened().iter().map(fence).fold(Ok(()), std::io::Result::and);
-        outcome.map_err(|source| HostError::Io { what: "keep the workload from its disks", source })
+    /// Keeps everybody from its disks, or lets them back, as its specification says. After this nothing more is written. What ends just now
+    /// is waited for.
+    pub(crate) fn follow_fence(&self) -> Result<(), HostError> {
+        let (spec, deadline) = (self.spec(), Instant::now() + KEEP_LIMIT);
+        loop {
+            match keep(&*self.provider, &spec) {
+                Err(_) if Instant::now() < deadline && !self.stop.wait_for(SCAN_POLL) => {}
+                outcome => {
+                    if !spec.fenced {
+                        self.end_fence();
+                    }
+                    return outcome;
+                }
+            }
+        }
     }
 
     pub fn resync(&self) -> std::io::Result<()> {
@@ -496,6 +516,12 @@ impl Drop for Machine {
         }
         self.stop_threads();
     }
+}
+
+/// As the specification says.
+fn keep(provider: &dyn CaptureProvider, spec: &MachineSpec) -> Result<(), HostError> {
+    let kept = provider.fence(spec.machine, &spec.disks, spec.fenced);
+    kept.map_err(|source| HostError::NotKept { machine: spec.name.clone(), source })
 }
 
 fn attach_disk(

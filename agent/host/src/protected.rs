@@ -462,6 +462,7 @@ fn event_of(alarm: &str) -> Option<EventKind> {
         "sync" | "cursor" => EventKind::SyncFailed,
         "marks" => EventKind::MarksFailed,
         "thaw" => EventKind::ThawFailed,
+        "fence" => EventKind::SourceOpen,
         _ => return None,
     })
 }

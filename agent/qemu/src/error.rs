@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tidemark_base::disk::DiskError;
 use tidemark_nbd::ClientError;
 
 /// Of the machine protocol itself.
@@ -55,6 +56,14 @@ pub enum QemuError {
     Io { what: &'static str, path: PathBuf, source: io::Error },
     #[error("QEMU's answer to {command} is not understood")]
     Answer { command: &'static str },
+    #[error("{} may be written to by somebody else", path.display())]
+    NotKept { path: PathBuf, source: DiskError },
+    #[error("{} is a node of a QEMU and no image: nobody can be kept from it once its machine is off", path.display())]
+    NotAnImage { path: PathBuf },
+    #[error("{} is of a format ({format}) whose machine cannot be kept off", path.display())]
+    Format { path: PathBuf, format: String },
+    #[error("qemu-storage-daemon does not open {}: {reason}", path.display())]
+    NotOpened { path: PathBuf, reason: String },
     #[error("disk {disk} is not tracked here")]
     Unknown { disk: String },
 }
@@ -97,6 +106,17 @@ impl QemuError {
             QemuError::Nbd(_) => "see whether the machine still runs; it is tried again by itself",
             QemuError::Io { .. } => "see the system's message",
             QemuError::Answer { .. } => "check QEMU's version: 6.0 or newer is needed",
+            QemuError::NotKept { source: DiskError::Kind { .. }, .. } => {
+                "an image on a block device is kept by nobody: protect the device with `--via bpf`"
+            }
+            QemuError::NotKept { .. } => {
+                "end the QEMU that has it open (one that was started with `-no-shutdown` stays when its guest is off), then try again"
+            }
+            QemuError::NotAnImage { .. } => "protect the machine by its image: `--disk /path/to/its/image`",
+            QemuError::Format { .. } => "convert it to qcow2 or raw",
+            QemuError::NotOpened { .. } => {
+                "see its reason; it comes with `qemu-utils` (Debian), and must be of a version that reads the image"
+            }
             QemuError::Unknown { .. } => "protect the machine again",
         }
     }

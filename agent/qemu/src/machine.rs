@@ -245,6 +245,11 @@ impl Machine {
         self.lock().disks.get(&disk).map_or(0, |tracked| tracked.node.bytes)
     }
 
+    /// What its image is, as its QEMU opened it.
+    pub fn format(&self, disk: DiskId) -> Option<String> {
+        self.lock().disks.get(&disk).map(|tracked| tracked.node.format().to_owned())
+    }
+
     fn name(&self, place: &Place) -> String {
         match place {
             Place::Node { socket, .. } => socket.display().to_string(),

@@ -42,6 +42,11 @@ impl Node {
         })
     }
 
+    /// Of the image, not of how it is opened: what a guest gets as it lies there is raw.
+    pub fn format(&self) -> &str {
+        if PROTOCOLS.contains(&self.driver.as_str()) { "raw" } else { &self.driver }
+    }
+
     /// A bitmap of it outlives its QEMU.
     pub fn keeps_bitmaps(&self) -> bool {
         self.driver == "qcow2"

@@ -724,7 +724,7 @@ pub enum FailoverVerb {
     Cleanup(MachineArgs),
     /// Shuts the machine down, keeps it from its disks, sends the last changes, and runs it where its replica is. Nothing is lost.
     /// Where its host has nothing in `owner.d/NAME` that says who runs it, shut it down yourself first: what it holds in memory is
-    /// not on its disks.
+    /// not on its disks. A machine that is protected via bpf or qemu is refused without it.
     Planned {
         #[command(flatten)]
         start: StartArgs,

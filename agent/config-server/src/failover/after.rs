@@ -6,18 +6,21 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tidemark_hypervisor::call::{Call, FailedOver, Promotion, decode};
-use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_proto::control::{Failure, FailureKind, Severity};
 
-use super::start::{call, note, settle_source};
+use super::start::{call, note};
 use super::state::{self, Failover, Phase};
 use super::{ask, elsewhere, failback, not_understood, reprotect, rights, source};
 use crate::core::{Core, SETTLE, Side};
+use crate::history::{News, Query, Stored};
 use crate::jobs::Job;
 use crate::machines::{settle_unprotected, vanished};
 use crate::model::{Machine, Wanted};
 use crate::names::bad_request;
 use crate::points::selector;
 
+/// The event of a machine that has no way home.
+const MIGRATED: &str = "migrated";
 /// How often a promotion is looked after.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -121,12 +124,8 @@ pub fn cancel(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
         ask(&core, &machine, &Call::EndFailover { failover: failover.id }, SETTLE).await?;
         let machine = state::end(&core, &name, failover.id)?;
         progress.step("let the source go on");
-        let told = settle_source(&core, &machine).await;
         note(&core, &name, "goes on at its source: the failover was cancelled");
-        let started = match told.is_ok() && failover.source_stopped {
-            true => source::start_again(&core, &progress, &machine).await,
-            false => Value::Null,
-        };
+        let (told, started) = source::go_on(&core, &progress, &machine, failover.source_stopped).await;
         let waiting = told.err().map(|failure| format!("{}; it goes on when it can be told", failure.message));
         Ok(json!({ "machine": name, "source": if waiting.is_none() { "goes on" } else { "is away" }, "waiting": waiting,
             "started": started }))
@@ -219,6 +218,22 @@ pub fn promote(core: &Arc<Core>, name: &str, request: PromoteRequest) -> Result<
     })
 }
 
+/// A machine that is to go home. Of one whose migration was completed nothing is kept but its events: they say why it cannot.
+pub fn find_returning(core: &Core, name: &str) -> Result<Machine, Failure> {
+    core.machine(name).map_err(|failure| {
+        let query = Query { machine: Some(name.to_owned()), ..Query::default() };
+        let events = core.history.list(&query).unwrap_or_default();
+        match events.into_iter().rfind(|event| event.kind == MIGRATED) {
+            None => failure,
+            Some(Stored { time, .. }) => Failure::new(
+                FailureKind::Conflict,
+                format!("machine {name:?} has no way home: its migration was completed at {time}, and its replica went with that"),
+                "protect it anew where it runs (`tidemark protect`), and fail it over to where it is to be",
+            ),
+        }
+    })
+}
+
 /// Completes a migration: the machine stays where it is, its replica goes, and there is no way back.
 pub fn migrate(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
     state::find(&core.machine(name)?)?;
@@ -261,7 +276,13 @@ pub fn migrate(core: &Arc<Core>, name: &str) -> Result<Job, Failure> {
             machine.wanted = Wanted::Unprotected { delete_replica: true, agent_done: false, server_done: false };
             Ok(())
         })?;
-        note(&core, &name, "was migrated: it is not protected any more");
+        core.history.note(News {
+            severity: Severity::Warning,
+            kind: MIGRATED,
+            machine: Some(name.clone()),
+            message: format!("machine {name} was migrated: it is not protected any more"),
+            help: "protect it anew where it runs: `tidemark protect`".to_owned(),
+        });
         // A source that is away lets go when it comes back.
         let waiting = settle_unprotected(&core, Some(&progress), &name).await.err().map(|failure| failure.message);
         let disks = answer.map(|answer| answer.disks).unwrap_or_default();

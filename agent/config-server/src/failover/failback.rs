@@ -24,7 +24,7 @@ use tidemark_proto::failback::{Method, Stage, TargetCall, TargetReport};
 use super::reprotect::{self, bring, follow, wait_for_agent};
 use super::start::{call as machine_call, note, settle_source};
 use super::state::{self, Failover, Home, Phase};
-use super::{ask, elsewhere, source, taken};
+use super::{after, ask, elsewhere, source, taken};
 use crate::core::{Core, SETTLE};
 use crate::jobs::{Job, Progress};
 use crate::machines::{protected, settle_agent, vanished};
@@ -64,7 +64,7 @@ pub fn start(core: &Arc<Core>, name: &str, request: FailbackRequest) -> Result<J
             "choose one of the two",
         ));
     }
-    let machine = core.machine(name)?;
+    let machine = after::find_returning(core, name)?;
     if !request.unplanned {
         refuse_unready(name, &state::find(&machine)?)?;
     }

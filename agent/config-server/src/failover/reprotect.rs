@@ -25,7 +25,7 @@ use uuid::Uuid;
 use super::elsewhere;
 use super::start::{note, send_all};
 use super::state::{self, Failover, Home, Phase};
-use super::{ask, by_name, not_understood};
+use super::{after, ask, by_name, not_understood};
 use crate::core::{Core, QUICK, SETTLE, WHOLE_DISK};
 use crate::hub::{PeerId, Presence, unexpected};
 use crate::jobs::{Job, Progress};
@@ -69,7 +69,7 @@ pub fn start(core: &Arc<Core>, name: &str, request: ReprotectRequest) -> Result<
         })
     });
     let method = method.transpose()?;
-    refuse_phase(name, &state::find(&core.machine(name)?)?)?;
+    refuse_phase(name, &state::find(&after::find_returning(core, name)?)?)?;
     let (core, name) = (core.clone(), name.to_owned());
     core.jobs.clone().start("reprotect", Some(&name.clone()), |progress| async move {
         run(&core, &progress, &name, method, request).await

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tidemark_base::{Clock, MarkId, Timestamp};
-use tidemark_hypervisor::call::{Asked, Call, FailOverCall, FailedOver, Lost, decode};
+use tidemark_hypervisor::call::{Call, FailOverCall, FailedOver, Lost, decode};
 use tidemark_proto::control::{
     AgentCommand, Consistency, Failure, FailureKind, MarkRequest, Reply, ServerCommand, Severity, SourceDisk, Via,
 };
@@ -72,15 +72,8 @@ pub fn start(core: &Arc<Core>, name: &str, kind: Kind, request: StartRequest) ->
             "leave the limit out; where the source is there, fail over by plan: `tidemark failover planned NAME`",
         ));
     }
-    if kind == Kind::Planned && !matches!(machine.via, Via::Nbd | Via::Fuse) {
-        let via = machine.via.name();
-        return Err(Failure::new(
-            FailureKind::Conflict,
-            format!(
-                "machine {name:?} writes to its disks past its agent (--via {via}): nobody can keep it from them and prove that nothing is lost"
-            ),
-            "stop what it does, make a last point (`tidemark point create NAME`), shut it down, then: `tidemark failover unplanned NAME`",
-        ));
+    if kind == Kind::Planned {
+        source::refuse_unkept(&machine)?;
     }
     shutdown_limit(request.shutdown_limit_seconds)?;
     selector(request.point.as_deref().unwrap_or(LOWEST_RPO))?;
@@ -144,9 +137,11 @@ async fn run(
     let direction = direction(core, &machine);
     let said = format!("{direction}; {}", said(kind, &lost, &loss));
     progress.step(said.clone());
-    let shuts_down = kind == Kind::Planned && begun.is_none() && !request.disks_only;
+    // Where its writes pass by the agent, somebody must say that it is off.
+    let shuts_down = kind == Kind::Planned && begun.is_none() && (!request.disks_only || source::is_tracked(&machine));
+    let owner = if shuts_down { Some(source::find_owner(core, &machine).await?) } else { None };
     if request.check_only {
-        let source = if shuts_down { Some(source::ask(core, &machine, Asked::Power, QUICK).await?) } else { None };
+        let source = owner;
         return Ok(json!({ "machine": name, "direction": direction, "point": lost.point, "time": lost.time,
             "lost_seconds": loss.seconds, "lost_bytes": loss.bytes, "source_last_seen": loss.source_last_seen,
             "source": source, "source_is_well": source_is_well }));
@@ -173,8 +168,8 @@ async fn run(
     let is_new = machine.failover.is_none();
     let machine = if is_new { state::begin(core, name, machine.server, failover)? } else { machine };
     let taken = take_over(core, progress, &machine, id, &point, asked).await;
-    let (answer, downtime) = match taken {
-        Ok(answer) => answer,
+    let Taken { answer, downtime, not_fenced } = match taken {
+        Ok(taken) => taken,
         // Nobody knows whether it runs.
         Err(failure)
             if matches!(failure.kind, FailureKind::TimedOut | FailureKind::Unavailable) && has_begun(core, name) =>
@@ -185,12 +180,8 @@ async fn run(
         Err(failure) => {
             progress.step("undo");
             let machine = state::end(core, name, id)?;
-            match settle_source(core, &machine).await {
-                Ok(()) if source_stopped => {
-                    source::start_again(core, progress, &machine).await;
-                }
-                Ok(()) => {}
-                Err(left) => tracing::warn!(machine = name, %left, "the source is told when it can be reached"),
+            if let (Err(left), _) = source::go_on(core, progress, &machine, source_stopped).await {
+                tracing::warn!(machine = name, %left, "the source is told when it can be reached");
             }
             return Err(failure);
         }
@@ -213,6 +204,7 @@ async fn run(
         "source_last_seen": loss.source_last_seen,
         "source": shut,
         "source_is_well": source_is_well,
+        "not_fenced": not_fenced.map(|failure| json!({ "error": failure.message, "help": failure.help })),
         "rto_seconds": first.map(|seconds| seconds + downtime.as_secs_f64()),
         "hypervisor": answer.hypervisor,
         "power": answer.power,
@@ -248,7 +240,15 @@ fn has_begun(core: &Core, name: &str) -> bool {
     phase == Some(Phase::Starting)
 }
 
-/// How it runs there, and how long it took from the command to the call that runs it.
+struct Taken {
+    /// How it runs there.
+    answer: FailedOver,
+    /// From the command to the call that runs it.
+    downtime: Duration,
+    /// Why its source may go on, where it may: what it writes is refused.
+    not_fenced: Option<Failure>,
+}
+
 async fn take_over(
     core: &Core,
     progress: &Progress,
@@ -256,7 +256,7 @@ async fn take_over(
     id: Uuid,
     point: &str,
     asked: Instant,
-) -> Result<(FailedOver, Duration), Failure> {
+) -> Result<Taken, Failure> {
     let name = &machine.name;
     let failover = state::find(machine)?;
     let mut point = point.to_owned();
@@ -267,15 +267,16 @@ async fn take_over(
     }
     progress.step("refuse the source from now on");
     settle_server(core, &machine).await?;
-    if let Err(failure) = settle_agent(core, &machine).await {
+    let not_fenced = settle_agent(core, &machine).await.err();
+    if let Some(failure) = &not_fenced {
         // It is told when it comes back, and its changes are refused until then.
         tracing::warn!(machine = name, %failure, "the source is not fenced yet");
     }
     progress.step("run it from its point");
     let call = Call::FailOver(Box::new(call(&machine, &failover, point)));
-    let before = asked.elapsed();
+    let downtime = asked.elapsed();
     let answer = ask(core, &machine, &call, SETTLE).await?;
-    Ok((decode(&answer).map_err(not_understood)?, before))
+    Ok(Taken { answer: decode(&answer).map_err(not_understood)?, downtime, not_fenced })
 }
 
 /// As a process server is asked to run it.
@@ -318,11 +319,8 @@ async fn drain(core: &Core, progress: &Progress, machine: &Machine) -> Result<St
 /// Makes a point of what a source that is kept from its disks has, and waits until it is at the process server.
 pub async fn send_all(core: &Core, machine: &Machine, label: &str, limit: Duration) -> Result<MarkId, Failure> {
     let label = label.to_owned();
-    let mark = MarkRequest { machine: machine.id, consistency: Consistency::Crash, label, keep: true };
-    let mark = match core.agent(machine.host, &AgentCommand::Mark(mark), SETTLE).await? {
-        Reply::Marked { mark, .. } => mark,
-        other => return Err(unexpected(PeerId::Agent(machine.host), &other)),
-    };
+    let request = MarkRequest { machine: machine.id, consistency: Consistency::Crash, label, keep: true };
+    let mark = last_mark(core, machine, &request, limit).await?;
     let command = ServerCommand::WaitPoint { machine: machine.id, mark, limit };
     match core.server(machine.server, &command, limit + QUICK).await? {
         Reply::Point(_) => Ok(mark),
@@ -330,20 +328,55 @@ pub async fn send_all(core: &Core, machine: &Machine, label: &str, limit: Durati
     }
 }
 
-/// Whether the process server holds, durably, each disk's log to its end.
-async fn is_all_there(core: &Core, machine: &Machine) -> Result<bool, Failure> {
-    let source = match core.agent(machine.host, &AgentCommand::Status, QUICK).await? {
-        Reply::Agent(report) => report,
+/// What a tracker saw may be much, and a raw image is compared once its QEMU has ended: that scan is waited for, while it gets on.
+async fn last_mark(core: &Core, machine: &Machine, request: &MarkRequest, limit: Duration) -> Result<MarkId, Failure> {
+    let peer = PeerId::Agent(machine.host);
+    let (mut left, mut since) = (u64::MAX, Instant::now());
+    loop {
+        let failure = match core.agent(machine.host, &AgentCommand::Mark(request.clone()), SETTLE).await {
+            Ok(Reply::Marked { mark, .. }) => return Ok(mark),
+            Ok(other) => return Err(unexpected(peer, &other)),
+            Err(failure) => failure,
+        };
+        if !source::is_tracked(machine) || failure.kind != FailureKind::Unavailable {
+            return Err(failure);
+        }
+        let pending = source_disks(core, machine).await?.iter().map(|source| source.pending_bytes).sum();
+        if pending < left {
+            (left, since) = (pending, Instant::now());
+        }
+        if since.elapsed() > limit {
+            return Err(failure);
+        }
+        let _ = tokio::time::timeout(LOOK_AGAIN, core.stop.cancelled()).await;
+    }
+}
+
+/// What the host says of its disks, of what goes to where it fails over.
+async fn source_disks(core: &Core, machine: &Machine) -> Result<Vec<SourceDisk>, Failure> {
+    let mut sources = match core.agent(machine.host, &AgentCommand::Status, QUICK).await? {
+        Reply::Agent(report) => report.disks,
         other => return Err(unexpected(PeerId::Agent(machine.host), &other)),
     };
+    sources.retain(|source| source.server.is_none_or(|server| server == machine.server));
+    sources.retain(|source| machine.disks.iter().any(|disk| disk.id == source.disk));
+    Ok(sources)
+}
+
+/// Whether the process server holds, durably, each disk's log to its end.
+async fn is_all_there(core: &Core, machine: &Machine) -> Result<bool, Failure> {
+    let sources = source_disks(core, machine).await?;
     let replica = match core.server(machine.server, &ServerCommand::Status, QUICK).await? {
         Reply::Server(report) => report,
         other => return Err(unexpected(PeerId::ProcessServer(machine.server), &other)),
     };
     Ok(machine.disks.iter().all(|disk| {
-        let logged = source.disks.iter().find(|source| source.disk == disk.id).map(|source| &source.logged);
+        let source = sources.iter().find(|source| source.disk == disk.id);
+        // What a tracker saw since the mark is in no log.
+        let is_settled = source.is_some_and(|source| !source::is_tracked(machine) || source.pending_bytes == 0);
+        let logged = source.map(|source| &source.logged);
         let durable = replica.disks.iter().find(|replica| replica.disk == disk.id).map(|replica| &replica.durable);
-        logged.is_some_and(|logged| !logged.is_empty()) && logged == durable
+        is_settled && logged.is_some_and(|logged| !logged.is_empty()) && logged == durable
     }))
 }
 

@@ -2,7 +2,11 @@
 //!
 //! *Consistency.* [`crate::protected`] says how what it tells becomes records and marks. *Retries.* None here. *Cancellation.* Detaching
 //! ends nothing: the kernel goes on marking, so that the next session need not compare. *Crash.* The same.
+//!
+//! A device whose machine runs elsewhere is kept as [`tidemark_bpf::keep`] says. Which ones are read-only for that is noted in files: the kernel forgets it when
+//! the system starts, and one that somebody else made read-only stays so.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -10,8 +14,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
-use tidemark_base::{DiskId, ExtentSet};
-use tidemark_bpf::{BlockTracker, Device, Found, Witness};
+use tidemark_base::storage::{RealStorage, read_file, remove_if_there, replace_file};
+use tidemark_base::sync::Mutex;
+use tidemark_base::{DiskId, ExtentSet, MachineId};
+use tidemark_bpf::{BlockTracker, Device, Found, Kept, Witness, keep};
+use tidemark_proto::control::DiskSpec;
 
 use super::freezer::{FileSystemFreezer, file_systems_on};
 use super::tracker::Tracker;
@@ -20,9 +27,49 @@ use crate::error::HostError;
 use crate::freeze::{FreezeError, Frozen};
 use crate::protected::ProtectedDisk;
 
-/// Has no state of its own: what is tracked is pinned in the kernel.
-#[derive(Default)]
-pub struct BpfTracker;
+/// In the agent's folder: a file for each device that is read-only because of us, which names it.
+const FOLDER: &str = "kept";
+const PATH_BYTES_MAX: u64 = 4096;
+
+/// What is tracked is pinned in the kernel.
+pub struct BpfTracker {
+    folder: PathBuf,
+    kept: Mutex<BTreeMap<DiskId, Kept>>,
+}
+
+impl BpfTracker {
+    pub fn new(state_folder: &Path) -> Self {
+        Self { folder: state_folder.join(FOLDER), kept: Mutex::default() }
+    }
+
+    fn keep(&self, disk: &DiskSpec) -> io::Result<()> {
+        let mut kept = self.kept.lock().expect("no panic while held");
+        if kept.get(&disk.disk).is_some_and(Kept::is_whole) {
+            return Ok(());
+        }
+        kept.remove(&disk.disk);
+        // Noted first: what is read-only is made writable again.
+        let storage = RealStorage::create(self.folder.clone())?;
+        replace_file(&*storage, &disk.disk.to_string(), disk.path.as_bytes())?;
+        kept.insert(disk.disk, keep::keep(disk.path.as_ref()).map_err(io::Error::other)?);
+        Ok(())
+    }
+
+    fn let_go(&self, disk: DiskId) -> io::Result<()> {
+        let mut kept = self.kept.lock().expect("no panic while held");
+        kept.remove(&disk);
+        let (storage, name) = (RealStorage::open_folder(self.folder.clone()), disk.to_string());
+        if !self.folder.join(&name).exists() {
+            return Ok(());
+        }
+        let path = String::from_utf8(read_file(&*storage, &name, PATH_BYTES_MAX)?).map_err(io::Error::other)?;
+        // One that is gone is not read-only when it comes back.
+        if Path::new(&path).exists() {
+            keep::let_go(path.as_ref()).map_err(io::Error::other)?;
+        }
+        remove_if_there(&*storage, &name)
+    }
+}
 
 impl CaptureProvider for BpfTracker {
     fn probe(&self, path: &Path, state: &Path) -> Result<u64, HostError> {
@@ -44,7 +91,18 @@ impl CaptureProvider for BpfTracker {
     }
 
     fn untrack(&self, disk: DiskId) -> io::Result<()> {
-        BlockTracker::remove(disk)
+        self.let_go(disk).and(BlockTracker::remove(disk))
+    }
+
+    fn fence(&self, _machine: MachineId, disks: &[DiskSpec], fenced: bool) -> io::Result<()> {
+        if fenced {
+            return disks.iter().try_for_each(|disk| self.keep(disk));
+        }
+        disks.iter().map(|disk| self.let_go(disk.disk)).fold(Ok(()), Result::and)
+    }
+
+    fn trespass(&self, _machine: MachineId, disk: &DiskSpec) -> Option<String> {
+        self.keep(disk).err().map(|error| error.to_string())
     }
 
     fn attach(&self, _name: &str, _disk: &Arc<ProtectedDisk>) -> io::Result<Address> {

@@ -10,8 +10,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use tidemark_base::MachineId;
 use tidemark_base::sync::{Mutex, MutexGuard};
 use tidemark_fuse::{FuseError, FuseFile};
+use tidemark_proto::control::DiskSpec;
 
 use super::splitter::Splitter;
 use super::{Address, CaptureProvider};
@@ -60,6 +62,24 @@ impl FuseSplitter {
     fn serve(&self, name: &str, splitter: &Arc<Splitter>) -> io::Result<FuseFile> {
         FuseFile::serve(&self.path(name)?, splitter.clone(), &self.allowed_uids).map_err(io::Error::other)
     }
+
+    fn fence_file(&self, name: &str, fenced: bool) -> io::Result<()> {
+        let mut state = self.state();
+        if !fenced {
+            state.fenced.remove(name);
+            if let Some(Attached { splitter, file: None }) = state.attached.get(name) {
+                let file = self.serve(name, &splitter.clone())?;
+                if let Some(attached) = state.attached.get_mut(name) {
+                    attached.file = Some(file);
+                }
+            }
+            return Ok(());
+        }
+        state.fenced.insert(name.to_owned());
+        let file = state.attached.get_mut(name).and_then(|attached| attached.file.take());
+        drop(state);
+        close(file).map_err(io::Error::other)
+    }
 }
 
 fn close(file: Option<FuseFile>) -> Result<(), FuseError> {
@@ -88,22 +108,8 @@ impl CaptureProvider for FuseSplitter {
         Ok(Address { nbd: None, file: Some(path.to_string_lossy().into_owned()) })
     }
 
-    fn fence(&self, name: &str, fenced: bool) -> io::Result<()> {
-        let mut state = self.state();
-        if !fenced {
-            state.fenced.remove(name);
-            if let Some(Attached { splitter, file: None }) = state.attached.get(name) {
-                let file = self.serve(name, &splitter.clone())?;
-                if let Some(attached) = state.attached.get_mut(name) {
-                    attached.file = Some(file);
-                }
-            }
-            return Ok(());
-        }
-        state.fenced.insert(name.to_owned());
-        let file = state.attached.get_mut(name).and_then(|attached| attached.file.take());
-        drop(state);
-        close(file).map_err(io::Error::other)
+    fn fence(&self, _machine: MachineId, disks: &[DiskSpec], fenced: bool) -> io::Result<()> {
+        disks.iter().map(|disk| self.fence_file(&disk.export, fenced)).fold(Ok(()), Result::and)
     }
 
     fn detach(&self, name: &str) -> io::Result<()> {

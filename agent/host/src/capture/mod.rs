@@ -33,6 +33,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tidemark_base::{DiskId, MachineId};
+use tidemark_proto::control::DiskSpec;
 
 use crate::error::HostError;
 use crate::protected::ProtectedDisk;
@@ -109,11 +110,16 @@ pub trait CaptureProvider: Send + Sync {
         Ok(())
     }
 
-    /// Keeps the workload from a disk, or lets it back; from before the disk is attached, where it is asked for before. After
-    /// this nothing more is written through the provider. One that does not stand in the workload's way cannot.
-    fn fence(&self, _name: &str, fenced: bool) -> io::Result<()> {
+    /// Keeps everybody from the disks of a machine, or lets them back; from before a disk is attached, where it is asked for
+    /// before. After this nothing more is written. One that does not stand in the workload's way, and finds no other, cannot.
+    fn fence(&self, _machine: MachineId, _disks: &[DiskSpec], fenced: bool) -> io::Result<()> {
         let cannot = "its disks are written past the agent, which cannot keep the workload from them; shut the machine down yourself";
         if fenced { Err(io::Error::new(io::ErrorKind::Unsupported, cannot)) } else { Ok(()) }
+    }
+
+    /// Why somebody may get at a disk that is fenced all the same, where that is so. What can be mended is mended first.
+    fn trespass(&self, _machine: MachineId, _disk: &DiskSpec) -> Option<String> {
+        None
     }
 
     /// Ends it, after the requests that were received; nothing is written through this provider afterwards.

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tidemark_base::MachineId;
 use tidemark_base::storage::Storage;
 use tidemark_nbd::{Exports, Limits, ListenError, Remote, Server, address};
+use tidemark_proto::control::DiskSpec;
 use tidemark_transport::ExportAuthority;
 
 use super::splitter::Splitter;
@@ -86,6 +87,31 @@ impl NbdSplitter {
         });
         here.and(there).map_err(io::Error::other)
     }
+
+    fn fence_export(&self, name: &str, fenced: bool) -> io::Result<()> {
+        let remote = {
+            let mut state = self.state();
+            if fenced {
+                state.fenced.insert(name.to_owned());
+            } else {
+                state.fenced.remove(name);
+            }
+            let attached = state.attached.get(name).cloned();
+            let remote = attached.as_ref().and_then(|(machine, _)| state.remote.get(machine).cloned());
+            if let (false, Some((_, splitter))) = (fenced, attached) {
+                self.exports.insert(name, splitter.clone());
+                if let Some(remote) = &remote {
+                    remote.exports.insert(name, splitter);
+                }
+            }
+            remote
+        };
+        if !fenced {
+            return Ok(());
+        }
+        // Not under the lock: a client may take its time.
+        self.close(name, remote.as_deref())
+    }
 }
 
 impl CaptureProvider for NbdSplitter {
@@ -138,29 +164,8 @@ impl CaptureProvider for NbdSplitter {
         Ok(Some(address))
     }
 
-    fn fence(&self, name: &str, fenced: bool) -> io::Result<()> {
-        let remote = {
-            let mut state = self.state();
-            if fenced {
-                state.fenced.insert(name.to_owned());
-            } else {
-                state.fenced.remove(name);
-            }
-            let attached = state.attached.get(name).cloned();
-            let remote = attached.as_ref().and_then(|(machine, _)| state.remote.get(machine).cloned());
-            if let (false, Some((_, splitter))) = (fenced, attached) {
-                self.exports.insert(name, splitter.clone());
-                if let Some(remote) = &remote {
-                    remote.exports.insert(name, splitter);
-                }
-            }
-            remote
-        };
-        if !fenced {
-            return Ok(());
-        }
-        // Not under the lock: a client may take its time.
-        self.close(name, remote.as_deref())
+    fn fence(&self, _machine: MachineId, disks: &[DiskSpec], fenced: bool) -> io::Result<()> {
+        disks.iter().map(|disk| self.fence_export(&disk.export, fenced)).fold(Ok(()), Result::and)
     }
 
     fn detach(&self, name: &str) -> io::Result<()> {

@@ -2,6 +2,9 @@
 //!
 //! *Consistency.* Marks are made at instants that QEMU makes of all disks together ([`Instants`]); what changed up to one is logged as it was then.
 //! *Retries.* None here. *Cancellation.* Detaching ends nothing: QEMU goes on marking, so that the next session need not compare. *Crash.* The same.
+//!
+//! While the machine runs elsewhere its images are kept by a storage daemon of ours ([`tidemark_qemu::keep`]), which is asked in its QEMU's place. How QEMU
+//! opened each is noted in files when it is tracked: what is in an image never decides what it is.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,8 +13,11 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tidemark_base::disk::RemoteDisk;
+use tidemark_base::storage::{RealStorage, read_file, remove_if_there, replace_file};
 use tidemark_base::sync::Mutex;
-use tidemark_base::{DiskId, ExtentSet};
+use tidemark_base::{DiskId, ExtentSet, MachineId};
+use tidemark_proto::control::DiskSpec;
+use tidemark_qemu::keep::{Image, Keeper};
 use tidemark_qemu::machine::Live;
 use tidemark_qemu::{Machine, Place, QemuError, Taken};
 
@@ -25,12 +31,16 @@ use crate::protected::ProtectedDisk;
 const FOLDER: &str = "qemu";
 /// An instant holds the machine's writes for a moment: so long apart they are, but for those that somebody asks for.
 const REST: Duration = Duration::from_secs(5);
+const FORMAT_BYTES_MAX: u64 = 64;
+/// What the storage daemon opens as QEMU does.
+const FORMATS: [&str; 2] = ["qcow2", "raw"];
 
 pub struct QemuTracker {
     folder: PathBuf,
     /// By how each is asked; a machine goes with its last disk.
     machines: Mutex<BTreeMap<String, Weak<Group>>>,
     disks: Mutex<BTreeMap<DiskId, Arc<Group>>>,
+    kept: Mutex<BTreeMap<MachineId, Keeper>>,
 }
 
 /// The disks of one QEMU.
@@ -41,7 +51,8 @@ struct Group {
 impl QemuTracker {
     /// Makes nothing before a disk is protected.
     pub fn new(state_folder: &Path) -> Self {
-        Self { folder: state_folder.join(FOLDER), machines: Mutex::default(), disks: Mutex::default() }
+        let folder = state_folder.join(FOLDER);
+        Self { folder, machines: Mutex::default(), disks: Mutex::default(), kept: Mutex::default() }
     }
 
     fn group(&self, place: &Place) -> Result<Arc<Group>, QemuError> {
@@ -55,6 +66,47 @@ impl QemuTracker {
         machines.insert(name, Arc::downgrade(&group));
         Ok(group)
     }
+
+    /// Who has the disk already stays the one who asks: QMP sockets take one client.
+    fn group_of(&self, disk: DiskId, place: &Place) -> Result<Arc<Group>, QemuError> {
+        let known = self.disks.lock().expect("no panic while held").get(&disk).cloned();
+        known.map_or_else(|| self.group(place), Ok)
+    }
+
+    fn note_format(&self, disk: DiskId, format: &str) -> io::Result<()> {
+        let (storage, name) = (RealStorage::create(self.folder.clone())?, format!("{disk}.format"));
+        if read_file(&*storage, &name, FORMAT_BYTES_MAX).is_ok_and(|known| known == format.as_bytes()) {
+            return Ok(());
+        }
+        replace_file(&*storage, &name, format.as_bytes())
+    }
+
+    fn image(&self, disk: &DiskSpec) -> Result<Image, QemuError> {
+        let path = match Place::of(disk.path.as_ref())? {
+            Place::Image(path) => path,
+            Place::Node { .. } => return Err(QemuError::NotAnImage { path: disk.path.as_str().into() }),
+        };
+        let storage = RealStorage::open_folder(self.folder.clone());
+        let known = read_file(&*storage, &format!("{}.format", disk.disk), FORMAT_BYTES_MAX);
+        let format = known.map(|format| String::from_utf8_lossy(&format).into_owned()).unwrap_or_default();
+        match FORMATS.contains(&format.as_str()) {
+            true => Ok(Image { path, format }),
+            false => {
+                Err(QemuError::Format { path, format: if format.is_empty() { "unknown".to_owned() } else { format } })
+            }
+        }
+    }
+
+    fn keep(&self, machine: MachineId, disks: &[DiskSpec]) -> Result<(), QemuError> {
+        let images = disks.iter().map(|disk| self.image(disk)).collect::<Result<Vec<_>, _>>()?;
+        let mut kept = self.kept.lock().expect("no panic while held");
+        if kept.get(&machine).is_some_and(|keeper| keeper.images() == images && keeper.is_at_work()) {
+            return Ok(());
+        }
+        kept.remove(&machine);
+        kept.insert(machine, Keeper::start(&self.folder.join(format!("kept-{machine}")), images)?);
+        Ok(())
+    }
 }
 
 impl CaptureProvider for QemuTracker {
@@ -65,8 +117,12 @@ impl CaptureProvider for QemuTracker {
 
     fn track(&self, path: &Path, disk: DiskId, _state: &Path) -> Result<Option<Arc<dyn Tracker>>, HostError> {
         let place = Place::of(path)?;
-        let group = self.group(&place)?;
+        let group = self.group_of(disk, &place)?;
         let witnessed = group.machine.track(disk, &place)?;
+        if let Some(format) = group.machine.format(disk) {
+            self.note_format(disk, &format)
+                .map_err(|source| HostError::Io { what: "note the format of an image", source })?;
+        }
         let bytes = group.machine.bytes(disk);
         self.disks.lock().expect("no panic while held").insert(disk, group.clone());
         let reader = Arc::new(Live { machine: group.machine.clone(), disk, bytes });
@@ -74,9 +130,34 @@ impl CaptureProvider for QemuTracker {
     }
 
     fn untrack(&self, disk: DiskId) -> io::Result<()> {
+        remove_if_there(&*RealStorage::open_folder(self.folder.clone()), &format!("{disk}.format"))?;
         match self.disks.lock().expect("no panic while held").remove(&disk) {
             Some(group) => Ok(group.machine.untrack(disk)?),
             None => Ok(()),
+        }
+    }
+
+    fn fence(&self, machine: MachineId, disks: &[DiskSpec], fenced: bool) -> io::Result<()> {
+        if fenced {
+            return Ok(self.keep(machine, disks)?);
+        }
+        // Not under the lock: its images are closed.
+        let kept = self.kept.lock().expect("no panic while held").remove(&machine);
+        drop(kept);
+        Ok(())
+    }
+
+    fn trespass(&self, machine: MachineId, disk: &DiskSpec) -> Option<String> {
+        let mut kept = self.kept.lock().expect("no panic while held");
+        match kept.get(&machine) {
+            Some(keeper) if keeper.is_at_work() => None,
+            Some(keeper) => {
+                let images = keeper.images().to_vec();
+                kept.remove(&machine);
+                let started = Keeper::start(&self.folder.join(format!("kept-{machine}")), images);
+                started.map(|keeper| drop(kept.insert(machine, keeper))).err().map(|error| error.to_string())
+            }
+            None => Some(format!("nobody keeps {}", disk.path)),
         }
     }
 

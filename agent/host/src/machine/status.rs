@@ -1,6 +1,6 @@
 //! What a machine says of its disks: each is listed once for each process server that it feeds.
 
-use tidemark_base::{DiskId, ServerId, Timestamp};
+use tidemark_base::{DiskId, SECTOR_BYTES, ServerId, Timestamp};
 use tidemark_proto::control::{Compared, Failure, FailureKind, NO_RPO, Problem, SourceDisk, SourceMode, SourceState};
 
 use super::{Machine, MachineDisk};
@@ -49,7 +49,7 @@ impl Machine {
             sent: sender.as_ref().and_then(|sender| sender.sent).map(|at| at.to_string()).unwrap_or_default(),
             durable: durable.map(|at| at.to_string()).unwrap_or_default(),
             // What the log does not keep for it any more is in its scan.
-            pending_bytes: scan_left + disk.pending_bytes(covered.or(durable).as_ref()),
+            pending_bytes: scan_left + disk.pending_bytes(covered.or(durable).as_ref()) + self.unclaimed_bytes(disk),
             written_bytes: disk.written_bytes(),
             sent_bytes: sender.as_ref().map_or(0, |sender| sender.chunk_bytes_sent + sender.question_bytes_sent),
             log_bytes: disk.log.allocated_bytes(),
@@ -73,6 +73,11 @@ impl Machine {
             current_bytes: disk.disk.current_bytes().unwrap_or(0),
             problems,
         }
+    }
+
+    /// At least: what a tracker saw and nothing else tells of yet. Of one that goes on writing nobody asks this each second.
+    fn unclaimed_bytes(&self, disk: &ProtectedDisk) -> u64 {
+        if self.spec().fenced && disk.is_dirty() { SECTOR_BYTES } else { 0 }
     }
 
     /// A disk that marks cover and that is being scanned for every process server that could have a point of it now: of those

@@ -56,7 +56,8 @@ pub fn obstacles(host: &Host, machine: MachineId) -> Vec<Obstacle> {
                 "the disks of machine {} are tracked where others write them, and are not written by the agent",
                 spec.name
             ),
-            "unprotect the machine and protect the disk via nbd, or reprotect to another place",
+            "let it stay (`tidemark failover promote NAME`, `tidemark migrate NAME`) and protect it anew where it runs; one that is to come home is \
+             protected via nbd or fuse",
         );
     }
     for missing in found.unattached() {

@@ -4,15 +4,16 @@
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tidemark_base::disk::Disk;
 use tidemark_base::storage::RealStorage;
-use tidemark_base::{Extent, ExtentSet, MachineId, MarkId, Position};
+use tidemark_base::{DiskId, Extent, ExtentSet, Generation, MachineId, MarkId, Position};
 use tidemark_nbd::client::Client;
+use tidemark_proto::control::DiskSpec;
 use tidemark_proto::replication::Consistency;
 
 pub(super) use super::skipped;
@@ -295,16 +296,17 @@ fn a_fenced_file_is_gone_until_it_is_let_back() {
     subject.write(0, &[1; 4096]);
     let (provider, file) = subject.running.take().unwrap();
     let path = fixture.folder.path().join("run/disks/web-0");
-    provider.fence("web-0", true).unwrap();
+    let (machine, disks) = (MachineId::random(), [named("web-0")]);
+    provider.fence(machine, &disks, true).unwrap();
     assert_eq!(file.write_at(&[2; 4096], 0).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
     assert!(!path.exists());
-    provider.fence("web-0", false).unwrap();
+    provider.fence(machine, &disks, false).unwrap();
     assert_eq!(file.read_at(&mut [0; 512], 0).unwrap_err().raw_os_error(), Some(libc::ENOTCONN), "opened before");
     let again = OpenOptions::new().read(true).write(true).open(&path).unwrap();
     again.write_all_at(&[3; 4096], 4096).unwrap();
     // Fenced before it is attached: from its first instant on nobody gets in.
     provider.detach("web-0").unwrap();
-    provider.fence("web-0", true).unwrap();
+    provider.fence(machine, &disks, true).unwrap();
     let address = provider.attach("web-0", &disk).unwrap();
     assert!(address.file.as_deref() == path.to_str() && !path.exists());
     assert_eq!(fixture.content()[..8192], [[1; 4096], [3; 4096]].concat());
@@ -314,6 +316,12 @@ fn a_fenced_file_is_gone_until_it_is_let_back() {
     }
     provider.stop().unwrap();
     disk.detach().unwrap();
+}
+
+/// A disk of this export.
+fn named(export: &str) -> DiskSpec {
+    let (disk, generation) = (DiskId::random(), Generation(1));
+    DiskSpec { disk, path: String::new(), export: export.to_owned(), generation, bytes: 0, added: false }
 }
 
 // ── a tracker whose bitmaps are in memory: what is made of a tracker's word, on any machine ──
@@ -575,7 +583,7 @@ impl Bpf {
         let device: PathBuf = String::from_utf8(output.stdout).unwrap().trim().into();
         let this = Self { device: device.clone(), disk: fixture.disk, file: None };
         fixture.image = Some(device);
-        match BpfTracker.probe(&this.device, fixture.folder.path()) {
+        match BpfTracker::new(fixture.folder.path()).probe(&this.device, fixture.folder.path()) {
             Ok(bytes) => {
                 assert_eq!(bytes, DISK_BYTES);
                 Some(this)
@@ -591,7 +599,7 @@ impl Bpf {
 
 impl Drop for Bpf {
     fn drop(&mut self) {
-        let _ = BpfTracker.untrack(self.disk);
+        let _ = BpfTracker::new(Path::new("/nowhere")).untrack(self.disk);
         let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.device).status();
     }
 }
@@ -600,7 +608,8 @@ impl Subject for Bpf {
     fn attach(&mut self, fixture: &mut Fixture) -> (Arc<ProtectedDisk>, Decision) {
         let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&self.device);
         self.file = Some(open.unwrap());
-        fixture.tracker = BpfTracker.track(&self.device, self.disk, fixture.folder.path()).unwrap();
+        fixture.tracker =
+            BpfTracker::new(fixture.folder.path()).track(&self.device, self.disk, fixture.folder.path()).unwrap();
         let attached = fixture.attach();
         (attached.disk, attached.decision)
     }
@@ -713,7 +722,7 @@ fn a_file_system_that_is_written_all_the_time_is_frozen_for_a_mark() {
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let mounted = Mounted { place, is_over: &is_over };
-        let refused = BpfTracker.probe(&device, &mounted.place).unwrap_err();
+        let refused = BpfTracker::new(&mounted.place).probe(&device, &mounted.place).unwrap_err();
         assert!(matches!(refused, HostError::StateOnDisk { .. }) && !refused.help().is_empty(), "{refused}");
         // A folder in memory is taken instead, and no other one.
         let takes = |state: &std::path::Path, memory: &std::path::Path| {

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tidemark_base::disk::Disk;
 use tidemark_base::stop::Stop;
-use tidemark_base::{Extent, MachineId};
+use tidemark_base::{Extent, Generation, MachineId};
+use tidemark_proto::control::DiskSpec;
 use tidemark_proto::replication::Consistency;
 
 use super::conformance::{DISK_BYTES, Replica, SEEDS, Subject, conforms, skipped};
@@ -429,6 +430,78 @@ fn a_machine_that_was_shut_down_and_started_goes_on_and_one_that_was_killed_is_c
         let (_, decision) = subject.attach(&mut fixture);
         assert!(!matches!(decision, Decision::ScanWhole(_)), "{case}: {decision:?}");
     }
+}
+
+/// H36: the images of a machine that is off are kept from everybody, and what changed last is known from them: by the bitmaps in a qcow2, of a raw
+/// one by a compare. An agent that starts again keeps them again, and let go of, its QEMU goes on with them.
+#[test]
+fn h36_the_images_of_a_machine_that_is_off_are_kept_and_read() {
+    need_qemu!("h36_the_images_of_a_machine_that_is_off_are_kept_and_read");
+    for format in ["qcow2", "raw"] {
+        let mut fixture = Fixture::new(DISK_BYTES);
+        let mut subject = Qemu::new(&mut fixture, format);
+        let (disk, marker) = in_sync(&mut fixture, &mut subject);
+        let machine = MachineId::random();
+        let disks = [DiskSpec {
+            disk: fixture.disk,
+            path: subject.guest.image(0).to_str().unwrap().to_owned(),
+            export: "web-0".to_owned(),
+            generation: Generation(1),
+            bytes: DISK_BYTES,
+            added: false,
+        }];
+        let start = disk.state().logged;
+        subject.write(MIB, &[7; 4096]);
+        let provider = subject.tracker.take().unwrap();
+        let refused = provider.fence(machine, &disks, true).unwrap_err();
+        assert!(refused.to_string().contains("may be written to by somebody else"), "{format}: {refused}");
+        subject.writer = None;
+        subject.guest.end(true);
+        provider.fence(machine, &disks, true).unwrap();
+        assert!(!can_open(&subject.guest), "{format}: nobody gets at it");
+        let marked = marker.mark(Consistency::Crash, "", true);
+        if format == "raw" {
+            assert!(matches!(marked.unwrap_err(), HostError::Scanning { .. }));
+            assert_eq!(fixture.pending(&disk).total_bytes(), DISK_BYTES, "it is compared");
+            fixture.settle(&disk);
+            marker.mark(Consistency::Crash, "", true).unwrap();
+        } else {
+            marked.unwrap();
+            let mut image = vec![0; DISK_BYTES as usize];
+            replay(&disk, &records_after(&disk, &start), &mut image);
+            assert_eq!(image[MIB as usize..][..4096], [7; 4096]);
+        }
+        assert!(disk.is_settled(), "{format}");
+
+        drop((marker, disk));
+        provider.stop().unwrap();
+        drop(provider);
+        fixture.tracker = None;
+        assert!(can_open(&subject.guest), "{format}: it ends with its agent");
+        let provider = QemuTracker::new(&fixture.folder.path().join("state"));
+        provider.fence(machine, &disks, true).unwrap();
+        assert!(!can_open(&subject.guest) && provider.trespass(machine, &disks[0]).is_none());
+        fixture.tracker = provider.track(&fixture.path(), fixture.disk, fixture.folder.path()).unwrap();
+        let attached = fixture.attach();
+        let is_compared = matches!(attached.decision, Decision::ScanWhole(_));
+        assert_eq!(is_compared, format == "raw", "{format}: {:?}", attached.decision);
+        fixture.settle(&attached.disk);
+        provider.fence(machine, &disks, false).unwrap();
+        subject.guest.start_again();
+        subject.writer = Some(subject.guest.writer());
+        subject.write(2 * MIB, &[8; 4096]);
+        let disks = vec![attached.disk.clone()];
+        let marker = Marker::new(MachineId::random(), "web".into(), disks, None, Duration::from_secs(1));
+        let marked = marker.mark(Consistency::Crash, "", true);
+        assert_eq!(marked.is_ok(), format == "qcow2", "{format}: {marked:?}");
+    }
+}
+
+/// As a QEMU does that starts.
+fn can_open(guest: &Guest) -> bool {
+    let mut open = Command::new("qemu-io");
+    open.args(["-f", guest.format, "-c", "read 0 512"]).arg(guest.image(0)).stdout(Stdio::null()).stderr(Stdio::null());
+    open.status().unwrap().success()
 }
 
 /// Bitmaps that are gone, or name another session, prove nothing.

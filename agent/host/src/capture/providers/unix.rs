@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tidemark_bpf::TrackerError;
+use tidemark_bpf::{KeepError, TrackerError};
 use tidemark_fuse::FuseError;
 use tidemark_nbd::ListenError;
 use tidemark_proto::control::{FailureKind, Via};
@@ -67,7 +67,8 @@ impl ProviderError {
 pub fn help_within(source: &io::Error) -> Option<String> {
     let inner = source.get_ref()?;
     let of_qemu = inner.downcast_ref::<QemuError>().map(|error| error.help().to_owned());
-    of_qemu.or_else(|| inner.downcast_ref::<FuseError>().map(|error| error.help().to_owned()))
+    let of_device = inner.downcast_ref::<KeepError>().map(|error| error.help().to_owned());
+    of_qemu.or(of_device).or_else(|| inner.downcast_ref::<FuseError>().map(|error| error.help().to_owned()))
 }
 
 impl From<TrackerError> for HostError {
@@ -110,7 +111,7 @@ impl Providers {
         Self {
             all: vec![
                 (Via::Nbd, splitter),
-                (Via::Bpf, Arc::new(BpfTracker)),
+                (Via::Bpf, Arc::new(BpfTracker::new(state))),
                 (Via::Fuse, Arc::new(FuseSplitter::new(&config.run_folder, &config.allowed_uids))),
                 (Via::Hrl, Arc::new(HrlImporter::new(state))),
                 (Via::Qemu, Arc::new(QemuTracker::new(state))),
