@@ -123,7 +123,11 @@ fn h36_a_tracked_device_fails_over_by_plan_when_its_machine_is_off() {
     assert_eq!(result["source"]["stopped"], "by_guest", "{result}");
     assert!(result["not_fenced"].is_null(), "{result}");
     assert!(!tracked.on.exists() && tracked.is_kept());
-    image::assert_same(&tracked.image, &content(&site, &nbd(&result), "there.img"));
+    let there = content(&site, &nbd(&result), "there.img");
+    image::assert_same(&tracked.image, &there);
+    let mut last = [0; 65_536];
+    File::open(&there).and_then(|file| file.read_exact_at(&mut last, 7 * MIB)).expect("it can be read");
+    assert!(last == [7; 65_536], "what was in the page cache alone is there");
 
     // Also when the agent was started again.
     site.kill_role("agent");

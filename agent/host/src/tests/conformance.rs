@@ -726,7 +726,7 @@ fn a_file_system_that_is_written_all_the_time_is_frozen_for_a_mark() {
         assert!(matches!(refused, HostError::StateOnDisk { .. }) && !refused.help().is_empty(), "{refused}");
         // A folder in memory is taken instead, and no other one.
         let takes = |state: &std::path::Path, memory: &std::path::Path| {
-            BpfTracker.wants_state_in_memory(&device, state, memory)
+            BpfTracker::new(state).wants_state_in_memory(&device, state, memory)
         };
         assert!(
             takes(&mounted.place, std::path::Path::new("/dev/shm/tidemark")) && !takes(&mounted.place, &mounted.place)
