@@ -58,9 +58,8 @@ fn a_process_server_that_is_revoked_gets_nothing_more() {
     assert_eq!(waiting["disks"][0]["positions"]["durable"], ended["disks"][0]["positions"]["durable"], "{waiting}");
     // Taken back: it goes on where it was.
     assert_eq!(site.run(&["identity", "restore", &server]).code, 0);
-    site.wait_protected("web");
-    let point = site.point("web");
-    let exported = site.export("web", &text(&point["id"]), "exported.raw", "raw");
+    wait::until("a point is made again", LIMIT, || (site.run(&["point", "create", "web"]).code == 0).then_some(()));
+    let exported = site.export("web", "latest", "exported.raw", "raw");
     image::assert_same(&disk, &exported);
     site.down();
 }
