@@ -78,6 +78,7 @@ pub async fn start(place: Place) -> Result<RunningAgent, RoleError> {
         heard,
         errors: Errors::default(),
         denied,
+        #[cfg(unix)]
         unseen: Mutex::default(),
     });
     if let Some(listen) = place.metrics {
@@ -113,6 +114,7 @@ struct AgentHandler {
     errors: Errors,
     denied: Arc<Denied>,
     /// Why the last look at the host's disks failed.
+    #[cfg(unix)]
     unseen: Mutex<Option<String>>,
 }
 
