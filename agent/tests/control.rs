@@ -620,6 +620,10 @@ async fn the_command_prints_one_document() {
     assert_eq!(json_of(&["point", "verify", "web"]).await["defects"], json!([]));
     assert_eq!(json_of(&["policy", "show", "continuous"]).await["frequency"], "continuous");
     assert_eq!(json_of(&["job", "list"]).await[0]["state"], "succeeded");
+    let count = async |of: &[&str]| json_of(&[&["job", "list"], of].concat()).await.as_array().unwrap().len();
+    assert!(count(&[]).await > 1);
+    assert_eq!(count(&["--state", "succeeded", "--limit", "1"]).await, 1);
+    assert_eq!(count(&["--machine", "nobody"]).await + count(&["--state", "cancelled"]).await, 0);
     let started = json_of(&["pause", "web", "--no-wait"]).await;
     assert_eq!(json_of(&["job", "watch", started["job"].as_str().unwrap()]).await["state"], "succeeded");
 

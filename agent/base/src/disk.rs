@@ -98,7 +98,7 @@ impl DiskError {
         match self {
             DiskError::Absent { .. } => "check the path; a disk image must exist before it is protected",
             DiskError::InUse { .. } => {
-                "stop the program that has it open, or point that program at the address that Tidemark serves"
+                "stop the program that has it open, or point that program at the address that Tidemark serves; it may be the agent itself, by another name of the same file (`tidemark status`)"
             }
             DiskError::ReadOnly { .. } => {
                 "give the agent write access to it: a protected disk is written through the agent"

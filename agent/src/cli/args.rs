@@ -1304,7 +1304,17 @@ pub enum MailTlsArg {
 #[derive(Subcommand)]
 pub enum JobVerb {
     /// The newest first.
-    List,
+    List {
+        /// Of this machine only.
+        #[arg(long, value_name = "NAME")]
+        machine: Option<String>,
+        /// In this state only.
+        #[arg(long, value_parser = ["running", "succeeded", "failed", "cancelled"])]
+        state: Option<String>,
+        /// The newest so many.
+        #[arg(long, value_name = "NUMBER")]
+        limit: Option<usize>,
+    },
     /// A job with its steps and outcome.
     Show {
         /// As `job list` shows it.

@@ -23,8 +23,12 @@ pub async fn finish(client: &Client, job: Value, wait: &WaitArgs, output: &Outpu
 
 pub async fn run(client: &Client, verb: JobVerb, output: &Output) -> Result<(), CliError> {
     match verb {
-        JobVerb::List => {
-            let jobs = client.get("/jobs").await?;
+        JobVerb::List { machine, state, limit } => {
+            let machine = machine.map(|name| format!("machine={}", escape(&name)));
+            let state = state.map(|state| format!("state={state}"));
+            let limit = limit.map(|limit| format!("limit={limit}"));
+            let asked: Vec<String> = [machine, state, limit].into_iter().flatten().collect();
+            let jobs = client.get(&format!("/jobs?{}", asked.join("&"))).await?;
             if output.is_json() {
                 return Ok(output.json(&jobs)?);
             }

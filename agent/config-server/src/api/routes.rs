@@ -38,7 +38,7 @@ use crate::failover::state::Kind;
 use crate::groups::{CreateGroup, GroupSettings, ShownGroup};
 use crate::hub::{PeerId, kind};
 use crate::identity::{IdentityInfo, PassphraseInfo, PassphraseRequest, RegisterRequest};
-use crate::jobs::Job;
+use crate::jobs::{Job, JobState};
 use crate::kept::{self, KeptReplica};
 use crate::machines::ProtectRequest;
 use crate::model::UserRole;
@@ -209,7 +209,11 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     let one = Operation::new(Administrator, "Tells a channel something now, once").answers::<EmptySchema>();
     api.post("/channels/{name}/test", test_channel, one);
 
-    api.get("/jobs", list_jobs, Operation::new(Reader, "Jobs, the newest first").answers_list::<Job>());
+    let list = Operation::new(Reader, "Jobs, the newest first").query("machine", Type::String, "Of this machine only.");
+    let list =
+        list.query("state", Type::String, "In this state only: `running`, `succeeded`, `failed` or `cancelled`.");
+    let list = list.query("limit", Type::Integer, "The newest so many.");
+    api.get("/jobs", list_jobs, list.answers_list::<Job>());
     let one = Operation::new(Reader, "Jobs as they change, as server-sent events").answers_plain("text/event-stream");
     api.get("/jobs/stream", events::follow_jobs, one);
     let one = Operation::new(Reader, "A job").answers::<Job>();
@@ -793,8 +797,19 @@ async fn test_channel(State(core): App, Path(name): Path<String>) -> Answer {
 
 // ---- jobs, peers
 
-async fn list_jobs(State(core): App) -> Answer {
-    ok(core.jobs.list())
+#[derive(Deserialize)]
+struct JobsQuery {
+    machine: Option<String>,
+    state: Option<JobState>,
+    limit: Option<usize>,
+}
+
+async fn list_jobs(State(core): App, query: Query<JobsQuery>) -> Answer {
+    let is_of = |job: &Job| {
+        query.machine.as_ref().is_none_or(|machine| job.machine.as_ref() == Some(machine))
+            && query.state.is_none_or(|state| job.state == state)
+    };
+    ok(core.jobs.list().into_iter().filter(is_of).take(query.limit.unwrap_or(usize::MAX)).collect::<Vec<_>>())
 }
 
 #[derive(Deserialize)]

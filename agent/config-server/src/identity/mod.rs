@@ -11,6 +11,7 @@
 mod limit;
 mod passphrase;
 
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex};
@@ -50,6 +51,8 @@ pub struct Registrar {
     limiter: Mutex<Limiter>,
     /// Held while a passphrase is looked at. Hashing many at once would also eat the processor.
     turn: Mutex<()>,
+    /// Registrations that were rejected and did not hear of it yet.
+    rejected: Mutex<VecDeque<String>>,
     /// Grows whenever somebody is refused, or not any more.
     denials: watch::Sender<u64>,
     clock: SystemClock,
@@ -162,6 +165,7 @@ impl Registrar {
             authority,
             limiter: Mutex::default(),
             turn: Mutex::default(),
+            rejected: Mutex::default(),
             denials: watch::Sender::default(),
             clock: SystemClock::new(),
         }
@@ -250,11 +254,27 @@ impl Registrar {
                 Registered::Waiting { registration: waiting_id }
             });
         }
+        // Its passphrase is used up, and was right: that is no try of a wrong one.
+        if self.hears_of_rejection(&waiting_id) {
+            return Err(Failure::new(
+                FailureKind::Conflict,
+                "this registration was rejected by an administrator",
+                "ask them why; to register again takes a new passphrase: `tidemark passphrase create`",
+            )
+            .into());
+        }
         let id = self.proven_in_turn(from, request)?;
         match request.role {
             PeerRole::Agent => Ok(self.register_agent(&id, request, &der)?),
             PeerRole::ProcessServer => Ok(self.register_server(&id, from, request, &der, waiting_id)?),
         }
+    }
+
+    /// Told once: whoever shows another passphrase with the same key afterwards asks anew.
+    fn hears_of_rejection(&self, registration: &str) -> bool {
+        let mut rejected = self.rejected.lock().expect("no panic while held");
+        let place = rejected.iter().position(|known| known == registration);
+        place.and_then(|place| rejected.remove(place)).is_some()
     }
 
     /// One after the other: what many show at once is counted before the next is looked at.
@@ -467,8 +487,14 @@ impl Registrar {
             if !approve {
                 state.registrations.remove(known);
             }
-            Ok(decided)
+            Ok((known.clone(), decided))
         })?;
+        let (registration, decided) = decided;
+        if !approve {
+            let mut rejected = self.rejected.lock().expect("no panic while held");
+            rejected.truncate(WAITING_MAX);
+            rejected.push_front(registration);
+        }
         self.history.note(News {
             severity: Severity::Info,
             kind: if approve { "registration_approved" } else { "registration_rejected" },

@@ -145,7 +145,8 @@ fn a_process_server_waits_for_approval_and_asks_again_with_its_key() {
     let asked = request(PeerRole::ProcessServer, &text, &other);
     registrar.register(HERE, &asked).unwrap();
     registrar.decide("web-1", false).unwrap();
-    assert!(message(registrar.register(HERE, &asked).unwrap_err()).contains("used up"));
+    assert!(message(registrar.register(HERE, &asked).unwrap_err()).contains("rejected by an administrator"));
+    assert!(message(registrar.register(HERE, &asked).unwrap_err()).contains("used up"), "it heard it");
 }
 
 #[test]

@@ -40,7 +40,9 @@ impl ListenError {
         match self {
             ListenError::PathTooLong { .. } => "choose a shorter folder for Tidemark's state",
             ListenError::FolderNotPrivate { .. } => "make the folder your own and run `chmod 0700` on it",
-            ListenError::InUse { .. } => "stop the other program, or choose another path",
+            ListenError::InUse { .. } => {
+                "stop the other program (another agent with the same folder?), or choose another path"
+            }
             ListenError::NotASocket { .. } => "remove it, or choose another path",
             ListenError::Unix { .. } | ListenError::Tcp { .. } => "see the system's message",
         }
