@@ -93,8 +93,9 @@ fn images_of_every_format_are_protected_and_recovered() {
             .collect();
         points.push((point, copies));
     }
-    let events = site.run(&["events", "--json"]).stdout;
-    assert!(events.matches("image_reopened").count() > 0, "{events}");
+    wait::until("it is told that a program was started again", LIMIT, || {
+        site.run(&["events", "--json"]).stdout.contains("image_reopened").then_some(())
+    });
 
     // Killed with everything that is in it, and started again.
     site.kill_9();
