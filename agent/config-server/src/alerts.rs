@@ -74,15 +74,7 @@ fn find(core: &Core) -> BTreeMap<String, Found> {
     for machine in statuses {
         for reason in &machine.reasons {
             let severity = if reason.health == Health::Critical { Severity::Critical } else { Severity::Warning };
-            let alert = Alert {
-                severity,
-                kind: reason.kind.to_owned(),
-                machine: None,
-                machines: Vec::new(),
-                message: reason.message.clone(),
-                help: reason.help.clone(),
-                since: now,
-            };
+            let alert = Alert::new(severity, reason.kind, reason.message.clone(), &*reason.help, now);
             let of = found.entry(key(machine.id, reason)).or_insert(Found { alert, is_absence: reason.is_absence });
             of.alert.severity = of.alert.severity.max(severity);
             if of.alert.machines.last() != Some(&machine.name) {
@@ -112,16 +104,9 @@ fn find(core: &Core) -> BTreeMap<String, Found> {
         found.insert(format!("peer/{id}/absence"), Found { alert, is_absence: true });
     }
     for (name, ids) in shared_names(&state) {
-        let alert = Alert {
-            severity: Severity::Warning,
-            kind: "name_shared".to_owned(),
-            machine: None,
-            machines: Vec::new(),
-            message: format!("{} hosts call themselves {name}: {}", ids.len(), ids.join(", ")),
-            help: "give each a `name` of its own in its tidemark.toml: until then commands must name them by id"
-                .to_owned(),
-            since: now,
-        };
+        let message = format!("{} hosts call themselves {name}: {}", ids.len(), ids.join(", "));
+        let help = "give each a `name` of its own in its tidemark.toml: until then commands must name them by id";
+        let alert = Alert::new(Severity::Warning, "name_shared", message, help, now);
         found.insert(format!("name/{name}"), certain(alert));
     }
     if let Some(alert) = core.backups.alert(&state) {
@@ -152,41 +137,25 @@ fn key(machine: MachineId, reason: &Reason) -> String {
 fn idle_and_silent(state: &State, now: Timestamp, presence: impl Fn(PeerId) -> Presence) -> Vec<(String, Alert)> {
     let busy_hosts: BTreeSet<_> = state.machines.values().map(|machine| machine.host).collect();
     let busy_servers: BTreeSet<_> = state.machines.values().flat_map(Machine::servers).collect();
-    let hosts = state.hosts.iter().filter(|(id, _)| !busy_hosts.contains(*id)).map(|(id, host)| {
-        (PeerIdentity::Agent(*id), PeerId::Agent(*id), id.to_string(), "agent", &host.name, host.last_seen)
-    });
+    let hosts =
+        state.hosts.iter().filter(|(id, _)| !busy_hosts.contains(*id)).map(|(id, host)| {
+            (PeerIdentity::Agent(*id), PeerId::Agent(*id), id.to_string(), &host.name, host.last_seen)
+        });
     let servers = state.servers.iter().filter(|(id, _)| !busy_servers.contains(*id)).map(|(id, of)| {
-        (
-            PeerIdentity::ProcessServer(*id),
-            PeerId::ProcessServer(*id),
-            id.to_string(),
-            "process server",
-            &of.name,
-            of.last_seen,
-        )
+        (PeerIdentity::ProcessServer(*id), PeerId::ProcessServer(*id), id.to_string(), &of.name, of.last_seen)
     });
-    let is_good = |identity: &PeerIdentity| {
-        state.identities.get(&identity.to_string()).is_none_or(|record| record.standing == Standing::Good)
-    };
     let mut found = Vec::new();
-    for (identity, peer, id, what, name, last_seen) in hosts.chain(servers) {
+    for (identity, peer, id, name, last_seen) in hosts.chain(servers) {
         let since = match presence(peer) {
             Presence::Connected { .. } => continue,
             Presence::Gone { since, .. } => since,
             Presence::NeverSeen => last_seen,
         };
-        if is_good(&identity) && now.saturating_since(since) > IDLE_SILENCE {
-            let alert = Alert {
-                severity: Severity::Warning,
-                kind: "no_contact".to_owned(),
-                machine: None,
-                machines: Vec::new(),
-                message: format!("nothing was heard of {what} {name} since {since}; it has no machines"),
-                help: "check that it runs, and that its `config-server` names this one; `tidemark identity revoke` for one that is gone for good"
-                    .to_owned(),
-                since: now,
-            };
-            found.push((id, alert));
+        if is_taken(state, identity) && now.saturating_since(since) > IDLE_SILENCE {
+            let what = if matches!(peer, PeerId::Agent(_)) { "agent" } else { "process server" };
+            let message = format!("nothing was heard of {what} {name} since {since}; it has no machines");
+            let help = "check that it runs, and that its `config-server` names this one; `tidemark identity revoke` for one that is gone for good";
+            found.push((id, Alert::new(Severity::Warning, "no_contact", message, help, now)));
         }
     }
     found
@@ -195,17 +164,16 @@ fn idle_and_silent(state: &State, now: Timestamp, presence: impl Fn(PeerId) -> P
 /// Names that several hosts have, with their ids.
 fn shared_names(state: &State) -> BTreeMap<&str, Vec<String>> {
     let mut ids: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-    for (id, host) in &state.hosts {
-        let is_refused = state
-            .identities
-            .get(&PeerIdentity::Agent(*id).to_string())
-            .is_some_and(|record| record.standing != Standing::Good);
-        if !is_refused {
-            ids.entry(&host.name).or_default().push(id.to_string());
-        }
+    for (id, host) in state.hosts.iter().filter(|(id, _)| is_taken(state, PeerIdentity::Agent(**id))) {
+        ids.entry(&host.name).or_default().push(id.to_string());
     }
     ids.retain(|_, ids| ids.len() > 1);
     ids
+}
+
+/// Nobody revoked or fenced it.
+fn is_taken(state: &State, identity: PeerIdentity) -> bool {
+    state.identities.get(&identity.to_string()).is_none_or(|record| record.standing == Standing::Good)
 }
 
 fn listed(machines: &[String]) -> String {
@@ -235,14 +203,9 @@ fn refused(state: &State, identity: PeerIdentity, record: &IdentityRecord, now: 
         _ => false,
     };
     let machines: Vec<String> = state.machines.values().filter(depends).map(|machine| machine.name.clone()).collect();
-    (!machines.is_empty()).then(|| Alert {
-        severity: Severity::Critical,
-        kind: "identity_refused".to_owned(),
-        machine: None,
-        message: format!("{} {what}; not protected meanwhile: {}", record.name, listed(&machines)),
-        machines,
-        help: help.to_owned(),
-        since: now,
+    (!machines.is_empty()).then(|| {
+        let message = format!("{} {what}; not protected meanwhile: {}", record.name, listed(&machines));
+        Alert { machines, ..Alert::new(Severity::Critical, "identity_refused", message, help, now) }
     })
 }
 
@@ -257,35 +220,27 @@ fn take(core: &Core, found: BTreeMap<String, Alert>) -> Result<(), tidemark_prot
     let same = |key: &String, alert: &Alert| {
         before.alerts.get(key).is_some_and(|known| known.severity == alert.severity && known.kind == alert.kind)
     };
-    let has_other_machines =
-        |key: &String, alert: &Alert| before.alerts.get(key).is_some_and(|known| known.machines != alert.machines);
-    let begun: Vec<(String, Alert)> = found
-        .iter()
-        .filter(|(key, alert)| !same(key, alert))
-        .map(|(key, alert)| (key.clone(), alert.clone()))
-        .collect();
     // One machine more or less is shown, and not told again.
-    let changed: Vec<(String, Alert)> = found
-        .iter()
-        .filter(|(key, alert)| same(key, alert) && has_other_machines(key, alert))
-        .map(|(key, alert)| (key.clone(), alert.clone()))
-        .collect();
+    let has_same_machines =
+        |key: &String, alert: &Alert| before.alerts.get(key).is_some_and(|known| known.machines == alert.machines);
+    let changed: Vec<(&String, &Alert)> =
+        found.iter().filter(|(key, alert)| !same(key, alert) || !has_same_machines(key, alert)).collect();
     let ended: Vec<String> = before.alerts.keys().filter(|key| !found.contains_key(*key)).cloned().collect();
-    if begun.is_empty() && changed.is_empty() && ended.is_empty() {
+    if changed.is_empty() && ended.is_empty() {
         return Ok(());
     }
     core.store.change(|state| {
-        for (key, alert) in begun.iter().chain(&changed) {
-            let since = state.alerts.get(key).map_or(alert.since, |known| known.since);
-            state.alerts.insert(key.clone(), Alert { since, ..alert.clone() });
+        for (key, alert) in &changed {
+            let since = state.alerts.get(*key).map_or(alert.since, |known| known.since);
+            state.alerts.insert((*key).clone(), Alert { since, ..(*alert).clone() });
         }
         for key in &ended {
             state.alerts.remove(key);
         }
         Ok(())
     })?;
-    for (_, alert) in begun {
-        let Alert { severity, machine, message, help, .. } = alert;
+    for (_, alert) in changed.iter().filter(|(key, alert)| !same(key, alert)) {
+        let Alert { severity, machine, message, help, .. } = (*alert).clone();
         core.history.note(News { severity, kind: "alert_raised", machine, message, help });
     }
     for key in ended {

@@ -181,6 +181,13 @@ pub struct Alert {
     pub since: Timestamp,
 }
 
+impl Alert {
+    /// Of no machine.
+    pub fn new(severity: Severity, kind: &str, message: String, help: impl Into<String>, since: Timestamp) -> Self {
+        Self { severity, kind: kind.to_owned(), machine: None, machines: Vec::new(), message, help: help.into(), since }
+    }
+}
+
 pub const STATE_VERSION: u32 = 1;
 /// The policy that a machine gets when none is named.
 pub const DEFAULT_POLICY: &str = "continuous";

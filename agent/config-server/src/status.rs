@@ -89,6 +89,12 @@ pub struct Reason {
     pub peer: Option<String>,
 }
 
+impl Reason {
+    pub fn new(health: Health, kind: &'static str, message: String, help: &str, is_absence: bool) -> Self {
+        Self { health, kind, message, help: help.to_owned(), is_absence, of: None, peer: None }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 #[schema(as = MachineState)]
@@ -364,44 +370,30 @@ fn reasons(
         if of.is_some_and(|(peer, _)| is_silent(peer)) {
             continue;
         }
-        reasons.push(Reason {
-            health: if problem.critical { Health::Critical } else { Health::Warning },
-            kind: "problem",
-            message: problem.message.clone(),
-            help: problem.help.clone(),
-            is_absence: absent().next().is_some() && problem.message.contains("is not connected"),
-            of: None,
-            peer: of.map(|(peer, _)| peer.id.clone()),
-        });
+        let health = if problem.critical { Health::Critical } else { Health::Warning };
+        let is_absence = absent().next().is_some() && problem.message.contains("is not connected");
+        let reason = Reason::new(health, "problem", problem.message.clone(), &problem.help, is_absence);
+        reasons.push(Reason { peer: of.map(|(peer, _)| peer.id.clone()), ..reason });
     }
     for (peer, what) in absent().filter(|(peer, _)| is_silent(peer)) {
-        reasons.push(Reason {
-            health: Health::Critical,
-            kind: "no_contact",
-            message: format!("nothing was heard of {what} {} for longer than {} s", peer.name, limit.as_secs()),
-            help: "check that its machine runs and reaches the configuration server".to_owned(),
-            is_absence: true,
-            of: None,
-            peer: Some(peer.id.clone()),
-        });
+        let message = format!("nothing was heard of {what} {} for longer than {} s", peer.name, limit.as_secs());
+        let help = "check that its machine runs and reaches the configuration server";
+        let reason = Reason::new(Health::Critical, "no_contact", message, help, true);
+        reasons.push(Reason { peer: Some(peer.id.clone()), ..reason });
     }
     for peer in [PeerId::Agent(machine.host)].into_iter().chain(machine.servers().map(PeerId::ProcessServer)) {
         let ahead = core.hub.clock_ahead_seconds(peer);
         if ahead.unsigned_abs() > CLOCK_OFF_SECONDS_MAX {
             let side = if ahead > 0 { "ahead of" } else { "behind" };
-            reasons.push(Reason {
-                health: Health::Warning,
-                kind: "clock",
-                message: format!("the clock of {peer} is {} s {side} the configuration server's", ahead.unsigned_abs()),
-                help: "set the clock that is wrong; NTP on both does".to_owned(),
-                is_absence: false,
-                of: None,
-                peer: Some(peer.to_string()),
-            });
+            let message =
+                format!("the clock of {peer} is {} s {side} the configuration server's", ahead.unsigned_abs());
+            let help = "set the clock that is wrong; NTP on both does";
+            let reason = Reason::new(Health::Warning, "clock", message, help, false);
+            reasons.push(Reason { peer: Some(peer.to_string()), ..reason });
         }
     }
     let mut add = |health, kind, message: String, help: &str, is_absence| {
-        reasons.push(Reason { health, kind, message, help: help.to_owned(), is_absence, of: None, peer: None });
+        reasons.push(Reason::new(health, kind, message, help, is_absence));
     };
     if state == State::Failed {
         let help = "see the problems; `tidemark resync` begins again where nothing else helps";

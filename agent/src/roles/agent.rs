@@ -260,7 +260,9 @@ impl Figures for AgentHandler {
     }
 
     async fn is_ready(&self) -> Result<(), String> {
-        let failed = self.host.status().into_iter().flat_map(|machine| machine.disks).find_map(|disk| {
+        let host = self.host.clone();
+        let machines = blocking(move || Ok(host.status())).await.map_err(|failure| failure.message)?;
+        let failed = machines.into_iter().flat_map(|machine| machine.disks).find_map(|disk| {
             (disk.state == SourceState::Failed).then(|| disk.problems.first().map(|problem| problem.message.clone()))
         });
         failed.map_or(Ok(()), |reason| Err(reason.unwrap_or_else(|| "a disk cannot be attached".to_owned())))

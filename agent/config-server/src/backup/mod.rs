@@ -441,7 +441,7 @@ impl Backups {
             None => return None,
         };
         let severity = if is_old { Severity::Critical } else { Severity::Warning };
-        Some(Alert { severity, kind: kind.to_owned(), machine: None, machines: Vec::new(), message, help, since: now })
+        Some(Alert::new(severity, kind, message, help, now))
     }
 }
 

@@ -179,7 +179,7 @@ impl Connection<'_> {
     }
 }
 
-type Call = Box<dyn FnOnce(&mut dyn Backend) + Send>;
+type Call = Box<dyn FnOnce(&mut Connection<'_>) + Send>;
 
 /// Clones share the connection, which closes with the last of them.
 #[derive(Clone)]
@@ -213,6 +213,8 @@ impl Database {
         let (calls, receiver) = mpsc::sync_channel::<Call>(CALLS_MAX);
         let (opened, outcome) = mpsc::channel();
         let setting = setting.clone();
+        let refuses_writes = Arc::new(AtomicBool::new(false));
+        let noted = refuses_writes.clone();
         let thread = std::thread::Builder::new()
             .name("database".to_owned())
             .spawn(move || {
@@ -235,8 +237,9 @@ impl Database {
                         return;
                     }
                 };
+                let mut connection = Connection { backend: &mut *backend, refuses_writes: &noted };
                 while let Ok(call) = receiver.recv() {
-                    call(&mut *backend);
+                    call(&mut connection);
                 }
             })
             .map_err(|error| DatabaseError::Refused { name: "of its own".to_owned(), reason: error.to_string() })?;
@@ -251,7 +254,7 @@ impl Database {
             Err(_) => return Err(gone()),
         };
         let (calls, thread) = (Mutex::new(Some(calls)), Mutex::new(Some(thread)));
-        Ok(Self(Arc::new(Inner { refuses_writes: Arc::default(), calls, thread, name })))
+        Ok(Self(Arc::new(Inner { refuses_writes, calls, thread, name })))
     }
 
     /// Runs `work` on the thread of the connection and waits for it.
@@ -268,10 +271,8 @@ impl Database {
 
     /// Has `work` run on the thread of the connection, after everything before it.
     pub fn post(&self, work: impl FnOnce(&mut Connection<'_>) + Send + 'static) -> Result<(), DatabaseError> {
-        let refuses_writes = self.0.refuses_writes.clone();
-        let call: Call = Box::new(move |backend| work(&mut Connection { backend, refuses_writes: &refuses_writes }));
         let calls = self.0.calls.lock().expect("no panic while held").clone().ok_or_else(|| self.gone())?;
-        calls.send(call).map_err(|_| self.gone())
+        calls.send(Box::new(work)).map_err(|_| self.gone())
     }
 
     pub fn write(&self, statements: Vec<Statement>) -> Result<(), DatabaseError> {

@@ -111,7 +111,7 @@ impl<'a> View<'a> {
         let (name, of) = (&self.peer.name, Some(self.server));
         let mut reasons = Vec::new();
         let mut add = |health, kind, message: String, help: &str, is_absence| {
-            reasons.push(Reason { health, kind, message, help: help.to_owned(), is_absence, of, peer: None });
+            reasons.push(Reason { of, ..Reason::new(health, kind, message, help, is_absence) });
         };
         let is = |state| self.sources.iter().flatten().any(|disk| disk.state == state);
         if is(SourceState::Failed) {

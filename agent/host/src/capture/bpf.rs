@@ -120,14 +120,17 @@ impl CaptureProvider for BpfTracker {
 
 /// Whether what is written there is on no disk.
 fn is_in_memory(folder: &Path) -> bool {
-    let existing = folder.ancestors().find(|folder| folder.exists()).unwrap_or(folder);
-    statfs(existing).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC)
+    statfs(existing(folder)).is_ok_and(|found| found.filesystem_type() == TMPFS_MAGIC)
+}
+
+/// Where a folder will be made that is not there yet.
+fn existing(folder: &Path) -> &Path {
+    folder.ancestors().find(|folder| folder.exists()).unwrap_or(folder)
 }
 
 /// State on the disk that it is about would change the disk with each change, and wait for ever for a disk that is frozen.
 fn keeps_away(device: &Device, path: &Path, state: &Path) -> Result<(), HostError> {
-    let existing = state.ancestors().find(|folder| folder.exists()).unwrap_or(state);
-    let number = std::fs::metadata(existing).map_err(|source| HostError::State {
+    let number = std::fs::metadata(existing(state)).map_err(|source| HostError::State {
         what: "examine the volume",
         folder: state.to_owned(),
         source,

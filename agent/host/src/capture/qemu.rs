@@ -103,6 +103,16 @@ impl QemuTracker {
         if kept.get(&machine).is_some_and(|keeper| keeper.images() == images && keeper.is_at_work()) {
             return Ok(());
         }
+        self.start_keeper(&mut kept, machine, images)
+    }
+
+    /// In the place of one that there was.
+    fn start_keeper(
+        &self,
+        kept: &mut BTreeMap<MachineId, Keeper>,
+        machine: MachineId,
+        images: Vec<Image>,
+    ) -> Result<(), QemuError> {
         kept.remove(&machine);
         kept.insert(machine, Keeper::start(&self.folder.join(format!("kept-{machine}")), images)?);
         Ok(())
@@ -153,9 +163,7 @@ impl CaptureProvider for QemuTracker {
             Some(keeper) if keeper.is_at_work() => None,
             Some(keeper) => {
                 let images = keeper.images().to_vec();
-                kept.remove(&machine);
-                let started = Keeper::start(&self.folder.join(format!("kept-{machine}")), images);
-                started.map(|keeper| drop(kept.insert(machine, keeper))).err().map(|error| error.to_string())
+                self.start_keeper(&mut kept, machine, images).err().map(|error| error.to_string())
             }
             None => Some(format!("nobody keeps {}", disk.path)),
         }
