@@ -988,9 +988,10 @@ impl RecordReader for ChainReader {
             if before.sequence >= until {
                 break;
             }
+            // Looked at first: what was published by then is in the chain, or was removed for the sake of others.
+            let logged = self.log.published().logged;
             let Some(record) = self.next_record()? else {
-                let logged = self.log.published().logged;
-                if logged.epoch != before.epoch {
+                if logged.epoch != before.epoch || logged.sequence > before.sequence {
                     return Err(SourceError::Gone { disk: self.log.disk, after: before });
                 }
                 break;

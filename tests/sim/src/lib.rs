@@ -20,7 +20,7 @@ mod several;
 pub mod world;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -651,6 +651,23 @@ impl Director {
             self.sim.sleep(Duration::from_secs(1));
         }
         None
+    }
+
+    fn points(&self, site: &Site) -> BTreeSet<MarkId> {
+        let set = site.server.set.borrow().clone().filter(|_| site.server.is_up.get());
+        let points = set.and_then(|set| set.points(site.server.machine).ok());
+        points.map_or_else(BTreeSet::new, |points| points.all().iter().map(|point| point.id).collect())
+    }
+
+    /// Whether one that was not there is, or soon is.
+    fn has_another_point(&self, site: &Site, before: &BTreeSet<MarkId>) -> bool {
+        (0..120).any(|_| {
+            let is_there = !self.points(site).is_subset(before);
+            if !is_there {
+                self.sim.sleep(Duration::from_secs(1));
+            }
+            is_there
+        })
     }
 
     /// Reads points: the newest, and some of the others.

@@ -173,11 +173,15 @@ impl Director {
             is_let_go = self.host.status(&servers[1..]).is_some_and(|status| !status.is_in_data_mode);
         }
         // Nobody waits for the one that is away.
-        // An epoch that begins just then, for the other disk, may take the first one; so may retention.
-        let make = || self.host.mark().filter(|mark| self.point(live, *mark).is_some());
-        match (0..2).find_map(|_| make()) {
-            Some(_) => self.sim.count(Kind::LiveStayed),
-            None => self.sim.fail("no point is made beside a process server that is away".to_owned()),
+        // Retention may take the very point before we look, and others are made all the time: any that is new will do. An epoch that
+        // begins just then, for the other disk, may take the first one.
+        let make = || {
+            let before = self.points(live);
+            self.host.mark().is_some() && self.has_another_point(live, &before)
+        };
+        match (0..2).any(|_| make()) {
+            true => self.sim.count(Kind::LiveStayed),
+            false => self.sim.fail("no point is made beside a process server that is away".to_owned()),
         }
         self.must_be_in_data_mode(servers[0]);
         if is_let_go {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use tidemark_base::disk::Durability;
 use tidemark_base::storage::read_exact_at;
-use tidemark_base::{Extent, Position};
+use tidemark_base::{Extent, Position, Sequence};
 use tidemark_hrl::LogError;
 use tidemark_nbd::Export;
 
@@ -133,6 +133,34 @@ fn a_log_that_cannot_be_read_back_while_attached_costs_no_whole_scan() {
     assert!(fixture.kinds().contains(&EventKind::LogDamaged));
     replica.scan(&fixture, &disk);
     replica.assert_equals(&fixture, "damaged while attached");
+}
+
+/// Somebody else needs it no more. One that waited for what comes next would wait for ever (simulation, seed 314585).
+#[test]
+fn a_reader_whose_log_is_removed_under_it_is_told() {
+    let mut fixture = Fixture::new(DISK_BYTES);
+    fixture.limits = LogLimits { rotate_bytes: 64 << 10, ..fixture.limits };
+    let disk = fixture.attach_in_sync();
+    let splitter = Splitter::new(disk.clone()).unwrap();
+    let log = |splitter: &Splitter| {
+        for block in 0..32 {
+            write(splitter, block * 4096, &[7; 4096]).unwrap();
+        }
+        disk.tick();
+    };
+    log(&splitter);
+    let mut reader = disk.read_after(&disk.state().logged.epoch.start()).unwrap();
+    let mut records = Vec::new();
+    // To the end of a log that others follow, where its next record is in one that is gone.
+    while reader.read(Sequence(u64::MAX), 1, &mut records).is_ok() && records.len() < 20 {}
+    log(&splitter);
+    log(&splitter);
+    let logged = disk.state().logged;
+    disk.acknowledged(fixture.server, logged).unwrap();
+    disk.tick();
+    let rest = reader.read(logged.sequence, usize::MAX, &mut records);
+    assert!(records.len() < 96, "some logs were removed");
+    assert!(matches!(rest, Err(SourceError::Gone { .. })), "{rest:?} after {} records", records.len());
 }
 
 /// Between the making of a new epoch's log and its announcement, and between that and the removal of the old logs.
