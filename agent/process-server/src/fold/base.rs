@@ -301,6 +301,9 @@ impl BaseStore {
     /// The end of the run at `offset` that must read as zeroes because nothing is there; `offset` when something is. A
     /// file without a map of its holes is read everywhere.
     pub fn nothing_until(&self, offset: u64) -> Result<u64, ReadError> {
+        if offset >= self.disk_bytes() {
+            return Ok(offset);
+        }
         match self.seek(offset, self.disk_bytes()).map_err(|error| self.io(error))? {
             Some((length, Allocation::Hole)) => Ok(offset + length),
             _ => Ok(offset),

@@ -633,6 +633,38 @@ fn a_terabyte_opens_at_once() {
     assert_eq!(replica.floor(), 3);
 }
 
+/// As every disk with a GPT has: its second table is in the last sector.
+#[test]
+fn a_base_with_data_up_to_its_end_is_scrubbed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (set, _) = ReplicaSet::open(RealStorage::open_folder(folder.path()), Limits::default()).unwrap();
+    let mut host = TestHost::new(DISK_BYTES);
+    let replica = set.create(host.info).unwrap();
+    let stream = replica.begin_session(Generation::FIRST, DISK_BYTES).unwrap();
+    let send = |host: &mut TestHost, kind, chunks: Vec<Vec<u8>>, mark| {
+        let end = host.end(kind, &chunks, mark);
+        chunks.iter().for_each(|chunk| stream.append_chunks(end.cut.0, chunk).unwrap());
+        stream.end_cut(&end).unwrap();
+        (host.cut, host.position) = (end.cut.0, Some(end.to));
+    };
+    let key = tidemark_base::chunk::ChunkKey::new(host.info.disk, Generation::FIRST);
+    let mut sealer = tidemark_base::chunk::Sealer::new(key, tidemark_base::chunk::Compression::Off);
+    let (mut zeroes, mut data) = (Vec::new(), Vec::new());
+    sealer.seal_zeroes(&[tidemark_base::Extent::new(0, DISK_BYTES - 4096)], &mut zeroes);
+    sealer.seal(&[tidemark_base::Extent::new(DISK_BYTES - 4096, 4096)], &[7; 4096], &mut data);
+    send(&mut host, CutKind::ScanStart, Vec::new(), None);
+    let mark = host.mark(true);
+    send(&mut host, CutKind::ScanEnd, vec![zeroes, data], Some(mark));
+    let mark = host.mark(true);
+    send(&mut host, CutKind::Records, Vec::new(), Some(mark));
+    set.sync(&replica).unwrap();
+    let done = set.maintain(host.info.machine, &tight(), Timestamp(host.time), &Stop::new()).unwrap();
+    done.folds.iter().for_each(|fold| assert!(fold.result.is_ok(), "{fold:?}"));
+    assert!(replica.floor() > 1 && replica.statistics().base_allocated_bytes > 0, "its base has the data");
+    let report = crate::scrub::scrub(&replica, &Stop::new()).unwrap();
+    assert!(report.sound, "{report:?}");
+}
+
 #[test]
 fn a_scratch_layer_takes_writes_and_leaves_the_point_alone() {
     use crate::view::scratch::ScratchDisk;
