@@ -21,6 +21,7 @@ mod off;
 mod plans;
 mod points;
 mod refusals;
+mod replicas;
 mod replicate;
 mod reprotect;
 mod restored;

@@ -1,14 +1,14 @@
 //! replica …: a replica's folder, without a server: looking writes nothing, failing over does. And what unprotected machines
 //! left, which the server knows.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use hyper::Method;
 use serde_json::{Value, json};
 use tidemark_base::Timestamp;
 use tidemark_base::stop::Stop;
-use tidemark_base::storage::{RealStorage, Storage};
+use tidemark_base::storage::RealStorage;
 use tidemark_process_server::offline;
 use tidemark_process_server::points::{PointError, PointSelector};
 use tidemark_process_server::scrub::{inspect_folder, verify_folder};
@@ -53,14 +53,45 @@ async fn delete(client: &Client, id: &str, force: bool, wait: &WaitArgs, output:
     super::done(&result, "the replica and its recovery points are deleted", output)
 }
 
-fn open(dir: &Path) -> Result<Arc<dyn Storage>, CliError> {
-    if dir.is_dir() {
-        return Ok(RealStorage::open_folder(dir));
+/// The replicas that a folder holds: itself, or, of a process server's folder, each of its disks'.
+struct Replicas {
+    folders: Vec<PathBuf>,
+    is_server: bool,
+}
+
+impl Replicas {
+    fn of(dir: &Path) -> Result<Self, CliError> {
+        if !dir.is_dir() {
+            return Err(CliError::new(
+                format!("{} is no folder", dir.display()),
+                "name the folder of a process server, or replicas/<disk> in it, which is one disk's replica",
+            ));
+        }
+        let inner = dir.join("replicas");
+        if !inner.is_dir() {
+            return Ok(Self { folders: vec![dir.to_owned()], is_server: false });
+        }
+        let entries = std::fs::read_dir(&inner).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        let entries = entries.map_err(|error| refused(&inner, &error, "check that you may read it"))?;
+        let mut folders: Vec<PathBuf> = entries.iter().map(fs::DirEntry::path).filter(|path| path.is_dir()).collect();
+        folders.sort();
+        if folders.is_empty() {
+            let message = format!("{} holds no replica", inner.display());
+            return Err(CliError::new(message, "the process server that it belongs to has got no disk yet"));
+        }
+        Ok(Self { folders, is_server: true })
     }
-    Err(CliError::new(
-        format!("{} is no folder", dir.display()),
-        "name the folder of one disk's replica: replicas/<disk> in the process server's folder",
-    ))
+
+    /// As programs read it: of a process server's folder a list, each with its folder.
+    fn json(&self, mut reports: Vec<Value>) -> Value {
+        if !self.is_server {
+            return reports.swap_remove(0);
+        }
+        for (folder, report) in self.folders.iter().zip(&mut reports) {
+            report["folder"] = json!(folder);
+        }
+        json!(reports)
+    }
 }
 
 fn refused(dir: &Path, error: &dyn std::error::Error, help: &str) -> CliError {
@@ -69,15 +100,30 @@ fn refused(dir: &Path, error: &dyn std::error::Error, help: &str) -> CliError {
 }
 
 fn inspect(dir: &Path, output: &Output) -> Result<(), CliError> {
-    let report = inspect_folder(open(dir)?).map_err(|error| refused(dir, &error, error.help()))?;
-    let value = serde_json::to_value(&report).map_err(|error| refused(dir, &error, "please report it"))?;
-    if output.is_json() {
-        return Ok(output.json(&value)?);
+    let replicas = Replicas::of(dir)?;
+    let mut reports = Vec::new();
+    for folder in &replicas.folders {
+        let report = inspect_folder(RealStorage::open_folder(folder));
+        let report = report.map_err(|error| refused(folder, &error, error.help()))?;
+        reports.push(serde_json::to_value(&report).map_err(|error| refused(folder, &error, "please report it"))?);
     }
+    if output.is_json() {
+        return Ok(output.json(&replicas.json(reports))?);
+    }
+    for (index, (folder, report)) in replicas.folders.iter().zip(&reports).enumerate() {
+        if replicas.is_server {
+            output.line(&format!("{}{}", if index > 0 { "\n" } else { "" }, folder.display()))?;
+        }
+        show(report, output)?;
+    }
+    Ok(())
+}
+
+fn show(report: &Value, output: &Output) -> Result<(), CliError> {
     let mut rows = Vec::new();
-    flatten("", &value, &mut rows);
+    flatten("", report, &mut rows);
     output.table(&["REPLICA", ""], &rows)?;
-    let segments: Vec<Vec<String>> = value["segments"]
+    let segments: Vec<Vec<String>> = report["segments"]
         .as_array()
         .into_iter()
         .flatten()
@@ -91,7 +137,7 @@ fn inspect(dir: &Path, output: &Output) -> Result<(), CliError> {
         output.line("")?;
         output.table(&["FIRST CUT", "LAST CUT", "STATE", "EXTENTS", "SIZE"], &segments)?;
     }
-    for damage in &report.damage {
+    for damage in report["damage"].as_array().into_iter().flatten().filter_map(Value::as_str) {
         output.line(&format!("damaged: {damage}"))?;
     }
     Ok(())
@@ -197,31 +243,39 @@ fn flatten(prefix: &str, value: &Value, rows: &mut Vec<Vec<String>>) {
 }
 
 fn verify(dir: &Path, output: &Output) -> Result<(), CliError> {
-    let report = verify_folder(open(dir)?, &Stop::new()).map_err(|error| refused(dir, &error, error.help()))?;
+    let replicas = Replicas::of(dir)?;
+    let mut reports = Vec::new();
+    for folder in &replicas.folders {
+        let report = verify_folder(RealStorage::open_folder(folder), &Stop::new());
+        let report = report.map_err(|error| refused(folder, &error, error.help()))?;
+        if !output.is_json() {
+            let of = if replicas.is_server { format!("{}: ", folder.display()) } else { String::new() };
+            output.line(&format!(
+                "{of}{}: {} segments, {} cuts, {} chunks, {} proven",
+                if report.sound { "sound" } else { "damaged" },
+                report.segments,
+                report.cuts,
+                report.chunks,
+                bytes(report.bytes)
+            ))?;
+        }
+        reports.push(report);
+    }
     if output.is_json() {
-        let value = serde_json::to_value(&report).map_err(|error| refused(dir, &error, "please report it"))?;
-        output.json(&value)?;
-    } else {
-        output.line(&format!(
-            "{}: {} segments, {} cuts, {} chunks, {} proven",
-            if report.sound { "sound" } else { "damaged" },
-            report.segments,
-            report.cuts,
-            report.chunks,
-            bytes(report.bytes)
-        ))?;
+        let values: Result<Vec<Value>, _> = reports.iter().map(serde_json::to_value).collect();
+        output.json(&replicas.json(values.map_err(|error| refused(dir, &error, "please report it"))?))?;
     }
-    if report.sound {
-        return Ok(());
-    }
+    let damaged: Vec<_> = replicas.folders.iter().zip(&reports).filter(|(_, report)| !report.sound).collect();
+    let Some((folder, report)) = damaged.first() else { return Ok(()) };
     let first = report.findings.first().map_or_else(
         || "it could not be read to its end".to_owned(),
         |finding| format!("{}: {}", finding.file, finding.what),
     );
     let others = (report.findings.len().saturating_sub(1) as u64) + report.findings_left_off;
     let more = if others > 0 { format!(" (and {others} more)") } else { String::new() };
+    let beside = if damaged.len() > 1 { format!("; {} replicas are damaged", damaged.len()) } else { String::new() };
     Err(CliError::new(
-        format!("the replica in {} is damaged: {first}{more}", dir.display()),
+        format!("the replica in {} is damaged: {first}{more}{beside}", folder.display()),
         "recover a point that `tidemark point verify` finds sound, and resync the machine: `tidemark resync NAME`",
     ))
 }
