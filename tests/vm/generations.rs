@@ -46,11 +46,19 @@ fn h6_a_guest_of_generation_2_runs_as_generation_1_and_comes_home() {
     let synced = source.says_number(SYNCED, 0);
     site.point("web");
     drop(source);
-    parts.describe(&site, "web", &["--firmware", "uefi", "--sign-console", SYNCED]);
+    parts.describe(&site, "web", &["--sign-console", SYNCED]);
+    let before = site.json(&["machine", "show", "web"])["description"].clone();
+    let converted = site.json(&["machine", "set", "web", "--generation", "2"])["description"].clone();
+    assert_eq!(
+        (&converted["hardware"]["firmware"], &converted["converted"]["firmware"]),
+        (&"uefi".into(), &"bios".into())
+    );
     let drilled = site.json(&["failover", "test", "web", "--cleanup"]);
     assert_eq!(drilled["outcome"], "alive", "{drilled}");
     let console = drilled["console"].as_str().expect("it is kept");
     let console = String::from_utf8_lossy(&std::fs::read(console).expect("the console was kept")).into_owned();
     let found = crate::stream::last_number(&console, ALIVE).expect("it says how long its chain is");
     assert!(console.contains(UEFI) && found >= synced, "{found} records, {synced} were synced before: {console}");
+    let taken_back = site.json(&["machine", "set", "web", "--generation", "1"]);
+    assert_eq!(taken_back["description"], before);
 }

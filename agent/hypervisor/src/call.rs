@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tidemark_base::{DiskId, Generation, MachineId, MarkId, Timestamp};
 use uuid::Uuid;
 
+use crate::convert::{self, Was, convert, revert};
 use crate::drill::{Report, Sign};
 use crate::hypervisor::{Power, Stopped};
 use crate::machine::Hardware;
@@ -26,11 +27,27 @@ pub struct Description {
     pub sign: Option<Sign>,
     /// How long a drill waits for the sign.
     pub sign_limit_seconds: u64,
+    /// What its conversion to the other generation changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub converted: Option<Was>,
+}
+
+impl Description {
+    /// Makes it a machine of that generation. One that was converted gets back what it was, and keeps what was changed since.
+    pub fn become_generation(&mut self, to: convert::Generation, disks: usize) {
+        if convert::Generation::of(&self.hardware) == to {
+            return;
+        }
+        match self.converted.take() {
+            Some(was) => self.hardware = revert(&self.hardware, &was),
+            None => (self.hardware, self.converted) = convert(&self.hardware, disks, to),
+        }
+    }
 }
 
 impl Default for Description {
     fn default() -> Self {
-        Self { hardware: Hardware::default(), sign: None, sign_limit_seconds: 300 }
+        Self { hardware: Hardware::default(), sign: None, sign_limit_seconds: 300, converted: None }
     }
 }
 
@@ -279,6 +296,25 @@ pub fn decode<T: DeserializeOwned>(text: &str) -> Result<T, NotUnderstood> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::{Bus, Firmware};
+
+    #[test]
+    fn h6_a_machine_becomes_the_other_generation_and_what_it_was() {
+        let hardware = Hardware { firmware: Firmware::Uefi, buses: vec![Bus::Scsi, Bus::Nvme], ..Hardware::default() };
+        let before = Description { hardware, ..Description::default() };
+        let mut description = before.clone();
+        description.become_generation(convert::Generation::Two, 2);
+        assert_eq!(description, before, "it is that already");
+        description.become_generation(convert::Generation::One, 2);
+        assert_eq!(description.hardware.firmware, Firmware::Bios);
+        assert_eq!(description.hardware.buses, [Bus::Ide, Bus::Nvme], "it boots from IDE");
+        let stored: Description = decode(&encode(&description)).unwrap();
+        assert_eq!(stored, description);
+        description.hardware.processors = 7;
+        description.become_generation(convert::Generation::Two, 2);
+        let hardware = Hardware { processors: 7, ..before.hardware.clone() };
+        assert_eq!(description, Description { hardware, ..before });
+    }
 
     #[test]
     fn calls_survive_the_wire_and_nothing_else_is_one() {

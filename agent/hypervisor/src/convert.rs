@@ -14,7 +14,9 @@ use crate::machine::{Bus, Firmware, Hardware, IDE_DISKS_MAX};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Generation {
+    #[serde(rename = "1")]
     One,
+    #[serde(rename = "2")]
     Two,
 }
 

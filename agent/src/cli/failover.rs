@@ -2,6 +2,7 @@
 
 use hyper::Method;
 use serde_json::{Value, json};
+use tidemark_hypervisor::call::Description;
 
 use super::args::{FailoverVerb, MachineArgs, MachineSetArgs, MachineVerb, StartArgs, WaitArgs};
 use super::output::{Output, text};
@@ -18,7 +19,12 @@ pub async fn machine(client: &Client, verb: MachineVerb, output: &Output) -> Res
         }
         MachineVerb::Set(args) => {
             let known = client.get(&address(&args.name)).await?;
-            let description = changed(known["description"].clone(), &args)?;
+            let mut description = changed(known["description"].clone(), &args)?;
+            if let Some(generation) = &args.generation {
+                let machine = client.get(&format!("/machines/{}", escape(&args.name))).await?;
+                let disks = machine["disks"].as_array().map_or(0, Vec::len);
+                description = converted(description, generation, disks)?;
+            }
             let set = client.request(Method::PUT, &address(&args.name), Some(&description)).await?;
             show(&set, output)
         }
@@ -79,6 +85,19 @@ fn changed(known: Value, args: &MachineSetArgs) -> Result<Value, CliError> {
     Ok(all)
 }
 
+fn converted(description: Value, generation: &str, disks: usize) -> Result<Value, CliError> {
+    let not_understood = |error: serde_json::Error| {
+        CliError::new(
+            format!("what the machine is like is not understood: {error}"),
+            "use the versions that belong together",
+        )
+    };
+    let mut description: Description = serde_json::from_value(description).map_err(not_understood)?;
+    let to = serde_json::from_value(json!(generation)).map_err(not_understood)?;
+    description.become_generation(to, disks);
+    serde_json::to_value(description).map_err(not_understood)
+}
+
 fn show(shown: &Value, output: &Output) -> Result<(), CliError> {
     if output.is_json() {
         return Ok(output.json(shown)?);
@@ -90,6 +109,9 @@ fn show(shown: &Value, output: &Output) -> Result<(), CliError> {
     output.line(&format!("firmware    {}", of("hardware/firmware")))?;
     output.line(&format!("processors  {}", of("hardware/processors")))?;
     output.line(&format!("memory      {} MiB", of("hardware/memory_mib")))?;
+    if let Some(was) = shown.pointer("/description/converted/firmware") {
+        output.line(&format!("converted   from {}", if was == "uefi" { "generation 2" } else { "generation 1" }))?;
+    }
     for (name, at) in [("buses", "hardware/buses"), ("cards", "hardware/cards"), ("kernel", "hardware/kernel")] {
         if let Some(value) = shown.pointer(&format!("/description/{at}")).filter(|value| !value.is_null()) {
             output.line(&format!("{name:<11} {value}"))?;

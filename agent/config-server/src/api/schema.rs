@@ -150,6 +150,19 @@ pub struct DescriptionSchema {
     hardware: Option<HardwareSchema>,
     sign: Option<SignSchema>,
     sign_limit_seconds: Option<u64>,
+    converted: Option<ConvertedSchema>,
+}
+
+/// What a machine's conversion to the other generation changed.
+#[derive(ToSchema)]
+#[schema(as = Converted)]
+#[allow(dead_code)]
+pub struct ConvertedSchema {
+    /// As it was before.
+    firmware: String,
+    buses: Vec<String>,
+    /// What the conversion made of the buses.
+    became: Vec<String>,
 }
 
 /// The machine, whatever runs it.
