@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use tidemark_tests::block::Loop;
 use tidemark_tests::image::{self, MIB};
-use tidemark_tests::site::LIMIT;
-use tidemark_tests::workload::{content, nbd};
+use tidemark_tests::site::{LIMIT, number};
+use tidemark_tests::workload::{content, nbd, write};
 use tidemark_tests::{Site, need, need_root, owner, tools, wait};
 
 const BYTES: u64 = 32 * MIB;
@@ -158,15 +158,82 @@ fn h36_a_tracked_device_fails_over_by_plan_when_its_machine_is_off() {
     image::assert_same(&tracked.image, &site.export("web", "latest", "latest.raw", "raw"));
     assert_eq!(site.status("web")["compare"]["compared_bytes"], before, "no resync");
 
-    // For good: there is no way home to a device that others write to, and it is let go of at the end.
+    // For good: it is let go of at the end.
     let result = site.json(&planned);
     image::assert_same(&tracked.image, &content(&site, &nbd(&result), "again.img"));
     site.json(&["commit", "web"]);
-    site.run(&["reprotect", "web"]).assert_refused(&["others write them"]);
     let elsewhere = site.path("elsewhere");
     std::fs::create_dir(&elsewhere).expect("a folder can be made");
     let elsewhere = elsewhere.to_str().expect("UTF-8");
     site.run(&["reprotect", "web", "--store", elsewhere]).assert_refused(&["others write them"]);
+    assert!(tracked.is_kept());
+    site.json(&["failover", "promote", "web"]);
+    site.json(&["migrate", "web"]);
+    assert!(!tracked.is_kept(), "it is nobody's now");
+    site.down();
+}
+
+/// F1: there and home. While its machine is away the device is written by its agent alone, and who else might is told of; at home the machine goes on,
+/// and so does its replication, with what the tracker saw.
+#[test]
+fn f1_a_tracked_device_is_brought_home() {
+    need!("losetup");
+    need_root!("programs in the kernel");
+    let mut site = Site::start_roles();
+    let Some(tracked) = Tracked::protect(&site, "off::f1_a_tracked_device_is_brought_home") else { return };
+    owner::switch(&site, "web");
+    let result = site.json(&["failover", "planned", "web", "--disks-only"]);
+    site.json(&["commit", "web"]);
+    let there = nbd(&result);
+    write(&there, 3 * MIB, 65_536, 3);
+    write(&there, 5 * MIB, 65_536, 0);
+    let reprotected = site.json(&["reprotect", "web", "--method", "delta"]);
+    assert!(number(&reprotected["compared_bytes"]) < 4 * MIB, "what changed alone: {reprotected}");
+    image::assert_same(&tracked.image, &content(&site, &there, "there.img"));
+    let follows = |site: &Site, at: u64, byte: u8| {
+        write(&there, at, 65_536, byte);
+        let expected = content(site, &there, "follows.img");
+        let is_level = || image::first_difference(&tracked.image, &expected).expect("both can be read").is_none();
+        wait::until("the device follows", LIMIT, || is_level().then_some(()));
+    };
+    follows(&site, 7 * MIB, 7);
+    assert!(!problems(&site).contains("kept"), "what we write is no trespass: {}", problems(&site));
+    let alone = File::options().read(true).custom_flags(libc::O_EXCL).open(tracked.device.path());
+    assert!(alone.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY)), "nobody mounts it");
+    let open = tracked.open().expect("it can be opened");
+    wait::until("who has it open is told of", LIMIT, || problems(&site).contains("open for writing").then_some(()));
+    drop(open);
+    wait::until("and not for ever", LIMIT, || (!problems(&site).contains("open for writing")).then_some(()));
+
+    // Its agent goes on with it.
+    site.kill_role("agent");
+    site.start_role("agent");
+    site.wait_connected();
+    follows(&site, 9 * MIB, 9);
+
+    let last = content(&site, &there, "last.img");
+    assert!(!tracked.on.exists());
+    site.json(&["failback", "web"]);
+    image::assert_same(&last, &tracked.image);
+    assert!(tracked.on.exists() && !tracked.is_kept(), "its machine goes on at home");
+    tracked.write(11 * MIB, 11);
+    site.json(&["commit", "web"]);
+    site.wait_protected("web");
+    tracked.write(13 * MIB, 13);
+    tracked.open().and_then(|file| file.sync_all()).expect("it can be synced");
+    site.point("web");
+    image::assert_same(&tracked.image, &site.export("web", "latest", "latest.raw", "raw"));
+
+    // A reprotect that is taken back leaves the device as it was.
+    let result = site.json(&["failover", "planned", "web", "--disks-only"]);
+    site.json(&["commit", "web"]);
+    let before = site.path("before.img");
+    image::copy(&tracked.image, &before);
+    write(&nbd(&result), 15 * MIB, 65_536, 15);
+    site.json(&["reprotect", "web"]);
+    assert!(image::first_difference(&tracked.image, &before).expect("both can be read").is_some());
+    site.json(&["reprotect", "cancel", "web"]);
+    image::assert_same(&before, &tracked.image);
     assert!(tracked.is_kept());
     site.json(&["failover", "promote", "web"]);
     site.json(&["migrate", "web"]);

@@ -7,6 +7,6 @@ mod maps;
 pub mod tracker;
 
 pub use device::{Device, DeviceError};
-pub use keep::{KeepError, Kept};
+pub use keep::{KeepError, Kept, Writer};
 pub use kernel::{Figures, KernelError};
 pub use tracker::{BlockTracker, Found, PIN_FOLDER, TrackerError, Witness};

@@ -26,7 +26,7 @@ use tidemark_proto::control::{
 use tidemark_proto::replication::Consistency;
 
 use crate::attach::{AttachRequest, attach};
-use crate::capture::{Address, CaptureProvider};
+use crate::capture::{Address, CaptureProvider, HomeDisk};
 use crate::error::HostError;
 use crate::host::DEVICES_FOLDER;
 use crate::log::LogLimits;
@@ -403,6 +403,11 @@ impl Machine {
                 }
             }
         }
+    }
+
+    /// Writes to one of its disks, on the machine's way home.
+    pub(crate) fn home(&self, disk: &Arc<ProtectedDisk>) -> std::io::Result<Box<dyn HomeDisk>> {
+        self.provider.home(disk)
     }
 
     pub fn resync(&self) -> std::io::Result<()> {

@@ -226,7 +226,7 @@ pub async fn hand_over(
     reprotect::call(core, machine, &TargetCall::LetGo { machine: machine.id, failover: failover.id }).await?;
     let attached: Vec<AttachedDisk> = settle_agent(core, machine).await?;
     let mut result = protected(machine, &attached);
-    if !failover.disks_only {
+    if !failover.disks_only || failover.source_stopped {
         result["source"] = source::start_again(core, progress, machine).await;
     }
     if let Some((began, stopped, delta)) = took {

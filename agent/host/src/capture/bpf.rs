@@ -16,13 +16,13 @@ use std::time::Duration;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use tidemark_base::storage::{RealStorage, read_file, remove_if_there, replace_file};
 use tidemark_base::sync::Mutex;
-use tidemark_base::{DiskId, ExtentSet, MachineId};
-use tidemark_bpf::{BlockTracker, Device, Found, Kept, Witness, keep};
+use tidemark_base::{DiskId, Extent, ExtentSet, MachineId};
+use tidemark_bpf::{BlockTracker, Device, Found, Kept, Witness, Writer, keep};
 use tidemark_proto::control::DiskSpec;
 
 use super::freezer::{FileSystemFreezer, file_systems_on};
 use super::tracker::Tracker;
-use super::{Address, CaptureProvider};
+use super::{Address, CaptureProvider, HomeDisk};
 use crate::error::HostError;
 use crate::freeze::{FreezeError, Frozen};
 use crate::protected::ProtectedDisk;
@@ -44,8 +44,10 @@ impl BpfTracker {
 
     fn keep(&self, disk: &DiskSpec) -> io::Result<()> {
         let mut kept = self.kept.lock().expect("no panic while held");
-        if kept.get(&disk.disk).is_some_and(Kept::is_whole) {
-            return Ok(());
+        match kept.get(&disk.disk) {
+            Some(kept) if kept.is_written() => return kept.check_alone().map_err(io::Error::other),
+            Some(kept) if kept.is_whole() => return Ok(()),
+            _ => {}
         }
         kept.remove(&disk.disk);
         // Noted first: what is read-only is made writable again.
@@ -105,6 +107,18 @@ impl CaptureProvider for BpfTracker {
         self.keep(disk).err().map(|error| error.to_string())
     }
 
+    /// Its tracker sees what is written.
+    fn home(&self, disk: &Arc<ProtectedDisk>) -> io::Result<Box<dyn HomeDisk>> {
+        let kept = self.kept.lock().expect("no panic while held");
+        let kept =
+            kept.get(&disk.identity.disk).ok_or_else(|| io::Error::other("the device is not kept from its machine"))?;
+        kept.check_alone().and_then(|()| kept.writer()).map(|writer| Box::new(writer) as _).map_err(io::Error::other)
+    }
+
+    fn is_going_home(&self, disk: DiskId) -> bool {
+        self.kept.lock().expect("no panic while held").get(&disk).is_some_and(Kept::is_written)
+    }
+
     fn attach(&self, _name: &str, _disk: &Arc<ProtectedDisk>) -> io::Result<Address> {
         Ok(Address::default())
     }
@@ -115,6 +129,19 @@ impl CaptureProvider for BpfTracker {
 
     fn stop(&self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+impl HomeDisk for Writer {
+    fn put(&self, extent: Extent, data: Option<&[u8]>) -> io::Result<()> {
+        match data {
+            Some(data) => self.write(extent.offset, data),
+            None => self.zero(extent.offset, extent.length),
+        }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Writer::flush(self)
     }
 }
 

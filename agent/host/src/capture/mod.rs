@@ -32,7 +32,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tidemark_base::{DiskId, MachineId};
+use tidemark_base::{DiskId, Extent, MachineId};
 use tidemark_proto::control::DiskSpec;
 
 use crate::error::HostError;
@@ -55,6 +55,14 @@ pub struct Address {
 }
 
 /// Catches the changes of disks.
+/// A home disk that is written.
+pub trait HomeDisk: Send {
+    /// `None`: zeroes.
+    fn put(&self, extent: Extent, data: Option<&[u8]>) -> io::Result<()>;
+
+    fn flush(&self) -> io::Result<()>;
+}
+
 pub trait CaptureProvider: Send + Sync {
     /// Whether the disk could be protected in this way, and its size. Nothing is changed. `state` is the folder of the agent's
     /// state, which must not lie on a disk that a tracker may freeze.
@@ -120,6 +128,16 @@ pub trait CaptureProvider: Send + Sync {
     /// Why somebody may get at a disk that is fenced all the same, where that is so. What can be mended is mended first.
     fn trespass(&self, _machine: MachineId, _disk: &DiskSpec) -> Option<String> {
         None
+    }
+
+    /// Writes to a fenced disk, whose machine is brought home: what is written is captured as the machine's own writes are.
+    fn home(&self, disk: &Arc<ProtectedDisk>) -> io::Result<Box<dyn HomeDisk>> {
+        Ok(Box::new(splitter::Splitter::new(disk.clone())?))
+    }
+
+    /// Whether somebody has what [`home`](Self::home) gave.
+    fn is_going_home(&self, _disk: DiskId) -> bool {
+        false
     }
 
     /// Ends it, after the requests that were received; nothing is written through this provider afterwards.

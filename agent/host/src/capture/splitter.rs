@@ -11,12 +11,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tidemark_base::Extent;
 use tidemark_base::disk::{Allocation, Disk, DiskWrite, Durability};
 use tidemark_base::error::{not_supported, shut_down};
+use tidemark_base::{CHUNK_BYTES_MAX, Extent};
 use tidemark_hrl::{Append, DataHash};
 use tidemark_nbd::{CachedReader, Export, WriteRequest};
 
+use super::HomeDisk;
 use super::in_flight::{Admitted, Closed};
 use crate::log::{DiskLog, Unlogged, record_parts};
 use crate::protected::ProtectedDisk;
@@ -39,6 +40,23 @@ struct Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl HomeDisk for Splitter {
+    fn put(&self, extent: Extent, data: Option<&[u8]>) -> io::Result<()> {
+        let Some(data) = data else { return self.zero(extent, true, Durability::Cached) };
+        for (at, data) in (extent.offset..).step_by(CHUNK_BYTES_MAX).zip(data.chunks(CHUNK_BYTES_MAX)) {
+            let mut results = [Err(io::Error::from(io::ErrorKind::Other))];
+            self.write_batch(&[WriteRequest { offset: at, data, fua: false }], &mut results);
+            let [result] = results;
+            result?;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Export::flush(self)
+    }
 }
 
 impl Splitter {

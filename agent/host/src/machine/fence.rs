@@ -24,6 +24,10 @@ impl Machine {
             let trespass = named.and_then(|named| self.provider.trespass(spec.machine, named));
             if let Some(reason) = trespass {
                 disk.tell_fence(reason);
+            } else if self.provider.is_going_home(disk.disk.identity.disk) {
+                // What we write is taken once it is all there.
+                disk.is_at_rest.store(false, Ordering::Relaxed);
+                disk.disk.alarms().remove(ALARM);
             } else if disk.is_written_all_the_same() {
                 disk.tell_fence("it was written to".to_owned());
             } else {

@@ -49,15 +49,16 @@ pub fn obstacles(host: &Host, machine: MachineId) -> Vec<Obstacle> {
             "it is fenced when its agent has heard of the failover; see `tidemark status`",
         );
     }
-    if !matches!(spec.via, Via::Nbd | Via::Fuse) {
+    if !matches!(spec.via, Via::Nbd | Via::Fuse | Via::Bpf) {
         add(
             None,
             format!(
-                "the disks of machine {} are tracked where others write them, and are not written by the agent",
-                spec.name
+                "the disks of machine {} are tracked by whoever runs it (--via {}), and are not written by the agent",
+                spec.name,
+                spec.via.name()
             ),
             "let it stay (`tidemark failover promote NAME`, `tidemark migrate NAME`) and protect it anew where it runs; one that is to come home is \
-             protected via nbd or fuse",
+             protected via nbd, fuse or bpf",
         );
     }
     for missing in found.unattached() {

@@ -9,11 +9,11 @@ use std::time::Duration;
 use tidemark_base::bits::PART_BYTES;
 use tidemark_base::chunk::{ChunkKey, Compression, Opener, SEALED_BYTES_MAX, Sealer, UnverifiedChunk};
 use tidemark_base::compare::{CompareKey, pieces};
-use tidemark_base::disk::{Allocation, Disk, Durability, is_zero};
+use tidemark_base::disk::{Allocation, Disk, is_zero};
 use tidemark_base::storage::{OpenMode, StorageFile};
 use tidemark_base::sync::{Condvar, Mutex};
-use tidemark_base::{CHUNK_BYTES_MAX, DiskId, Extent, Generation, ServerId, Timestamp};
-use tidemark_nbd::{Export, WriteRequest};
+use tidemark_base::{DiskId, Extent, Generation, ServerId, Timestamp};
+
 use tidemark_proto::failback::wire::{BeginRound, BlocksRequest, EndRound, Round, RoundDisk, RunsRequest, Scope};
 use tidemark_proto::failback::{BLOCKS_BYTES_MAX, Method, Stage};
 use tidemark_proto::replication::SessionId;
@@ -22,7 +22,7 @@ use super::source::{Source, SourceFactory};
 use super::undo::{Undo, damaged};
 use super::{Spool, Target, Wanted};
 use crate::Host;
-use crate::capture::splitter::Splitter;
+use crate::capture::HomeDisk;
 use crate::protected::ProtectedDisk;
 
 /// How far the home disks are behind a machine that writes.
@@ -119,7 +119,7 @@ enum Next {
 /// A home disk that is written.
 struct Home {
     disk: Arc<ProtectedDisk>,
-    splitter: Splitter,
+    writer: Box<dyn HomeDisk>,
     undo: Undo,
 }
 
@@ -171,7 +171,10 @@ impl Worker {
     fn step(&mut self) -> Result<Next, StepError> {
         let state = self.target.state();
         match state.stage {
-            Stage::Idle | Stage::Undone | Stage::Finished => return Ok(Next::Wait(None)),
+            Stage::Idle | Stage::Undone | Stage::Finished => {
+                self.homes.clear();
+                return Ok(Next::Wait(None));
+            }
             Stage::Undoing => {
                 self.open_homes()?;
                 return self.undo();
@@ -229,8 +232,8 @@ impl Worker {
                 let synced = durable.get(&id).copied().unwrap_or(0);
                 let undo = Undo::open(&*self.target.storage, id, bytes, synced);
                 let undo = undo.map_err(disk_error("what the home disks had cannot be kept"))?;
-                let splitter = Splitter::new(disk.clone()).map_err(disk_error("a home disk cannot be opened"))?;
-                self.homes.push(Home { disk, splitter, undo });
+                let writer = machine.home(&disk).map_err(disk_error("a home disk cannot be opened"))?;
+                self.homes.push(Home { disk, writer, undo });
             }
             self.note_kept();
         }
@@ -596,14 +599,14 @@ impl Worker {
             home.undo.sync().map_err(failed)?;
         }
         for (extent, data) in &changes {
-            put(&home.splitter, *extent, data.as_deref()).map_err(disk_error("a home disk cannot be written"))?;
+            home.writer.put(*extent, data.as_deref()).map_err(disk_error("a home disk cannot be written"))?;
         }
         self.note_kept();
         Ok(())
     }
 
     fn flush(&self) -> Result<(), StepError> {
-        let flush = |home: &Home| home.splitter.flush().map_err(disk_error("a home disk cannot be synced"));
+        let flush = |home: &Home| home.writer.flush().map_err(disk_error("a home disk cannot be synced"));
         self.homes.iter().try_for_each(flush)
     }
 
@@ -619,7 +622,7 @@ impl Worker {
                 if self.target.wake.is_stopped() {
                     return Err(stopped());
                 }
-                put(&home.splitter, extent, data)?;
+                home.writer.put(extent, data)?;
                 self.done(extent.length);
                 Ok(())
             });
@@ -695,17 +698,6 @@ fn round_disk(home: &Home, done: &BTreeMap<DiskId, u64>) -> RoundDisk {
 
 fn batch_bytes(changes: &[Change]) -> u64 {
     changes.iter().map(|(extent, _)| extent.length).sum()
-}
-
-fn put(splitter: &Splitter, extent: Extent, data: Option<&[u8]>) -> io::Result<()> {
-    let Some(data) = data else { return splitter.zero(extent, true, Durability::Cached) };
-    for (at, data) in (extent.offset..).step_by(CHUNK_BYTES_MAX).zip(data.chunks(CHUNK_BYTES_MAX)) {
-        let mut results = [Err(io::Error::from(io::ErrorKind::Other))];
-        splitter.write_batch(&[WriteRequest { offset: at, data, fua: false }], &mut results);
-        let [result] = results;
-        result?;
-    }
-    Ok(())
 }
 
 fn not_home(disk: DiskId) -> StepError {
