@@ -40,6 +40,8 @@ struct Fake {
     policy: Mutex<Option<ReplicationPolicy>>,
     denied: Mutex<DenyList>,
     storage_encrypted: Mutex<Option<bool>>,
+    volume: Mutex<Volume>,
+    log_room: Mutex<Option<LogRoom>>,
     retention: Mutex<Option<Retention>>,
     /// What happened since it was asked last.
     news: Mutex<Vec<Draft>>,
@@ -83,7 +85,12 @@ impl Fake {
         match command {
             AgentCommand::Probe { paths, .. } => {
                 let probe = |path: &String| match FileDisk::open(Path::new(path), Access::Exclusive) {
-                    Ok(disk) => Ok(ProbedDisk { path: path.clone(), bytes: disk.bytes() }),
+                    Ok(disk) => Ok(ProbedDisk {
+                        path: path.clone(),
+                        bytes: disk.bytes(),
+                        occupied_bytes: None,
+                        log: self.log_room.lock().unwrap().clone(),
+                    }),
                     Err(error) => Err(Failure::from_error(FailureKind::Conflict, &error, error.help())),
                 };
                 paths.iter().map(probe).collect::<Result<_, _>>().map(Reply::Probed)
@@ -259,7 +266,7 @@ impl Fake {
             }
             ServerCommand::Status => Ok(Reply::Server(ServerReport {
                 storage_encrypted: *self.storage_encrypted.lock().unwrap(),
-                volume: Some(Volume { bytes: 10 << 30, free_bytes: 4 << 30 }),
+                volume: Some(*self.volume.lock().unwrap()),
                 time: Timestamp(1),
                 disks: self.replicas(),
                 serves: self.serves.lock().unwrap().clone(),
@@ -358,6 +365,8 @@ impl Dialling {
             policy: Mutex::default(),
             denied: Mutex::default(),
             storage_encrypted: Mutex::default(),
+            volume: Mutex::new(Volume { bytes: 10 << 30, free_bytes: 4 << 30 }),
+            log_room: Mutex::default(),
             retention: Mutex::default(),
             news: Mutex::default(),
             log_bytes: Mutex::new(40),
@@ -1415,6 +1424,8 @@ mod document;
 mod inventory;
 #[path = "control/recovery.rs"]
 mod recovery;
+#[path = "control/room.rs"]
+mod room;
 #[path = "control/silence.rs"]
 mod silence;
 #[path = "control/streams.rs"]

@@ -100,3 +100,21 @@ fn a_disk_that_grows_is_taken_over_by_itself_and_older_points_keep_their_size() 
     File::options().write(true).open(&disk).unwrap().set_len(8 * MIB).unwrap();
     site.run(&["machine", "disk", "resize", "web"]).assert_refused(&["shrank", "16777216"]);
 }
+
+/// Two agents' worth of changes of one disk would be two histories of it.
+#[test]
+fn a_disk_belongs_to_one_machine_by_whatever_name_it_is_called() {
+    let site = Site::start();
+    let disk = site.path("disk.img");
+    image::make_mixed(&disk, MIB, 1);
+    site.protect("web", &[&disk], &[]);
+    let link = site.path("link.img");
+    std::os::unix::fs::symlink(&disk, &link).unwrap();
+    let (disk, link) = (disk.to_str().unwrap(), link.to_str().unwrap());
+    let says = ["protected already", "\"web\"", disk];
+    site.run(&["protect", "other", "--disk", link]).assert_refused(&says);
+    site.run(&["protect", "other", "--disk", link, "--check"]).assert_refused(&["1 of"]);
+    site.run(&["machine", "disk", "add", "web", link]).assert_refused(&["already", disk]);
+    let again = site.json(&["protect", "web", "--disk", link]);
+    assert_eq!(again["disks"].as_array().map(Vec::len), Some(1), "the same machine: {again}");
+}

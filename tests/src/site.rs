@@ -559,9 +559,12 @@ pub fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} is no text")).to_owned()
 }
 
-/// A JSON number that must be there.
+/// A figure of a status; 0 where it is not known yet.
 #[track_caller]
 pub fn number(value: &Value) -> u64 {
+    if value.is_null() {
+        return 0;
+    }
     value.as_u64().unwrap_or_else(|| panic!("{value} is no whole number"))
 }
 

@@ -17,6 +17,7 @@ pub mod position;
 pub mod random;
 pub mod sabotage;
 pub mod seam;
+pub mod size;
 pub mod stop;
 pub mod storage;
 pub mod sync;

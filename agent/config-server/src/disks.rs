@@ -20,7 +20,7 @@ use crate::hub::{PeerId, Report, unexpected};
 use crate::jobs::{Job, Progress};
 use crate::machines::{
     ProtectRequest, check_disks, disks_are_free, preflight, protected, refuse_failing, refuse_without_source,
-    settle_agent, settle_protected, settle_server, vanished,
+    settle_agent, settle_protected, settle_server, vanished, with_warnings,
 };
 use crate::model::{Machine, MachineDisk};
 use crate::names::bad_request;
@@ -83,7 +83,7 @@ async fn run_add(core: &Core, progress: &Progress, name: &str, paths: Vec<String
         Ok(machine.clone())
     })?;
     match settle_protected(core, Some(progress), &machine).await {
-        Ok(attached) => Ok(protected(&machine, &attached)),
+        Ok(attached) => Ok(with_warnings(protected(&machine, &attached), &found.checks)),
         Err(failure) => {
             progress.step("undo");
             let machine = core.store.change(|state| {

@@ -38,6 +38,7 @@ mod points;
 mod policies;
 mod reconcile;
 mod retry;
+mod room;
 mod schedule;
 mod server;
 mod serves;

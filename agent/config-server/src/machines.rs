@@ -25,6 +25,7 @@ use crate::hub::{PeerId, unexpected};
 use crate::jobs::{Job, Progress};
 use crate::model::{DEFAULT_POLICY, Encryption, Machine, MachineDisk, State, Wanted};
 use crate::names::{bad_request, check_disk, check_name};
+use crate::room;
 use crate::status::{self, CLOCK_OFF_SECONDS_MAX, ProcessServerStatus};
 
 /// Between two looks at how far a resync is.
@@ -227,7 +228,7 @@ async fn run_protect(
         Ok(())
     })?;
     match settle_protected(core, Some(progress), &machine).await {
-        Ok(attached) => Ok(protected(&machine, &attached)),
+        Ok(attached) => Ok(with_warnings(protected(&machine, &attached), &checks)),
         Err(failure) => {
             progress.step("undo");
             // What cannot be undone now is undone when the side that is away comes back.
@@ -242,10 +243,12 @@ async fn run_protect(
 /// One prerequisite of a protection.
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
-    /// `host`, `process_server`, `version`, `clock`, `disk`.
+    /// `host`, `process_server`, `room`, `version`, `clock`, `disk`.
     check: &'static str,
     of: String,
     ok: bool,
+    /// What is not in the way and should be known.
+    warning: Option<String>,
     error: Option<String>,
     help: Option<String>,
     #[serde(skip)]
@@ -259,6 +262,7 @@ impl Check {
             check,
             of: of.into(),
             ok: failure.is_none(),
+            warning: None,
             error: failure.as_ref().map(|failure| failure.message.clone()),
             help: failure.as_ref().map(|failure| failure.help.clone()),
             failure,
@@ -275,6 +279,7 @@ pub struct Preflight {
 /// Looks at everything that a protection needs, and touches nothing.
 pub async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, servers: &[ServerId]) -> Preflight {
     let mut checks = Vec::new();
+    let mut volumes = Vec::new();
     let connected = core.hub.connected();
     let present = |peer: PeerId| connected.iter().any(|(known, _)| *known == peer);
     let agent = PeerId::Agent(host);
@@ -287,7 +292,10 @@ pub async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, serv
     for server in servers {
         let asked = core.server(*server, &ServerCommand::Status, QUICK).await;
         let encrypted = match &asked {
-            Ok(Reply::Server(report)) => Some(report.storage_encrypted),
+            Ok(Reply::Server(report)) => {
+                volumes.extend(report.volume.map(|volume| (*server, volume)));
+                Some(report.storage_encrypted)
+            }
             _ => None,
         };
         checks.push(Check::new("process_server", server.to_string(), asked.map(drop)));
@@ -333,8 +341,21 @@ pub async fn preflight(core: &Core, request: &ProtectRequest, host: HostId, serv
                 others.machines.remove(&request.name);
                 disks_are_free(&others, host, &[disk.path.as_str()]).map(|()| disk)
             });
-            checks.push(Check::new("disk", path, of_others.map(|disk| disks.push(disk))));
+            let warning = of_others.as_ref().ok().and_then(room::log_warning);
+            let check = Check::new("disk", path, of_others.map(|disk| disks.push(disk)));
+            checks.push(Check { warning, ..check });
         }
+    }
+    let own = |disk: &&ProbedDisk| {
+        let known = state.machines.get(&request.name);
+        known.is_some_and(|known| known.disks.iter().any(|known| known.path == disk.path))
+    };
+    let new: Vec<ProbedDisk> = disks.iter().filter(|disk| !own(disk)).cloned().collect();
+    for (server, volume) in volumes {
+        let name = state.server_name(server);
+        let check = Check::new("room", server.to_string(), room::check_volume(&name, volume));
+        let warning = room::volume_warning(&name, volume, &new).filter(|_| check.ok);
+        checks.push(Check { warning, ..check });
     }
     Preflight { checks, disks }
 }
@@ -371,6 +392,13 @@ fn version_fits(peer: PeerId, software: &str) -> Result<(), Failure> {
         }
         _ => Ok(()),
     }
+}
+
+/// A job's result, with what should be known.
+pub fn with_warnings(mut result: Value, checks: &[Check]) -> Value {
+    let warnings: Vec<&String> = checks.iter().filter_map(|check| check.warning.as_ref()).collect();
+    result["warnings"] = json!(warnings);
+    result
 }
 
 /// One failure for all that is in the way.

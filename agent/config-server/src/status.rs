@@ -18,6 +18,7 @@ use crate::core::Core;
 use crate::failover::state::Phase;
 use crate::hub::{PeerId, Presence, Report};
 use crate::model::{Encryption, Machine, MachineDisk, Wanted};
+use crate::room;
 use view::{View, best};
 
 /// A clock that is off by more is told.
@@ -49,12 +50,13 @@ pub struct MachineStatus {
     pub process_servers: Vec<ProcessServerStatus>,
     /// Age of the oldest write that is not durable at the process server; absent when the agent does not say.
     pub rpo_seconds: Option<f64>,
-    pub pending_bytes: u64,
-    pub written_bytes: u64,
-    pub sent_bytes: u64,
-    pub log_bytes: u64,
-    pub stored_bytes: u64,
-    pub points: u64,
+    /// This figure and the next ones are absent where nobody told them since the configuration server started.
+    pub pending_bytes: Option<u64>,
+    pub written_bytes: Option<u64>,
+    pub sent_bytes: Option<u64>,
+    pub log_bytes: Option<u64>,
+    pub stored_bytes: Option<u64>,
+    pub points: Option<u64>,
     #[schema(value_type = Option<PointSchema>)]
     pub last_point: Option<PointInfo>,
     /// Of an initial replication or a resynchronisation.
@@ -74,7 +76,7 @@ pub struct MachineStatus {
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Reason {
     pub health: Health,
-    /// For programs: `problem`, `rpo`, `stepped_down`, `log`, `missed_cycles`, `encryption`, `no_contact`, `clock`, `failed`, `disconnected`.
+    /// For programs: `problem`, `room`, `rpo`, `stepped_down`, `log`, `missed_cycles`, `encryption`, `no_contact`, `clock`, `failed`, `disconnected`.
     pub kind: &'static str,
     pub message: String,
     pub help: String,
@@ -164,10 +166,10 @@ pub struct ProcessServerStatus {
     /// Age of the oldest write that is not durable there.
     pub rpo_seconds: Option<f64>,
     /// What is left to send.
-    pub pending_bytes: u64,
-    pub sent_bytes: u64,
-    pub stored_bytes: u64,
-    pub points: u64,
+    pub pending_bytes: Option<u64>,
+    pub sent_bytes: Option<u64>,
+    pub stored_bytes: Option<u64>,
+    pub points: Option<u64>,
     #[schema(value_type = Option<PointSchema>)]
     pub last_point: Option<PointInfo>,
     pub progress: Option<Progress>,
@@ -194,10 +196,10 @@ pub struct DiskStatus {
     pub positions: Positions,
     /// Whether the replica is consistent; absent when the process server does not say.
     pub consistent: Option<bool>,
-    pub pending_bytes: u64,
-    pub written_bytes: u64,
-    pub sent_bytes: u64,
-    pub stored_bytes: u64,
+    pub pending_bytes: Option<u64>,
+    pub written_bytes: Option<u64>,
+    pub sent_bytes: Option<u64>,
+    pub stored_bytes: Option<u64>,
     pub rpo_seconds: Option<f64>,
     pub progress: Option<Progress>,
     #[schema(value_type = ComparedSchema)]
@@ -329,7 +331,7 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
         sent_bytes: best.sum(|disk| disk.sent_bytes),
         log_bytes: best.sum(|disk| disk.log_bytes),
         stored_bytes: best.stored_bytes(),
-        points: on_server.map_or(0, |replicated| replicated.points),
+        points: best.points(machine),
         last_point: on_server.and_then(|replicated| replicated.latest.clone()),
         compare: sources.iter().flatten().fold(Compared::default(), |sum, disk| Compared {
             compared_bytes: sum.compared_bytes.saturating_add(disk.compare.compared_bytes),
@@ -390,6 +392,13 @@ fn reasons(
             let help = "set the clock that is wrong; NTP on both does";
             let reason = Reason::new(Health::Warning, "clock", message, help, false);
             reasons.push(Reason { peer: Some(peer.to_string()), ..reason });
+        }
+    }
+    for view in views {
+        let volume = view.report.and_then(|report| report.volume);
+        if let Some((health, message, help)) = volume.and_then(|volume| room::alarm(&view.peer.name, volume)) {
+            let reason = Reason::new(health, "room", message, help, false);
+            reasons.push(Reason { peer: Some(view.peer.id.clone()), ..reason });
         }
     }
     let mut add = |health, kind, message: String, help: &str, is_absence| {
@@ -514,10 +523,10 @@ fn disk_status(disk: &MachineDisk, source: Option<&SourceDisk>, replica: Option<
             folded: replica.map_or_else(String::new, |replica| replica.folded.clone()),
         },
         consistent: replica.map(|replica| replica.consistent),
-        pending_bytes: source.map_or(0, |source| source.pending_bytes),
-        written_bytes: source.map_or(0, |source| source.written_bytes),
-        sent_bytes: source.map_or(0, |source| source.sent_bytes),
-        stored_bytes: replica.map_or(0, |replica| replica.stored_bytes),
+        pending_bytes: source.map(|source| source.pending_bytes),
+        written_bytes: source.map(|source| source.written_bytes),
+        sent_bytes: source.map(|source| source.sent_bytes),
+        stored_bytes: replica.map(|replica| replica.stored_bytes),
         rpo_seconds: source.and_then(rpo).map(|rpo| rpo.as_secs_f64()),
         progress: source.and_then(|source| source.scan).map(|(done, total)| progress(done, total)),
         compare: source.map(|source| source.compare).unwrap_or_default(),

@@ -7,6 +7,7 @@
 mod group;
 #[cfg(unix)]
 mod inventory;
+mod probe;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,7 +24,7 @@ use tidemark_base::time::Instant;
 use tidemark_base::{Clock, DiskId, MachineId, ServerId, SystemClock};
 use tidemark_proto::control::{
     AgentReport, AttachedDisk, Consistency as Requested, DiskSpec, Endpoint, Failure, MachineSpec, MarkRequest,
-    ProbedDisk, Problem, SourceDisk, SourceMode, SourceState, Via, wire,
+    Problem, SourceDisk, SourceMode, SourceState, Via, wire,
 };
 use tidemark_proto::replication::{Consistency, SessionId};
 use tidemark_transport::{Identity, PeerIdentity};
@@ -315,19 +316,6 @@ impl Host {
         self.shared.tell(&spec, Severity::Information, EventKind::MachineProtected, "is protected from now on", "");
         machines.insert(spec.machine, Entry::Running(machine));
         Ok(attachments)
-    }
-
-    /// Whether these disks could be protected. Nothing is changed.
-    pub fn probe(&self, paths: &[String], via: Via) -> Result<Vec<ProbedDisk>, HostError> {
-        let provider = self.shared.provider(via);
-        let state = self.shared.config.state_of(&**provider, paths.iter().map(String::as_str));
-        paths
-            .iter()
-            .map(|path| {
-                let bytes = provider.probe(path.as_ref(), state)?;
-                Ok(ProbedDisk { path: path.clone(), bytes })
-            })
-            .collect()
     }
 
     /// Stops protecting a machine and removes its logs and state. The disks stay as they are.

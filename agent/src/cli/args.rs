@@ -667,6 +667,9 @@ pub struct MachineSetArgs {
     /// bios or uefi.
     #[arg(long)]
     pub firmware: Option<String>,
+    /// Converts it: 1 is BIOS, and boots from IDE; 2 is UEFI, without IDE. What was converted is taken back the same way.
+    #[arg(long, value_parser = ["1", "2"], conflicts_with = "firmware")]
+    pub generation: Option<String>,
     /// How many it has.
     #[arg(long, value_name = "COUNT")]
     pub processors: Option<u16>,
@@ -1348,12 +1351,12 @@ pub enum ReplicaVerb {
     },
     /// Says what a replica's folder holds.
     Inspect {
-        /// The folder of one disk's replica.
+        /// The folder of a process server, or of one disk's replica in it.
         dir: PathBuf,
     },
     /// Checks a replica's folder; exit 0 if it is sound.
     Verify {
-        /// The folder of one disk's replica.
+        /// The folder of a process server, or of one disk's replica in it.
         dir: PathBuf,
     },
     /// Takes a machine over where no configuration server is left, with the recovery key: its old host is refused from

@@ -115,16 +115,7 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-pub fn bytes(value: u64) -> String {
-    let mut amount = value as f64;
-    for unit in ["B", "KiB", "MiB", "GiB"] {
-        if amount < 1024.0 {
-            return if unit == "B" { format!("{value} B") } else { format!("{amount:.1} {unit}") };
-        }
-        amount /= 1024.0;
-    }
-    format!("{amount:.1} TiB")
-}
+pub use tidemark_base::size::text as bytes;
 
 /// Text at a pointer, or a dash.
 pub fn text(value: &Value, pointer: &str) -> String {
@@ -162,12 +153,5 @@ mod tests {
         job["progress"] = serde_json::json!({ "done_bytes": 9, "total_bytes": 0 });
         assert_eq!(bar_line(&job, now), "… export");
         assert_eq!(bar_line(&Value::Null, now), "… waiting");
-    }
-
-    #[test]
-    fn sizes_read_well() {
-        assert_eq!(bytes(0), "0 B");
-        assert_eq!(bytes(1536), "1.5 KiB");
-        assert_eq!(bytes(5 << 40), "5.0 TiB");
     }
 }

@@ -40,6 +40,9 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
     if output.is_json() {
         return Ok(output.json(&result)?);
     }
+    for warning in result["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        output.line(&format!("note: {warning}"))?;
+    }
     let rows: Vec<Vec<String>> = result["disks"]
         .as_array()
         .into_iter()
@@ -64,9 +67,12 @@ fn checks(name: &str, result: &Value, output: &Output) -> Result<(), CliError> {
     if output.is_json() {
         output.json(result)?;
     } else {
-        let row = |check: &Value| ["/check", "/of", "/ok", "/error", "/help"].map(|at| text(check, at)).to_vec();
+        let row = |check: &Value| {
+            let found = if check["ok"] == true { "/warning" } else { "/error" };
+            ["/check", "/of", "/ok", found, "/help"].map(|at| text(check, at)).to_vec()
+        };
         let rows: Vec<Vec<String>> = checks.iter().map(row).collect();
-        output.table(&["CHECK", "OF", "OK", "IN THE WAY", "HELP"], &rows)?;
+        output.table(&["CHECK", "OF", "OK", "FOUND", "HELP"], &rows)?;
     }
     match checks.iter().filter(|check| check["ok"] != Value::Bool(true)).count() {
         0 => Ok(()),

@@ -1,5 +1,6 @@
 //! The agent as a process runs it.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use prometheus_client::registry::Unit;
@@ -306,7 +307,7 @@ fn execute(host: &Host, command: AgentCommand) -> Result<Reply, HostError> {
     }
 }
 
-/// A disk that is attached here is locked by ourselves: what is known of it answers.
+/// A disk that is attached here is locked by ourselves: what is known of it answers, by the path that it is known by.
 fn probe(host: &Host, paths: &[String], via: Via) -> Result<Vec<ProbedDisk>, HostError> {
     let attached: Vec<_> = host
         .status()
@@ -316,15 +317,20 @@ fn probe(host: &Host, paths: &[String], via: Via) -> Result<Vec<ProbedDisk>, Hos
         .collect();
     paths
         .iter()
-        .map(|path| match attached.iter().find(|disk| disk.path() == path.as_str()) {
+        .map(|path| match attached.iter().find(|disk| is_same(disk.path(), path.as_ref())) {
             Some(disk) => {
                 let bytes =
                     disk.disk_bytes_now().map_err(|source| HostError::Io { what: "examine the disk", source })?;
-                Ok(ProbedDisk { path: path.clone(), bytes })
+                Ok(ProbedDisk { path: disk.path().display().to_string(), bytes, occupied_bytes: None, log: None })
             }
             None => host.probe(std::slice::from_ref(path), via).map(|mut disks| disks.remove(0)),
         })
         .collect()
+}
+
+/// Also by another link to it. What is no file here has one name.
+fn is_same(known: &Path, named: &Path) -> bool {
+    known == named || known.canonicalize().is_ok_and(|known| named.canonicalize().is_ok_and(|named| known == named))
 }
 
 async fn blocking<T: Send + 'static>(

@@ -3,6 +3,7 @@
 #[cfg(unix)]
 mod folder;
 
+use std::fs::{File, TryLockError};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -121,6 +122,7 @@ impl Place {
                 help: "give each role a folder and an identity of its own".to_owned(),
             });
         }
+        let lock = lock(&config.dir, role)?;
         let run = config.dir.join("run");
         create_private_folder(&run).map_err(unusable)?;
         Ok(Self {
@@ -132,7 +134,7 @@ impl Place {
             metrics: config.metrics_listen,
             config_server: Arc::new(move || Some(address.clone())),
             note: None,
-            _lock: None,
+            _lock: Some(Box::new(lock)),
         })
     }
 
@@ -157,6 +159,23 @@ impl Place {
     }
 }
 
+/// One process at a time: two would both write the logs and cursors of the same disks.
+fn lock(folder: &Path, role: Role) -> Result<File, RoleError> {
+    let path = folder.join("lock");
+    let file = File::options().write(true).create(true).truncate(false).open(&path);
+    let locked = file.map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
+    locked.map_err(|error| match error {
+        TryLockError::WouldBlock => RoleError {
+            message: format!("another process runs the {role} in {}", folder.display()),
+            help: "stop that one first; where two are meant, give each a folder and an identity of its own".to_owned(),
+        },
+        TryLockError::Error(error) => RoleError {
+            message: format!("cannot lock {}: {error}", path.display()),
+            help: "name a folder of its own that this user can write".to_owned(),
+        },
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,5 +187,15 @@ mod tests {
         assert_eq!(config.process_server.unwrap().listen.unwrap().port(), 7320);
         let config_server = config.config_server.unwrap();
         assert_eq!((config_server.listen.unwrap().port(), config_server.control_listen.unwrap().port()), (7321, 7322));
+    }
+
+    #[test]
+    fn a_role_runs_once_in_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = lock(folder.path(), Role::Agent).unwrap();
+        let error = lock(folder.path(), Role::Agent).unwrap_err();
+        assert!(error.message.contains("another process runs the agent in"), "{error:?}");
+        drop(first);
+        lock(folder.path(), Role::Agent).unwrap();
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Looks until the alerts are as they should be.
-async fn until_alerts(client: &Client, what: &str, is: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+pub(super) async fn until_alerts(client: &Client, what: &str, is: impl Fn(&[Value]) -> bool) -> Vec<Value> {
     let mut ticks = tokio::time::interval(Duration::from_millis(200));
     let mut last = Vec::new();
     let looking = async {
@@ -128,4 +128,25 @@ async fn an_identity_that_is_refused_while_machines_depend_on_it_is_a_critical_a
     let output = site.run(&["identity", "restore", &host.to_string()]).await;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     until_alerts(&client, "it is over", |alerts| !has(alerts, "identity_refused", "critical")).await;
+}
+
+/// Nobody told anything yet: that is not nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_told_since_the_start_is_not_shown_as_zero() {
+    let mut site = Site::start().await;
+    site.protect("web", &[&site.disk("a.img", 1 << 20)]).await.unwrap();
+    let figures = ["pending_bytes", "written_bytes", "sent_bytes", "log_bytes", "stored_bytes", "points"];
+    let status = site.client().get("/machines/web").await.unwrap();
+    assert!(
+        figures.iter().filter(|figure| **figure != "stored_bytes").all(|figure| status[figure].is_u64()),
+        "{status}"
+    );
+    (site.agent, site.server) = (None, None);
+    site.stop_config_server().await;
+    site.start_config_server().await;
+    let status = site.client().get("/machines/web").await.unwrap();
+    assert!(figures.iter().all(|figure| status[figure].is_null()), "{status}");
+    assert!(status["disks"][0]["sent_bytes"].is_null() && status["process_servers"][0]["points"].is_null(), "{status}");
+    let output = site.run(&["status"]).await;
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("0 B"), "{output:?}");
 }

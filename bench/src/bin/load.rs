@@ -120,7 +120,8 @@ impl Simulated {
     fn agent(&self, command: AgentCommand) -> Reply {
         match command {
             AgentCommand::Probe { paths, .. } => {
-                Reply::Probed(paths.into_iter().map(|path| ProbedDisk { path, bytes: 1 << 30 }).collect())
+                let probed = |path| ProbedDisk { path, bytes: 1 << 30, occupied_bytes: None, log: None };
+                Reply::Probed(paths.into_iter().map(probed).collect())
             }
             AgentCommand::Protect(spec) => {
                 *self.disks.lock().expect("no panic while held") = spec.disks.iter().map(|disk| disk.disk).collect();

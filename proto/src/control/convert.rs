@@ -809,9 +809,7 @@ pub fn reply_to(request: u64, outcome: &Result<Reply, Failure>) -> wire::Reply {
     let body = match outcome {
         Err(failure) => Body::Failure(failure.into()),
         Ok(Reply::Done) => Body::Done(empty()),
-        Ok(Reply::Probed(disks)) => Body::Probed(wire::Probed {
-            disks: disks.iter().map(|disk| wire::ProbedDisk { path: disk.path.clone(), bytes: disk.bytes }).collect(),
-        }),
+        Ok(Reply::Probed(disks)) => Body::Probed(wire::Probed { disks: disks.iter().map(Into::into).collect() }),
         Ok(Reply::Attached(disks)) => Body::Attached(wire::Attached { disks: disks.iter().map(Into::into).collect() }),
         Ok(Reply::Marked { mark, time }) => Body::Marked(wire::Marked { mark: mark.to_vec(), time_ns: time.0 }),
         Ok(Reply::Point(point)) => Body::Point(point.into()),
@@ -862,9 +860,7 @@ impl TryFrom<wire::Reply> for (u64, Result<Reply, Failure>) {
         let reply = match need(from.body, "reply")? {
             Body::Failure(failure) => return Ok((from.request, Err(failure.try_into()?))),
             Body::Done(_) => Reply::Done,
-            Body::Probed(probed) => Reply::Probed(list(probed.disks, "disks", DISKS_MAX, |disk| {
-                Ok(ProbedDisk { path: named(disk.path, "path")?, bytes: need(optional(disk.bytes), "bytes")? })
-            })?),
+            Body::Probed(probed) => Reply::Probed(list(probed.disks, "disks", DISKS_MAX, ProbedDisk::try_from)?),
             Body::Attached(attached) => {
                 Reply::Attached(list(attached.disks, "disks", DISKS_MAX, AttachedDisk::try_from)?)
             }
@@ -903,6 +899,41 @@ impl TryFrom<wire::Reply> for (u64, Result<Reply, Failure>) {
             Body::Owner(of) => Reply::Owner(named(of.answer, "answer")?),
         };
         Ok((from.request, Ok(reply)))
+    }
+}
+
+impl From<&ProbedDisk> for wire::ProbedDisk {
+    fn from(from: &ProbedDisk) -> Self {
+        wire::ProbedDisk {
+            path: from.path.clone(),
+            bytes: from.bytes,
+            occupied_bytes: from.occupied_bytes,
+            log: from.log.as_ref().map(|log| wire::LogRoom {
+                folder: log.folder.clone(),
+                free_bytes: log.free_bytes,
+                needed_bytes: log.needed_bytes,
+            }),
+        }
+    }
+}
+
+impl TryFrom<wire::ProbedDisk> for ProbedDisk {
+    type Error = WireError;
+
+    fn try_from(from: wire::ProbedDisk) -> Checked<Self> {
+        let room = |log: wire::LogRoom| -> Checked<LogRoom> {
+            Ok(LogRoom {
+                folder: text(log.folder, "folder")?,
+                free_bytes: log.free_bytes,
+                needed_bytes: log.needed_bytes,
+            })
+        };
+        Ok(ProbedDisk {
+            path: named(from.path, "path")?,
+            bytes: need(optional(from.bytes), "bytes")?,
+            occupied_bytes: from.occupied_bytes,
+            log: from.log.map(room).transpose()?,
+        })
     }
 }
 

@@ -214,6 +214,11 @@ impl Via {
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|via| via.name() == name)
     }
+
+    /// Whether what is written is kept in a log, or only where.
+    pub fn keeps_log(self) -> bool {
+        matches!(self, Via::Nbd | Via::Fuse | Via::Hrl)
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -608,6 +613,19 @@ impl Failure {
 pub struct ProbedDisk {
     pub path: String,
     pub bytes: u64,
+    /// What it takes of its volume: no more than this can be other than zero. `None`: not known.
+    pub occupied_bytes: Option<u64>,
+    /// `None`: it keeps no log, or the system does not say.
+    pub log: Option<LogRoom>,
+}
+
+/// The volume where a disk's log would be kept.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LogRoom {
+    pub folder: String,
+    pub free_bytes: u64,
+    /// With less no log begins: what changes is tracked in a bitmap.
+    pub needed_bytes: u64,
 }
 
 /// Where a disk, or a served point of it, can be opened.
@@ -757,6 +775,9 @@ pub struct ServerReport {
     /// What it keeps replicas on; `None`: it does not say.
     pub volume: Option<Volume>,
 }
+
+/// With less free a process server takes no changes: points, and what it must be able to write to free room, come first.
+pub const VOLUME_RESERVE_BYTES: u64 = 64 << 20;
 
 /// The volume of a process server's replicas.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -52,10 +52,18 @@ pub fn text(core: &Core) -> Result<String, std::fmt::Error> {
         if let Some(seconds) = machine.rpo_seconds {
             rpo.get_or_create(&labels).set(seconds);
         }
-        pending.get_or_create(&labels).set(machine.pending_bytes as f64);
-        log.get_or_create(&labels).set(machine.log_bytes as f64);
-        stored.get_or_create(&labels).set(machine.stored_bytes as f64);
-        points.get_or_create(&labels).set(machine.points as f64);
+        // What nobody told is not said: a counter that falls to zero would be a reset.
+        let told = [
+            (&pending, machine.pending_bytes),
+            (&log, machine.log_bytes),
+            (&stored, machine.stored_bytes),
+            (&points, machine.points),
+        ];
+        for (gauge, value) in told {
+            if let Some(value) = value {
+                gauge.get_or_create(&labels).set(value as f64);
+            }
+        }
         let level = match machine.health {
             Health::Ok => 0.0,
             Health::Warning => 1.0,
@@ -71,8 +79,11 @@ pub fn text(core: &Core) -> Result<String, std::fmt::Error> {
             mode.get_or_create(&with("mode", name(&of))).set(1.0);
         }
         state.get_or_create(&with("state", name(&machine.state))).set(1.0);
-        written.get_or_create(&labels).inc_by(machine.written_bytes);
-        sent.get_or_create(&labels).inc_by(machine.sent_bytes);
+        for (counter, value) in [(&written, machine.written_bytes), (&sent, machine.sent_bytes)] {
+            if let Some(value) = value {
+                counter.get_or_create(&labels).inc_by(value);
+            }
+        }
     }
     let counted = [
         ("errors", "Events that are warnings or worse, since the start", core.history.errors()),

@@ -63,8 +63,9 @@ impl<'a> View<'a> {
         ages.collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
-    pub fn sum(&self, figure: fn(&SourceDisk) -> u64) -> u64 {
-        self.sources.iter().flatten().map(|disk| figure(disk)).sum()
+    /// `None`: the host told nothing of any of its disks.
+    pub fn sum(&self, figure: fn(&SourceDisk) -> u64) -> Option<u64> {
+        self.sources.iter().flatten().map(|disk| figure(disk)).reduce(u64::saturating_add)
     }
 
     pub fn mode(&self) -> Option<SourceMode> {
@@ -75,8 +76,14 @@ impl<'a> View<'a> {
         self.sources.iter().flatten().map(|disk| &disk.mode_reason).find(|reason| !reason.is_empty()).cloned()
     }
 
-    pub fn stored_bytes(&self) -> u64 {
-        self.replicas.iter().flatten().map(|disk| disk.stored_bytes).sum()
+    pub fn stored_bytes(&self) -> Option<u64> {
+        self.replicas.iter().flatten().map(|disk| disk.stored_bytes).reduce(u64::saturating_add)
+    }
+
+    /// `None`: the process server told nothing.
+    pub fn points(&self, machine: &Machine) -> Option<u64> {
+        self.report?;
+        Some(self.replicated(machine).map_or(0, |replicated| replicated.points))
     }
 
     pub fn replicated(&self, machine: &Machine) -> Option<&'a ReplicaMachine> {
@@ -100,7 +107,7 @@ impl<'a> View<'a> {
             pending_bytes: self.sum(|disk| disk.pending_bytes),
             sent_bytes: self.sum(|disk| disk.sent_bytes),
             stored_bytes: self.stored_bytes(),
-            points: replicated.map_or(0, |replicated| replicated.points),
+            points: self.points(machine),
             last_point: replicated.and_then(|replicated| replicated.latest.clone()),
             progress: self.progress(),
         }

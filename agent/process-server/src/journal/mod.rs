@@ -32,6 +32,7 @@ pub use segment::{
     Commit, FRAME_HEADER_BYTES, Fields, Frame, FrameKey, FrameKind, HEADER_BYTES, Header, SegmentName, body_sum,
     decode_commit,
 };
+use tidemark_proto::control::VOLUME_RESERVE_BYTES;
 use tidemark_proto::replication::{CutEnd, CutKind, LABEL_BYTES_MAX, MARK_DISKS_MAX};
 
 /// How far a host's clock may be ahead of this one's: one hour.
@@ -56,7 +57,7 @@ impl Default for Limits {
             segment_extents: 64 << 10,
             segment_cuts: 64 << 10,
             cut_extents_max: 4 << 20,
-            reserve_bytes: 64 << 20,
+            reserve_bytes: VOLUME_RESERVE_BYTES,
         }
     }
 }
