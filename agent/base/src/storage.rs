@@ -32,6 +32,7 @@ pub enum OpenMode {
 pub trait Storage: Send + Sync {
     fn open(&self, name: &str, mode: OpenMode) -> io::Result<Arc<dyn StorageFile>>;
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    /// The name is free at once, whoever still has the file open.
     fn remove(&self, name: &str) -> io::Result<()>;
     fn create_folder(&self, name: &str) -> io::Result<()>;
     /// Removes a folder with everything in it.
@@ -99,6 +100,26 @@ pub fn replace_file(storage: &dyn Storage, name: &str, content: &[u8]) -> io::Re
     drop(file);
     storage.rename(&new, name)?;
     storage.sync_folder(name.rsplit_once('/').map_or("", |(folder, _)| folder))
+}
+
+/// Replaces a small text that is worth nothing once a bit of it flipped: its first line is the BLAKE3 of the rest, in hexadecimal digits.
+pub fn replace_with_digest(storage: &dyn Storage, name: &str, text: &str) -> io::Result<()> {
+    let whole = format!("{}\n{text}", blake3::hash(text.as_bytes()).to_hex());
+    replace_file(storage, name, whole.as_bytes())
+}
+
+/// What [`replace_with_digest`] stored. `None`: nothing is there, or something else.
+pub fn read_with_digest(storage: &dyn Storage, name: &str, bytes_max: u64) -> io::Result<Option<String>> {
+    if !storage.exists(name)? {
+        return Ok(None);
+    }
+    let bytes = match read_file(storage, name, bytes_max) {
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => return Ok(None),
+        other => other?,
+    };
+    let found = std::str::from_utf8(&bytes).ok().and_then(|whole| whole.split_once('\n'));
+    let sound = found.filter(|(digest, text)| blake3::hash(text.as_bytes()).to_hex().as_str() == *digest);
+    Ok(sound.map(|(_, text)| text.to_owned()))
 }
 
 /// Writes the bytes `from..to` of a file over themselves. After a sync that failed the page cache holds data that looks clean
@@ -275,7 +296,7 @@ impl Storage for RealStorage {
 
     fn remove(&self, name: &str) -> io::Result<()> {
         let path = self.resolve(name)?;
-        with_path(std::fs::remove_file(&path), &path)
+        with_path(platform::remove_file(&path), &path)
     }
 
     fn create_folder(&self, name: &str) -> io::Result<()> {
@@ -429,6 +450,27 @@ mod tests {
         assert_eq!(read_file(&*storage, "state", 100).unwrap(), b"second");
         assert_eq!(storage.list("").unwrap(), ["state"]);
         assert!(read_file(&*storage, "state", 5).is_err());
+    }
+
+    #[test]
+    fn a_file_that_is_removed_while_somebody_has_it_open_is_gone_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = RealStorage::open_folder(folder.path());
+        let file = storage.open("log", OpenMode::Create).unwrap();
+        file.write_at(0, b"old").unwrap();
+        let reader = storage.open("log", OpenMode::Read).unwrap();
+        storage.remove("log").unwrap();
+        assert!(!storage.exists("log").unwrap() && !storage.list("").unwrap().contains(&"log".to_owned()));
+        let again = storage.open("log", OpenMode::Create).unwrap();
+        again.write_at(0, b"new").unwrap();
+        let mut content = [0; 3];
+        reader.read_at(0, &mut content).unwrap();
+        assert_eq!(&content, b"old");
+        drop((file, reader));
+        assert_eq!(read_file(&*storage, "log", 10).unwrap(), b"new");
+        assert_eq!(storage.list("").unwrap(), ["log"], "nothing else is left of it");
+        let absent = storage.remove("absent").unwrap_err();
+        assert!(is_absent(&absent), "{absent}");
     }
 
     #[test]

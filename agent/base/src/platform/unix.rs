@@ -21,6 +21,10 @@ pub(crate) fn sync_folder(path: &Path) -> io::Result<()> {
     File::open(path).and_then(|file| file.sync_all())
 }
 
+pub(crate) fn remove_file(path: &Path) -> io::Result<()> {
+    std::fs::remove_file(path)
+}
+
 pub(crate) fn available_bytes(folder: &Path) -> io::Result<u64> {
     let stat = nix::sys::statvfs::statvfs(folder)?;
     Ok(stat.blocks_available() as u64 * stat.fragment_size() as u64)

@@ -15,9 +15,10 @@ use windows_sys::Win32::Security::Authorization::{
 };
 use windows_sys::Win32::Security::SECURITY_ATTRIBUTES;
 use windows_sys::Win32::Storage::FileSystem::{
-    BY_HANDLE_FILE_INFORMATION, CreateDirectoryW, FILE_BASIC_INFO, FILE_FLAG_BACKUP_SEMANTICS,
-    FILE_FLAG_OPEN_REPARSE_POINT, FILE_READ_ATTRIBUTES, FILE_STANDARD_INFO, FileBasicInfo, FileStandardInfo,
-    GetDiskFreeSpaceExW, GetFileInformationByHandle, GetFileInformationByHandleEx,
+    BY_HANDLE_FILE_INFORMATION, CreateDirectoryW, DELETE, FILE_BASIC_INFO, FILE_FLAG_BACKUP_SEMANTICS,
+    FILE_FLAG_DELETE_ON_CLOSE, FILE_FLAG_OPEN_REPARSE_POINT, FILE_READ_ATTRIBUTES, FILE_RENAME_INFO,
+    FILE_STANDARD_INFO, FileBasicInfo, FileRenameInfo, FileStandardInfo, GetDiskFreeSpaceExW,
+    GetFileInformationByHandle, GetFileInformationByHandleEx, SetFileInformationByHandle,
 };
 use windows_sys::Win32::System::IO::DeviceIoControl;
 use windows_sys::Win32::System::Ioctl::{
@@ -85,6 +86,37 @@ pub(crate) fn sync_folder(path: &Path) -> io::Result<()> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(FILE_FLAG_BACKUP_SEMANTICS);
     options.open(path).and_then(|file| file.sync_all())
+}
+
+/// Its name is free at once. Windows before 10 1809, shares and some file systems keep it until the last one who has the file open closes it (a
+/// scanner, a backup, a reader of ours), and refuse everybody who opens it meanwhile: so it gets a name that means nothing first.
+pub(crate) fn remove_file(path: &Path) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    // From here on it goes, whatever becomes of us.
+    options.access_mode(DELETE).custom_flags(FILE_FLAG_DELETE_ON_CLOSE | FILE_FLAG_OPEN_REPARSE_POINT);
+    let file = options.open(path)?;
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(format!(".{}.removed", crate::random::uuid().simple()));
+    if let Err(error) = rename_open(&file, Path::new(&aside)) {
+        tracing::debug!(path = %path.display(), %error, "its name is free once nobody has it open");
+    }
+    Ok(())
+}
+
+fn rename_open(file: &File, to: &Path) -> io::Result<()> {
+    let name = wide(std::path::absolute(to)?.as_os_str());
+    let header_bytes = std::mem::offset_of!(FILE_RENAME_INFO, FileName);
+    let bytes = header_bytes + size_of_val(&*name);
+    // Aligned as the structure is; a flag and a folder that are zero: nothing is replaced, the name is a whole path.
+    let mut buffer = vec![0u64; bytes.max(size_of::<FILE_RENAME_INFO>()).div_ceil(8)];
+    let info = buffer.as_mut_ptr().cast::<FILE_RENAME_INFO>();
+    // SAFETY: the buffer holds the header and the name behind it, with its end, which does not count to its length.
+    let done = unsafe {
+        (&raw mut (*info).FileNameLength).write(size_of_val(&name[..name.len() - 1]) as u32);
+        std::ptr::copy_nonoverlapping(name.as_ptr(), (&raw mut (*info).FileName).cast::<u16>(), name.len());
+        SetFileInformationByHandle(file.as_raw_handle(), FileRenameInfo, info.cast(), bytes as u32)
+    };
+    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 pub(crate) fn available_bytes(folder: &Path) -> io::Result<u64> {

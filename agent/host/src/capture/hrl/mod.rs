@@ -148,7 +148,7 @@ impl CaptureProvider for HrlImporter {
         }
         let storage = RealStorage::open_folder(&self.folder);
         cursor::forget(&*storage, disk)?;
-        std::fs::remove_file(copy)?;
+        storage.remove(&Self::name_of(disk))?;
         storage.sync_folder("")
     }
 
