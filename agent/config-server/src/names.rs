@@ -1,6 +1,6 @@
 //! Names that people choose. They are shown and compared, and never become paths.
 
-use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_proto::control::{Failure, FailureKind, is_full_path_of_windows};
 
 use crate::model::State;
 
@@ -68,10 +68,10 @@ pub fn check_disk(path: &str) -> Result<(), Failure> {
     if path.starts_with("vsphere:") { check_length(path) } else { check_path(path) }
 }
 
-/// A path on another machine: absolute, and of a length that a system takes.
+/// A path on another machine, of Linux or Windows: absolute, and of a length that a system takes.
 pub fn check_path(path: &str) -> Result<(), Failure> {
     check_length(path)?;
-    if !path.starts_with('/') {
+    if !path.starts_with('/') && !is_full_path_of_windows(path) {
         return Err(bad_request(format!("{path:?} is no absolute path"), "name the disk by its full path on its host"));
     }
     Ok(())
@@ -90,6 +90,26 @@ fn check_length(path: &str) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_have_full_paths_of_either_system_or_lie_in_a_vcenter() {
+        for path in
+            ["/dev/sdb", r"D:\Machines\web.vhdx", r"\\files\machines\web.vhdx", "vsphere:lab/DC0/vm/web/scsi0:0"]
+        {
+            assert_eq!(check_disk(path), Ok(()), "{path}");
+        }
+        for path in [
+            "",
+            "web.vhdx",
+            r"Machines\web.vhdx",
+            "D:web.vhdx",
+            "7:/web.vhdx",
+            "/a\0b",
+            &format!("/{}", "x".repeat(5000)),
+        ] {
+            assert!(check_disk(path).is_err(), "{path:?}");
+        }
+    }
 
     #[test]
     fn names_are_plain_words() {

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use hyper::Method;
 use serde_json::{Value, json};
+use tidemark_proto::control::is_full_path_of_windows;
 
 use super::args::{MachineArgs, MachineDiskVerb, ProcessServerOfVerb, ProtectArgs, UnprotectArgs, Via};
 use super::output::{Output, text};
@@ -178,8 +179,9 @@ pub async fn process_server(client: &Client, verb: ProcessServerOfVerb, output: 
 
 /// As the server must be told it: it is not where we are.
 pub fn full_path(path: &Path) -> Result<String, CliError> {
-    // The disk of a machine in a vCenter lies in no folder.
-    let full = match path.as_os_str().as_encoded_bytes().starts_with(b"vsphere:") {
+    // The disk of a machine in a vCenter lies in no folder, and that of a Windows host in none of this system's.
+    let is_elsewhere = |path: &str| path.starts_with("vsphere:") || is_full_path_of_windows(path);
+    let full = match path.to_str().is_some_and(is_elsewhere) {
         true => path.to_owned(),
         false => std::path::absolute(path)
             .map_err(|error| CliError::new(format!("{path:?} is no path: {error}"), "name a file, or a folder"))?,

@@ -221,6 +221,16 @@ impl Via {
     }
 }
 
+/// Whether it is the whole path of a file on a Windows host, whatever system this is: with a drive (`D:\web.vhdx`) or a server (`\\files\share\web.vhdx`).
+pub fn is_full_path_of_windows(path: &str) -> bool {
+    let is_separator = |byte: u8| matches!(byte, b'\\' | b'/');
+    match path.as_bytes() {
+        [b'\\', b'\\', first, ..] => !is_separator(*first),
+        [drive, b':', separator, _, ..] => drive.is_ascii_alphabetic() && is_separator(*separator),
+        _ => false,
+    }
+}
+
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DiskSpec {
     pub disk: DiskId,
