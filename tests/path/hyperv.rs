@@ -77,6 +77,9 @@ fn a_hyper_v_disk_is_recovered_from_its_logs() {
     image::make_mixed(&raw, MIB, 1);
     let refused = site.run(&["protect", "web", "--disk", raw.to_str().unwrap(), "--via", "hrl"]);
     refused.assert_refused(&["raw.img", "neither named .vhdx nor .vhd"]);
+    // A disk of a Windows host is named as it is there; this one is none.
+    let refused = site.run(&["protect", "web", "--disk", r"D:\Machines\web.vhdx", "--via", "rct"]);
+    refused.assert_refused(&["nothing is protected via rct on Linux"]);
     let protected = site.json(&["protect", "web", "--disk", &image_path, "--via", "hrl"]);
     let attach = &protected["disks"][0]["attach"];
     assert!(attach["nbd"].is_null() && attach["file"].is_null(), "{protected}");

@@ -8,12 +8,13 @@ use tidemark_tests::binary::repository;
 use crate::{files, name};
 
 /// What is built for Windows, as `tests/windows` says.
-const BUILT_FOR_WINDOWS: [&str; 8] = [
+const BUILT_FOR_WINDOWS: [&str; 9] = [
     "agent/base/src",
     "agent/hrl/src",
     "agent/nbd/src",
     "agent/transport/src",
     "agent/vsphere/src",
+    "agent/rct/src",
     "agent/host/src",
     "agent/src",
     "proto/src",
@@ -57,10 +58,11 @@ const OF_LINUX: [&str; 34] = [
     "agent/src/roles/system/unix.rs",
 ];
 
-const OF_WINDOWS: [&str; 7] = [
+const OF_WINDOWS: [&str; 8] = [
     "agent/base/src/platform/windows.rs",
     "agent/base/src/disk/windows.rs",
     "agent/nbd/src/cached/windows.rs",
+    "agent/rct/src/windows",
     "agent/host/src/platform/windows.rs",
     "agent/host/src/capture/providers/windows.rs",
     "agent/src/windows",

@@ -59,8 +59,9 @@ pub struct ProtectRequest {
     pub listen: Option<String>,
     /// How changes are captured: `nbd` (the workload writes through the agent), `fuse` (the same, as to a file), `bpf` (block
     /// devices, the kernel tells what changed), `hrl` (VHDX and VHD disks of Hyper-V, by the logs that it keeps beside them),
-    /// `qemu` (disks of a machine that runs under QEMU: images, or SOCKET/NODE) or `vsphere` (disks of a machine on VMware:
-    /// vsphere:CONNECTION/MACHINE/DISK). Absent: as before, or `nbd`.
+    /// `qemu` (disks of a machine that runs under QEMU: images, or SOCKET/NODE), `vsphere` (disks of a machine on VMware:
+    /// vsphere:CONNECTION/MACHINE/DISK) or `rct` (VHDX disks of a machine of Hyper-V, which tracks what changed). Absent: as
+    /// before, or `nbd`.
     #[serde(default)]
     pub via: Option<String>,
     /// Of `disks`, those that are left out.
@@ -95,7 +96,7 @@ impl ProtectRequest {
             let shown: String = name.chars().take(200).collect();
             bad_request(
                 format!("{shown:?} is no way to capture changes"),
-                "name `nbd`, `bpf`, `fuse`, `hrl`, `qemu` or `vsphere`",
+                "name `nbd`, `bpf`, `fuse`, `hrl`, `qemu`, `vsphere` or `rct`",
             )
         };
         Via::named(name).map(Some).ok_or_else(unknown)

@@ -7,6 +7,7 @@ use tidemark_base::disk::DiskError;
 use tidemark_base::{DiskId, MachineId, storage};
 use tidemark_hrl::LogError;
 use tidemark_proto::control::{Failure, FailureKind};
+use tidemark_rct::RctError;
 use tidemark_transport::ExportTlsError;
 use tidemark_vsphere::VsphereError;
 
@@ -51,6 +52,8 @@ pub enum HostError {
     Replaying { disk: DiskId },
     #[error(transparent)]
     Vsphere(#[from] VsphereError),
+    #[error(transparent)]
+    Rct(#[from] RctError),
     #[error("no mark can be made: the hypervisor made no instant of the machine's disks")]
     Instant { source: io::Error },
     #[error("machine {machine} is protected in another way ({before})")]
@@ -123,10 +126,12 @@ impl HostError {
             HostError::Provider(error) => error.help().into(),
             HostError::Import(error) => error.help().into(),
             HostError::Vsphere(error) => error.help(),
+            HostError::Rct(error) => error.help().into(),
             HostError::Instant { source } => {
                 let inner = source.get_ref();
                 let of_vsphere = inner.and_then(|inner| inner.downcast_ref::<VsphereError>()).map(VsphereError::help);
-                of_vsphere.or_else(|| help_within(source)).unwrap_or_else(|| "see the system's message".into())
+                let of_rct = || crate::capture::rct::help_within(source).map(str::to_owned);
+                of_vsphere.or_else(of_rct).or_else(|| help_within(source)).unwrap_or_else(|| "see the system's message".into())
             }
             HostError::OneDisk { .. } => "protect each disk as a machine of its own: marks are made where its host switches logs".into(),
             HostError::Replaying { .. } => "wait until its host closed the next log and that was replayed".into(),
@@ -172,6 +177,7 @@ impl HostError {
             | HostError::NoName { .. } => FailureKind::BadRequest,
             HostError::Provider(error) => error.kind(),
             HostError::Vsphere(error) if error.is_a_wrong_question() => FailureKind::BadRequest,
+            HostError::Rct(error) if error.is_a_wrong_question() => FailureKind::BadRequest,
             HostError::Busy { .. }
             | HostError::Unsettled { .. }
             | HostError::Replaying { .. }

@@ -544,6 +544,8 @@ pub enum Via {
     Qemu,
     /// The machine goes on as it is, on VMware vSphere: DISK is vsphere:CONNECTION/MACHINE/DISK (vsphere:lab/DC0/vm/web/scsi0:0).
     Vsphere,
+    /// The machine goes on as it is, on the Hyper-V host that the agent runs on: DISK is its .vhdx (D:\Machines\web.vhdx).
+    Rct,
 }
 
 #[derive(Args)]

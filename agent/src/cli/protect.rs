@@ -29,6 +29,7 @@ pub async fn protect(client: &Client, args: ProtectArgs, output: &Output) -> Res
             Via::Hrl => "hrl",
             Via::Qemu => "qemu",
             Via::Vsphere => "vsphere",
+            Via::Rct => "rct",
         }),
         "exclude": exclude,
         "check_only": args.check,

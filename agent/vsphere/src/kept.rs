@@ -7,7 +7,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::DiskId;
-use tidemark_base::storage::{Storage, read_file, replace_file};
+use tidemark_base::storage::{Storage, read_with_digest, replace_with_digest};
 
 use crate::changes::ChangeId;
 
@@ -55,29 +55,14 @@ impl Kept {
 
     /// `None`: there is none, or nothing that can be trusted.
     pub fn read(storage: &dyn Storage, disk: DiskId) -> io::Result<Option<Self>> {
-        let name = disk.to_string();
-        if !storage.exists(&name)? {
-            return Ok(None);
-        }
-        let bytes = match read_file(storage, &name, FILE_BYTES_MAX) {
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => return Ok(None),
-            other => other?,
-        };
-        let Some((sum, json)) = std::str::from_utf8(&bytes).ok().and_then(|text| text.split_once('\n')) else {
-            return Ok(None);
-        };
-        if blake3::hash(json.as_bytes()).to_hex().as_str() != sum {
-            return Ok(None);
-        }
-        let kept: Option<Self> = serde_json::from_str(json).ok();
+        let json = read_with_digest(storage, &disk.to_string(), FILE_BYTES_MAX)?;
+        let kept: Option<Self> = json.and_then(|json| serde_json::from_str(&json).ok());
         Ok(kept.filter(|kept| kept.disk == disk && kept.change_id().is_some()))
     }
 
     /// Durable when it returns.
     pub fn store(&self, storage: &dyn Storage) -> io::Result<()> {
-        let json = serde_json::to_string(self)? + "\n";
-        let text = format!("{}\n{json}", blake3::hash(json.as_bytes()).to_hex());
-        replace_file(storage, &self.disk.to_string(), text.as_bytes())
+        replace_with_digest(storage, &self.disk.to_string(), &(serde_json::to_string(self)? + "\n"))
     }
 
     pub fn remove(storage: &dyn Storage, disk: DiskId) -> io::Result<()> {
@@ -92,7 +77,7 @@ impl Kept {
 
 #[cfg(test)]
 mod tests {
-    use tidemark_base::storage::{OpenMode, RealStorage};
+    use tidemark_base::storage::{OpenMode, RealStorage, read_file};
 
     use super::*;
 

@@ -195,10 +195,12 @@ pub enum Via {
     Qemu,
     /// VMware's changed-block tracking tells which blocks of a machine's disks change.
     Vsphere,
+    /// Hyper-V's resilient change tracking tells which blocks of a machine's disks change.
+    Rct,
 }
 
 impl Via {
-    pub const ALL: [Via; 6] = [Via::Nbd, Via::Bpf, Via::Fuse, Via::Hrl, Via::Qemu, Via::Vsphere];
+    pub const ALL: [Via; 7] = [Via::Nbd, Via::Bpf, Via::Fuse, Via::Hrl, Via::Qemu, Via::Vsphere, Via::Rct];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -208,6 +210,7 @@ impl Via {
             Via::Hrl => "hrl",
             Via::Qemu => "qemu",
             Via::Vsphere => "vsphere",
+            Via::Rct => "rct",
         }
     }
 

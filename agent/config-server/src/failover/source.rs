@@ -43,6 +43,7 @@ pub fn refuse_unkept(machine: &Machine) -> Result<(), Failure> {
         Via::Hrl => {
             "its last changes are in a log that its Hyper-V host alone closes, and that host can start it at any time"
         }
+        Via::Rct => "its last changes are with Hyper-V, which can start it at any time",
         Via::Vsphere => "its last changes are with VMware, which can start it at any time",
     };
     let via = machine.via.name();

@@ -17,7 +17,7 @@ pub enum DiskImageError {
 
 impl DiskImageError {
     pub fn help(&self) -> &'static str {
-        "protect a Hyper-V machine with `--via hrl`; a plain disk is .raw or .img"
+        "protect a Hyper-V machine with `--via hrl` or `--via rct`; a plain disk is .raw or .img"
     }
 
     /// Another disk must be named, or this one another way.

@@ -23,6 +23,7 @@ pub mod nbd;
 pub mod providers;
 #[cfg(unix)]
 pub mod qemu;
+pub mod rct;
 pub mod splitter;
 pub mod tracker;
 pub mod vsphere;

@@ -26,6 +26,8 @@ mod power;
 #[cfg(unix)]
 mod qemu;
 #[cfg(unix)]
+mod rct;
+#[cfg(unix)]
 mod room;
 #[cfg(all(feature = "sabotage", unix))]
 mod sabotage;
@@ -40,7 +42,9 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+#[cfg(unix)]
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tidemark_base::disk::DiskError;
@@ -267,8 +271,10 @@ pub fn record_bytes(record: &Record) -> u64 {
 }
 
 /// Ends a writer also when an assertion failed: a test that fails must not hang.
+#[cfg(unix)]
 pub struct OverOnDrop<'a>(pub &'a AtomicBool);
 
+#[cfg(unix)]
 impl Drop for OverOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::SeqCst);

@@ -6,6 +6,7 @@ use tidemark_proto::control::Via;
 
 use super::CaptureProvider;
 
+mod elsewhere;
 #[cfg(unix)]
 mod unix;
 #[cfg(windows)]

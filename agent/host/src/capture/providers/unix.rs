@@ -11,6 +11,7 @@ use tidemark_proto::control::{FailureKind, Via};
 use tidemark_qemu::QemuError;
 
 use super::Providers;
+use super::elsewhere::Elsewhere;
 use crate::HostConfig;
 use crate::capture::CaptureProvider;
 use crate::capture::bpf::BpfTracker;
@@ -32,6 +33,8 @@ pub enum ProviderError {
     File(#[from] FuseError),
     #[error("cannot serve disks")]
     Listen(#[from] ListenError),
+    #[error("nothing is protected via {} on Linux", via.name())]
+    Elsewhere { via: Via },
 }
 
 impl ProviderError {
@@ -44,12 +47,16 @@ impl ProviderError {
                 "choose an address of this machine and a port that is free, or 0 for any: `tidemark protect … --listen IP:PORT`"
             }
             ProviderError::Listen(error) => error.help(),
+            ProviderError::Elsewhere { .. } => {
+                "run the agent on the Hyper-V host itself (tidemark.exe), and name that one: `tidemark protect … --host HOST`"
+            }
         }
     }
 
     pub fn kind(&self) -> FailureKind {
         match self {
-            ProviderError::Tracker(TrackerError::Device(_))
+            ProviderError::Elsewhere { .. }
+            | ProviderError::Tracker(TrackerError::Device(_))
             | ProviderError::Qemu(
                 QemuError::Absent { .. }
                 | QemuError::NoNode { .. }
@@ -116,6 +123,7 @@ impl Providers {
                 (Via::Hrl, Arc::new(HrlImporter::new(state))),
                 (Via::Qemu, Arc::new(QemuTracker::new(state))),
                 (Via::Vsphere, Arc::new(VsphereTracker::new(state))),
+                (Via::Rct, Arc::new(Elsewhere { via: Via::Rct })),
             ],
         }
     }

@@ -1,19 +1,21 @@
 //! Windows: what needs no kernel, socket or file system of Linux's.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tidemark_proto::control::{FailureKind, Via};
+use tidemark_rct::windows::HyperV;
 
 use super::Providers;
+use super::elsewhere::Elsewhere;
 use crate::HostConfig;
+use crate::capture::CaptureProvider;
 use crate::capture::hrl::HrlImporter;
+use crate::capture::rct::{REST, RctTracker};
 use crate::capture::vsphere::VsphereTracker;
-use crate::capture::{Address, CaptureProvider};
 use crate::error::HostError;
 use crate::freeze::Freezer;
-use crate::protected::ProtectedDisk;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ProviderError {
@@ -23,7 +25,7 @@ pub enum ProviderError {
 
 impl ProviderError {
     pub fn help(&self) -> &str {
-        "protect a Hyper-V machine with `--via hrl`, or this disk on a Linux host"
+        "protect a Hyper-V machine with `--via hrl` or `--via rct`, or this disk on a Linux host"
     }
 
     pub fn kind(&self) -> FailureKind {
@@ -34,39 +36,6 @@ impl ProviderError {
 /// What to do about an error of one of them that came as the system's.
 pub fn help_within(_source: &io::Error) -> Option<String> {
     None
-}
-
-/// In the place of what is on Linux alone: says so.
-struct Elsewhere {
-    via: Via,
-}
-
-impl Elsewhere {
-    fn refuse<T>(&self) -> Result<T, HostError> {
-        Err(ProviderError::Elsewhere { via: self.via }.into())
-    }
-}
-
-impl CaptureProvider for Elsewhere {
-    fn probe(&self, _path: &Path, _state: &Path) -> Result<u64, HostError> {
-        self.refuse()
-    }
-
-    fn prepare(&self, _path: &Path, _disk: tidemark_base::DiskId) -> Result<(), HostError> {
-        self.refuse()
-    }
-
-    fn attach(&self, _name: &str, _disk: &Arc<ProtectedDisk>) -> io::Result<Address> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn detach(&self, _name: &str) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn stop(&self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 pub fn splitter(_config: &HostConfig) -> Result<Arc<dyn CaptureProvider>, HostError> {
@@ -90,6 +59,7 @@ impl Providers {
                 (Via::Hrl, Arc::new(HrlImporter::new(state))),
                 (Via::Qemu, elsewhere(Via::Qemu)),
                 (Via::Vsphere, Arc::new(VsphereTracker::new(state))),
+                (Via::Rct, Arc::new(RctTracker::new(state, Arc::new(HyperV::new()), REST))),
             ],
         }
     }
