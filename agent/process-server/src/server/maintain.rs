@@ -8,12 +8,12 @@ use std::time::Duration;
 use tidemark_base::error::with_causes;
 use tidemark_base::stop::Stop;
 use tidemark_base::sync::Mutex;
-use tidemark_base::thread::JoinHandle;
 use tidemark_base::{DiskId, MachineId};
 use tidemark_proto::control::Problem;
 
 use tokio::sync::watch;
 
+use super::background::Background;
 use super::now;
 use crate::failed_over::FailedOvers;
 use crate::points::Retention;
@@ -32,7 +32,7 @@ fn everything() -> Retention {
 /// One thread: thinning and folding are reading and writing in the background, and must not crowd out the streams.
 pub struct Maintainer {
     worker: Arc<Worker>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    pub(super) thread: Background,
 }
 
 struct Worker {
@@ -56,7 +56,7 @@ impl Maintainer {
     ) -> io::Result<Self> {
         let worker =
             Arc::new(Worker { set, settings, failed_over, points, stop: Stop::new(), problems: Mutex::default() });
-        let thread = tidemark_base::thread::Builder::new().name("maintain".to_owned()).spawn({
+        let thread = Background::start("maintain", "folding, and retention of points,", {
             let worker = worker.clone();
             move || {
                 while !worker.stop.wait_for(interval) {
@@ -64,7 +64,7 @@ impl Maintainer {
                 }
             }
         })?;
-        Ok(Self { worker, thread: Mutex::new(Some(thread)) })
+        Ok(Self { worker, thread })
     }
 
     /// Blocks until it is done.
@@ -79,10 +79,7 @@ impl Maintainer {
     /// A fold stops at its next batch and is finished after the next start.
     pub fn stop(&self) {
         self.worker.stop.stop();
-        let thread = self.thread.lock().expect("no panic while held").take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the maintenance thread panicked");
-        }
+        self.thread.join();
     }
 }
 

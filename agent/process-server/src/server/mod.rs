@@ -6,6 +6,7 @@
 //! removes what it began; the other methods finish what they began. *Crash.* See the stages; serves end, everything else is
 //! found again.
 
+mod background;
 pub(crate) mod backups;
 mod directory;
 pub mod failback;

@@ -9,6 +9,7 @@ use tidemark_proto::control::{
     Selector, ServerReport,
 };
 
+use super::background::Background;
 use super::{Inner, ProcessServer, blocking, now, point_failed, set_failed, unknown_machine};
 use crate::points::{Point, PointConsistency, PointSelector, of_group};
 use crate::replica::{OpenFailure, Place, Replica};
@@ -99,6 +100,7 @@ impl ProcessServer {
         let inner = self.0.clone();
         let refused = blocking(move || {
             let unopened = inner.open_failures.iter().filter_map(unopened_disk).flat_map(|disk| disk.problems);
+            let unopened = unopened.chain(inner.ended());
             Ok(inner.set.replicas().iter().flat_map(|replica| refusals(replica)).chain(unopened).next())
         });
         match refused.await {
@@ -115,6 +117,8 @@ impl ProcessServer {
             let mut disks: Vec<ReplicaDisk> =
                 inner.set.replicas().iter().map(|replica| inner.replica_disk(replica)).collect();
             disks.extend(inner.open_failures.iter().filter_map(unopened_disk));
+            let ended: Vec<Problem> = inner.ended().collect();
+            disks.iter_mut().for_each(|disk| disk.problems.extend(ended.iter().cloned()));
             let mut machines = Vec::new();
             for machine in inner.settings.all().into_keys() {
                 let points = match inner.set.points(machine) {
@@ -157,6 +161,12 @@ impl ProcessServer {
 }
 
 impl Inner {
+    /// What is not done any more.
+    fn ended(&self) -> impl Iterator<Item = Problem> {
+        let threads = [&self.maintainer.thread, &self.scrubber.thread, &self.tender.thread];
+        threads.into_iter().filter_map(Background::problem)
+    }
+
     pub(super) fn known(&self, machine: MachineId) -> Result<(), Failure> {
         if !self.settings.read(|machines| machines.contains_key(&machine)) && self.set.of_machine(machine).is_empty() {
             return Err(unknown_machine(machine));

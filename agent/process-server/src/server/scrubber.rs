@@ -17,11 +17,11 @@ use serde::{Deserialize, Serialize};
 use tidemark_base::stop::Stop;
 use tidemark_base::storage::Storage;
 use tidemark_base::sync::Mutex;
-use tidemark_base::thread::JoinHandle;
 use tidemark_base::time::Instant;
 use tidemark_base::{DiskId, Timestamp};
 use tidemark_proto::control::Problem;
 
+use super::background::Background;
 use super::recover::describe;
 use crate::accept::authorise::Authorisations;
 use crate::replica::{Replica, ReplicaSet};
@@ -42,7 +42,7 @@ const STAND_BACK_MAX: Duration = Duration::from_secs(10);
 
 pub struct Scrubber {
     worker: Arc<Worker>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    pub(super) thread: Background,
 }
 
 /// The server's own small files, which belong to no replica.
@@ -112,7 +112,7 @@ impl Scrubber {
             running: Mutex::default(),
             files: Mutex::default(),
         });
-        let thread = tidemark_base::thread::Builder::new().name("scrub".to_owned()).spawn({
+        let thread = Background::start("scrub", "the scrub", {
             let worker = worker.clone();
             move || {
                 give_way();
@@ -123,7 +123,7 @@ impl Scrubber {
                 }
             }
         })?;
-        Ok(Self { worker, thread: Mutex::new(Some(thread)) })
+        Ok(Self { worker, thread })
     }
 
     pub fn problem(&self, disk: DiskId) -> Option<Problem> {
@@ -147,10 +147,7 @@ impl Scrubber {
 
     pub fn stop(&self) {
         self.worker.stop.stop();
-        let thread = self.thread.lock().expect("no panic while held").take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the scrub thread panicked");
-        }
+        self.thread.join();
     }
 }
 

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidemark_base::stop::Stop;
-use tidemark_base::sync::Mutex;
-use tidemark_base::thread::JoinHandle;
 
+use super::background::Background;
 use crate::replica::ReplicaSet;
 
 /// Segments are sealed a few times a second at most, and a read asks each that is not merged.
@@ -15,13 +14,13 @@ const INTERVAL: Duration = Duration::from_secs(1);
 
 pub struct Tender {
     stop: Stop,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    pub(super) thread: Background,
 }
 
 impl Tender {
     pub fn start(set: Arc<ReplicaSet>) -> io::Result<Self> {
         let stop = Stop::new();
-        let thread = tidemark_base::thread::Builder::new().name("tend".to_owned()).spawn({
+        let thread = Background::start("tend", "healing of what is damaged", {
             let stop = stop.clone();
             move || {
                 super::scrubber::give_way();
@@ -35,14 +34,11 @@ impl Tender {
                 }
             }
         })?;
-        Ok(Self { stop, thread: Mutex::new(Some(thread)) })
+        Ok(Self { stop, thread })
     }
 
     pub fn stop(&self) {
         self.stop.stop();
-        let thread = self.thread.lock().expect("no panic while held").take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the thread that looks after replicas panicked");
-        }
+        self.thread.join();
     }
 }
