@@ -191,3 +191,20 @@ pub fn full_path(path: &Path) -> Result<String, CliError> {
         CliError::new(format!("the path {path:?} is not UTF-8"), "rename it, or name it by a link with a plain name")
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_of_other_systems_are_named_as_they_are_there() {
+        let full = |path: &str| full_path(path.as_ref()).unwrap();
+        for path in
+            [r"D:\Machines\web.vhdx", r"\\files\machines\web.vhdx", "vsphere:lab/DC0/vm/web/scsi0:0", "/dev/sdb"]
+        {
+            assert_eq!(full(path), path);
+        }
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(full("disk.img"), here.join("disk.img").to_str().unwrap());
+    }
+}
