@@ -99,15 +99,20 @@ pub async fn restore(args: RestoreArgs, output: &Output) -> Result<(), CliError>
             "ca_fingerprint": restored.fingerprint,
             "ca_file": folder.ca_file(),
             "token_file": folder.token_file(),
+            "hosts_to_tell": restored.hosts_untold,
         }))?);
     }
     output
         .line(&format!("restored from the backup of {}, {} machines", restored.head.created, restored.head.machines))?;
-    output.line("Start it here: it tells the process servers where it is, and they the hosts.")?;
-    output.line(
-        "Hosts without a machine are told by `config-server` in their tidemark.toml. \
-         Passphrases for registration are to be made anew.",
-    )?;
+    output.line("Start it here: it tells the process servers where it is, and they the hosts, protected or not.")?;
+    if !restored.hosts_untold.is_empty() {
+        output.line(&format!(
+            "The backup names no process server that could tell its hosts: write the new address as `config-server` into the \
+             tidemark.toml of {}, and restart the agent there.",
+            restored.hosts_untold.join(", ")
+        ))?;
+    }
+    output.line("Passphrases for registration are to be made anew.")?;
     output.line(
         "The configuration server that made the backup is refused from then on; see that it does not run any more.",
     )?;

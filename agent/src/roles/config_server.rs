@@ -98,6 +98,8 @@ pub struct Restored {
     /// Of the configuration server that will run here.
     pub incarnation: u64,
     pub fingerprint: String,
+    /// Hosts that must be told by hand where it is.
+    pub hosts_untold: Vec<String>,
 }
 
 /// Makes this folder, which must be new, that of the configuration server whose backup it is. It runs under any address:
@@ -130,7 +132,8 @@ pub async fn restore(
     // The authority last: with it the folder is in use.
     folder.install(&content.authority, &content.token)?;
     let fingerprint = folder.authority()?.fingerprint();
-    Ok(Restored { head, incarnation: content.incarnation + 1, fingerprint })
+    let hosts_untold = content.hosts_untold();
+    Ok(Restored { head, incarnation: content.incarnation + 1, fingerprint, hosts_untold })
 }
 
 /// Starts the role in an all-in-one's folder. Ports that were used before are used again where they are free.

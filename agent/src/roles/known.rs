@@ -1,17 +1,22 @@
-//! What a role knows of its configuration server: where it is, and which one it is.
+//! What a role knows of its configuration server: where it is, which one it is, and who else may know.
 //!
 //! The higher incarnation counts: it is of a later restore. Of two that were restored from the same backup the one that was
 //! heard of first stays; the other is refused, and says so.
 //!
 //! *Consistency.* Durable before it is relied on. *Retries.* None. *Cancellation.* None. *Crash.* The file is replaced as a
 //! whole; one that cannot be read is as none: the next configuration server that answers is taken.
+//!
+//! Process servers are told to agents by the configuration server, so that a host that protects nothing yet finds it after a
+//! restore elsewhere as those do that send somewhere. They are kept beside, in a file of their own.
 
 use std::sync::{Arc, Mutex};
 
+use serde::de::DeserializeOwned;
 use tidemark_base::storage::{Storage, read_file, replace_file};
-use tidemark_proto::control::Whereabouts;
+use tidemark_proto::control::{Neighbour, Whereabouts};
 
 const FILE: &str = "config-server-known.json";
+const NEIGHBOURS_FILE: &str = "process-servers-known.json";
 const FILE_BYTES_MAX: u64 = 64 << 10;
 /// Addresses that are dialled in turn.
 const CANDIDATES_MAX: usize = 64;
@@ -21,23 +26,34 @@ pub struct Known {
     whereabouts: Mutex<Option<Whereabouts>>,
     /// What others said; not believed, but dialled: who answers there proves what it is.
     hints: Mutex<Vec<String>>,
+    neighbours: Mutex<Vec<Neighbour>>,
 }
 
 impl Known {
     /// Blocks.
     pub fn open(storage: Arc<dyn Storage>) -> Arc<Self> {
-        let read = || -> Result<Option<Whereabouts>, String> {
-            if !storage.exists(FILE).map_err(|error| error.to_string())? {
-                return Ok(None);
-            }
-            let content = read_file(&*storage, FILE, FILE_BYTES_MAX).map_err(|error| error.to_string())?;
-            serde_json::from_slice(&content).map(Some).map_err(|error| error.to_string())
-        };
-        let whereabouts = read().unwrap_or_else(|error| {
-            tracing::warn!(error, "what is known of the configuration server cannot be read");
-            None
-        });
-        Arc::new(Self { storage, whereabouts: Mutex::new(whereabouts), hints: Mutex::default() })
+        let whereabouts = Mutex::new(read(&*storage, FILE));
+        let neighbours = Mutex::new(read(&*storage, NEIGHBOURS_FILE).unwrap_or_default());
+        Arc::new(Self { storage, whereabouts, hints: Mutex::default(), neighbours })
+    }
+
+    /// Process servers that the configuration server told of.
+    pub fn neighbours(&self) -> Vec<Neighbour> {
+        self.neighbours.lock().expect("no panic while held").clone()
+    }
+
+    /// Takes what the configuration server says of them. Blocks.
+    pub fn meet(&self, new: Vec<Neighbour>) {
+        let mut known = self.neighbours.lock().expect("no panic while held");
+        if *known == new {
+            return;
+        }
+        let kept = serde_json::to_vec(&new).map_err(std::io::Error::other);
+        // When they cannot be kept they count until the next start.
+        if let Err(error) = kept.and_then(|content| replace_file(&*self.storage, NEIGHBOURS_FILE, &content)) {
+            tracing::warn!(%error, "which process servers there are cannot be kept");
+        }
+        *known = new;
     }
 
     pub fn get(&self) -> Option<Whereabouts> {
@@ -95,6 +111,20 @@ impl Known {
     }
 }
 
+fn read<T: DeserializeOwned>(storage: &dyn Storage, file: &str) -> Option<T> {
+    let read = || -> Result<Option<T>, String> {
+        if !storage.exists(file).map_err(|error| error.to_string())? {
+            return Ok(None);
+        }
+        let content = read_file(storage, file, FILE_BYTES_MAX).map_err(|error| error.to_string())?;
+        serde_json::from_slice(&content).map(Some).map_err(|error| error.to_string())
+    };
+    read().unwrap_or_else(|error| {
+        tracing::warn!(file, error, "what is known of the configuration server cannot be read");
+        None
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,6 +151,19 @@ mod tests {
             assert_eq!(known.get().unwrap(), at(2, 2, "new:1"));
         }
         open().take(at(3, 4, "third:1")).unwrap();
+    }
+
+    #[test]
+    fn process_servers_that_were_told_are_known_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Known::open(RealStorage::open_folder(folder.path()));
+        let neighbour = |port: u8| Neighbour { server: ServerId::from_bytes([port; 16]), address: format!("p:{port}") };
+        open().meet(vec![neighbour(1), neighbour(2)]);
+        assert_eq!(open().neighbours(), [neighbour(1), neighbour(2)]);
+        open().meet(Vec::new());
+        assert_eq!(open().neighbours(), []);
+        std::fs::copy("/dev/null", folder.path().join(NEIGHBOURS_FILE)).unwrap();
+        assert_eq!(open().neighbours(), [], "a damaged file keeps nobody from starting");
     }
 
     #[test]

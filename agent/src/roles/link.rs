@@ -14,7 +14,8 @@ use tidemark_base::{Clock, ServerId, SystemClock};
 use tidemark_proto::control::wire::control_client::ControlClient;
 use tidemark_proto::control::wire::directory_client::DirectoryClient;
 use tidemark_proto::control::{
-    AgentCommand, Failure, FailureKind, Inventory, Peer, Register, Reply, ServerCommand, Whereabouts, reply_to, wire,
+    AgentCommand, Failure, FailureKind, Inventory, Peer, Register, Reply, ServerCommand, Whereabouts, neighbours,
+    reply_to, wire,
 };
 use tidemark_transport::{Expected, Identity, KeyRequest, PeerIdentity, Role};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -28,7 +29,7 @@ use super::outbox::{Draft, Outbox};
 
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(3);
-/// Process servers that are asked where the configuration server is.
+/// Process servers that are asked where the configuration server is, of those that a role sends to; it may know of some more.
 const NEIGHBOURS_MAX: usize = 4;
 const NEIGHBOUR_TIMEOUT: Duration = Duration::from_secs(5);
 /// An old configuration server that lives on beside the restored one keeps nobody for longer.
@@ -295,6 +296,11 @@ impl Link {
                     self.take_whereabouts(&registered).await.map_err(|refusal| {
                         format!("the configuration server at {address} is refused: {refusal}; stop it")
                     })?;
+                    self.take_neighbours(registered.process_servers).await;
+                    if established {
+                        // Only what it told of process servers changed.
+                        continue;
+                    }
                     tracing::info!(address, name = registered.name, "connected to the configuration server");
                     established = true;
                     serving = self.whom();
@@ -333,10 +339,21 @@ impl Link {
         }
     }
 
+    /// Those that the role sends to, then those that the configuration server told of.
+    fn neighbours(&self) -> Vec<(ServerId, String)> {
+        let mut neighbours = self.handler.neighbours();
+        neighbours.truncate(NEIGHBOURS_MAX);
+        for told in self.kept.known.neighbours() {
+            if !neighbours.iter().any(|(server, address)| (server, address) == (&told.server, &told.address)) {
+                neighbours.push((told.server, told.address));
+            }
+        }
+        neighbours
+    }
+
     /// What process servers say of it.
     async fn located(&self) -> Vec<Whereabouts> {
-        let neighbours = self.handler.neighbours();
-        let asking = neighbours.into_iter().take(NEIGHBOURS_MAX).map(|(server, address)| async move {
+        let asking = self.neighbours().into_iter().map(|(server, address)| async move {
             let peer = PeerIdentity::ProcessServer(server);
             let channel = tidemark_transport::connect(&address, peer, &self.identity).await.ok()?;
             let mut client = DirectoryClient::new(channel);
@@ -373,6 +390,16 @@ impl Link {
         let Ok(whereabouts) = Whereabouts::try_from(whereabouts) else { return Ok(()) };
         let kept = self.kept.clone();
         tokio::task::spawn_blocking(move || kept.known.take(whereabouts)).await.map_err(|error| error.to_string())?
+    }
+
+    /// Keeps which process servers there are. What makes no sense, or more than is asked, is left out.
+    async fn take_neighbours(&self, told: Vec<wire::Neighbour>) {
+        if !matches!(self.register.peer, Peer::Agent { .. }) {
+            return;
+        }
+        let Ok(neighbours) = neighbours(told) else { return };
+        let kept = self.kept.clone();
+        let _ = tokio::task::spawn_blocking(move || kept.known.meet(neighbours)).await;
     }
 
     fn ask_renewal(&self, up: &mpsc::Sender<wire::Up>, asked: Option<KeyRequest>) -> Option<KeyRequest> {

@@ -1,6 +1,7 @@
 //! The configuration server is lost: it is restored elsewhere, and everybody comes back.
 
 use tidemark::roles::{agent, process_server};
+use tidemark_config_server::database::{Database, DatabaseSetting, Statement};
 use tidemark_process_server::offline;
 use tidemark_process_server::points::PointSelector;
 use tidemark_transport::recovery::RecoveryKey;
@@ -208,6 +209,55 @@ async fn a_restored_server_lowers_no_generation_and_says_which_machine_was_faile
     tokio::time::timeout(SOON, protected).await.expect("it is protected again");
     assert_eq!(finished(&client, "/machines/web/points", json!({})).await["consistency"], "crash");
     assert!(client.post("/machines/web/failover/cancel", &json!({})).await.is_err(), "there is none any more");
+    whole.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_protects_nothing_finds_the_restored_configuration_server_as_well() {
+    let mut whole = Whole::start().await;
+    let told = whole.folder.path().join("agent/process-servers-known.json");
+    until("it is told of the process server", || {
+        std::fs::read_to_string(&told).is_ok_and(|told| told.contains("address"))
+    })
+    .await;
+    finished(&whole.client(), "/backups", json!({})).await;
+    whole.config_server.take().unwrap().server.stop().await;
+    let elsewhere = whole.restored().await;
+    let restored = config_server::start(&elsewhere, Settings::default()).await.unwrap();
+    settled(&restored, 2, "the process server, and the host without a machine, find it").await;
+    whole.config_server = Some(restored);
+    whole.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hosts_that_nobody_can_tell_are_named_when_it_is_restored() {
+    let mut whole = Whole::start().await;
+    let sealed = |whole: &Whole| {
+        let id = |made: &Value| made["id"].as_str().unwrap().to_owned();
+        let client = whole.client();
+        async move {
+            let made = finished(&client, "/backups", json!({})).await;
+            client.download(&format!("/backups/{}", id(&made))).await.unwrap()
+        }
+    };
+    let with_server = sealed(&whole).await;
+    let untold = async |whole: &Whole, folder: &str, sealed: Vec<u8>| {
+        let folder = Folder::create(&whole.top.path().join(folder)).unwrap();
+        let key = RecoveryKey::parse(&whole.key.text()).unwrap();
+        config_server::restore(&folder, &Settings::default(), sealed, key).await.unwrap().hosts_untold
+    };
+    assert!(untold(&whole, "first", with_server).await.is_empty());
+    // As one that has no process server.
+    whole.process_server.take().unwrap().stop().await;
+    whole.config_server.take().unwrap().server.stop().await;
+    let setting = DatabaseSetting::Sqlite(whole.folder.path().join("config-server/config.db"));
+    let database = Database::open(&setting).unwrap();
+    database.write(vec![Statement::new("DELETE FROM process_servers", [])]).unwrap();
+    database.close();
+    whole.config_server = Some(config_server::start(&whole.folder, Settings::default()).await.unwrap());
+    settled(whole.config_server.as_ref().unwrap(), 1, "the agent comes back").await;
+    let without = sealed(&whole).await;
+    assert_eq!(untold(&whole, "second", without).await, [tidemark::roles::plain_host_name()]);
     whole.stop().await;
 }
 

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::model::*;
 use super::policy::*;
 use super::{
-    ADDRESSES_MAX, DISKS_MAX, EVENTS_MAX, GROUP_MACHINES_MAX, HOLD_LIMIT_MAX, SERVERS_MAX, TEXT_BYTES_MAX, VERSION,
+    ADDRESSES_MAX, DISKS_MAX, EVENTS_MAX, GROUP_MACHINES_MAX, HOLD_LIMIT_MAX, NEIGHBOURS_MAX, SERVERS_MAX, TEXT_BYTES_MAX, VERSION,
     wire,
 };
 
@@ -150,6 +150,28 @@ impl TryFrom<wire::Whereabouts> for Whereabouts {
             addresses: list(from.addresses, "addresses", ADDRESSES_MAX, |address| named(address, "address"))?,
         })
     }
+}
+
+impl From<&Neighbour> for wire::Neighbour {
+    fn from(from: &Neighbour) -> Self {
+        wire::Neighbour { server: from.server.to_vec(), address: from.address.clone() }
+    }
+}
+
+impl TryFrom<wire::Neighbour> for Neighbour {
+    type Error = WireError;
+
+    fn try_from(from: wire::Neighbour) -> Checked<Self> {
+        Ok(Neighbour {
+            server: need(ServerId::from_slice(&from.server), "server")?,
+            address: named(from.address, "address")?,
+        })
+    }
+}
+
+/// Of those that an agent is told of, as many as it asks.
+pub fn neighbours(from: Vec<wire::Neighbour>) -> Checked<Vec<Neighbour>> {
+    list(from, "process_servers", NEIGHBOURS_MAX, Neighbour::try_from)
 }
 
 // ---- events and denials

@@ -11,7 +11,7 @@ pub mod wire {
     tonic::include_proto!("tidemark.control.v1");
 }
 
-pub use convert::{WireError, reply_to};
+pub use convert::{WireError, neighbours, reply_to};
 pub use inventory::*;
 pub use model::*;
 pub use policy::*;
@@ -36,6 +36,8 @@ pub const HOLD_LIMIT_MAX: std::time::Duration = std::time::Duration::from_secs(1
 pub const EVENTS_MAX: usize = 256;
 /// The most addresses of a configuration server.
 pub const ADDRESSES_MAX: usize = 16;
+/// The most process servers that an agent is told of, to ask them where the configuration server is.
+pub const NEIGHBOURS_MAX: usize = 8;
 /// The most disks that a host tells of: with the limits below, a message stays far below what one may be.
 pub const INVENTORY_DISKS_MAX: usize = 1024;
 /// The longest text of an inventory.

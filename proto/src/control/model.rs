@@ -842,6 +842,13 @@ pub struct BackupPart {
     pub break_glass: [u8; 32],
 }
 
+/// A process server that can be asked where the configuration server is.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Neighbour {
+    pub server: ServerId,
+    pub address: String,
+}
+
 /// Where a configuration server is, and which one it is. The higher incarnation counts; of two that were restored from
 /// one backup the one that was heard of first.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

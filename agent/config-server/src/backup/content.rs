@@ -100,6 +100,22 @@ impl Content {
         self.fill(setting, self.incarnation + 1, now)
     }
 
+    /// Hosts that nobody tells where the restored server is, by name: all of them, where it names no process server that could.
+    pub fn hosts_untold(&self) -> Vec<String> {
+        let bodies = |table: &str| {
+            let rows = self.tables.get(table).map(|rows| rows.rows.as_slice()).unwrap_or_default();
+            let body = |row: &Vec<Value>| serde_json::from_str::<serde_json::Value>(row.last()?.text()).ok();
+            rows.iter().filter_map(body).collect::<Vec<_>>()
+        };
+        let text = |of: &serde_json::Value, field: &str| of[field].as_str().unwrap_or_default().to_owned();
+        if bodies("process_servers").iter().any(|server| !text(server, "address").is_empty()) {
+            return Vec::new();
+        }
+        let mut names: Vec<String> = bodies("hosts").iter().map(|host| text(host, "name")).collect();
+        names.sort();
+        names
+    }
+
     /// Proves that a backup can be restored: into a database that is thrown away.
     pub fn check(&self, setting: &DatabaseSetting, storage: &dyn Storage) -> Result<(), FillError> {
         self.fill(setting, self.incarnation, self.created)?;

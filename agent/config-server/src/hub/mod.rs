@@ -14,8 +14,8 @@ use std::time::Duration;
 use tidemark_base::tally::Tally;
 use tidemark_base::{Clock, HostId, ServerId, SystemClock, Timestamp};
 use tidemark_proto::control::{
-    AgentCommand, AgentReport, EventBatch, Failure, FailureKind, Inventory, Peer, Register, Reply, ServerCommand,
-    ServerReport, Whereabouts, wire,
+    AgentCommand, AgentReport, EventBatch, Failure, FailureKind, Inventory, Neighbour, Peer, Register, Reply,
+    ServerCommand, ServerReport, Whereabouts, wire,
 };
 use tidemark_transport::PeerIdentity;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -67,6 +67,8 @@ pub trait Registry: Send + Sync + 'static {
     fn renew(&self, identity: PeerIdentity, certificate: Option<[u8; 32]>, request: &[u8]) -> Result<Vec<u8>, Failure>;
     /// Keeps what a host told of its disks.
     fn keep_inventory(&self, host: HostId, inventory: Inventory) -> Result<(), Failure>;
+    /// Process servers that agents can ask where we are, when we are somewhere else. Does not block.
+    fn neighbours(&self) -> Vec<Neighbour>;
     /// Keeps events; answers how far the sender's stream is kept.
     fn take_events(&self, peer: PeerId, name: &str, batch: EventBatch) -> Result<u64, Failure>;
 }
@@ -88,6 +90,8 @@ pub struct Hub {
     refused: Tally,
     /// What those who connect are told of us.
     whereabouts: OnceLock<Whereabouts>,
+    /// What agents were told of process servers.
+    neighbours: Mutex<Vec<Neighbour>>,
 }
 
 #[derive(Default)]
@@ -168,6 +172,7 @@ impl Hub {
                 clock: SystemClock::new(),
                 refused: Tally::default(),
                 whereabouts,
+                neighbours: Mutex::default(),
             }),
             receiver,
         )
@@ -185,6 +190,40 @@ impl Hub {
             server: ServerId::random(),
             addresses: Vec::new(),
         })
+    }
+
+    /// What a stream begins with; agents hear of process servers as well.
+    fn hello(&self, name: &str, peer: PeerId) -> wire::Down {
+        let whereabouts = wire::Whereabouts::from(self.whereabouts());
+        let neighbours = match peer {
+            PeerId::Agent(_) => self.registry.neighbours(),
+            PeerId::ProcessServer(_) => Vec::new(),
+        };
+        let registered = wire::Registered {
+            name: name.to_owned(),
+            time_ns: self.clock.wall_now().0,
+            addresses: whereabouts.addresses,
+            incarnation: whereabouts.incarnation,
+            server: whereabouts.server,
+            process_servers: neighbours.iter().map(Into::into).collect(),
+        };
+        wire::Down { request: 0, body: Some(wire::down::Body::Registered(registered)) }
+    }
+
+    /// Tells agents that are connected of process servers that came, went or moved since they were told last. One whose stream has no
+    /// room hears of it when it connects again.
+    fn tell_neighbours(&self, name: &str) {
+        let now = self.registry.neighbours();
+        if std::mem::replace(&mut *self.neighbours.lock().expect("no panic while held"), now.clone()) == now {
+            return;
+        }
+        for (peer, _) in self.connected().into_iter().filter(|(peer, _)| matches!(peer, PeerId::Agent(_))) {
+            let hello = self.hello(name, peer);
+            let inner = self.inner.lock().expect("no panic while held");
+            if let Some(session) = inner.sessions.get(&peer) {
+                let _ = session.commands.try_send(hello);
+            }
+        }
     }
 
     /// Streams that were not taken since we started, by role and reason.

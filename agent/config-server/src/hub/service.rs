@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
-use tidemark_base::Clock;
 use tidemark_proto::control::wire::control_server::{Control, ControlServer};
 use tidemark_proto::control::{
     AgentCommand, EventBatch, Failure, FailureKind, Inventory, Register, Reply, ServerCommand, WireError, wire,
@@ -119,15 +118,10 @@ impl Hub {
             return Err(Status::permission_denied(format!("the certificate of {identity} was refused meanwhile")));
         }
         tracing::info!(%peer, name = register.name, "connected");
-        let whereabouts = wire::Whereabouts::from(self.whereabouts());
-        let registered = wire::Registered {
-            name: name.to_owned(),
-            time_ns: self.clock.wall_now().0,
-            addresses: whereabouts.addresses,
-            incarnation: whereabouts.incarnation,
-            server: whereabouts.server,
-        };
-        let hello = wire::Down { request: 0, body: Some(wire::down::Body::Registered(registered)) };
+        let hello = self.hello(name, peer);
+        if matches!(peer, PeerId::ProcessServer(_)) {
+            self.tell_neighbours(name);
+        }
         // Only the reconciler can be behind, and it must hear of every connect.
         let register_name = register.name.clone();
         let _ = self.events.send(Event::Connected(register, moved)).await;
@@ -323,6 +317,10 @@ mod tests {
 
         fn keep_inventory(&self, _: HostId, _: Inventory) -> Result<(), Failure> {
             Ok(())
+        }
+
+        fn neighbours(&self) -> Vec<tidemark_proto::control::Neighbour> {
+            Vec::new()
         }
 
         fn take_events(&self, _: PeerId, _: &str, batch: EventBatch) -> Result<u64, Failure> {

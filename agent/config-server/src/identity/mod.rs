@@ -19,7 +19,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tidemark_base::{Clock, HostId, ServerId, SystemClock, Timestamp};
-use tidemark_proto::control::{DenyList, EventBatch, Failure, FailureKind, Inventory, Peer, Register, Severity};
+use tidemark_proto::control::{
+    DenyList, EventBatch, Failure, FailureKind, Inventory, NEIGHBOURS_MAX, Neighbour, Peer, Register, Severity,
+};
 use tidemark_transport::{Authority, PeerIdentity, Role, certificate_digest};
 use tokio::sync::watch;
 
@@ -704,6 +706,23 @@ impl Registry for Registrar {
     fn keep_inventory(&self, host: HostId, inventory: Inventory) -> Result<(), Failure> {
         let time = self.clock.wall_now();
         Ok(self.store.inventories().keep(host, Told { time, inventory })?)
+    }
+
+    fn neighbours(&self) -> Vec<Neighbour> {
+        let state = self.store.state();
+        let is_good = |id: &ServerId| {
+            let record = state.identities.get(&PeerIdentity::ProcessServer(*id).to_string());
+            record.is_none_or(|record| record.standing == Standing::Good)
+        };
+        let mut known: Vec<_> =
+            state.servers.iter().filter(|(id, server)| is_good(id) && !server.address.is_empty()).collect();
+        // Those that were there last, where there are many; in an order that stays.
+        known.sort_by_key(|(_, server)| std::cmp::Reverse(server.last_seen));
+        let told = known.into_iter().take(NEIGHBOURS_MAX);
+        let mut told: Vec<Neighbour> =
+            told.map(|(id, server)| Neighbour { server: *id, address: server.address.clone() }).collect();
+        told.sort();
+        told
     }
 
     fn take_events(&self, peer: PeerId, name: &str, batch: EventBatch) -> Result<u64, Failure> {
