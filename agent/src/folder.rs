@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+use tidemark_base::Timestamp;
 use tidemark_base::storage::{RealStorage, Storage, create_private_folder, read_file, replace_file};
 use tidemark_base::{HostId, ServerId, SystemClock, time::Clock};
 use tidemark_transport::{Authority, Identity, IdentityError, PeerIdentity, Role};
@@ -223,6 +224,17 @@ impl Folder {
     pub fn is_in_use(&self) -> Result<bool, FolderError> {
         let exists = |name| self.storage.exists(name).map_err(|error| self.io(error));
         Ok(exists(AUTHORITY_FILE)? || exists(TOKEN_FILE)?)
+    }
+
+    /// Since when; `None`: it is not.
+    pub fn in_use_since(&self) -> Result<Option<Timestamp>, FolderError> {
+        if !self.is_in_use()? {
+            return Ok(None);
+        }
+        // It is written once.
+        let made = self.path.join(AUTHORITY_FILE).metadata().and_then(|of| of.modified()).ok();
+        let since = made.and_then(|made| made.duration_since(std::time::UNIX_EPOCH).ok());
+        Ok(Some(Timestamp(since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)))))
     }
 
     /// Puts the authority and the token of another installation here.

@@ -1165,6 +1165,12 @@ async fn everything_that_is_in_the_way_is_named_before_anything_is_touched() {
     let output = site.run(&["protect", "web", "--disk", odd.to_str().unwrap(), "--check", "--json"]).await;
     let looked: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((output.status.code(), &looked["machine"]), (Some(1), &json!("web")), "what fails is an exit code");
+    let jobs = site.client().get("/jobs?machine=web").await.unwrap();
+    let is_check: Vec<bool> = jobs.as_array().unwrap().iter().map(|job| job["check"] == true).collect();
+    assert_eq!(is_check, [true, true, false], "two looked, and one was to protect: {jobs}");
+    let output = site.run(&["job", "list", "--machine", "web"]).await;
+    let listed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(listed.matches("protect (check only)").count(), 2, "{listed}");
     // What is left out is not looked at.
     let other = site.disk("other.img", 1 << 20);
     let request = json!({ "name": "web", "disks": [other, odd], "exclude": [odd] });
@@ -1394,7 +1400,17 @@ async fn the_first_set_up_prints_what_registering_needs_and_the_pages_are_made()
         serde_json::from_str(&run(&["config-server", "init", "--dir", dir.to_str().unwrap(), "--json"]).await).unwrap();
     let folder = Folder::create(&dir).unwrap();
     assert_eq!(made["ca_fingerprint"], json!(folder.authority().unwrap().fingerprint()));
-    assert!(Path::new(made["token_file"].as_str().unwrap()).exists());
+    assert!(Path::new(made["token_file"].as_str().unwrap()).exists() && made["initialised_before"].is_null());
+    // Whoever does it twice is told so, and how another recovery key is made.
+    let init = ["config-server", "init", "--dir", dir.to_str().unwrap()];
+    let again = run(&init).await;
+    let fingerprint = made["ca_fingerprint"].as_str().unwrap();
+    for part in ["initialised already, at 20", fingerprint, "config-server recovery-key --dir", "an agent"] {
+        assert!(again.contains(part), "{part}: {again}");
+    }
+    let key = run(&["config-server", "recovery-key", "--dir", dir.to_str().unwrap(), "--json"]).await;
+    let key: Value = serde_json::from_str(&key).unwrap();
+    assert!(key["recovery_key"].is_string() && key["recovery_key"] != made["recovery_key"]);
     // The passphrase that it printed registers an agent once the server runs.
     let config_server = config_server::start(&folder, Settings::default()).await.unwrap();
     let registration = tidemark::roles::register::Registration {
@@ -1408,6 +1424,10 @@ async fn the_first_set_up_prints_what_registering_needs_and_the_pages_are_made()
     };
     let outcome = tidemark::roles::register::register(registration, |_| ()).await.unwrap();
     assert!(matches!(outcome, tidemark::roles::register::Outcome::Registered { .. }));
+    let while_it_runs = run(&init).await;
+    for part in ["initialised already", fingerprint, "tidemark passphrase create"] {
+        assert!(while_it_runs.contains(part), "{part}: {while_it_runs}");
+    }
     config_server.server.stop().await;
 
     assert!(run(&["completions", "bash"]).await.contains("tidemark"));
@@ -1418,6 +1438,8 @@ async fn the_first_set_up_prints_what_registering_needs_and_the_pages_are_made()
 
 #[path = "control/access.rs"]
 mod access;
+#[path = "control/audit.rs"]
+mod audit;
 #[path = "control/document.rs"]
 mod document;
 #[path = "control/inventory.rs"]
@@ -1430,6 +1452,8 @@ mod room;
 mod silence;
 #[path = "control/streams.rs"]
 mod streams;
+#[path = "control/watch.rs"]
+mod watch;
 #[tokio::test(flavor = "multi_thread")]
 async fn machines_come_into_groups_and_leave_them_while_they_are_protected() {
     let site = Site::start().await;
@@ -1526,12 +1550,21 @@ async fn alerts_are_posted_signed_once_each_and_none_of_before() {
     let (head, body) = next(&mut asks).await;
     let event: Value = serde_json::from_str(&body).unwrap();
     assert_eq!((&event["kind"], &event["machine"]), (&json!("alert_raised"), &json!("web")), "{body}");
+    let listed = client.get("/alerts").await.unwrap()[0].clone();
+    let raised = event["alert"].clone();
+    assert_eq!(
+        raised,
+        json!({ "id": listed["id"], "kind": "log", "state": "raised", "severity": "warning", "since": listed["since"] })
+    );
     let signed = header(&head, "tidemark-signature");
     assert!(signed.starts_with("t=") && signed.contains(",v1="), "{head}");
     assert_eq!(header(&head, "tidemark-event"), event["id"].to_string());
     client.request(hyper::Method::PATCH, "/policies/strict", Some(&json!({ "alarm_log_percent": 95 }))).await.unwrap();
     let (_, body) = next(&mut asks).await;
     assert!(body.contains("alert_cleared"), "{body}");
+    let cleared = serde_json::from_str::<Value>(&body).unwrap()["alert"].clone();
+    let expected = json!({ "id": raised["id"], "kind": "log", "state": "cleared", "severity": "warning", "since": raised["since"] });
+    assert_eq!(cleared, expected, "the same alert, with the severity that it had");
     let done = serde_json::from_str::<Value>(&body).unwrap()["id"].as_u64().unwrap();
     let is_done = async || client.get("/channels/ops").await.unwrap()["done"].as_u64().unwrap() >= done;
     tokio::time::timeout(SOON, async { while !is_done().await {} }).await.unwrap();

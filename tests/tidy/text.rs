@@ -89,3 +89,14 @@ fn formats_are_the_documentation_of_their_module() {
         assert!(included, "{} is no module's documentation", name(&path));
     }
 }
+
+#[test]
+fn the_command_line_shows_sizes_with_their_unit() {
+    for (path, text) in texts().into_iter().filter(|(path, _)| name(path).starts_with("agent/src/cli/")) {
+        // `text(of, "/x_bytes")` shows a bare number; `bytes_at` shows it as people read it.
+        for (at, _) in text.match_indices(" text(").chain(text.match_indices("(text(")) {
+            let call = text[at..].split_once("text(").map_or("", |(_, rest)| rest.split(')').next().unwrap_or(""));
+            assert!(!call.trim_end().ends_with("bytes\""), "{}: text({call})", name(&path));
+        }
+    }
+}

@@ -25,6 +25,7 @@ pub mod tally;
 pub mod thread;
 pub mod time;
 pub mod trust;
+pub mod words;
 
 pub use bits::Bits;
 pub use extent::{Extent, ExtentMap, ExtentSet};

@@ -13,7 +13,7 @@ use tidemark_proto::control::Severity;
 use tidemark_transport::PeerIdentity;
 
 use crate::core::Core;
-use crate::history::News;
+use crate::history::{AlertNote, AlertState, News, severity_name};
 use crate::hub::{PeerId, Presence};
 use crate::model::{Alert, IdentityRecord, Machine, Policy, Standing, State};
 use crate::status::{self, Health, Reason};
@@ -154,7 +154,7 @@ fn idle_and_silent(state: &State, now: Timestamp, presence: impl Fn(PeerId) -> P
         if is_taken(state, identity) && now.saturating_since(since) > IDLE_SILENCE {
             let what = if matches!(peer, PeerId::Agent(_)) { "agent" } else { "process server" };
             let message = format!("nothing was heard of {what} {name} since {since}; it has no machines");
-            let help = "check that it runs, and that its `config-server` names this one; `tidemark identity revoke` for one that is gone for good";
+            let help = "check that it runs, and that its `config-server` names this one; delete one that is gone for good: `tidemark host delete`, `tidemark process-server delete`";
             found.push((id, Alert::new(Severity::Warning, "no_contact", message, help, now)));
         }
     }
@@ -239,23 +239,26 @@ fn take(core: &Core, found: BTreeMap<String, Alert>) -> Result<(), tidemark_prot
         }
         Ok(())
     })?;
-    for (_, alert) in changed.iter().filter(|(key, alert)| !same(key, alert)) {
+    for (key, alert) in changed.iter().filter(|(key, alert)| !same(key, alert)) {
+        let since = before.alerts.get(*key).map_or(alert.since, |known| known.since);
         let Alert { severity, machine, message, help, .. } = (*alert).clone();
-        core.history.note(News { severity, kind: "alert_raised", machine, message, help });
+        let news = News { severity, kind: "alert_raised", machine, message, help };
+        core.history.note_alert(noted(key, alert, since, AlertState::Raised), news);
     }
     for key in ended {
         let Some(alert) = before.alerts.get(&key) else { continue };
         let message = format!("no more: {}", alert.message);
-        let machine = alert.machine.clone();
-        core.history.note(News {
-            severity: Severity::Info,
-            kind: "alert_cleared",
-            machine,
-            message,
-            help: String::new(),
-        });
+        let (machine, help) = (alert.machine.clone(), String::new());
+        let news = News { severity: Severity::Info, kind: "alert_cleared", machine, message, help };
+        core.history.note_alert(noted(&key, alert, alert.since, AlertState::Cleared), news);
     }
     Ok(())
+}
+
+/// What names an alert to whoever is told of it.
+fn noted(key: &str, alert: &Alert, since: Timestamp, state: AlertState) -> AlertNote {
+    let (kind, severity) = (alert.kind.clone(), severity_name(alert.severity).to_owned());
+    AlertNote { id: key.to_owned(), kind, state, severity, since }
 }
 
 #[cfg(test)]
@@ -276,8 +279,13 @@ mod tests {
 
     fn revoke(state: &mut State, number: u8) {
         let standing = Standing::Revoked { reason: String::new(), since: Timestamp(6) };
-        let record =
-            IdentityRecord { name: String::new(), registered: Timestamp(1), certificates: Vec::new(), standing };
+        let record = IdentityRecord {
+            name: String::new(),
+            registered: Timestamp(1),
+            certificates: Vec::new(),
+            standing,
+            deleted: false,
+        };
         state.identities.insert(PeerIdentity::Agent(HostId::from_bytes([number; 16])).to_string(), record);
     }
 

@@ -49,6 +49,12 @@ impl Inventories {
         self.database.write(vec![Statement::new(sql, [host.to_string().into(), time.into(), body.into()])])
     }
 
+    /// Blocks.
+    pub fn forget(&self, host: HostId) -> Result<(), DatabaseError> {
+        self.known.lock().expect("no panic while held").remove(&host);
+        self.database.write(vec![Statement::new("DELETE FROM inventories WHERE id = $1", [host.to_string().into()])])
+    }
+
     /// `None`: it told none yet.
     pub fn of(&self, host: HostId) -> Option<Arc<Told>> {
         self.known.lock().expect("no panic while held").get(&host).cloned()

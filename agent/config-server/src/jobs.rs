@@ -56,6 +56,9 @@ pub struct Job {
     /// `protect`, `point_create`, …
     pub kind: String,
     pub machine: Option<String>,
+    /// It only looks whether that could be done, and does nothing.
+    #[serde(default)]
+    pub check: bool,
     pub state: JobState,
     pub steps: Vec<Step>,
     #[schema(value_type = String, format = "date-time")]
@@ -115,7 +118,7 @@ struct Entry {
 impl Entry {
     fn is_running(&self, kind: &str, machine: &str) -> bool {
         let job = self.job.borrow();
-        job.state == JobState::Running && job.kind == kind && job.machine.as_deref() == Some(machine)
+        job.state == JobState::Running && !job.check && job.kind == kind && job.machine.as_deref() == Some(machine)
     }
 }
 
@@ -203,10 +206,25 @@ impl Jobs {
     where
         F: Future<Output = Result<Value, Failure>> + Send + 'static,
     {
+        self.start_or_check(kind, machine, false, work)
+    }
+
+    /// The same; `check`: it only looks whether that could be done.
+    pub fn start_or_check<F>(
+        self: &Arc<Self>,
+        kind: &str,
+        machine: Option<&str>,
+        check: bool,
+        work: impl FnOnce(Progress) -> F,
+    ) -> Result<Job, Failure>
+    where
+        F: Future<Output = Result<Value, Failure>> + Send + 'static,
+    {
         let job = Job {
             id: Uuid::new_v4(),
             kind: kind.to_owned(),
             machine: machine.map(str::to_owned),
+            check,
             state: JobState::Running,
             steps: Vec::new(),
             started: self.clock.wall_now(),
@@ -272,7 +290,12 @@ impl Jobs {
                             severity: Severity::Warning,
                             kind: "job_failed",
                             machine: job.machine.clone(),
-                            message: format!("{} failed: {}", job.kind, failure.message),
+                            message: format!(
+                                "{}{} failed: {}",
+                                if job.check { "the check of " } else { "" },
+                                job.kind,
+                                failure.message
+                            ),
                             help: failure.help.clone(),
                         });
                         job.state = JobState::Failed;

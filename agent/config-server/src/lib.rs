@@ -37,6 +37,7 @@ mod plans;
 mod points;
 mod policies;
 mod reconcile;
+mod removal;
 mod retry;
 mod room;
 mod schedule;

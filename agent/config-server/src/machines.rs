@@ -161,7 +161,7 @@ pub fn protect(core: &Arc<Core>, mut request: ProtectRequest) -> Result<Job, Fai
         _ => consumers::pick(core, &named)?,
     };
     let (core, name) = (core.clone(), request.name.clone());
-    core.jobs.clone().start("protect", Some(&name), |progress| async move {
+    core.jobs.clone().start_or_check("protect", Some(&name), request.check_only, |progress| async move {
         let _lock = core.lock(&request.name).await;
         run_protect(&core, &progress, request, host, servers).await
     })

@@ -107,6 +107,9 @@ pub struct IdentityRecord {
     /// Those that may still be shown.
     pub certificates: Vec<IssuedCertificate>,
     pub standing: Standing,
+    /// Its host or process server was deleted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub deleted: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,6 +146,16 @@ pub enum UserRole {
     Operator,
     /// Users, tokens, passphrases and certificates as well.
     Administrator,
+}
+
+impl UserRole {
+    pub fn name(self) -> &'static str {
+        match self {
+            UserRole::Reader => "reader",
+            UserRole::Operator => "operator",
+            UserRole::Administrator => "administrator",
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

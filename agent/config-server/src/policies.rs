@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
+use tidemark_base::words;
 use tidemark_proto::control::{Compression, Failure, FailureKind, GRID_STEPS_MAX};
 
 use crate::core::Core;
@@ -25,6 +26,17 @@ pub fn show(name: &str, policy: &Policy) -> Value {
 
 pub fn list(core: &Core) -> Vec<Value> {
     core.store.state().policies.iter().map(|(name, policy)| show(name, policy)).collect()
+}
+
+/// Settings as an event tells of them.
+pub fn in_words(settings: &Map<String, Value>) -> String {
+    const SHOWN_CHARS: usize = 400;
+    let all: Vec<String> = settings.iter().map(|(name, value)| format!("{name} {value}")).collect();
+    match all.join(", ") {
+        none if none.is_empty() => "as the default is".to_owned(),
+        long if long.chars().count() > SHOWN_CHARS => long.chars().take(SHOWN_CHARS).chain(['…']).collect(),
+        all => all,
+    }
 }
 
 pub fn create(core: &Core, name: &str, settings: Map<String, Value>) -> Result<Value, Failure> {
@@ -108,7 +120,10 @@ fn with_settings(policy: &Policy, settings: Map<String, Value>) -> Result<Policy
         let alone =
             |name: &String, value: &Value| serde_json::from_value::<Policy>(json!({ name.as_str(): value })).err();
         let wrong = named.iter().find_map(|(name, value)| Some((name, alone(name, value)?)));
-        let what = wrong.map_or_else(|| error.to_string(), |(name, error)| format!("{name}: {error}"));
+        let what = wrong.map_or_else(
+            || words::in_words("", &error.to_string()),
+            |(name, error)| words::in_words(name, &error.to_string()),
+        );
         bad_request(
             format!("not a policy: {what}"),
             "frequency is continuous, 30s, 5m or 15m; see `tidemark policy show continuous --json` for all settings",

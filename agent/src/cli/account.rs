@@ -104,6 +104,10 @@ pub async fn registrations(client: &Client, verb: ProcessServerVerb, output: &Ou
     match verb {
         ProcessServerVerb::Approve { registration } => list(&decide(&registration, "approve").await?, &columns, output),
         ProcessServerVerb::Reject { registration } => list(&decide(&registration, "reject").await?, &columns, output),
+        ProcessServerVerb::Delete { process_server, force } => {
+            let path = format!("/process-servers/{}?force={force}", escape(&process_server));
+            super::delete(client, &path, &format!("process server {process_server} is deleted"), output).await
+        }
         // Those who list are elsewhere, and roles ask no server.
         ProcessServerVerb::List
         | ProcessServerVerb::Show { .. }

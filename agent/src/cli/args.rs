@@ -8,6 +8,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tidemark_proto::control::ImageFormat;
 
+use super::events::Seen;
 use crate::client::{Client, ClientError};
 use crate::demo::DemoArgs;
 
@@ -247,6 +248,15 @@ pub enum ProcessServerVerb {
         #[arg(value_name = "SERVER")]
         process_server: String,
     },
+    /// Takes a process server that is gone for good out of the inventory; its identity is refused from then on.
+    Delete {
+        /// Its name, or its id as `process-server list` shows it.
+        #[arg(value_name = "SERVER")]
+        process_server: String,
+        /// Give up replicas that it keeps of machines that are not protected any more.
+        #[arg(long)]
+        force: bool,
+    },
     /// Lets a process server have its certificate.
     Approve {
         /// As `process-server list` shows it.
@@ -265,6 +275,11 @@ pub enum HostVerb {
     List,
     /// A host with its disks.
     Show {
+        /// Its name, or its id as `host list` shows it.
+        host: String,
+    },
+    /// Takes a host that is gone for good out of the inventory; its identity is refused from then on.
+    Delete {
         /// Its name, or its id as `host list` shows it.
         host: String,
     },
@@ -470,9 +485,9 @@ pub struct EventsArgs {
     /// Of this severity and worse: info, warning or critical.
     #[arg(long)]
     pub severity: Option<String>,
-    /// Only later ones than the one with this id.
+    /// Only later ones than the one with this id; EPOCH.ID, where the configuration may have been restored from a backup since.
     #[arg(long, value_name = "ID")]
-    pub after: Option<u64>,
+    pub after: Option<Seen>,
     /// At most so many.
     #[arg(long, value_name = "COUNT", default_value_t = 100)]
     pub limit: u64,

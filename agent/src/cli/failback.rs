@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::CliError;
 use super::args::{FailbackArgs, FailbackVerb, ReprotectArgs, ReprotectVerb};
 use super::failover::{finish, seconds};
-use super::output::{Output, text};
+use super::output::{Output, bytes_at, text};
 use crate::client::Client;
 
 pub async fn reprotect(client: &Client, args: ReprotectArgs, output: &Output) -> Result<(), CliError> {
@@ -13,8 +13,8 @@ pub async fn reprotect(client: &Client, args: ReprotectArgs, output: &Output) ->
         let cancelled = finish(client, &args.name, "reprotect/cancel", &json!({}), &args.wait, output).await?;
         let Some(result) = cancelled else { return Ok(()) };
         output.line(&format!(
-            "the home disks have what they had: {} bytes were given back",
-            text(&result, "/given_back_bytes")
+            "the home disks have what they had: {} were given back",
+            bytes_at(&result, "/given_back_bytes")
         ))?;
         for path in result["left_disks"]["paths"].as_array().into_iter().flatten().filter_map(Value::as_str) {
             output.line(&format!("  {path} was made for it and is left where it is: nobody needs it"))?;
@@ -29,16 +29,16 @@ pub async fn reprotect(client: &Client, args: ReprotectArgs, output: &Output) ->
         let recommended = text(&result, "/recommended");
         if result["needed_bytes"].is_number() {
             let all: Vec<&str> = result["paths"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-            let needed = text(&result, "/needed_bytes");
-            output.line(&format!("would make {}, and there is room for their {needed} bytes", all.join(", ")))?;
+            let needed = bytes_at(&result, "/needed_bytes");
+            output.line(&format!("would make {}, and there is room for their {needed}", all.join(", ")))?;
         }
         return Ok(output.line(&format!("recommended: --method {recommended}, because {}", text(&result, "/why")))?);
     }
-    let (compared, received) = (text(&result, "/compared_bytes"), text(&result, "/received_bytes"));
+    let (compared, received) = (bytes_at(&result, "/compared_bytes"), bytes_at(&result, "/received_bytes"));
     output.line(&format!("the home disks follow the machine ({})", text(&result, "/method")))?;
     output.line(&format!(
-        "  {compared} bytes were compared, {received} came, {} on the wire",
-        text(&result, "/wire_bytes")
+        "  {compared} were compared, {received} came, {} on the wire",
+        bytes_at(&result, "/wire_bytes")
     ))?;
     output.line(&format!("  as it was at {}", text(&result, "/consistent_at")))?;
     if let Some(kept) = result["kept_point"].as_str() {
@@ -67,7 +67,7 @@ pub async fn failback(client: &Client, args: FailbackArgs, output: &Output) -> R
         "unplanned": args.unplanned, "to": args.to, "shutdown_limit_seconds": args.shutdown_limit });
     let Some(result) = finish(client, &name, "failback", &request, &args.wait, output).await? else { return Ok(()) };
     if result["ready"] == true {
-        output.line(&format!("its home disks are {} bytes behind", text(&result, "/behind_bytes")))?;
+        output.line(&format!("its home disks are {} behind", bytes_at(&result, "/behind_bytes")))?;
         return Ok(output.line(&format!("it still runs; take it home with: tidemark failback complete {name}"))?);
     }
     home(&name, &result, output)

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tidemark_hypervisor::call::Description;
 
 use super::args::{FailoverVerb, MachineArgs, MachineSetArgs, MachineVerb, StartArgs, WaitArgs};
-use super::output::{Output, text};
+use super::output::{Output, bytes_at, text};
 use super::{CliError, job};
 use crate::client::{Client, escape};
 
@@ -283,7 +283,7 @@ async fn start(
     };
     output.line(&format!("{}, the point of {}", text(&result, "/direction"), text(&result, "/time")))?;
     let lost =
-        format!("{} s and at most {} bytes are lost", seconds(&result["lost_seconds"]), text(&result, "/lost_bytes"));
+        format!("{} s and at most {} are lost", seconds(&result["lost_seconds"]), bytes_at(&result, "/lost_bytes"));
     output.line(&match result["source_last_seen"].as_str() {
         None => lost,
         Some(at) => format!("{lost}, and what the source wrote since it was last seen {at}"),
@@ -332,14 +332,14 @@ fn shown(shown: &Value, output: &Output) -> Result<(), CliError> {
     output.line(&format!("failover    {}, {}", text(shown, "/failover/kind"), text(shown, "/failover/phase")))?;
     output.line(&format!("point       {} of {}", text(shown, "/failover/point"), text(shown, "/failover/time")))?;
     if let Some(stage) = shown["home"]["stage"].as_str() {
-        let behind = text(&shown["home"], "/behind_bytes");
+        let behind = bytes_at(&shown["home"], "/behind_bytes");
         let at = shown["home"]["consistent_at"].as_str().map_or_else(String::new, |at| format!(", as it was at {at}"));
         // Nobody knows how far a mix is behind.
         let far = match stage {
             "syncing" | "undoing" => {
-                format!("{} of {} bytes", text(&shown["home"], "/done_bytes"), text(&shown["home"], "/total_bytes"))
+                format!("{} of {}", bytes_at(&shown["home"], "/done_bytes"), bytes_at(&shown["home"], "/total_bytes"))
             }
-            _ => format!("{behind} bytes behind"),
+            _ => format!("{behind} behind"),
         };
         output.line(&format!("home        {stage}{at}, {far}"))?;
         if let Some(problem) = shown["home"]["problem"].as_str() {
@@ -352,8 +352,8 @@ fn shown(shown: &Value, output: &Output) -> Result<(), CliError> {
         return Ok(output.line(&format!("how it does is not known: {error}; {}", text(shown, "/unknown/help")))?);
     }
     output.line(&format!("runs on     {}, {}", text(shown, "/running/hypervisor"), text(shown, "/running/power")))?;
-    let (done, total) = (text(shown, "/running/done_bytes"), text(shown, "/running/total_bytes"));
-    output.line(&format!("plain disks {}, {done} of {total} bytes", text(shown, "/running/promotion")))?;
+    let (done, total) = (bytes_at(shown, "/running/done_bytes"), bytes_at(shown, "/running/total_bytes"));
+    output.line(&format!("plain disks {}, {done} of {total}", text(shown, "/running/promotion")))?;
     if let Some(problem) = shown["running"]["problem"].as_str() {
         output.line(&format!("problem     {problem}"))?;
     }

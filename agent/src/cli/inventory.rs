@@ -8,9 +8,16 @@ use super::output::{Output, bytes_at, text};
 use crate::client::{Client, escape};
 
 pub async fn host(client: &Client, verb: HostVerb, output: &Output) -> Result<(), CliError> {
-    let HostVerb::Show { host } = verb else {
-        let hosts = client.get("/hosts").await?;
-        return if output.is_json() { Ok(output.json(&hosts)?) } else { show_hosts(&rows(&hosts), output) };
+    let host = match verb {
+        HostVerb::Show { host } => host,
+        HostVerb::Delete { host } => {
+            let (path, line) = (format!("/hosts/{}", escape(&host)), format!("host {host} is deleted"));
+            return super::delete(client, &path, &line, output).await;
+        }
+        HostVerb::List => {
+            let hosts = client.get("/hosts").await?;
+            return if output.is_json() { Ok(output.json(&hosts)?) } else { show_hosts(&rows(&hosts), output) };
+        }
     };
     let shown = client.get(&format!("/hosts/{}", escape(&host))).await?;
     if output.is_json() {

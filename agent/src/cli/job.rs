@@ -3,8 +3,9 @@
 use serde_json::{Value, json};
 
 use super::CliError;
-use super::args::{JobVerb, WaitArgs};
+use super::args::{JobVerb, Target, WaitArgs};
 use super::output::{Output, text};
+use super::watch::Watch;
 use crate::client::{Client, ClientError, escape};
 
 /// Waits for a job that was just started and gives its result; `None` when nobody wants to wait.
@@ -21,7 +22,8 @@ pub async fn finish(client: &Client, job: Value, wait: &WaitArgs, output: &Outpu
     Ok(Some(watch(client, job, output).await?))
 }
 
-pub async fn run(client: &Client, verb: JobVerb, output: &Output) -> Result<(), CliError> {
+pub async fn run(target: &Target, verb: JobVerb, output: &Output) -> Result<(), CliError> {
+    let client = &target.client()?;
     match verb {
         JobVerb::List { machine, state, limit } => {
             let machine = machine.map(|name| format!("machine={}", escape(&name)));
@@ -37,7 +39,9 @@ pub async fn run(client: &Client, verb: JobVerb, output: &Output) -> Result<(), 
                 .into_iter()
                 .flatten()
                 .map(|job| {
-                    ["/id", "/kind", "/machine", "/state", "/started", "/finished"].map(|at| text(job, at)).to_vec()
+                    let [id, machine, state, started, finished] =
+                        ["/id", "/machine", "/state", "/started", "/finished"].map(|at| text(job, at));
+                    vec![id, kind(job), machine, state, started, finished]
                 })
                 .collect();
             Ok(output.table(&["ID", "KIND", "MACHINE", "STATE", "STARTED", "FINISHED"], &rows)?)
@@ -48,10 +52,20 @@ pub async fn run(client: &Client, verb: JobVerb, output: &Output) -> Result<(), 
             show(&job, output)
         }
         JobVerb::Watch { id } => {
-            let job = client.get(&format!("/jobs/{}", escape(&id))).await?;
-            let id = text(&job, "/id");
-            let outcome = watch(client, job, output).await;
-            show(&client.get(&format!("/jobs/{id}")).await?, output)?;
+            let mut watching = Watch::new(target)?;
+            let path = format!("/jobs/{}", escape(&id));
+            let mut job = watching.get(&path).await?;
+            // A restart in between ends no watch: the job is there afterwards, and says how it ended.
+            let outcome = loop {
+                match watch(watching.client(), job, output).await {
+                    Err(error @ (ClientError::Unreachable { .. } | ClientError::Refused { status: 500.., .. })) => {
+                        watching.wait(error).await?;
+                        job = watching.get(&path).await?;
+                    }
+                    outcome => break outcome,
+                }
+            };
+            show(&watching.get(&path).await?, output)?;
             outcome?;
             Ok(())
         }
@@ -64,17 +78,17 @@ async fn watch(client: &Client, job: Value, output: &Output) -> Result<Value, Cl
     client.watch(job, |job| bar.draw(job)).await
 }
 
+/// One that only looks whether something could be done says so.
+fn kind(job: &Value) -> String {
+    let kind = text(job, "/kind");
+    if job["check"] == true { format!("{kind} (check only)") } else { kind }
+}
+
 fn show(job: &Value, output: &Output) -> Result<(), CliError> {
     if output.is_json() {
         return Ok(output.json(job)?);
     }
-    output.line(&format!(
-        "{} {} {}: {}",
-        text(job, "/id"),
-        text(job, "/kind"),
-        text(job, "/machine"),
-        text(job, "/state")
-    ))?;
+    output.line(&format!("{} {} {}: {}", text(job, "/id"), kind(job), text(job, "/machine"), text(job, "/state")))?;
     for step in job["steps"].as_array().into_iter().flatten() {
         let done = if step["finished"].is_null() { "not done" } else { "done" };
         output.line(&format!("  {}  {} ({done})", text(step, "/started"), text(step, "/name")))?;

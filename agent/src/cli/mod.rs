@@ -20,6 +20,7 @@ mod protect;
 mod replica;
 mod run;
 mod status;
+mod watch;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -95,7 +96,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Identity { verb } => client(account::identity(&target.client()?, verb, output)),
         Verb::User { verb } => client(account::user(&target.client()?, verb, output)),
         Verb::Token { verb } => client(account::token(&target.client()?, verb, output)),
-        Verb::Events(args) => client(events::run(&target.client()?, args, output)),
+        Verb::Events(args) => client(events::run(&target, args, output)),
         Verb::Alert { verb } => client(events::alert(&target.client()?, verb, output)),
         Verb::Completions { shell } => {
             let mut text = Vec::new();
@@ -109,7 +110,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Resume(args) => client(protect::simple(&target.client()?, "resume", args, output)),
         Verb::Resync(args) if args.cancel => client(protect::cancel_resync(&target.client()?, args.machine, output)),
         Verb::Resync(args) => client(protect::simple(&target.client()?, "resync", args.machine, output)),
-        Verb::Status(args) => client(status::run(&target.client()?, args, output)),
+        Verb::Status(args) => client(status::run(&target, args, output)),
         Verb::Machine { verb } => client(failover::machine(&target.client()?, verb, output)),
         Verb::Failover { verb } => client(failover::run(&target.client()?, verb, output)),
         Verb::Commit(args) => client(failover::commit(&target.client()?, args, output)),
@@ -121,7 +122,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Verb::Group { verb } => client(group::run(&target.client()?, verb, output)),
         Verb::Plan { verb } => client(plan::run(&target.client()?, verb, output)),
         Verb::Channel { verb } => client(channel::run(&target.client()?, verb, output)),
-        Verb::Job { verb } => client(job::run(&target.client()?, verb, output)),
+        Verb::Job { verb } => client(job::run(&target, verb, output)),
         Verb::Replica { verb } => replica::run(verb, &target, output),
     }
 }

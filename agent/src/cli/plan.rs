@@ -2,6 +2,7 @@
 
 use hyper::Method;
 use serde_json::{Value, json};
+use tidemark_base::words::in_words;
 
 use super::args::{PlanSteps, PlanVerb, WaitArgs};
 use super::output::{Output, text};
@@ -65,7 +66,7 @@ fn said(steps: &PlanSteps) -> Result<Value, CliError> {
     })?;
     let parsed: Value = serde_json::from_str(&content).map_err(|error| {
         CliError::new(
-            format!("{} is no JSON: {error}", file.display()),
+            format!("{} is no JSON: {}", file.display(), in_words("", &error.to_string())),
             "write it as `tidemark plan create --help` says",
         )
     })?;

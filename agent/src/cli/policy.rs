@@ -169,7 +169,8 @@ fn in_words(name: &str, value: &Value) -> [String; 2] {
             [name.to_owned(), if steps.is_empty() { "all".to_owned() } else { steps.join(",") }]
         }
         ("throttle_schedule", Value::Array(windows)) => {
-            [name.to_owned(), windows.iter().map(Value::to_string).collect::<Vec<_>>().join(" ")]
+            let windows: Vec<String> = windows.iter().map(window_in_words).collect();
+            [name.to_owned(), if windows.is_empty() { "–".to_owned() } else { windows.join(", ") }]
         }
         (_, Value::Number(seconds)) if name.ends_with("_seconds") => {
             [short("_seconds"), seconds.as_u64().map_or_else(|| seconds.to_string(), duration)]
@@ -182,6 +183,18 @@ fn in_words(name: &str, value: &Value) -> [String; 2] {
         (_, Value::String(text)) => [name.to_owned(), text.clone()],
         _ => [name.to_owned(), value.to_string()],
     }
+}
+
+/// As `--throttle-window` takes it, the limit with its unit.
+fn window_in_words(window: &Value) -> String {
+    let text = |name: &str| window[name].as_str().map(str::to_owned);
+    let days = window["days"].as_array().filter(|days| !days.is_empty());
+    let days = days.map(|days| days.iter().map(Value::to_string).collect::<Vec<_>>().join(","));
+    let hours = text("from").zip(text("to")).map(|(from, to)| format!("{from}-{to}"));
+    let hours = hours.filter(|hours| hours != "00:00-24:00");
+    let limit = window["bytes_per_second"].as_u64();
+    let limit = limit.map_or("none".to_owned(), |limit| format!("{}/s", super::output::bytes(limit)));
+    [days, hours, text("network"), Some(limit)].into_iter().flatten().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -213,6 +226,12 @@ mod tests {
             ("log_limit_bytes", json!(10 << 20), ["log_limit_bytes", "10.0 MiB"]),
             ("alarm_log_percent", json!(80), ["alarm_log", "80 %"]),
             ("retention_count", json!(null), ["retention_count", "–"]),
+            (
+                "throttle_schedule",
+                json!([{ "days": [1, 2], "from": "08:00", "to": "18:00", "network": null, "bytes_per_second": 10 << 20 },
+                    { "days": [], "from": "00:00", "to": "24:00", "network": "10.0.0.0/8", "bytes_per_second": null }]),
+                ["throttle_schedule", "1,2 08:00-18:00 10.0 MiB/s, 10.0.0.0/8 none"],
+            ),
         ] {
             assert_eq!(in_words(name, &value), expected, "{name}");
         }

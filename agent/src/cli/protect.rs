@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tidemark_proto::control::is_full_path_of_windows;
 
 use super::args::{MachineArgs, MachineDiskVerb, ProcessServerOfVerb, ProtectArgs, UnprotectArgs, Via};
-use super::output::{Output, text};
+use super::output::{Output, bytes_at, text};
 use super::{CliError, job};
 use crate::client::{Client, escape};
 
@@ -144,8 +144,8 @@ pub async fn disk(client: &Client, verb: MachineDiskVerb, output: &Output) -> Re
     }
     match result["disks"].as_array() {
         Some(disks) => {
-            let row = |disk: &Value| vec![text(disk, "/path"), text(disk, "/bytes"), text(disk, "/attach/nbd")];
-            output.table(&["DISK", "BYTES", "ADDRESS"], &disks.iter().map(row).collect::<Vec<_>>())?;
+            let row = |disk: &Value| vec![text(disk, "/path"), bytes_at(disk, "/bytes"), text(disk, "/attach/nbd")];
+            output.table(&["DISK", "SIZE", "ADDRESS"], &disks.iter().map(row).collect::<Vec<_>>())?;
         }
         None => output.line(&format!("{name}: the disk is not protected any more"))?,
     }

@@ -110,33 +110,52 @@ pub fn config_server_place(args: &RoleArgs) -> Result<(Folder, config_server::Se
 /// The first set-up of a configuration server.
 pub async fn init(args: RoleArgs, output: &Output) -> Result<(), CliError> {
     let (folder, settings) = config_server_place(&args)?;
-    let config_server::Initialised { fingerprint, passphrases: [agent, server], recovery_key } =
-        config_server::init(&folder, &settings).await?;
+    let made = config_server::init(&folder, &settings).await?;
     let (token_file, ca_file) = (folder.token_file(), folder.ca_file());
     if output.is_json() {
+        let passphrase = |of: usize| made.passphrases.as_ref().map(|all| all[of].clone());
         return Ok(output.json(&json!({
-            "ca_fingerprint": fingerprint,
+            "initialised_before": made.before,
+            "ca_fingerprint": made.fingerprint,
             "ca_file": ca_file,
             "token_file": token_file,
-            "agent_passphrase": agent,
-            "process_server_passphrase": server,
-            "recovery_key": recovery_key.map(|key| key.text()),
+            "agent_passphrase": passphrase(0),
+            "process_server_passphrase": passphrase(1),
+            "recovery_key": made.recovery_key.map(|key| key.text()),
         }))?);
     }
-    output.line(&format!("fingerprint of the authority  {fingerprint}"))?;
+    if let Some(before) = made.before {
+        output.line(&format!(
+            "{} was initialised already, at {before}; nothing of it was changed.",
+            folder.path().display()
+        ))?;
+    }
+    output.line(&format!("fingerprint of the authority  {}", made.fingerprint))?;
     output.line(&format!("its certificate               {}", ca_file.display()))?;
     output.line(&format!("token of the administrator    {}", token_file.display()))?;
-    output.line("Passphrases, each for one registration within a day, shown this once:")?;
-    output.line(&format!("  an agent                    {agent}"))?;
-    output.line(&format!("  a process server            {server}"))?;
-    if let Some(key) = recovery_key {
+    match &made.passphrases {
+        Some([agent, server]) => {
+            output.line("Passphrases, each for one registration within a day, shown this once:")?;
+            output.line(&format!("  an agent                    {agent}"))?;
+            output.line(&format!("  a process server            {server}"))?;
+        }
+        None => output.line("It runs; passphrases for registration are made with: tidemark passphrase create")?,
+    }
+    if let Some(key) = made.recovery_key {
         output.line(
             "The recovery key, shown this once. It opens backups of this configuration and fails over without it.",
         )?;
         output.line("Print it, and keep it where the loss of this site does not reach it:")?;
-        output.line(&format!("  {}", key.text()))?;
+        return Ok(output.line(&format!("  {}", key.text()))?);
     }
-    Ok(())
+    let place = match &args.dir {
+        Some(dir) => format!("--dir {}", dir.display()),
+        None => format!("--config {}", args.config.display()),
+    };
+    output.line("The recovery key was shown when it was made, and is not kept here. Where nobody has it any more, another one is")?;
+    output
+        .line(&format!("made while the configuration server is stopped: tidemark config-server recovery-key {place}"))
+        .map_err(CliError::from)
 }
 
 /// Another token of the administrator, by whoever has the folder.

@@ -5,25 +5,33 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::CliError;
-use super::args::StatusArgs;
+use super::args::{StatusArgs, Target};
 use super::output::{Output, bytes_at, text};
-use crate::client::{Client, escape};
+use super::watch::Watch;
+use crate::client::escape;
 
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
-pub async fn run(client: &Client, args: StatusArgs, output: &Output) -> Result<(), CliError> {
+pub async fn run(target: &Target, args: StatusArgs, output: &Output) -> Result<(), CliError> {
     let path = match &args.name {
         Some(name) => format!("/machines/{}", escape(name)),
         None => "/machines".to_owned(),
     };
     if !args.watch {
-        return show(&client.get(&path).await?, output);
+        return show(&target.client()?.get(&path).await?, output);
     }
+    let mut watch = Watch::new(target)?;
+    let ended = super::run::ended()?;
+    tokio::pin!(ended);
     let mut ticks = tokio::time::interval(WATCH_EVERY);
     loop {
+        let looking = async {
+            ticks.tick().await;
+            watch.get(&path).await
+        };
         tokio::select! {
-            _ = ticks.tick() => show(&client.get(&path).await?, output)?,
-            _ = tokio::signal::ctrl_c() => return Ok(()),
+            status = looking => show(&status?, output)?,
+            () = &mut ended => return Ok(()),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use tidemark_base::storage::replace_file;
-use tidemark_base::{Clock, SystemClock};
+use tidemark_base::{Clock, SystemClock, Timestamp};
 use tidemark_config_server::backup::{self, Head};
 use tidemark_config_server::database::DatabaseSetting;
 use tidemark_config_server::{ConfigServer, Options, StartError};
@@ -11,7 +11,7 @@ use tidemark_transport::recovery::RecoveryKey;
 use tidemark_transport::{Identity, Role};
 
 use super::RoleError;
-use crate::folder::{ConfigServerAddresses, Folder, RoleLock};
+use crate::folder::{ConfigServerAddresses, Folder, FolderError, RoleLock};
 
 impl From<tidemark_config_server::StartError> for RoleError {
     fn from(error: tidemark_config_server::StartError) -> Self {
@@ -60,16 +60,25 @@ const DATABASE_FILE: &str = "config.db";
 
 /// What the first set-up made, to be shown once.
 pub struct Initialised {
+    /// When there was one before this one, which changed nothing of it.
+    pub before: Option<Timestamp>,
     pub fingerprint: String,
-    /// For an agent and for a process server.
-    pub passphrases: [String; 2],
+    /// For an agent and for a process server; `None`: it runs, and makes them itself.
+    pub passphrases: Option<[String; 2]>,
     /// `None`: there was one already.
     pub recovery_key: Option<RecoveryKey>,
 }
 
-/// The first set-up, while nothing runs: authority, token, database, and a passphrase for each role.
+/// The first set-up: authority, token, database, and a passphrase for each role. One that was made before stays as it is, and is told.
 pub async fn init(folder: &Folder, settings: &Settings) -> Result<Initialised, RoleError> {
-    let _lock = folder.lock(Role::ConfigServer)?;
+    let before = folder.in_use_since()?;
+    let _lock = match folder.lock(Role::ConfigServer) {
+        Err(FolderError::InUse { .. }) if before.is_some() => {
+            let fingerprint = folder.authority()?.fingerprint();
+            return Ok(Initialised { before, fingerprint, passphrases: None, recovery_key: None });
+        }
+        lock => lock?,
+    };
     folder.token()?;
     let (authority, database) = (folder.authority()?, settings.database(folder));
     let fingerprint = authority.fingerprint();
@@ -83,7 +92,7 @@ pub async fn init(folder: &Folder, settings: &Settings) -> Result<Initialised, R
             .await
             .map_err(|error| RoleError { message: error.to_string(), help: "see the log".to_owned() })?
             .map_err(RoleError::from)?;
-    Ok(Initialised { fingerprint, passphrases, recovery_key })
+    Ok(Initialised { before, fingerprint, passphrases: Some(passphrases), recovery_key })
 }
 
 /// Another recovery key: backups are sealed for it from now on, older ones are opened by the one before.

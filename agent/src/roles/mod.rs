@@ -48,6 +48,15 @@ impl From<Failure> for RoleError {
     }
 }
 
+/// What is wrong with settings that people wrote, and in which line.
+pub fn settings_in_words(text: &str, error: &toml::de::Error) -> String {
+    let said = tidemark_base::words::in_words("", error.message());
+    match error.span().and_then(|span| text.get(..span.start)) {
+        Some(before) => format!("line {}: {said}", before.matches('\n').count() + 1),
+        None => said,
+    }
+}
+
 /// The host's name, as people know it.
 pub fn host_name() -> String {
     let name = system::host_name();

@@ -118,7 +118,8 @@ impl Owners {
             return Ok(Some(Owner::Programs { folder, id }));
         }
         let text = std::fs::read_to_string(&path).map_err(|error| wrong(&path, &error.to_string()))?;
-        let settings: Settings = toml::from_str(&text).map_err(|error| wrong(&path, error.message()))?;
+        let settings: Settings =
+            toml::from_str(&text).map_err(|error| wrong(&path, &super::settings_in_words(&text, &error)))?;
         match settings {
             Settings { qemu: Some(QemuOwner { qmp, guest_agent }), libvirt: None } => {
                 Ok(Some(Owner::Qemu { qmp, guest_agent }))

@@ -62,7 +62,7 @@ impl Config {
             help: "write it as packaging/tidemark.toml shows, or run a role of an all-in-one with --dir".to_owned(),
         };
         let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
-        toml::from_str(&text).map_err(|error| wrong(error.to_string()))
+        toml::from_str(&text).map_err(|error| wrong(super::settings_in_words(&text, &error)))
     }
 
     pub fn of(self, role: Role) -> Option<RoleConfig> {

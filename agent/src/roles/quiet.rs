@@ -123,7 +123,7 @@ fn settings(top: &Path, folder: &Path, path: &Path) -> Result<Settings, FreezeEr
     }
     let wrong = |reason: String| FreezeError::Settings { path: path.to_owned(), reason };
     let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
-    toml::from_str(&text).map_err(|error| wrong(error.message().to_owned()))
+    toml::from_str(&text).map_err(|error| wrong(super::settings_in_words(&text, &error)))
 }
 
 /// How a PostgreSQL is stopped cleanly, so that what lies on its disk is a database that was shut down, and started again as it was.

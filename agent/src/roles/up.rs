@@ -104,7 +104,7 @@ async fn enrol(
     };
     if let Outcome::Waiting { registration: id } = register(registration(false), |_| ()).await? {
         // Whoever may start everything here may approve it as well.
-        blocking(move || registrar.decide(&id, true)).await?;
+        blocking(move || registrar.decide(&id, true, None)).await?;
         register(registration(true), |_| ()).await?;
     }
     Ok(())

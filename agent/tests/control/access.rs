@@ -186,12 +186,87 @@ async fn every_refusal_has_the_same_shape() {
         ("GET", "/events?after=x", "", 400),
         ("DELETE", "/machines/web?force=perhaps", "", 400),
         ("GET", "/nonesuch", "", 404),
+        ("GET", "/machines/nonesuch", "", 404),
+        ("PATCH", "/machines", "", 405),
         ("POST", "/policies", "{", 400),
+        ("DELETE", "/users/admin", "", 409),
     ] {
         let (status, head, refused) = raw(&site, method, path, &[], body).await;
         assert_eq!((status, header(&head, "content-type").as_str()), (expected, "application/json"), "{path}");
-        for field in ["error", "help"] {
+        for field in ["error", "help", "kind"] {
             assert!(refused[field].as_str().is_some_and(|text| !text.is_empty()), "{path}: {refused}");
+        }
+        let kind = match expected {
+            400 => "bad_request",
+            404 => "not_found",
+            405 => "method_not_allowed",
+            409 => "conflict",
+            _ => "too_large",
+        };
+        assert_eq!(refused["kind"], kind, "{path}: {refused}");
+    }
+    // Those that come before any operation.
+    let key = [("Idempotency-Key", "one")];
+    assert_eq!(raw(&site, "POST", "/policies", &key, r#"{"name":"gold"}"#).await.0, 200);
+    let (status, _, reused) = raw(&site, "POST", "/policies", &key, r#"{"name":"lead"}"#).await;
+    assert_eq!((status, &reused["kind"]), (422, &json!("key_reused")));
+    let (status, _, refused) = raw(&site, "POST", "/users", &[("If-Match", "\"1\"")], "").await;
+    assert_eq!((status, &refused["kind"]), (400, &json!("bad_request")));
+    let (status, _, unknown) = raw(&site, "GET", "/users", &[("Authorization", "Bearer x")], "").await;
+    assert!(status != 401 || unknown["kind"] == "unauthenticated", "{unknown}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_a_request_is_said_in_plain_words() {
+    let site = Site::start().await;
+    for (method, path, body, words) in [
+        ("POST", "/users", r#"{"name":"eve"}"#, "`role` is missing"),
+        (
+            "POST",
+            "/users",
+            r#"{"name":"eve","role":"king"}"#,
+            "`role` cannot be \"king\"; it can be reader, operator, administrator",
+        ),
+        (
+            "POST",
+            "/users",
+            r#"{"name":"eve","role":"reader","rank":1}"#,
+            "`rank` is not known there; known: name, role",
+        ),
+        ("POST", "/users", r#"{"name":7,"role":"reader"}"#, "`name` is the number 7, and must be text"),
+        ("POST", "/users", "[]", "it is a list, and must be an object"),
+        ("POST", "/users", "{\n \"name\": }", "line 2, column 10"),
+        (
+            "POST",
+            "/tokens",
+            r#"{"user":"eve","lifetime_seconds":-1}"#,
+            "`lifetime_seconds` cannot be the number -1; it must be a whole number, 0 or more",
+        ),
+        (
+            "POST",
+            "/plans",
+            r#"{"name":"p","steps":[{"action":{"machines":["web"]}},{}]}"#,
+            "`steps[1].action` is missing",
+        ),
+        (
+            "POST",
+            "/policies",
+            r#"{"name":"p","frequency":"7s"}"#,
+            "`frequency` cannot be \"7s\"; it can be continuous, 30s, 5m, 15m",
+        ),
+        ("GET", "/events?after=x", "", "`after` must be a whole number, 0 or more"),
+        (
+            "GET",
+            "/jobs?state=asleep",
+            "",
+            "`state` cannot be \"asleep\"; it can be running, succeeded, failed, cancelled",
+        ),
+    ] {
+        let (status, _, refused) = raw(&site, method, path, &[], body).await;
+        let said = refused["error"].as_str().unwrap_or_default();
+        assert!(status == 400 && said.contains(words), "{path} {body}: {refused}");
+        for raw in ["at line", "missing field", "unknown variant", "expected struct", "invalid type", "deserialize"] {
+            assert!(!said.contains(raw), "{path} {body}: {refused}");
         }
     }
 }

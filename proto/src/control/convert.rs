@@ -9,8 +9,8 @@ use uuid::Uuid;
 use super::model::*;
 use super::policy::*;
 use super::{
-    ADDRESSES_MAX, DISKS_MAX, EVENTS_MAX, GROUP_MACHINES_MAX, HOLD_LIMIT_MAX, NEIGHBOURS_MAX, SERVERS_MAX, TEXT_BYTES_MAX, VERSION,
-    wire,
+    ADDRESSES_MAX, DISKS_MAX, EVENTS_MAX, GROUP_MACHINES_MAX, HOLD_LIMIT_MAX, NEIGHBOURS_MAX, SERVERS_MAX,
+    TEXT_BYTES_MAX, VERSION, wire,
 };
 
 /// Why a message cannot be used.

@@ -1,20 +1,23 @@
 //! Who a request is from, and what they may do.
 
 use std::io;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use axum::extract::{Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, StreamExt};
-use serde_json::json;
 use tidemark_base::Clock;
 use tidemark_base::storage::{Storage, replace_file};
+use tidemark_proto::control::Severity;
 use uuid::Uuid;
 
+use super::refusals::refusal;
 use crate::core::Core;
+use crate::history::{Actor, News};
 use crate::identity::hex_encode;
 use crate::model::UserRole;
 
@@ -34,6 +37,21 @@ pub struct Access {
 pub struct Caller {
     pub user: String,
     pub role: UserRole,
+    /// Where the request came from.
+    pub address: Option<IpAddr>,
+}
+
+impl Caller {
+    /// As events name whoever did something.
+    pub fn actor(&self) -> Actor {
+        Actor { user: self.user.clone(), address: self.address.map(|address| address.to_string()) }
+    }
+
+    /// Leaves an event of what was done.
+    pub fn did(&self, core: &Core, kind: &'static str, message: String) {
+        let news = News { severity: Severity::Info, kind, machine: None, message, help: String::new() };
+        core.history.note_by(Some(self.actor()), news);
+    }
 }
 
 /// In the configuration server's folder.
@@ -60,7 +78,7 @@ impl Access {
         let digest = blake3::hash(given.trim().as_bytes());
         // `blake3::Hash` compares in constant time.
         if digest == *self.token.lock().expect("no panic while held") {
-            return Some(Caller { user: FIRST_USER.to_owned(), role: UserRole::Administrator });
+            return Some(Caller { user: FIRST_USER.to_owned(), role: UserRole::Administrator, address: None });
         }
         // Finding a digest tells nothing of the token: nobody can choose what it hashes to.
         let (state, digest, now) = (core.store.state(), hex_encode(digest.as_bytes()), core.clock.wall_now());
@@ -69,7 +87,7 @@ impl Access {
             return None;
         }
         let user = state.users.get(&token.user)?;
-        Some(Caller { user: token.user.clone(), role: user.role })
+        Some(Caller { user: token.user.clone(), role: user.role, address: None })
     }
 }
 
@@ -114,11 +132,9 @@ impl Ticket {
 }
 
 pub fn no_token() -> Response {
-    let body = json!({
-        "error": "the request shows no valid token",
-        "help": "send `Authorization: Bearer TOKEN`; the token is in the file that the server's ready line names (--token-file)",
-    });
-    (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, "Bearer")], axum::Json(body)).into_response()
+    let help = "send `Authorization: Bearer TOKEN`; the token is in the file that the server's ready line names (--token-file)";
+    let refused = refusal(StatusCode::UNAUTHORIZED, "the request shows no valid token", help);
+    ([(header::WWW_AUTHENTICATE, "Bearer")], refused).into_response()
 }
 
 /// Refuses whoever does not show a token, and notes who it is.
@@ -131,6 +147,9 @@ pub async fn require_token(
     let Some(caller) = access.caller(&core, header.as_ref()) else {
         return no_token();
     };
+    let from = request.extensions().get::<ConnectInfo<super::listen::From>>();
+    let address = from.map(|ConnectInfo(super::listen::From(from))| from.ip().to_canonical());
+    let caller = Caller { address, ..caller };
     request.extensions_mut().insert(caller.clone());
     request.extensions_mut().insert(Ticket { core, access, header, caller });
     next.run(request).await
@@ -141,17 +160,10 @@ pub async fn guard(State(needed): State<UserRole>, request: Request, next: Next)
     match request.extensions().get::<Caller>() {
         Some(caller) if caller.role >= needed => next.run(request).await,
         caller => {
-            let name = |role: UserRole| match role {
-                UserRole::Reader => "reader",
-                UserRole::Operator => "operator",
-                UserRole::Administrator => "administrator",
-            };
-            let who = caller.map_or("nobody".to_owned(), |caller| format!("{} ({})", caller.user, name(caller.role)));
-            let body = json!({
-                "error": format!("this needs the role {}; the token is of {who}", name(needed)),
-                "help": "use the token of somebody who has it, or have an administrator change the user's role",
-            });
-            (StatusCode::FORBIDDEN, axum::Json(body)).into_response()
+            let who = caller.map_or("nobody".to_owned(), |caller| format!("{} ({})", caller.user, caller.role.name()));
+            let error = format!("this needs the role {}; the token is of {who}", needed.name());
+            let help = "use the token of somebody who has it, or have an administrator change the user's role";
+            refusal(StatusCode::FORBIDDEN, error, help)
         }
     }
 }

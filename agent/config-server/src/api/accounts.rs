@@ -15,7 +15,7 @@ use tidemark_proto::control::{Failure, FailureKind, Severity};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::access::{Access, FIRST_USER, new_token};
+use super::access::{Access, Caller, FIRST_USER, new_token};
 use super::repeat::ShownOnce;
 use super::routes::parse;
 use super::{Answer, blocking, ok};
@@ -26,6 +26,7 @@ use crate::model::{ApiToken, PeerRole, User, UserRole};
 use crate::names::{check_label, check_name};
 
 type App = State<Arc<Core>>;
+type Who = axum::Extension<Caller>;
 
 /// Tokens of one user; more are refused.
 const TOKENS_MAX: usize = 100;
@@ -97,7 +98,7 @@ pub async fn list_users(State(core): App) -> Answer {
     ok(std::iter::once(first).chain(others).collect::<Vec<_>>())
 }
 
-pub async fn create_user(State(core): App, body: Bytes) -> Answer {
+pub async fn create_user(State(core): App, who: Who, body: Bytes) -> Answer {
     let UserBody { name, role } = parse(&body)?;
     check_name("user", &name)?;
     let created = core.clock.wall_now();
@@ -106,9 +107,9 @@ pub async fn create_user(State(core): App, body: Bytes) -> Answer {
         format!("there is a user {name:?} already"),
         "`tidemark user set` changes the role; or choose another name",
     );
-    let user = name.clone();
+    let (user, changing) = (name.clone(), core.clone());
     blocking(move || {
-        core.store.change(|state| {
+        changing.store.change(|state| {
             if user == FIRST_USER || state.users.contains_key(&user) {
                 return Err(taken);
             }
@@ -117,6 +118,7 @@ pub async fn create_user(State(core): App, body: Bytes) -> Answer {
         })
     })
     .await?;
+    who.did(&core, "user_created", format!("user {name} was created, with the role {}", role.name()));
     ok(UserBody { name, role })
 }
 
@@ -126,34 +128,34 @@ pub struct RoleBody {
     pub role: UserRole,
 }
 
-pub async fn set_user(State(core): App, Path(name): Path<String>, body: Bytes) -> Answer {
+pub async fn set_user(State(core): App, who: Who, Path(name): Path<String>, body: Bytes) -> Answer {
     let RoleBody { role } = parse(&body)?;
     check_not_first(&name)?;
-    let user = name.clone();
-    blocking(move || {
-        core.store.change(|state| {
-            state
-                .users
-                .get_mut(&user)
-                .ok_or_else(|| not_found("there is no such user", "see `tidemark user list`"))?
-                .role = role;
-            Ok(())
+    let (user, changing) = (name.clone(), core.clone());
+    let before = blocking(move || {
+        changing.store.change(|state| {
+            let user = state.users.get_mut(&user);
+            let user = user.ok_or_else(|| not_found("there is no such user", "see `tidemark user list`"))?;
+            Ok(std::mem::replace(&mut user.role, role))
         })
     })
     .await?;
+    who.did(&core, "user_changed", format!("user {name}, who was {}, is {}", before.name(), role.name()));
     ok(UserBody { name, role })
 }
 
-pub async fn delete_user(State(core): App, Path(name): Path<String>) -> Answer {
+pub async fn delete_user(State(core): App, who: Who, Path(name): Path<String>) -> Answer {
     check_not_first(&name)?;
+    let (user, changing) = (name.clone(), core.clone());
     blocking(move || {
-        core.store.change(|state| {
-            state.users.remove(&name).ok_or_else(|| not_found("there is no such user", "see `tidemark user list`"))?;
-            state.tokens.retain(|_, token| token.user != name);
+        changing.store.change(|state| {
+            state.users.remove(&user).ok_or_else(|| not_found("there is no such user", "see `tidemark user list`"))?;
+            state.tokens.retain(|_, token| token.user != user);
             Ok(())
         })
     })
     .await?;
+    who.did(&core, "user_deleted", format!("user {name} was deleted, with all tokens"));
     ok(json!({}))
 }
 
@@ -173,7 +175,7 @@ pub async fn list_tokens(State(core): App) -> Answer {
     ok(state.tokens.iter().map(|(id, token)| token_info(id, token, None)).collect::<Vec<_>>())
 }
 
-pub async fn create_token(State(core): App, body: Bytes) -> Answer {
+pub async fn create_token(State(core): App, who: Who, body: Bytes) -> Answer {
     let TokenRequest { user, label, lifetime_seconds } = parse(&body)?;
     check_label(&label)?;
     let text = new_token();
@@ -183,9 +185,9 @@ pub async fn create_token(State(core): App, body: Bytes) -> Answer {
     let digest = hex_encode(blake3::hash(text.as_bytes()).as_bytes());
     let token = ApiToken { user, label, digest, created, expires };
     let id: String = Uuid::new_v4().simple().to_string().chars().take(12).collect();
-    let (key, kept) = (id.clone(), token.clone());
+    let (key, kept, changing) = (id.clone(), token.clone(), core.clone());
     blocking(move || {
-        core.store.change(|state| {
+        changing.store.change(|state| {
             if !state.users.contains_key(&kept.user) {
                 return Err(not_found(
                     format!("there is no user {:?} who could have tokens", kept.user),
@@ -204,13 +206,19 @@ pub async fn create_token(State(core): App, body: Bytes) -> Answer {
         })
     })
     .await?;
+    let until = expires.map_or_else(|| "does not expire".to_owned(), |expires| format!("expires at {expires}"));
+    who.did(
+        &core,
+        "token_created",
+        format!("token {id} ({:?}) of user {} was made; it {until}", token.label, token.user),
+    );
     let help = format!("delete it (DELETE /tokens/{id}), and make another with a new key");
     let instead = ShownOnce::new(&format!("the token {id} of {}", token.user), help);
     Ok(shown_once(token_info(&id, &token, Some(text)), instead))
 }
 
 /// Of the first set-up.
-pub async fn rotate_token_file(State(core): App, axum::Extension(access): axum::Extension<Access>) -> Answer {
+pub async fn rotate_token_file(State(core): App, who: Who, axum::Extension(access): axum::Extension<Access>) -> Answer {
     let rotated = access.clone();
     let text = blocking(move || {
         rotated.rotate().map_err(|error| {
@@ -219,27 +227,27 @@ pub async fn rotate_token_file(State(core): App, axum::Extension(access): axum::
     })
     .await?;
     core.backups.set_token(text);
-    core.history.note(News {
+    let news = News {
         severity: Severity::Info,
         kind: "token_rotated",
         machine: None,
         message: format!("the token of {FIRST_USER}, which is in a file, is another one"),
         help: "backups from before hold the old one: rotate it again after one of them was restored".to_owned(),
-    });
+    };
+    core.history.note_by(Some(who.actor()), news);
     ok(json!({}))
 }
 
-pub async fn delete_token(State(core): App, Path(id): Path<String>) -> Answer {
-    blocking(move || {
-        core.store.change(|state| {
-            state
-                .tokens
-                .remove(&id)
-                .ok_or_else(|| not_found("there is no such token", "see `tidemark token list`"))
-                .map(drop)
+pub async fn delete_token(State(core): App, who: Who, Path(id): Path<String>) -> Answer {
+    let (key, changing) = (id.clone(), core.clone());
+    let token = blocking(move || {
+        changing.store.change(|state| {
+            let token = state.tokens.remove(&key);
+            token.ok_or_else(|| not_found("there is no such token", "see `tidemark token list`"))
         })
     })
     .await?;
+    who.did(&core, "token_deleted", format!("token {id} ({:?}) of user {} was deleted", token.label, token.user));
     ok(json!({}))
 }
 
@@ -249,10 +257,14 @@ pub async fn list_passphrases(State(core): App) -> Answer {
     ok(core.registrar.passphrases())
 }
 
-pub async fn create_passphrase(State(core): App, body: Bytes) -> Answer {
+pub async fn create_passphrase(State(core): App, who: Who, body: Bytes) -> Answer {
     let request: PassphraseRequest = parse(&body)?;
     let registrar = core.registrar.clone();
     let made = blocking(move || registrar.create_passphrase(&request)).await?;
+    let of = made.replaces.as_ref().map_or(String::new(), |identity| format!(", in the place of {identity}"));
+    let (role, uses, until) = (made.role.name(), made.uses_left, made.expires);
+    let message = format!("passphrase {} was made: {uses} registrations of the role {role} until {until}{of}", made.id);
+    who.did(&core, "passphrase_created", message);
     let help = format!("delete it (DELETE /passphrases/{}), and make another with a new key", made.id);
     Ok(shown_once(&made, ShownOnce::new(&format!("the passphrase {}", made.id), help)))
 }
@@ -265,9 +277,10 @@ fn shown_once(body: impl Serialize, instead: ShownOnce) -> Response {
     answer
 }
 
-pub async fn delete_passphrase(State(core): App, Path(id): Path<String>) -> Answer {
-    let registrar = core.registrar.clone();
-    blocking(move || registrar.delete_passphrase(&id)).await?;
+pub async fn delete_passphrase(State(core): App, who: Who, Path(id): Path<String>) -> Answer {
+    let (registrar, deleted) = (core.registrar.clone(), id.clone());
+    blocking(move || registrar.delete_passphrase(&deleted)).await?;
+    who.did(&core, "passphrase_deleted", format!("passphrase {id} was deleted"));
     ok(json!({}))
 }
 
@@ -319,15 +332,15 @@ pub async fn list_registrations(State(core): App) -> Answer {
     ok(all.into_iter().map(|(id, of)| registration_info(id, &of)).collect::<Vec<_>>())
 }
 
-pub async fn approve(State(core): App, Path(id): Path<String>) -> Answer {
-    let (registrar, known) = (core.registrar.clone(), id.clone());
-    let decided = blocking(move || registrar.decide(&known, true)).await?;
+pub async fn approve(State(core): App, who: Who, Path(id): Path<String>) -> Answer {
+    let (registrar, known, by) = (core.registrar.clone(), id.clone(), who.actor());
+    let decided = blocking(move || registrar.decide(&known, true, Some(by))).await?;
     ok(registration_info(id, &decided))
 }
 
-pub async fn reject(State(core): App, Path(id): Path<String>) -> Answer {
-    let (registrar, known) = (core.registrar.clone(), id.clone());
-    let decided = blocking(move || registrar.decide(&known, false)).await?;
+pub async fn reject(State(core): App, who: Who, Path(id): Path<String>) -> Answer {
+    let (registrar, known, by) = (core.registrar.clone(), id.clone(), who.actor());
+    let decided = blocking(move || registrar.decide(&known, false, Some(by))).await?;
     ok(registration_info(id, &decided))
 }
 
@@ -341,15 +354,15 @@ pub struct RevokeBody {
     pub reason: String,
 }
 
-pub async fn revoke(State(core): App, Path(id): Path<String>, body: Bytes) -> Answer {
+pub async fn revoke(State(core): App, who: Who, Path(id): Path<String>, body: Bytes) -> Answer {
     let RevokeBody { reason } = parse(&body)?;
     check_label(&reason)?;
     let reason = if reason.is_empty() { "no reason was given".to_owned() } else { reason };
-    let registrar = core.registrar.clone();
-    ok(blocking(move || registrar.set_standing(&id, Some(reason))).await?)
+    let (registrar, by) = (core.registrar.clone(), who.actor());
+    ok(blocking(move || registrar.set_standing(&id, Some(reason), Some(by))).await?)
 }
 
-pub async fn restore(State(core): App, Path(id): Path<String>) -> Answer {
-    let registrar = core.registrar.clone();
-    ok(blocking(move || registrar.set_standing(&id, None)).await?)
+pub async fn restore(State(core): App, who: Who, Path(id): Path<String>) -> Answer {
+    let (registrar, by) = (core.registrar.clone(), who.actor());
+    ok(blocking(move || registrar.set_standing(&id, None, Some(by))).await?)
 }

@@ -32,6 +32,7 @@ const POLL_MAX: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct EventQuery {
     after: Option<u64>,
+    epoch: Option<u64>,
     limit: Option<u64>,
     machine: Option<String>,
     severity: Option<Severity>,
@@ -40,8 +41,9 @@ pub struct EventQuery {
 }
 
 impl EventQuery {
-    fn history(&self) -> history::Query {
-        let EventQuery { after, limit, machine, severity, .. } = self.clone();
+    fn history(&self, core: &Core) -> history::Query {
+        let EventQuery { after, epoch, limit, machine, severity, .. } = self.clone();
+        let after = after.map(|after| core.history.resume(after, epoch));
         history::Query { after, limit, machine, severity }
     }
 }
@@ -60,7 +62,7 @@ pub async fn list(
     let deadline = tokio::time::Instant::now() + Duration::from_secs(query.wait_seconds).min(POLL_MAX);
     loop {
         newest.mark_unchanged();
-        let found = page(&core, query.history()).await?;
+        let found = page(&core, query.history(&core)).await?;
         if !found.is_empty() || query.after.is_none() {
             return ok(found);
         }
@@ -84,10 +86,11 @@ pub async fn follow(
     headers: HeaderMap,
     query: Query<EventQuery>,
 ) -> Response {
-    let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.parse().ok());
+    let last = headers.get("last-event-id").and_then(|value| last_told(value.to_str().ok()?));
     let newest = core.history.newest();
-    let after = query.after.or(last).unwrap_or(*newest.borrow());
-    let query = history::Query { after: Some(after), limit: Some(PAGE_MAX), ..query.history() };
+    let seen = query.after.map(|after| (query.epoch, after)).or(last);
+    let after = seen.map_or(*newest.borrow(), |(epoch, after)| core.history.resume(after, epoch));
+    let query = history::Query { after: Some(after), limit: Some(PAGE_MAX), ..query.history(&core) };
     let following = stream::unfold((core, newest, query, Vec::new().into_iter()), |following| async move {
         let (core, mut newest, mut query, mut waiting) = following;
         loop {
@@ -125,7 +128,15 @@ pub async fn follow(
 
 fn told(stored: &Stored) -> Event {
     let data = serde_json::to_string(stored).expect("an event is plain data");
-    Event::default().id(stored.id.to_string()).event("event").data(data)
+    Event::default().id(format!("{}.{}", stored.epoch, stored.id)).event("event").data(data)
+}
+
+/// Epoch and id, as [`told`] writes them; an older version wrote the id alone.
+fn last_told(text: &str) -> Option<(Option<u64>, u64)> {
+    match text.split_once('.') {
+        Some((epoch, id)) => Some((Some(epoch.parse().ok()?), id.parse().ok()?)),
+        None => Some((None, text.parse().ok()?)),
+    }
 }
 
 /// Server-sent events: the jobs that run, then every change of any.

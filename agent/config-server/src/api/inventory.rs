@@ -3,22 +3,26 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::extract::{Path, Query, State};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tidemark_base::{DiskId, HostId, ServerId, Timestamp};
 use tidemark_proto::control::{DiskUse, Failure, FailureKind, HostDisk, Problem, Volume};
 use tidemark_transport::PeerIdentity;
 use utoipa::ToSchema;
 use utoipa::openapi::schema::Type;
 
+use super::access::Caller;
 use super::operations::{Operation, Operations};
-use super::schema::ProblemSchema;
+use super::schema::{EmptySchema, ProblemSchema};
 use super::{Answer, ok};
 use crate::core::Core;
 use crate::hub::{PeerId, Presence, Report};
 use crate::inventory::Told;
 use crate::model::{self, Machine, Registration, Standing, UserRole};
 use crate::names::bad_request;
+use crate::removal;
 
 type App = State<Arc<Core>>;
 
@@ -27,6 +31,9 @@ pub fn declare(api: &mut Operations) {
     api.get("/hosts", list_hosts, reader("All hosts").answers_list::<HostInfo>());
     let one = reader("A host, by its id or name, with its disks").answers::<HostDetails>();
     api.get("/hosts/{id}", show_host, one);
+    let admin = |summary| Operation::new(UserRole::Administrator, summary).answers::<EmptySchema>();
+    let one = admin("Takes a host that is gone for good out of the inventory, and refuses its identity from then on");
+    api.delete("/hosts/{id}", delete_host, one);
     let list = reader("The disks of all hosts, protected or not, as their agents see them").answers_list::<DiskInfo>();
     let list = list.query("host", Type::String, "Of this host only: its id or name.");
     let list = list.query("unprotected", Type::Boolean, "Only those that are not protected.");
@@ -35,6 +42,11 @@ pub fn declare(api: &mut Operations) {
     api.get("/process-servers", list_servers, list);
     let one = reader("A process server, by its id or name").answers::<ProcessServerInfo>();
     api.get("/process-servers/{id}", show_server, one);
+    let one = admin(
+        "Takes a process server that is gone for good out of the inventory, and refuses its identity from then on",
+    );
+    let force = "Whether replicas that it keeps of machines that are not protected any more are given up.";
+    api.delete("/process-servers/{id}", delete_server, one.query("force", Type::Boolean, force));
 }
 
 /// Whether its certificate is taken.
@@ -227,6 +239,38 @@ async fn show_server(State(core): App, Path(wanted): Path<String>) -> Answer {
     ok(named("process server", servers(&core), &wanted, |server| (&server.id, &server.name))?)
 }
 
+async fn delete_host(State(core): App, who: Extension<Caller>, Path(wanted): Path<String>) -> Answer {
+    let (host, _) = named("host", hosts(&core), &wanted, |(host, _)| (&host.id, &host.name))?;
+    let id = host.id.parse().map_err(|_| bad_request("that is no id of a host", "see `tidemark host list`"))?;
+    removal::host(&core, id, &host.name).await?;
+    who.did(&core, "host_deleted", format!("host {} ({}) was deleted", host.name, host.id));
+    ok(json!({}))
+}
+
+#[derive(Deserialize)]
+struct ForceQuery {
+    #[serde(default)]
+    force: bool,
+}
+
+async fn delete_server(
+    State(core): App,
+    who: Extension<Caller>,
+    Path(wanted): Path<String>,
+    query: Query<ForceQuery>,
+) -> Answer {
+    let server = named("process server", servers(&core), &wanted, |server| (&server.id, &server.name))?;
+    if server.asked.is_some() {
+        let message = format!("process server {} has not connected yet", server.name);
+        let help = "reject its registration: `tidemark process-server reject`";
+        return Err(Failure::new(FailureKind::Conflict, message, help).into());
+    }
+    let wrong = |_| bad_request("that is no id of a process server", "see `tidemark process-server list`");
+    removal::server(&core, server.id.parse().map_err(wrong)?, &server.name, query.force).await?;
+    who.did(&core, "process_server_deleted", format!("process server {} ({}) was deleted", server.name, server.id));
+    ok(json!({}))
+}
+
 /// By its id, or by a name that only one has.
 fn named<T>(what: &str, all: Vec<T>, wanted: &str, of: impl Fn(&T) -> (&String, &String)) -> Result<T, Failure> {
     let known = all.iter().map(|one| of(one).1.as_str()).collect::<Vec<_>>().join(", ");
@@ -282,7 +326,7 @@ fn hosts(core: &Core) -> Vec<(HostInfo, Vec<DiskInfo>)> {
     let state = core.store.state();
     // Those that registered, and those that connected.
     let registered = state.identities.iter().filter_map(|(uri, record)| match uri.parse() {
-        Ok(PeerIdentity::Agent(id)) => Some((id, (record.name.clone(), None))),
+        Ok(PeerIdentity::Agent(id)) if !record.deleted => Some((id, (record.name.clone(), None))),
         _ => None,
     });
     let connected = state.hosts.iter().map(|(id, host)| (*id, (host.name.clone(), Some(host.last_seen))));
@@ -383,7 +427,9 @@ fn servers(core: &Core) -> Vec<ProcessServerInfo> {
         .map(|(id, of)| registered(id, of))
         .collect();
     let certified = state.identities.iter().filter_map(|(uri, record)| match uri.parse() {
-        Ok(PeerIdentity::ProcessServer(id)) => Some((id, (record.name.clone(), String::new(), None))),
+        Ok(PeerIdentity::ProcessServer(id)) if !record.deleted => {
+            Some((id, (record.name.clone(), String::new(), None)))
+        }
         _ => None,
     });
     let connected =

@@ -1,6 +1,6 @@
 //! The REST API, `/api/v1`: JSON over TLS, with a bearer token in every request.
 //!
-//! Errors are `{"error": …, "help": …}` with the status that fits. What takes time answers 202 with a job; ask for it at
+//! Errors are `{"kind": …, "error": …, "help": …}` with the status that fits. What takes time answers 202 with a job; ask for it at
 //! `jobs/{id}?version=N&wait_seconds=S`, which answers as soon as it differs from version N. What may be changed by several
 //! people has an `ETag`, which a change can name in `If-Match`; creations take an `Idempotency-Key`. The whole API is told
 //! at `/api/v1/openapi.json`.

@@ -13,7 +13,6 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
 use tidemark_base::{Clock, Timestamp};
 use tidemark_proto::control::{Failure, FailureKind};
 
@@ -144,5 +143,5 @@ fn unavailable(error: DatabaseError) -> Response {
 }
 
 fn refused(status: StatusCode, error: &str, help: &str) -> Response {
-    (status, axum::Json(json!({ "error": error, "help": help }))).into_response()
+    super::refusals::refusal(status, error, help)
 }

@@ -13,11 +13,13 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tidemark_base::Clock;
+use tidemark_base::words::in_words;
 use tidemark_proto::control::{Failure, FailureKind, ServeId, Severity};
 use utoipa::ToSchema;
 use utoipa::openapi::schema::Type;
 use uuid::Uuid;
 
+use super::access::Caller;
 use super::accounts::{
     self, ControlPort, RegistrationInfo, RevokeBody, RoleBody, TokenInfo, TokenRequest, UserBody, UserInfo,
 };
@@ -50,6 +52,7 @@ use crate::{
 };
 
 type App = State<Arc<Core>>;
+type Who = axum::Extension<Caller>;
 
 /// The longest that a poll waits.
 const POLL_MAX: Duration = Duration::from_secs(60);
@@ -228,6 +231,8 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
 
     let list = Operation::new(Reader, "Events, oldest first").answers_list::<history::Stored>();
     let list = list.query("after", Type::Integer, "Only later ones than this id; without it, the newest.");
+    let epoch = "The epoch of the event with that id: where the configuration was restored since, those of after the restore follow.";
+    let list = list.query("epoch", Type::Integer, epoch);
     let list = list.query("limit", Type::Integer, "At most so many, up to 1000.");
     let list = list.query("machine", Type::String, "Of this machine only.");
     let list = list.query("severity", Type::String, "`info`, `warning` or `critical`, and worse.");
@@ -235,6 +240,7 @@ pub fn router(core: Arc<Core>, access: Access, control_port: u16) -> Router {
     api.get("/events", events::list, list);
     let one = Operation::new(Reader, "Events as they happen, as server-sent events").answers_plain("text/event-stream");
     let one = one.query("after", Type::Integer, "Begins after this id; so does the header `Last-Event-ID`.");
+    let one = one.query("epoch", Type::Integer, epoch);
     api.get("/events/stream", events::follow, one);
     let list = Operation::new(Reader, "What lasts and needs someone, the worst first");
     api.get("/alerts", events::alerts, list.answers_list::<events::ListedAlert>());
@@ -360,10 +366,8 @@ async fn nothing_there() -> Answer {
 }
 
 async fn wrong_method() -> axum::response::Response {
-    let failure = bad_request("this address does not take that method", "see the documentation of the API");
-    let mut answer = ApiError::from(failure).into_response();
-    *answer.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
-    answer
+    let help = "the document of the API, /api/v1/openapi.json, says which it takes";
+    super::refusals::refusal(StatusCode::METHOD_NOT_ALLOWED, "this address does not take that method", help)
 }
 
 // ---- backups
@@ -628,9 +632,11 @@ async fn list_policies(State(core): App) -> Answer {
     ok(policies::list(&core))
 }
 
-async fn create_policy(State(core): App, body: Bytes) -> Answer {
+async fn create_policy(State(core): App, who: Who, body: Bytes) -> Answer {
     let request: CreatePolicy = parse(&body)?;
+    let settings = policies::in_words(&request.settings);
     let created = policies::create(&core, &request.name, request.settings)?;
+    who.did(&core, "policy_created", format!("policy {} was created: {settings}", request.name));
     versioned(created, core.store.revision("policies", &request.name))
 }
 
@@ -640,13 +646,17 @@ async fn show_policy(State(core): App, Path(name): Path<String>) -> Answer {
     versioned(policies::show(&name, machines::find_policy(&state, &name)?), revision)
 }
 
-async fn set_policy(State(core): App, Path(name): Path<String>, headers: HeaderMap, body: Bytes) -> Answer {
-    let changed = policies::set(&core, &name, parse(&body)?, expected(&headers)?).await?;
+async fn set_policy(State(core): App, who: Who, Path(name): Path<String>, headers: HeaderMap, body: Bytes) -> Answer {
+    let asked: Map<String, Value> = parse(&body)?;
+    let settings = policies::in_words(&asked);
+    let changed = policies::set(&core, &name, asked, expected(&headers)?).await?;
+    who.did(&core, "policy_changed", format!("policy {name} was changed: {settings}"));
     versioned(changed, core.store.revision("policies", &name))
 }
 
-async fn delete_policy(State(core): App, Path(name): Path<String>, headers: HeaderMap) -> Answer {
+async fn delete_policy(State(core): App, who: Who, Path(name): Path<String>, headers: HeaderMap) -> Answer {
     policies::delete(&core, &name, expected(&headers)?)?;
+    who.did(&core, "policy_deleted", format!("policy {name} was deleted"));
     ok(json!({}))
 }
 
@@ -774,10 +784,11 @@ async fn list_channels(State(core): App) -> Answer {
     ok(deliver::list(&core))
 }
 
-async fn create_channel(State(core): App, body: Bytes) -> Answer {
+async fn create_channel(State(core): App, who: Who, body: Bytes) -> Answer {
     let CreateChannel { name, severity, webhook, mail } = parse(&body)?;
     let channel = deliver::Channel { severity: severity.unwrap_or(Severity::Warning), webhook, mail };
     let created = deliver::create(&core, &name, channel)?;
+    who.did(&core, "channel_created", format!("channel {name} was created: {} to {}", created.kind, created.to));
     versioned(created, core.store.revision("channels", &name))
 }
 
@@ -785,8 +796,9 @@ async fn show_channel(State(core): App, Path(name): Path<String>) -> Answer {
     versioned(deliver::get(&core, &name)?, core.store.revision("channels", &name))
 }
 
-async fn delete_channel(State(core): App, Path(name): Path<String>, headers: HeaderMap) -> Answer {
+async fn delete_channel(State(core): App, who: Who, Path(name): Path<String>, headers: HeaderMap) -> Answer {
     deliver::delete(&core, &name, expected(&headers)?)?;
+    who.did(&core, "channel_deleted", format!("channel {name} was deleted"));
     ok(json!({}))
 }
 
@@ -856,8 +868,19 @@ async fn list_peers(State(core): App) -> Answer {
 /// An empty body is an empty object.
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let body = if body.is_empty() { b"{}" } else { body };
-    serde_json::from_slice(body).map_err(|error| {
-        bad_request(format!("the request's body is not what is expected: {error}"), "send a JSON object").into()
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let read = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let path = error.path().to_string();
+        (path, error.into_inner())
+    });
+    let read = read.and_then(|read| json.end().map(|()| read).map_err(|error| (String::new(), error)));
+    read.map_err(|(path, error)| {
+        let help = "send a JSON object; the document of the API, /api/v1/openapi.json, says what may be in it";
+        let what = match error.is_data() {
+            true => in_words(&path, &error.to_string()),
+            false => format!("it is no JSON: {}", in_words("", &error.to_string())),
+        };
+        bad_request(format!("the request's body is not what is expected: {what}"), help).into()
     })
 }
 

@@ -64,8 +64,9 @@ pub struct FailureSchema {
     error: String,
     /// What to do; may be empty.
     help: String,
-    /// `bad_request`, `not_found`, `conflict`, `unavailable`, `timed_out`, `damaged` or `failed`.
-    kind: Option<String>,
+    /// For programs: `bad_request`, `not_found`, `conflict`, `unavailable`, `timed_out`, `damaged` or `failed`; of a request that comes to no
+    /// operation also `unauthenticated`, `forbidden`, `method_not_allowed`, `too_large`, `unsupported_media_type` or `key_reused`.
+    kind: String,
 }
 
 /// A point that is served.

@@ -196,7 +196,7 @@ pub fn take_restored(database: &Database) -> Result<Option<String>, DatabaseErro
     Ok(told)
 }
 
-fn fact(database: &Database, id: &str) -> Result<Option<String>, DatabaseError> {
+pub fn fact(database: &Database, id: &str) -> Result<Option<String>, DatabaseError> {
     let rows = database.read(Statement::new("SELECT value FROM facts WHERE id = $1", [id.into()]))?;
     Ok(rows.first().map(|row| row[0].text().to_owned()))
 }

@@ -3,10 +3,11 @@
 use super::{Backend, DatabaseError, Statement, Value};
 
 /// The version of the tables that this build writes.
-pub const VERSION: i64 = 5;
+pub const VERSION: i64 = 6;
 
 /// What each version adds to the one before. Never changed once released: a database may stand at any of them.
-const MIGRATIONS: [&[&str]; VERSION as usize] = [FIRST, GROUPS_AND_CHANNELS, KEPT_REPLICAS, PLANS, INVENTORIES];
+const MIGRATIONS: [&[&str]; VERSION as usize] =
+    [FIRST, GROUPS_AND_CHANNELS, KEPT_REPLICAS, PLANS, INVENTORIES, WHO_DID_IT];
 
 const GROUPS_AND_CHANNELS: &[&str] = &[
     "CREATE TABLE machine_groups (id TEXT PRIMARY KEY, revision BIGINT NOT NULL, body TEXT NOT NULL)",
@@ -21,6 +22,9 @@ const PLANS: &[&str] = &["CREATE TABLE plans (id TEXT PRIMARY KEY, revision BIGI
 // What agents told, as it was told; they tell it again whenever they connect.
 const INVENTORIES: &[&str] =
     &["CREATE TABLE inventories (id TEXT PRIMARY KEY, time BIGINT NOT NULL, body TEXT NOT NULL)"];
+
+// Who did what an event tells of, and which alert it is about: JSON.
+const WHO_DID_IT: &[&str] = &["ALTER TABLE events ADD COLUMN actor TEXT", "ALTER TABLE events ADD COLUMN alert TEXT"];
 
 const FIRST: &[&str] = &[
     // One row a thing that is wanted; `revision` counts its changes, for `If-Match`.

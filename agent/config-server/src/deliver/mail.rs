@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt as _, AsyncWrite, Async
 use tokio::net::TcpStream;
 
 use super::{Mail, MailTls, webhook};
-use crate::history::Stored;
+use crate::history::{AlertState, Stored};
 
 /// A reply of a server: some lines of at most 512 bytes each.
 const REPLY_BYTES_MAX: u64 = 64 << 10;
@@ -190,12 +190,20 @@ fn message(mail: &Mail, event: &Stored) -> String {
     let of = event.machine.as_ref().map_or(String::new(), |machine| format!(" {machine}:"));
     let subject = line(&format!("[tidemark {}]{of} {}", event.severity, event.message));
     let mut body = format!("{}\n\n", event.message);
+    let alert = event.alert.as_ref();
+    let state = alert.map(|alert| match alert.state {
+        AlertState::Raised => "raised",
+        AlertState::Cleared => "cleared",
+    });
     for (name, text) in [
         ("help", event.help.as_str()),
         ("machine", event.machine.as_deref().unwrap_or_default()),
         ("time", &event.time.to_string()),
-        ("severity", &event.severity),
+        ("severity", alert.map_or(&event.severity, |alert| &alert.severity)),
         ("source", &event.source),
+        ("alert", alert.map_or("", |alert| &alert.id)),
+        ("state", state.unwrap_or_default()),
+        ("since", &alert.map_or_else(String::new, |alert| alert.since.to_string())),
         ("event", &event.id.to_string()),
     ] {
         if !text.is_empty() {
@@ -289,12 +297,56 @@ mod tests {
             kind: "alert_raised".to_owned(),
             message: "what happened".to_owned(),
             help: String::new(),
+            epoch: 1,
+            actor: None,
+            alert: None,
         };
         let refused = send(&mail, &mail.to, &event).await.unwrap();
         let told: Vec<_> = refused.iter().map(|refused| (refused.to.as_str(), refused.is_final)).collect();
         assert_eq!(told, [("never@y.example", true), ("later@y.example", false)]);
         let nobody = send(&mail, &to(&["never", "later"]), &event).await.unwrap_err();
         assert!(nobody.contains("never@y.example") && nobody.contains("550"), "{nobody}");
+    }
+
+    #[test]
+    fn a_mail_says_which_alert_it_is_about() {
+        let mail = Mail {
+            server: "x:25".to_owned(),
+            tls: MailTls::None,
+            user: None,
+            password: None,
+            from: "t@x.example".to_owned(),
+            to: vec!["a@y.example".to_owned()],
+            ca: None,
+        };
+        let event = Stored {
+            id: 7,
+            time: tidemark_base::Timestamp(5_000_000_000),
+            severity: "info".to_owned(),
+            source: "configuration server".to_owned(),
+            machine: None,
+            disk: None,
+            kind: "alert_cleared".to_owned(),
+            message: "no more: it burns".to_owned(),
+            help: String::new(),
+            epoch: 1,
+            actor: None,
+            alert: Some(crate::history::AlertNote {
+                id: "peer/1/absence".to_owned(),
+                kind: "no_contact".to_owned(),
+                state: AlertState::Cleared,
+                severity: "critical".to_owned(),
+                since: tidemark_base::Timestamp(3_000_000_000),
+            }),
+        };
+        let text = message(&mail, &event);
+        let body = text.split_once("\r\n\r\n").unwrap().1.trim_end_matches(".\r\n").replace("\r\n", "");
+        let body = String::from_utf8(STANDARD.decode(body).unwrap()).unwrap();
+        for line in
+            ["severity: critical", "alert: peer/1/absence", "state: cleared", "since: 1970-01-01T00:00:03", "event: 7"]
+        {
+            assert!(body.lines().any(|told| told.starts_with(line)), "{line}: {body}");
+        }
     }
 
     #[test]

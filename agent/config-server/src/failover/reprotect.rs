@@ -71,7 +71,7 @@ pub fn start(core: &Arc<Core>, name: &str, request: ReprotectRequest) -> Result<
     let method = method.transpose()?;
     refuse_phase(name, &state::find(&after::find_returning(core, name)?)?)?;
     let (core, name) = (core.clone(), name.to_owned());
-    core.jobs.clone().start("reprotect", Some(&name.clone()), |progress| async move {
+    core.jobs.clone().start_or_check("reprotect", Some(&name.clone()), request.check_only, |progress| async move {
         run(&core, &progress, &name, method, request).await
     })
 }

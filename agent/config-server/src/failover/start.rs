@@ -89,7 +89,7 @@ pub fn start(core: &Arc<Core>, name: &str, kind: Kind, request: StartRequest) ->
         Kind::Planned => "failover_planned",
         Kind::Unplanned => "failover_unplanned",
     };
-    core.jobs.clone().start(job, Some(&name.clone()), |progress| async move {
+    core.jobs.clone().start_or_check(job, Some(&name.clone()), request.check_only, |progress| async move {
         let _lock = core.lock(&name).await;
         run(&core, &progress, &name, kind, request, asked).await
     })

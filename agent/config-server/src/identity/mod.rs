@@ -25,7 +25,7 @@ use tidemark_proto::control::{
 use tidemark_transport::{Authority, PeerIdentity, Role, certificate_digest};
 use tokio::sync::watch;
 
-use crate::history::{History, News};
+use crate::history::{Actor, History, News};
 use crate::hub::{PeerId, Registry};
 use crate::inventory::Told;
 use crate::model::{
@@ -442,12 +442,14 @@ impl Registrar {
             registered: now,
             certificates: Vec::new(),
             standing: Standing::Good,
+            deleted: false,
         });
         if replaces {
             record.certificates.iter_mut().for_each(|certificate| certificate.denied = true);
             record.standing = Standing::Good;
             record.registered = now;
         }
+        record.deleted &= record.standing != Standing::Good;
         record.name = name.to_owned();
         note_certificate(record, &certificate, now);
         Ok(Registered::Issued { identity: uri, certificate: hex_encode(&certificate) })
@@ -469,7 +471,7 @@ impl Registrar {
     }
 
     /// By id, or by name where only one has it.
-    pub fn decide(&self, id: &str, approve: bool) -> Result<Registration, Failure> {
+    pub fn decide(&self, id: &str, approve: bool, by: Option<Actor>) -> Result<Registration, Failure> {
         let decided = self.store.change(|state| {
             let named: Vec<String> = state
                 .registrations
@@ -497,7 +499,7 @@ impl Registrar {
             rejected.truncate(WAITING_MAX);
             rejected.push_front(registration);
         }
-        self.history.note(News {
+        let news = News {
             severity: Severity::Info,
             kind: if approve { "registration_approved" } else { "registration_rejected" },
             machine: None,
@@ -507,7 +509,8 @@ impl Registrar {
                 if approve { "approved" } else { "rejected" }
             ),
             help: String::new(),
-        });
+        };
+        self.history.note_by(by, news);
         Ok(decided)
     }
 
@@ -535,7 +538,7 @@ impl Registrar {
     }
 
     /// Refuses an identity from now on, or, with no reason, takes it again.
-    pub fn set_standing(&self, id: &str, revoke: Option<String>) -> Result<IdentityInfo, Failure> {
+    pub fn set_standing(&self, id: &str, revoke: Option<String>, by: Option<Actor>) -> Result<IdentityInfo, Failure> {
         let now = self.clock.wall_now();
         let uri = self.store.change(|state| {
             let uri = find_any_identity(state, id)?;
@@ -544,19 +547,36 @@ impl Registrar {
                     Some(reason) => Standing::Revoked { since: now, reason: reason.clone() },
                     None => Standing::Good,
                 };
+                record.deleted &= revoke.is_some();
             }
             Ok(uri)
         })?;
-        self.denials.send_modify(|version| *version += 1);
-        self.history.note(News {
-            severity: if revoke.is_some() { Severity::Warning } else { Severity::Info },
-            kind: if revoke.is_some() { "identity_revoked" } else { "identity_restored" },
-            machine: None,
-            message: format!("{uri} is {}", if revoke.is_some() { "refused from now on" } else { "taken again" }),
-            help: String::new(),
-        });
+        self.tell_denials();
+        let name = self.store.state().identities.get(&uri).map_or_else(String::new, |record| record.name.clone());
+        let news = match &revoke {
+            Some(reason) => News {
+                severity: Severity::Warning,
+                kind: "identity_revoked",
+                machine: None,
+                message: format!("{uri} ({name}) is refused from now on: {reason}"),
+                help: String::new(),
+            },
+            None => News {
+                severity: Severity::Info,
+                kind: "identity_restored",
+                machine: None,
+                message: format!("{uri} ({name}) is taken again"),
+                help: String::new(),
+            },
+        };
+        self.history.note_by(by, news);
         let known = self.identities().into_iter().find(|known| known.identity == uri);
         known.ok_or_else(|| not_found(format!("{uri} is gone"), "see `tidemark identity list`"))
+    }
+
+    /// Who is refused changed.
+    pub fn tell_denials(&self) {
+        self.denials.send_modify(|version| *version += 1);
     }
 
     /// Who is refused, for process servers and agents.
@@ -642,6 +662,7 @@ impl Registry for Registrar {
                 registered: now,
                 certificates: Vec::new(),
                 standing: Standing::Good,
+                deleted: false,
             });
             if let Some(digest) = digest.filter(|digest| record.certificates.iter().all(|of| of.digest != *digest)) {
                 let expires = Timestamp(now.0 + tidemark_transport::identity::LEAF_LIFETIME.as_nanos() as u64);
@@ -752,6 +773,24 @@ fn note_certificate(record: &mut IdentityRecord, certificate: &[u8], now: Timest
     record.certificates.push(IssuedCertificate { digest, expires, denied: false });
 }
 
+/// Of a host or a process server that is gone for good: it is refused, and nothing is shown of it. Its record stays until its certificates are
+/// over: without one it would be taken for new.
+pub fn forget(state: &mut State, identity: PeerIdentity, name: &str, now: Timestamp) {
+    let uri = identity.to_string();
+    state.identities.retain(|_, record| !record.deleted || record.certificates.iter().any(|of| !is_over(of, now)));
+    state.passphrases.retain(|_, passphrase| passphrase.replaces.as_ref() != Some(&uri));
+    state.registrations.retain(|_, waiting| waiting.identity != uri);
+    let record = state.identities.entry(uri).or_insert_with(|| IdentityRecord {
+        name: name.to_owned(),
+        registered: now,
+        certificates: Vec::new(),
+        standing: Standing::Good,
+        deleted: true,
+    });
+    record.standing = Standing::Revoked { since: now, reason: "it was deleted".to_owned() };
+    record.deleted = true;
+}
+
 /// No grace is left for it.
 fn is_over(certificate: &IssuedCertificate, now: Timestamp) -> bool {
     now.saturating_since(certificate.expires) > tidemark_transport::tls::EXPIRY_GRACE
@@ -786,12 +825,12 @@ fn name_identity(state: &mut State, identity: PeerIdentity, name: &str) {
 
 /// A URI, an id, or a name that only one has.
 fn find_any_identity(state: &State, text: &str) -> Result<String, Failure> {
-    let found: Vec<&String> = state
-        .identities
-        .iter()
-        .filter(|(uri, record)| *uri == text || uri.ends_with(&format!("/{text}")) || record.name == text)
-        .map(|(uri, _)| uri)
-        .collect();
+    let is_meant = |uri: &str, record: &IdentityRecord| {
+        // Whoever was deleted has no name any more: another one may have it by now.
+        uri == text || uri.ends_with(&format!("/{text}")) || record.name == text && !record.deleted
+    };
+    let found: Vec<&String> =
+        state.identities.iter().filter(|(uri, record)| is_meant(uri, record)).map(|(uri, _)| uri).collect();
     match found.as_slice() {
         [uri] => Ok((*uri).clone()),
         [] => Err(not_found(format!("nobody is registered as {}", short(text)), "see `tidemark identity list`")),

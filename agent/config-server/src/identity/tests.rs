@@ -131,7 +131,7 @@ fn a_process_server_waits_for_approval_and_asks_again_with_its_key() {
     assert_eq!(registrar.register(HERE, &anew).unwrap(), Registered::Waiting { registration: registration.clone() });
     let foreign = request(PeerRole::ProcessServer, &text, &other);
     assert!(message(registrar.register(HERE, &foreign).unwrap_err()).contains("used up"));
-    registrar.decide("web-1", true).unwrap();
+    registrar.decide("web-1", true, None).unwrap();
     let (identity, first) = issued(registrar.register(HERE, &asked).unwrap());
     // The answer was lost on its way: it asks again.
     let (again, certificate) = issued(registrar.register(HERE, &asked).unwrap());
@@ -144,7 +144,7 @@ fn a_process_server_waits_for_approval_and_asks_again_with_its_key() {
     let text = passphrase(&registrar, PeerRole::ProcessServer, 1, None);
     let asked = request(PeerRole::ProcessServer, &text, &other);
     registrar.register(HERE, &asked).unwrap();
-    registrar.decide("web-1", false).unwrap();
+    registrar.decide("web-1", false, None).unwrap();
     assert!(message(registrar.register(HERE, &asked).unwrap_err()).contains("rejected by an administrator"));
     assert!(message(registrar.register(HERE, &asked).unwrap_err()).contains("used up"), "it heard it");
 }
@@ -162,7 +162,7 @@ fn a_host_that_was_installed_again_gets_its_id_with_consent_and_its_old_certific
     admit(&old).unwrap();
     admit(&renewed).unwrap();
 
-    registrar.set_standing("web-1", Some("stolen".into())).unwrap();
+    registrar.set_standing("web-1", Some("stolen".into()), None).unwrap();
     assert!(admit(&renewed).unwrap_err().message.contains("stolen"));
     assert!(registrar.renew(identity, Some(certificate_digest(&old)), renewal.request()).is_err());
     assert_eq!(registrar.deny_list().identities, [identity.to_string()]);
@@ -195,6 +195,6 @@ fn an_identity_that_is_used_twice_is_refused_until_somebody_decides() {
     registrar.fence(identity);
     assert!(denials.has_changed().unwrap());
     assert!(registrar.admit(identity, Some([1; 32]), "web-1").unwrap_err().message.contains("two live processes"));
-    registrar.set_standing("web-1", None).unwrap();
+    registrar.set_standing("web-1", None, None).unwrap();
     registrar.admit(identity, Some([1; 32]), "web-1").unwrap();
 }

@@ -72,7 +72,7 @@ fn begin(core: &Arc<Core>, name: &str, kind: RunKind, request: RunRequest) -> Re
         (false, _) => "plan_run",
     };
     let (core, name) = (core.clone(), name.to_owned());
-    core.jobs.clone().start(job, None, |progress| async move {
+    core.jobs.clone().start_or_check(job, None, request.dry_run, |progress| async move {
         let _lock = core.lock(&lock_name(&name)).await;
         let plan = find(&core.store.state(), &name)?.clone();
         refuse_open(&name, plan.run.as_ref(), request.dry_run)?;
