@@ -51,6 +51,8 @@ pub struct Core {
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// Why what is wanted of a machine could not be done, as of the last try.
     unsettled: Mutex<HashMap<(MachineId, Side), Failure>>,
+    /// Machines that failed over without us, as of the last answer of their process servers: what happened, and what to do.
+    taken_over: Mutex<HashMap<MachineId, Failure>>,
 }
 
 /// The two sides that must agree to what is wanted of a machine.
@@ -87,6 +89,7 @@ impl Core {
             folder: OnceLock::new(),
             locks: Mutex::default(),
             unsettled: Mutex::default(),
+            taken_over: Mutex::default(),
         })
     }
 
@@ -161,6 +164,19 @@ impl Core {
         if failure.is_some() {
             self.failed.send_modify(|failures| *failures += 1);
         }
+    }
+
+    /// Notes whether a machine failed over without us.
+    pub fn note_taken_over(&self, machine: MachineId, taken: Option<Failure>) {
+        let mut all = self.taken_over.lock().expect("no panic while held");
+        match taken {
+            Some(taken) => all.insert(machine, taken),
+            None => all.remove(&machine),
+        };
+    }
+
+    pub fn taken_over(&self, machine: MachineId) -> Option<Failure> {
+        self.taken_over.lock().expect("no panic while held").get(&machine).cloned()
     }
 
     pub fn is_unsettled(&self, machine: MachineId, side: Side) -> bool {

@@ -19,6 +19,7 @@ use crate::consumers;
 use crate::core::{Core, QUICK, SETTLE, Side};
 use crate::failover::drill::refuse_drilled;
 use crate::failover::elsewhere::leave_one;
+use crate::failover::rights;
 use crate::failover::state::refuse_failed_over;
 use crate::groups;
 use crate::hub::{PeerId, unexpected};
@@ -516,13 +517,32 @@ pub async fn settle_server(core: &Core, machine: &Machine) -> Result<(), Failure
         };
         let command = ServerCommand::Authorise(grant);
         let told = machine.servers().map(|server| core.server_does(server, &command, SETTLE));
-        let mut told = futures_util::future::join_all(told).await.into_iter();
+        let told: Vec<Result<(), Failure>> = futures_util::future::join_all(told).await;
+        note_taken_over(core, machine, &told).await;
+        if let Some(taken) = core.taken_over(machine.id) {
+            return Err(taken);
+        }
+        let mut told = told.into_iter();
         let first = told.next().unwrap_or(Ok(()));
         first.and(told.filter(|told| !matches!(told, Err(failure) if is_away(failure))).collect())
     }
     .await;
     core.settled(machine.id, Side::Server, outcome.as_ref().err());
     outcome
+}
+
+/// Whether one of them refuses because the machine failed over without us. Who is away says nothing of it.
+async fn note_taken_over(core: &Core, machine: &Machine, told: &[Result<(), Failure>]) {
+    for (server, told) in machine.servers().zip(told) {
+        let is_refused = matches!(told, Err(failure) if failure.kind == FailureKind::Conflict);
+        if machine.failover.is_none() && is_refused {
+            let taken = rights::taken_over(core, machine, server).await;
+            return core.note_taken_over(machine.id, taken);
+        }
+    }
+    if told.iter().all(Result::is_ok) {
+        core.note_taken_over(machine.id, None);
+    }
 }
 
 fn is_away(failure: &Failure) -> bool {

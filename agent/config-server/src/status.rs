@@ -76,7 +76,8 @@ pub struct MachineStatus {
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Reason {
     pub health: Health,
-    /// For programs: `problem`, `room`, `rpo`, `stepped_down`, `log`, `missed_cycles`, `encryption`, `no_contact`, `clock`, `failed`, `disconnected`.
+    /// For programs: `problem`, `room`, `rpo`, `stepped_down`, `log`, `missed_cycles`, `encryption`, `no_contact`, `clock`, `failed`, `disconnected`,
+    /// `taken_over`.
     pub kind: &'static str,
     pub message: String,
     pub help: String,
@@ -309,7 +310,18 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
     }
 
     let machine_state = state_of(machine, sources, host.connected);
-    let reasons = reasons(core, machine, machine_state, &problems, &host, best, &views);
+    let taken =
+        core.taken_over(machine.id).map(|taken| Problem { critical: true, message: taken.message, help: taken.help });
+    if let Some(taken) = &taken {
+        // What follows from it is not said besides: that the source, and we, are of an older generation.
+        problems.retain(|problem| problem.message != taken.message && !problem.message.contains("is at generation"));
+        problems.insert(0, taken.clone());
+    }
+    let mut reasons = reasons(core, machine, machine_state, &problems, &host, best, &views);
+    if let Some(taken) = &taken {
+        reasons.retain(|reason| !FOLLOWS.contains(&reason.kind));
+        reasons.iter_mut().filter(|reason| reason.message == taken.message).for_each(|reason| reason.kind = TAKEN_OVER);
+    }
     let health = reasons.iter().map(|reason| reason.health).max().unwrap_or(Health::Ok);
     MachineStatus {
         name: machine.name.clone(),
@@ -344,6 +356,11 @@ fn compose(core: &Core, machine: &Machine, reports: &Reports) -> MachineStatus {
         reported: reports.agent.as_ref().map(|report| report.time),
     }
 }
+
+/// A machine that failed over without this configuration server.
+const TAKEN_OVER: &str = "taken_over";
+/// What that leads to at its source.
+const FOLLOWS: [&str; 5] = ["failed", "disconnected", "rpo", "missed_cycles", "log"];
 
 /// The rules of health: what both sides call a problem, and the thresholds of the machine's policy.
 fn reasons(

@@ -213,6 +213,51 @@ async fn a_restored_server_lowers_no_generation_and_says_which_machine_was_faile
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_failover_by_the_recovery_key_is_one_alert_with_one_remedy() {
+    let mut whole = Whole::start().await;
+    let client = whole.client();
+    // Soon the RPO is over its limit as well.
+    client.post("/policies", &json!({ "name": "strict", "alarm_rpo_seconds": 1 })).await.unwrap();
+    let disks = ["a.img", "b.img"].map(|name| whole.top.path().join(name));
+    disks.iter().for_each(|disk| File::create(disk).unwrap().set_len(1 << 20).unwrap());
+    finished(&client, "/machines", json!({ "name": "web", "disks": disks, "policy": "strict" })).await;
+    finished(&client, "/machines/web/points", json!({})).await;
+    finished(&client, "/backups", json!({})).await;
+    whole.process_server.take().unwrap().stop().await;
+    let root = whole.folder.path().join("process-server");
+    drop(offline::failover(&root, Some("web"), PointSelector::Latest, &[], None, &whole.key).unwrap());
+    whole.start_process_server().await;
+
+    let mut ticks = tokio::time::interval(Duration::from_millis(500));
+    let (mut alike, mut last) = (0, Value::Null);
+    let looking = async {
+        // For longer than a look, a cycle and the limit of the RPO.
+        while alike < 30 {
+            ticks.tick().await;
+            last = client.get("/alerts").await.unwrap();
+            let is_one = last.as_array().is_some_and(|all| all.len() == 1 && all[0]["kind"] == "taken_over");
+            alike = if is_one { alike + 1 } else { 0 };
+        }
+    };
+    let found = tokio::time::timeout(Duration::from_secs(90), looking).await;
+    assert!(found.is_ok(), "one cause is one alert: {last:#}");
+    let (message, help) = (last[0]["message"].as_str().unwrap(), last[0]["help"].as_str().unwrap());
+    assert!(message.contains("with the recovery key") && message.contains("generation 2"), "{message}");
+    assert!(help.contains("`tidemark failover cancel web`") && last[0]["severity"] == "critical", "{help}");
+    let status = client.get("/machines/web").await.unwrap();
+    assert_eq!(status["problems"].as_array().unwrap().len(), 1, "{status:#}");
+
+    finished(&client, "/machines/web/failover/cancel", json!({})).await;
+    let over = async {
+        while client.get("/alerts").await.unwrap() != json!([]) {
+            ticks.tick().await;
+        }
+    };
+    tokio::time::timeout(SOON, over).await.expect("and it is over");
+    whole.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_protects_nothing_finds_the_restored_configuration_server_as_well() {
     let mut whole = Whole::start().await;
     let told = whole.folder.path().join("agent/process-servers-known.json");

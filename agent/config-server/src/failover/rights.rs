@@ -8,15 +8,16 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
-use tidemark_base::{DiskId, Generation};
+use tidemark_base::{DiskId, Generation, ServerId};
 use tidemark_hypervisor::call::{Call, Rights, decode};
 use tidemark_proto::control::{Failure, FailureKind};
 
 use super::start::{note, settle_source};
 use super::{ask_at, not_understood, state};
-use crate::core::{Core, SETTLE};
+use crate::core::{Core, QUICK, SETTLE};
 use crate::jobs::Progress;
 use crate::machines::{refuse_unprotected, vanished};
+use crate::model::Machine;
 
 /// Lets the source go on under a generation above that of the failover; what differs is compared as its stream begins.
 pub async fn take_back(core: &Core, progress: &Progress, name: &str) -> Result<Value, Failure> {
@@ -65,4 +66,36 @@ pub async fn take_back(core: &Core, progress: &Progress, name: &str) -> Result<V
     let waiting = told.err().map(|failure| format!("{}; it goes on when it can be told", failure.message));
     Ok(json!({ "machine": name, "source": if waiting.is_none() { "goes on" } else { "is away" }, "waiting": waiting,
         "by_recovery_key": by_recovery_key }))
+}
+
+/// Why a process server refuses what we want of a machine, where that is a failover that we had no part in: what happened, and what to do.
+/// Everything else that is wrong with the machine then follows from it. `None`: that is not why, or it does not say.
+pub async fn taken_over(core: &Core, machine: &Machine, server: ServerId) -> Option<Failure> {
+    let answer = ask_at(core, machine, server, &Call::Rights { machine: machine.id }, QUICK).await.ok()?;
+    let rights: Rights = decode(&answer).ok()?;
+    let known = |disk: &DiskId| machine.disks.iter().find(|of| of.id == *disk).map(|of| of.generation);
+    let newer = rights.generations.iter().filter(|(disk, there)| known(disk).is_some_and(|ours| **there > ours));
+    let generation = newer.map(|(_, there)| *there).max()?;
+    let (name, server) = (&machine.name, core.store.state().server_name(server));
+    let (what, help) = match (&rights.by_recovery_key, rights.failed_over) {
+        (Some(taken), _) => (
+            format!(
+                "machine {name:?} was failed over with the recovery key at {} to the point of {}, without this configuration server",
+                taken.at, taken.point_time
+            ),
+            "decide which of the two goes on: the source, by `tidemark failover cancel NAME`; or what was recovered, by \
+             `tidemark unprotect NAME`, and the source stays off",
+        ),
+        (None, Some(since)) => (
+            format!(
+                "machine {name:?} has run at process server {server} since {since}, and this configuration server knows nothing of it"
+            ),
+            "restore the latest backup of the configuration, which does: `tidemark config-server restore`",
+        ),
+        (None, None) => return None,
+    };
+    let message = format!(
+        "{what}: process server {server} takes nothing from the source, which is older than generation {generation}"
+    );
+    Some(Failure::new(FailureKind::Conflict, message, help.replace("NAME", name)))
 }
