@@ -181,6 +181,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn settings_that_are_wrong_are_said_in_plain_words_with_their_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tidemark.toml");
+        for (text, words) in [
+            ("[agent]\ndir = \"/x\"\nlistn = \"[::]:1\"\n", "line 3: `listn` is not known there; known: dir, listen"),
+            ("[agent]\ndir = 7\n", "line 2: it is the number 7, and must be"),
+            ("\n[agent]\n", "line 2: `dir` is missing"),
+        ] {
+            std::io::Write::write_all(&mut std::fs::File::create(&path).unwrap(), text.as_bytes()).unwrap();
+            let said = Config::read(&path).err().unwrap().message;
+            assert!(said.contains(words) && !said.contains('\n'), "{said}");
+        }
+    }
+
+    #[test]
     fn the_configuration_that_is_installed_is_sound() {
         let config: Config = toml::from_str(include_str!("../../../packaging/tidemark.toml")).unwrap();
         assert!(config.agent.unwrap().config_server.is_none());

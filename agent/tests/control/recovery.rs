@@ -254,6 +254,21 @@ async fn a_failover_by_the_recovery_key_is_one_alert_with_one_remedy() {
         }
     };
     tokio::time::timeout(SOON, over).await.expect("and it is over");
+
+    // The other way: what was recovered goes on, and the source stays off.
+    whole.process_server.take().unwrap().stop().await;
+    drop(offline::failover(&root, Some("web"), PointSelector::Latest, &[], None, &whole.key).unwrap());
+    whole.start_process_server().await;
+    let again = async {
+        while client.get("/alerts").await.unwrap()[0]["kind"] != "taken_over" {
+            ticks.tick().await;
+        }
+    };
+    tokio::time::timeout(SOON, again).await.expect("it is told again");
+    let job = client.request(hyper::Method::DELETE, "/machines/web", None).await.unwrap();
+    client.finish(job, |_| {}).await.unwrap();
+    assert_eq!(client.get("/machines").await.unwrap(), json!([]));
+    assert_eq!(client.get("/replicas").await.unwrap().as_array().unwrap().len(), 1, "with the point that it went to");
     whole.stop().await;
 }
 

@@ -189,3 +189,17 @@ pub async fn alerts(State(core): State<Arc<Core>>) -> Answer {
     alerts.sort_by_key(|of| (std::cmp::Reverse(of.alert.severity), of.alert.since));
     ok(alerts)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::last_told;
+
+    #[test]
+    fn whoever_was_cut_off_says_which_was_the_last_with_or_without_its_epoch() {
+        assert_eq!(last_told("2.1234"), Some((Some(2), 1234)));
+        assert_eq!(last_told("1234"), Some((None, 1234)));
+        for wrong in ["", "x", "2.", ".5", "1.2.3", "-1"] {
+            assert_eq!(last_told(wrong), None, "{wrong}");
+        }
+    }
+}
