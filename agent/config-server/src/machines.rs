@@ -186,7 +186,8 @@ async fn run_protect(
     let existing = core.store.state().machines.get(&request.name).cloned();
     if let Some(machine) = existing {
         consumers::refuse_others(&machine, &servers)?;
-        return protect_again(core, progress, &request, &paths, machine, host).await;
+        let again = protect_again(core, progress, &request, &paths, machine, host).await;
+        return again.map(|answer| with_warnings(answer, &checks));
     }
     let machine = Machine {
         id: MachineId::random(),
