@@ -161,7 +161,8 @@ impl Place {
 
 /// One process at a time: two would both write the logs and cursors of the same disks.
 fn lock(folder: &Path, role: Role) -> Result<File, RoleError> {
-    let path = folder.join("lock");
+    // A process server locks its folder itself, for offline verbs as well.
+    let path = folder.join("running.lock");
     let file = File::options().write(true).create(true).truncate(false).open(&path);
     let locked = file.map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
     locked.map_err(|error| match error {
